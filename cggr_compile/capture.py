@@ -1,0 +1,239 @@
+"""From Dynamo's graph to a `Program`: symbols of their own for batch and sequence, functional ATen, named inputs.
+
+Dynamo's graph still holds Python methods, in-place updates and mode switches. It is traced once more into
+pre-dispatch ATen, before autograd and autocast: the operators are those eager runs, in eager's order, and autograd
+derives the backward from whatever the passes make of them. A graph without in-place operators is functional as it
+stands; only one that has some pays for functionalisation.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cggr_compile import compat
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.program import PART, REGION, Autocast, Input, Program, Region, Snapshot, value
+
+aten = torch.ops.aten
+
+# Assertions that the guards of the capture already enforce; assertions about data are side effects and stay.
+_GUARDED_ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default}
+
+
+def batch_dims(tensors: dict[Any, torch.Tensor]) -> dict[Any, tuple[int, ...]]:
+    """Which dimensions of the user's tensors are batch or sequence, judged by the sizes of the token ids.
+
+    The ids are the first two-dimensional integer tensor; the leading dimension of every tensor of the same batch
+    size is batch, later dimensions of the sequence size are sequence. Sizes of 1 are left out: Dynamo specialises them.
+    """
+    ids = next((t for t in tensors.values() if t.dim() == 2 and not t.is_floating_point()), None)
+    if ids is None:
+        return {}
+    batch, sequence = ids.shape
+    dims = {}
+    for key, tensor in tensors.items():
+        marked = [
+            dim
+            for dim, size in enumerate(tensor.shape)
+            if size > 1 and ((dim == 0 and size == batch) or (dim > 0 and size == sequence))
+        ]
+        if marked:
+            dims[key] = tuple(marked)
+    return dims
+
+
+def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Program:
+    """Builds the program of one Dynamo graph.
+
+    Args:
+        gm: the graph a torch.compile backend receives.
+        example_inputs: its real inputs.
+
+    Raises:
+        CannotOptimize: the graph ends at a graph break, or has no token ids.
+        TensorifyScalarRestartAnalysis: the sizes were static; Dynamo traces again with symbols (once).
+    """
+    _refuse_graph_break(gm)
+    placeholders = gm.graph.find_nodes(op="placeholder", sort=True)
+    sources = [compat.source_name(node._dynamo_source) for node in placeholders]
+    batch, sequence = _symbols(placeholders, sources, example_inputs)
+    fakes = [node.meta["example_value"] for node in placeholders]
+    fake_mode = next(fake for fake in fakes if isinstance(fake, FakeTensor)).fake_mode
+    with fake_mode:
+        traced = _functional_aten(gm, fakes)
+    graph, inputs = _normalize(traced, sources, batch, sequence)
+    program = Program(graph, traced, inputs, fake_mode, batch, sequence)
+    return Program(**{**vars(program), "snapshots": (Snapshot("capture", graph),)})
+
+
+def _refuse_graph_break(gm: fx.GraphModule) -> None:
+    broken = compat.graph_break_of(gm)
+    if broken is not None:
+        frame = broken.user_stack[-1]
+        raise CannotOptimize(
+            f"the model breaks Dynamo's graph ({broken.reason.splitlines()[0]})",
+            source=f"{frame.filename}:{frame.lineno}: {frame.line}",
+            hint="use cggr.optimize(model), which removes the known causes, or rewrite that line",
+        )
+
+
+def _is_state(source: str, example: Any) -> bool:
+    return isinstance(example, nn.Parameter) or bool(re.search(r"\._(modules|parameters|buffers)\[", source))
+
+
+def _symbols(
+    placeholders: list[fx.Node], sources: list[str], example_inputs: list[Any]
+) -> tuple[torch.SymInt, torch.SymInt | int]:
+    """The batch and the sequence symbol, unified over all inputs; asks Dynamo to trace again where they are static."""
+    tensors = {
+        index: example
+        for index, (source, example) in enumerate(zip(sources, example_inputs, strict=True))
+        if isinstance(example, torch.Tensor) and not _is_state(source, example)
+    }
+    dims = batch_dims(tensors)
+    if not dims:
+        raise CannotOptimize(
+            "the captured call has no token ids (a two-dimensional integer tensor)",
+            hint="pass input_ids; inputs_embeds alone cannot be routed",
+        )
+    values = [node.meta["example_value"] for node in placeholders]
+    ids = next(index for index, t in tensors.items() if t.dim() == 2 and not t.is_floating_point())
+    batch, sequence = values[ids].shape
+    static = {
+        index: marked
+        for index, marked in dims.items()
+        if any(not isinstance(values[index].shape[dim], torch.SymInt) for dim in marked)
+    }
+    merged = isinstance(batch, torch.SymInt) and batch is not sequence and _same(batch, sequence)
+    unmarked = {
+        index: marked
+        for index, marked in (dims if merged else static).items()
+        if not set(marked) <= getattr(tensors[index], "_dynamo_weak_dynamic_indices", set())
+    }
+    if unmarked:
+        compat.request_dynamic(example_inputs, unmarked)
+    for index, marked in dims.items():
+        for dim in marked:
+            # Comparing two backed symbols of equal size adds the guard that they are equal and merges them.
+            bool(values[index].shape[dim] == (batch if dim == 0 else sequence))
+    return batch, sequence
+
+
+def _same(left: Any, right: Any) -> bool:
+    return isinstance(right, torch.SymInt) and left.node.expr == right.node.expr
+
+
+class _Inliner(fx.Interpreter):
+    """Runs Dynamo's graph with every checkpointed body inlined and its nodes tagged for recomputation."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.regions = 0
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if target is not torch.ops.higher_order.tag_activation_checkpoint:
+            return super().call_function(target, args, kwargs)
+        body, *inputs = args
+        self.regions += 1
+        for node in body.graph.nodes:
+            node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta["ac_graph_id"] = self.regions
+        return fx.Interpreter(body).run(*inputs)
+
+
+def _functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
+    def run(*args: Any) -> Any:
+        return _Inliner(gm).run(*args)
+
+    with fx_traceback.preserve_node_meta():
+        traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)
+        if not any(_mutates(node) for node in traced.graph.nodes):
+            return traced
+        with enable_python_dispatcher():
+            functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True))
+            return make_fx(functional, {aten.copy.default: _copy}, pre_dispatch=True, tracing_mode="real")(*fakes)
+
+
+def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """`aten.copy` without its missing derivative: the source in the destination's dtype, device and shape."""
+    return source.to(destination, non_blocking=non_blocking).expand_as(destination).clone()
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _normalize(
+    traced: fx.GraphModule,
+    sources: list[str],
+    batch: torch.SymInt | int,
+    sequence: torch.SymInt | int,
+) -> tuple[fx.Graph, tuple[Input, ...]]:
+    """Names the placeholders, turns mode switches into regions and drops assertions that guards imply."""
+    graph = fx.Graph(traced)
+    env: dict[fx.Node, fx.Node] = {}
+    inputs: list[Input] = []
+    region = Region()
+    remaining = iter(sources)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            source = next(remaining)
+            path, kind = _describe(source, value(node), batch, sequence)
+            env[node] = graph.placeholder(re.sub(r"\W+", "_", path).strip("_"))
+            env[node].meta = dict(node.meta)
+            inputs.append(Input(env[node].name, path, kind))
+        elif (entered := _enter(node, region)) is not None:
+            region = entered
+            continue
+        elif node.target in _GUARDED_ASSERTIONS:
+            continue
+        else:
+            env[node] = graph.node_copy(node, lambda old: env[old])
+        env[node].meta.update({REGION: region if node.op not in ("placeholder", "output") else Region()})
+        env[node].meta[PART] = "main"
+    output = next(iter(graph.find_nodes(op="output")))
+    if isinstance(output.args[0], fx.Node):
+        output.args = ((output.args[0],),)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return graph, tuple(inputs)
+
+
+def _enter(node: fx.Node, region: Region) -> Region | None:
+    """The region that follows a mode switch; None where the node is not one. Capture runs with gradients enabled."""
+    if node.target is torch._C._set_grad_enabled:
+        return region._replace(grad=None if node.args[0] else False)
+    if node.target is torch.amp.autocast_mode._enter_autocast:
+        return region._replace(autocasts=(*region.autocasts, Autocast(*node.args)))  # type: ignore[arg-type]
+    if node.target is torch.amp.autocast_mode._exit_autocast:
+        return region._replace(autocasts=region.autocasts[:-1])
+    return None
+
+
+def _describe(source: str, val: Any, batch: Any, sequence: Any) -> tuple[str, str]:
+    """Path and kind of one input, from the expression Dynamo reads it by."""
+    if isinstance(val, (torch.SymInt, int)) and source.endswith("]") and ".size()[" in source:
+        for name, symbol in (("batch", batch), ("sequence", sequence)):
+            if isinstance(symbol, torch.SymInt) and val.node.expr == symbol.node.expr:
+                return name, "size"
+        return re.sub(r"\.size\(\)\[(\d+)\]", r"_size_\1", _path(source)), "size"
+    return _path(source), "state" if _is_state(source, None) else "batch"
+
+
+def _path(source: str) -> str:
+    """`L['model']._modules['h']._modules['0']._parameters['weight']` becomes `h.0.weight`; `L['kw']['ids']`, `ids`."""
+    if _is_state(source, None):
+        members = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)(?=$|\.|\[)", source)
+        return ".".join(part for pair in members for part in pair if part and not part.startswith("_"))
+    names = re.findall(r"\['([^']+)'\]", re.sub(r"\.size\(\)\[\d+\]", "", source))
+    suffix = re.findall(r"\.size\(\)\[\d+\]$", source)
+    return (names[-1] if names else source) + "".join(suffix)

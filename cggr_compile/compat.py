@@ -1,0 +1,77 @@
+"""Everything that depends on a private or version-dependent corner of torch or transformers, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+def source_name(source: Any) -> str:
+    """Expression by which Dynamo reads an input, e.g. `L['self']._modules['lm_head']._parameters['weight']`.
+
+    `Source.name` became a property in torch 2.12; before, it was a method.
+    """
+    name = source.name
+    return name() if callable(name) else name
+
+
+def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]]) -> None:
+    """Marks dimensions of real inputs as dynamic and makes Dynamo trace the frame again.
+
+    `TensorifyScalarRestartAnalysis` is the one exception that Dynamo lets a backend restart the analysis with.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    for index, marked in dims.items():
+        torch._dynamo.maybe_mark_dynamic(example_inputs[index], list(marked))
+    raise TensorifyScalarRestartAnalysis(
+        restart_reason="cggr needs the batch and sequence sizes as symbols of their own"
+    )
+
+
+def captured_module() -> nn.Module | None:
+    """The module whose forward Dynamo is tracing, asked from inside a backend; None where the frame has none."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:  # no trace is under way in this thread
+        return None
+    modules = [
+        local for local in translator.output.root_tx.f_locals.values() if isinstance(local, nn.Module)
+    ]
+    return modules[0] if modules else None
+
+
+def graph_break_of(gm: fx.GraphModule) -> Any:
+    """Why Dynamo ended this graph before its frame returned, as `(reason, user_stack)`; None where it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason if reason is not None and reason.graph_break else None
+
+
+def install_output_hooks(model: nn.Module) -> None:
+    """Installs transformers' output-recording hooks, which it otherwise installs lazily, under a lock that Dynamo
+    cannot trace (models that record router logits, attentions or hidden states)."""
+    try:
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    except ImportError:  # transformers without lazily installed hooks
+        return
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            maybe_install_capturing_hooks(module)
+
+
+def needs_pinned_loss(model: nn.Module) -> bool:
+    """Whether transformers resolves this model's loss through a logger call on every forward (GPT-2's `loss_type` is
+    None), which Dynamo cannot trace."""
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    return (
+        hasattr(type(model), "loss_function")
+        and "_loss_function" not in vars(model)
+        and getattr(model, "loss_type", None) not in LOSS_MAPPING
+    )

@@ -1,0 +1,121 @@
+"""`RoutingConfig`: every option of the compiler, checked where it is given.
+
+An unknown or ill-typed option raises `ConfigError` naming the option, what was given, what is valid and, for a
+misspelt name, the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROUTES = ("sequence",)
+SCORINGS = ("loss", "entropy", "margin", "combined")
+SELECTIONS = ("topk", "random")
+FALLBACKS = ("raise", "eager")
+
+# Warm-up moves the kept fraction on this many equal rungs between 1 and `ratio`, so that a curriculum costs at
+# most LADDER_RUNGS + 1 compilations of the inner backend for each batch shape.
+LADDER_RUNGS = 8
+
+
+class ConfigError(ValueError):
+    """An option of `RoutingConfig` is unknown, ill-typed or out of range."""
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """`did you mean 'x'?` or an empty string."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Options of the rewrite; immutable, compared by value.
+
+    Attributes:
+        route: what is routed. `"sequence"`: whole rows of the batch.
+        ratio: fraction of rows kept, in (0, 1]; k = max(1, ceil(ratio * batch size)) rows are kept.
+        router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
+        scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
+            (their sum); a row's score is the mean over its counted tokens, in fp32.
+        selection: `"topk"` (hardest rows) or `"random"` (uniform rows; no router is run).
+        warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
+        inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
+        keep_logits: return the logits of the kept rows instead of None.
+        fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.
+        seed: seed of the random selection's own generator; None draws one from torch's global seed.
+    """
+
+    route: str = "sequence"
+    ratio: float = 0.5
+    router_layers: int | str = "auto"
+    scoring: str = "loss"
+    selection: str = "topk"
+    warmup_steps: int = 0
+    inner: str = "auto"
+    keep_logits: bool = False
+    fallback: str = "raise"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _choice("route", self.route, ROUTES)
+        _choice("scoring", self.scoring, SCORINGS)
+        _choice("selection", self.selection, SELECTIONS)
+        _choice("fallback", self.fallback, FALLBACKS)
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
+            raise ConfigError(
+                f"ratio={self.ratio!r} is not in (0, 1]; give the fraction of rows to keep, e.g. 0.25"
+            )
+        if self.router_layers != "auto" and not _is_int(self.router_layers, 1):
+            raise ConfigError(
+                f"router_layers={self.router_layers!r} is neither 'auto' nor a positive integer; "
+                "give the number of layers the router runs"
+            )
+        if not _is_int(self.warmup_steps, 0):
+            raise ConfigError(f"warmup_steps={self.warmup_steps!r} is not a non-negative integer")
+        if not isinstance(self.inner, str):
+            raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
+        if not isinstance(self.keep_logits, bool):
+            raise ConfigError(f"keep_logits={self.keep_logits!r} is not a bool")
+        if self.seed is not None and not _is_int(self.seed, 0):
+            raise ConfigError(f"seed={self.seed!r} is neither None nor a non-negative integer")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> RoutingConfig:
+        """Builds a config from keyword options.
+
+        Raises:
+            ConfigError: an option is unknown (the message lists the valid ones and the nearest) or has a bad value.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                raise ConfigError(
+                    f"unknown option {name!r}{nearest(str(name), names)} valid options: {', '.join(names)}"
+                )
+        return cls(**options)
+
+    def kept_fraction(self, step: int) -> float:
+        """Fraction of rows kept at optimiser step `step`: `ratio` after the warm-up, on the ladder before."""
+        if step >= self.warmup_steps:
+            return self.ratio
+        rung = math.floor(LADDER_RUNGS * step / self.warmup_steps)
+        return 1 - (1 - self.ratio) * rung / LADDER_RUNGS
+
+    def kept_rows(self, rows: int, step: int) -> int:
+        """k = max(1, ceil(fraction * rows)), exact for fractions such as 0.1 that floats cannot represent."""
+        return max(1, math.ceil(round(self.kept_fraction(step) * rows, 9)))
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{name}={value!r}{nearest(str(value), list(valid))} valid values: {', '.join(valid)}")

@@ -1,0 +1,343 @@
+"""`Program`: the captured graph with the meaning of its nodes, and `Builder`, which every pass rewrites it with.
+
+A program is immutable by convention: a pass reads one and builds another, so the untouched capture stays valid as
+the left side of the diff and as the fallback.
+
+Regions. Dynamo writes gradient mode and autocast as nodes with no data edges (`_set_grad_enabled`, `_enter_autocast`),
+whose meaning is their position. Here they are stripped at capture and every node carries its `Region` instead, so
+dataflow alone decides order: copying, reordering and dropping nodes cannot move an operation into another mode.
+`passes.lower_regions` writes the nodes back at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
+
+REGION = "cggr_region"
+PART = "cggr_part"
+
+
+class Autocast(NamedTuple):
+    """One `torch.autocast` entered by the model: its positional arguments."""
+
+    device_type: str
+    dtype: torch.dtype | None
+    enabled: bool
+    cache_enabled: bool | None
+
+
+class Region(NamedTuple):
+    """Modes a node runs under, besides those of the caller: gradient mode (None: the caller's) and autocasts."""
+
+    grad: bool | None = None
+    autocasts: tuple[Autocast, ...] = ()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Enters the region."""
+        with ExitStack() as stack:
+            if self.grad is not None:
+                stack.enter_context(torch.set_grad_enabled(self.grad))
+            for cast in self.autocasts:
+                stack.enter_context(
+                    torch.autocast(
+                        cast.device_type, cast.dtype, enabled=cast.enabled, cache_enabled=cast.cache_enabled
+                    )
+                )
+            yield
+
+
+@dataclass(frozen=True)
+class Input:
+    """One placeholder: `name` in the graph, `path` for people (`model.layers.0.mlp.up_proj.weight`, `input_ids`) and
+    `kind`: "size" (a SymInt), "state" (parameter or buffer of the model), "batch" (what the user passed) or "added"
+    (by a pass: `kept`, `noise`)."""
+
+    name: str
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language-model head and its loss, as `find_loss` proved them.
+
+    `logits = linear(hidden, weight, bias) * scale / divisor`, soft-capped where `softcap > 0`;
+    `row_ops` are the nodes between head and loss that move rows and leave the vocabulary dimension alone (views,
+    slices), in order; `loss` is the cross-entropy over the rows so moved and `target`.
+    """
+
+    linear: fx.Node
+    hidden: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    scale: float
+    divisor: float
+    softcap: float
+    row_ops: tuple[fx.Node, ...]
+    loss: fx.Node
+    target: fx.Node
+    reduction: str
+    ignore_index: int
+    shift: int
+
+    @property
+    def objective(self) -> str:
+        """`causal` (position t predicts the label at t + 1) or `masked` (position t predicts its own label)."""
+        return "causal" if self.shift == 1 else "masked"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layer stack: `residuals[i]` is the one tensor that leaves layer i; `entry` the one that enters layer 0."""
+
+    path: str
+    proof: str
+    entry: fx.Node
+    residuals: tuple[fx.Node, ...]
+
+    def __len__(self) -> int:
+        return len(self.residuals)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Nodes inserted by the passes; None until the pass that inserts each has run."""
+
+    router_layers: int = 0
+    router_hidden: fx.Node | None = None
+    token_scores: fx.Node | None = None
+    scores: fx.Node | None = None
+    valid: fx.Node | None = None
+    counts: fx.Node | None = None
+    kept: fx.Node | None = None
+    rows: fx.Node | None = None
+    weights: fx.Node | None = None
+    gathered: tuple[tuple[str, int], ...] = ()
+    providers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The graph after one pass."""
+
+    name: str
+    graph: fx.Graph
+
+
+@dataclass(frozen=True)
+class Program:
+    """A functional ATen graph of a training step with the roles of its nodes.
+
+    Attributes:
+        graph: nodes in execution order; `meta["val"]` is a fake tensor or SymInt, `meta[REGION]` a `Region`,
+            `meta[PART]` the part a pass put the node in ("main", "router", "score", "select", "gather", "loss").
+        root: owner of tensor constants and submodules named by `get_attr` nodes.
+        inputs: the placeholders, in order.
+        batch, sequence: symbolic sizes; `sequence` is None where the capture specialised it.
+        loss_output: index of the loss among the outputs.
+        head, layers, routing: what the passes found and inserted.
+        snapshots: the graph after each pass so far, the capture first.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    inputs: tuple[Input, ...]
+    fake_mode: FakeTensorMode
+    batch: torch.SymInt
+    sequence: torch.SymInt | int
+    loss_output: int = -1
+    head: Head | None = None
+    layers: Layers | None = None
+    routing: Routing = field(default_factory=Routing)
+    snapshots: tuple[Snapshot, ...] = ()
+
+    @property
+    def shape_env(self) -> ShapeEnv:
+        """The symbols of this program."""
+        shape_env = self.fake_mode.shape_env
+        assert shape_env is not None
+        return shape_env
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """Placeholder nodes, in order."""
+        return self.graph.find_nodes(op="placeholder", sort=True)
+
+    @property
+    def output(self) -> fx.Node:
+        """The output node."""
+        return next(iter(self.graph.find_nodes(op="output")))
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        """The flat outputs."""
+        return tuple(self.output.args[0])  # type: ignore[arg-type]
+
+    def kind(self, placeholder: fx.Node) -> str:
+        """`Input.kind` of a placeholder."""
+        return next(entry.kind for entry in self.inputs if entry.name == placeholder.name)
+
+    def path(self, placeholder: fx.Node) -> str:
+        """`Input.path` of a placeholder."""
+        return next(entry.path for entry in self.inputs if entry.name == placeholder.name)
+
+    def same_size(self, size: Any, symbol: torch.SymInt | int) -> bool:
+        """Whether a size is provably the symbol, by the shape environment's replacements; never guards."""
+        return self._expression(size) == self._expression(symbol)
+
+    def mentions(self, size: Any, symbol: torch.SymInt) -> bool:
+        """Whether a size depends on the symbol."""
+        if not isinstance(size, torch.SymInt):
+            return False
+        wanted = self._expression(symbol)
+        return bool(free_symbols(self._expression(size)) & free_symbols(wanted))
+
+    def _expression(self, size: Any) -> Any:
+        return self.shape_env.simplify(size.node.expr) if isinstance(size, torch.SymInt) else size
+
+    def module(self) -> fx.GraphModule:
+        """A GraphModule over the graph (regions and operators not lowered)."""
+        return fx.GraphModule(self.root, self.graph)
+
+
+def value(node: Any) -> Any:
+    """The fake value of a node, or the constant itself."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether the node's value is one tensor."""
+    return isinstance(value(node), torch.Tensor)
+
+
+def map_nodes(item: Any, mapping: Callable[[fx.Node], fx.Node]) -> Any:
+    """Copies a role (node, tuple, dataclass) with every node mapped."""
+    if isinstance(item, fx.Node):
+        return mapping(item)
+    if isinstance(item, tuple):
+        return tuple(map_nodes(part, mapping) for part in item)
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        return dataclasses.replace(
+            item,
+            **{f.name: map_nodes(getattr(item, f.name), mapping) for f in dataclasses.fields(item)},
+        )
+    return item
+
+
+class Builder:
+    """Builds the next program: copies nodes of the old graph, adds new ones and keeps `meta["val"]` true.
+
+    `env` maps old nodes to new. New nodes inherit `region` and `part` from the builder's current setting.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = fx.Graph(program.root)
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.inputs = list(program.inputs)
+        self.region = Region()
+        self.part = "main"
+
+    def copy_inputs(self) -> None:
+        """Copies every placeholder, in order."""
+        for node in self.program.placeholders:
+            self.copy(node)
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        """Copies one node whose arguments are already in `env`, with its value, region and part."""
+        self.env[node] = self.graph.node_copy(node, lambda old: self.env[old])
+        return self.env[node]
+
+    def copy_parts(self, *parts: str) -> None:
+        """Copies every node that earlier passes put into one of `parts`, in order."""
+        for node in self.program.graph.nodes:
+            if node.op not in ("placeholder", "output") and node.meta[PART] in parts:
+                self.copy(node)
+
+    def copy_rest(self) -> None:
+        """Copies every node not copied yet, the output included."""
+        for node in self.program.graph.nodes:
+            if node.op != "output" and node not in self.env:
+                self.copy(node)
+        self.output(fx.map_arg(self.program.output.args[0], lambda old: self.env[old]))
+
+    def copy_call(
+        self,
+        node: fx.Node,
+        env: dict[fx.Node, fx.Node],
+        args: tuple | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> fx.Node:
+        """Copies one call with arguments from `env`, in the builder's part, and computes its value afresh.
+
+        The copy runs under the original's region; where the builder's region disables gradients or adds an autocast,
+        that holds too. `args` and `kwargs`, already mapped, replace the arguments.
+        """
+        new = self.graph.node_copy(node, lambda old: env[old])
+        if args is not None:
+            new.args = args
+        if kwargs is not None:
+            new.kwargs = kwargs
+        region = node.meta[REGION]
+        grad = self.region.grad if self.region.grad is not None else region.grad
+        new.meta[REGION] = Region(grad, self.region.autocasts + region.autocasts)
+        new.meta[PART] = self.part
+        unchanged = all(value(env[source]) is value(source) for source in node.all_input_nodes)
+        if new.op == "call_function" and not (unchanged and args is None and kwargs is None):
+            self.evaluate(new)
+        return new
+
+    def placeholder(self, name: str, val: Any) -> fx.Node:
+        """Adds an input behind the last one."""
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta.update({"val": val, REGION: Region(), PART: "main"})
+        self.inputs.append(Input(node.name, name, "added"))
+        return node
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Adds a call and computes its fake value."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta.update({"val": None, REGION: self.region, PART: self.part})
+        self.evaluate(node)
+        return node
+
+    def output(self, values: Any) -> None:
+        """Adds the output node."""
+        self.graph.output(values).meta.update({REGION: Region(), PART: "main"})
+
+    def routing(self, **changes: Any) -> Routing:
+        """The routing role in the new graph, with `changes`."""
+        return dataclasses.replace(map_nodes(self.program.routing, self._follow), **changes)
+
+    def _follow(self, node: fx.Node) -> fx.Node:
+        return self.env.get(node, node)
+
+    def evaluate(self, node: fx.Node) -> None:
+        """Computes `meta["val"]` by running the node on its arguments' fake values under its region."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        with self.program.fake_mode, self.program.shape_env.suppress_guards(), node.meta[REGION].active():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def finish(self, name: str, **changes: Any) -> Program:
+        """The new program: roles follow their nodes through `env`; `changes` replaces fields; a snapshot is kept.
+
+        A role whose node was not copied keeps pointing at nothing in the graph and must be in `changes`.
+        """
+        roles = {
+            role: map_nodes(getattr(self.program, role), self._follow) for role in ("head", "layers", "routing")
+        }
+        fields = {**roles, **changes, "graph": self.graph, "inputs": tuple(self.inputs)}
+        snapshot = Snapshot(name, self.graph)
+        return dataclasses.replace(self.program, **fields, snapshots=(*self.program.snapshots, snapshot))

@@ -1,0 +1,176 @@
+"""Finds the layer stack and proves that a single tensor leaves each layer.
+
+The proof is dataflow and always the same: a tensor on *every* path from the token embedding to the head's input (a
+cut vertex) is all that crosses at that point; whatever else later layers read cannot depend on the activations, so it
+is loop-invariant (masks, rotary tables, sizes). Which cut vertices end a layer is read from module-stack metadata, or,
+where that is missing or names a single module, from repetition: the longest run of equal segments between cuts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter, defaultdict
+
+import torch
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.passes.subgraph import ancestors, cut_vertices
+from cggr_compile.program import Layers, Program, is_tensor, value
+
+aten = torch.ops.aten
+
+
+def find_layers(program: Program, config: RoutingConfig) -> Program:
+    """Sets `layers`. Needs `head`.
+
+    Raises:
+        CannotOptimize: no layer stack, or a layer that more than one tensor leaves.
+    """
+    assert program.head is not None
+    entry, cuts = _stream(program, program.head.hidden)
+    layers = _by_metadata(program, entry, cuts) or _by_repetition(program, entry, cuts)
+    if layers is None:
+        raise CannotOptimize(
+            "no layer stack: nothing in the graph repeats between the embedding and the head",
+            node=program.head.hidden,
+            hint="the model needs at least two layers with one residual stream",
+        )
+    return dataclasses.replace(program, layers=layers)
+
+
+def _stream(program: Program, hidden: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The embedding from which the most cuts lead to the head, and those cuts that carry batch and sequence."""
+    embeddings = [
+        node
+        for node in ancestors([hidden])
+        if node.target == aten.embedding.default and _carries_tokens(program, node)
+    ]
+    if not embeddings:
+        raise CannotOptimize(
+            "the head's input does not depend on a token embedding",
+            node=hidden,
+            hint="pass input_ids; inputs_embeds alone cannot be routed",
+        )
+    streams = [
+        (embedding, [cut for cut in cut_vertices(embedding, hidden) if _carries_tokens(program, cut)])
+        for embedding in sorted(embeddings)
+    ]
+    return max(streams, key=lambda stream: len(stream[1]))
+
+
+def _carries_tokens(program: Program, node: fx.Node) -> bool:
+    """Whether the tensor is [batch, sequence, …] and floating."""
+    if not is_tensor(node) or value(node).dim() < 3 or not value(node).is_floating_point():
+        return False
+    batch, sequence = value(node).shape[:2]
+    return program.same_size(batch, program.batch) and program.same_size(sequence, program.sequence)
+
+
+def _modules(node: fx.Node) -> list[tuple[str, ...]]:
+    """Paths of the modules around a node, outermost first, as component tuples."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = []
+    for path, *_ in stack.values():
+        plain = re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", path)
+        paths.append(tuple(plain.split(".")))
+    return paths
+
+
+def _layer_indices(node: fx.Node) -> dict[tuple[str, ...], int]:
+    """For each indexed container around the node: which of its members the node is in."""
+    found: dict[tuple[str, ...], int] = {}
+    for path in _modules(node):
+        for depth, component in enumerate(path):
+            if component.isdigit():
+                found.setdefault(path[:depth], int(component))
+    return found
+
+
+def _by_metadata(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layers | None:
+    members: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    cutting: dict[tuple[str, ...], dict[int, fx.Node]] = defaultdict(dict)
+    for node in ancestors([cuts[-1]]):
+        for container, index in _layer_indices(node).items():
+            members[container].add(index)
+    for cut in cuts:
+        for container, index in _layer_indices(cut).items():
+            cutting[container][index] = cut
+    stacks = sorted(
+        (path for path, found in members.items() if len(found) > 1 and found == set(range(len(found)))),
+        key=lambda path: (-len(members[path]), len(path)),
+    )
+    for path in stacks:
+        residuals = [cutting[path].get(index) for index in range(len(members[path]))]
+        ordered = [cut for cut in cuts if cut in residuals]
+        if None not in residuals and ordered == residuals:
+            name = ".".join(part for part in path[1:] if part)
+            return Layers(name, "metadata + single-residual cut", entry, tuple(ordered))
+    for path in stacks:
+        _refuse_second_tensor(program, path, members[path], cutting[path])
+    return None
+
+
+def _refuse_second_tensor(
+    program: Program, path: tuple[str, ...], indices: set[int], cutting: dict[int, fx.Node]
+) -> None:
+    """Raises for a stack whose layers are chained, but by more than one tensor."""
+    missing = min(indices - set(cutting), default=None)
+    if missing is None or len(cutting) > len(indices) // 2 or missing == max(indices):
+        return
+    inside = [node for node in program.graph.nodes if _layer_indices(node).get(path) == missing]
+    leaving = [
+        node
+        for node in inside
+        if _carries_tokens(program, node)
+        and any(_layer_indices(user).get(path) == missing + 1 for user in node.users)
+    ]
+    if len(leaving) > 1:
+        names = " and ".join(f"%{node.name}" for node in leaving)
+        raise CannotOptimize(
+            f"{len(leaving)} tensors leave layer {missing} ({names}), so no single residual can be cut",
+            node=leaving[-1],
+            hint="only stacks with one residual stream can be routed",
+        )
+
+
+def _by_repetition(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layers | None:
+    """The longest run of equal consecutive blocks of segments; a segment is what lies between two cuts."""
+    signatures = [_signature(before, after) for before, after in zip(cuts, cuts[1:], strict=False)]
+    best: tuple[int, int, int, int] | None = None
+    for period in range(1, len(signatures) // 2 + 1):
+        run = 0
+        for end in range(period, len(signatures) + 1):
+            same = end < len(signatures) and signatures[end] == signatures[end - period]
+            if same:
+                run += 1
+                continue
+            repeats = run // period + 1
+            start = end - run - period
+            weight = sum(sum(dict(s).values()) for s in signatures[start : start + repeats * period])
+            if repeats > 1 and (best is None or weight > best[0]):
+                best = (weight, start, period, repeats)
+            run = 0
+    if best is None:
+        return None
+    _, start, period, repeats = best
+    residuals = tuple(cuts[start + period * (index + 1)] for index in range(repeats))
+    return Layers("", "repetition + single-residual cut", entry, residuals)
+
+
+def _signature(before: fx.Node, after: fx.Node) -> frozenset[tuple[str, int]]:
+    """Which operators, with parameters of which shapes, lead from one cut to the next."""
+    counted: Counter[str] = Counter()
+    for node in ancestors([after], stop=[before]):
+        if node.op != "call_function" or not is_tensor(node):
+            continue
+        shapes = [
+            str(tuple(value(source).shape))
+            for source in node.all_input_nodes
+            if source.op == "placeholder" and isinstance(value(source), torch.nn.Parameter)
+        ]
+        if shapes or node.target == aten.scaled_dot_product_attention.default:
+            counted[f"{node.target} {' '.join(shapes)}"] += 1
+    return frozenset(counted.items())

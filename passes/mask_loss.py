@@ -1,0 +1,92 @@
+"""Replaces head and cross-entropy by `cggr::masked_loss` over hidden rows.
+
+The logits of the training rows then exist only inside the operator, a batch whose labels are all ignored has loss zero
+(still connected to every parameter) instead of 0 / 0, and rows that only fill up the selection count for nothing.
+
+A loss that the model reduces by `sum` (divided later by `num_items_in_batch`, which counts the whole batch) is scaled
+by counted tokens of the batch / counted tokens kept: it estimates the batch's sum, so gradient accumulation keeps the
+gradient scale of plain training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
+from cggr_compile.config import RoutingConfig
+from cggr_compile.passes.gather_rows import main_roots
+from cggr_compile.passes.score_rows import head_parameters, rows_of
+from cggr_compile.passes.subgraph import clone
+from cggr_compile.program import Builder, Program, Region, is_tensor, value
+
+aten = torch.ops.aten
+
+
+def mask_loss(program: Program, config: RoutingConfig) -> Program:
+    """Inserts `cggr::masked_loss` and the outputs of the rewritten graph: the model's own, of which only scalars (and,
+    with `keep_logits`, everything) survive, then rows, weights, scores and counts."""
+    assert program.head is not None
+    head, routing = program.head, program.routing
+    builder = Builder(program)
+    builder.copy_inputs()
+    builder.copy_parts("router", "score", "select", "gather")
+    known = dict(builder.env)
+    env = clone(builder, [head.hidden, head.target], known)
+    builder.env.update(env)
+    builder.part = "loss"
+    weight, bias = head_parameters(builder, head, env)
+    target = env[head.target]
+    if routing.weights is not None:
+        target = _without_fillers(builder, target, builder.env[routing.weights])
+    builder.region = head.loss.meta["cggr_region"]
+    loss = builder.call(
+        torch.ops.cggr.masked_loss.default,
+        rows_of(builder, head, env[head.hidden]),
+        weight,
+        bias,
+        target,
+        None,
+        head.scale,
+        head.divisor,
+        head.softcap,
+        head.ignore_index,
+        head.reduction,
+    )
+    if head.reduction == "sum" and routing.counts is not None:
+        loss = _scaled_to_batch(builder, loss, target, builder.env[routing.counts])
+    builder.region, builder.part = Region(), "main"
+    outputs = [out if _survives(out, config) else None for out in program.outputs]
+    roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
+    env = clone(builder, roots, {**env, head.loss: loss})
+    builder.env.update(env)
+    extra = (routing.rows, routing.weights, routing.scores, routing.counts)
+    builder.output(
+        tuple(None if out is None else builder.env[out] for out in outputs)
+        + tuple(None if node is None else builder.env[node] for node in extra)
+    )
+    return builder.finish("mask_loss")
+
+
+def _survives(out: object, config: RoutingConfig) -> bool:
+    """Whether an output is still returned; what is not would force the logits of every row into memory."""
+    return is_tensor(out) and (config.keep_logits or value(out).dim() == 0)
+
+
+def _without_fillers(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.Node:
+    """Targets of the rows of weight 0 are ignored."""
+    assert builder.program.head is not None
+    rows = builder.call(aten.sym_size.int, weights, 0)
+    by_row = builder.call(aten.view.default, target, [rows, -1])
+    filler = builder.call(aten.unsqueeze.default, builder.call(aten.eq.Scalar, weights, 0), 1)
+    ignored = builder.program.head.ignore_index
+    masked = builder.call(aten.masked_fill.Scalar, by_row, filler, ignored)
+    return builder.call(aten.view.default, masked, [-1])
+
+
+def _scaled_to_batch(builder: Builder, loss: fx.Node, target: fx.Node, counts: fx.Node) -> fx.Node:
+    assert builder.program.head is not None
+    counted = builder.call(aten.ne.Scalar, target, builder.program.head.ignore_index)
+    kept = builder.call(aten.clamp_min.default, builder.call(aten.sum.default, counted), 1)
+    share = builder.call(aten.div.Tensor, builder.call(aten.sum.default, counts), kept)
+    return builder.call(aten.mul.Tensor, loss, share)

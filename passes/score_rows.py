@@ -1,0 +1,112 @@
+"""Scores every row: the router's hidden states go through the head row by row, and a row's score is the mean over
+its counted tokens.
+
+The row moves between head and loss (views, slices) are replayed on the hidden states in front of the head; the head
+acts on each row alone, so this commutes, and logits never exist in the graph. Targets come from the model's own label
+path, so shift and ignored positions are the model's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
+from cggr_compile.config import RoutingConfig
+from cggr_compile.passes.build_router import quiet_region
+from cggr_compile.passes.subgraph import clone
+from cggr_compile.program import Builder, Head, Program, value
+
+aten = torch.ops.aten
+
+QUANTITIES = {
+    "loss": ("nll",),
+    "entropy": ("entropy",),
+    "margin": ("margin",),
+    "combined": ("nll", "entropy", "margin"),
+}
+
+
+def score_rows(program: Program, config: RoutingConfig) -> Program:
+    """Inserts `cggr::score` and the mean over tokens; sets `routing.token_scores` [N], `.scores` [B], `.valid` [B] and
+    `.counts` [B].
+
+    A row without counted tokens scores 0 and is not valid. Everything is fp32 and without gradient.
+    """
+    assert program.head is not None
+    assert program.routing.router_hidden is not None
+    head = program.head
+    builder = Builder(program)
+    builder.copy_inputs()
+    builder.copy_parts("router")
+    builder.part, builder.region = "score", quiet_region(program)
+    hidden = rows_of(builder, head, builder.env[program.routing.router_hidden])
+    inputs = {node: builder.env[node] for node in program.placeholders}
+    target = clone(builder, [head.target], inputs)[head.target]
+    weight, bias = head_parameters(builder, head, inputs)
+    quantities = list(QUANTITIES[config.scoring])
+    statistics = builder.call(
+        torch.ops.cggr.score.default,
+        hidden,
+        weight,
+        bias,
+        target,
+        quantities,
+        head.scale,
+        head.divisor,
+        head.softcap,
+        head.ignore_index,
+    )
+    tokens = builder.call(aten.sum.dim_IntList, statistics, [0])
+    by_row = builder.call(aten.view.default, tokens, [batch_size(builder), -1])
+    totals = builder.call(aten.sum.dim_IntList, by_row, [1])
+    counts = count_by_row(builder, head, target)
+    scores = builder.call(aten.div.Tensor, totals, builder.call(aten.clamp_min.default, counts, 1))
+    valid = builder.call(aten.gt.Scalar, counts, 0)
+    builder.copy_rest()
+    routing = builder.routing(token_scores=tokens, scores=scores, valid=valid, counts=counts)
+    return builder.finish("score_rows", routing=routing)
+
+
+def count_by_row(builder: Builder, head: Head, target: fx.Node) -> fx.Node:
+    """How many targets of each row are counted, [B] int64."""
+    counted = builder.call(aten.ne.Scalar, target, head.ignore_index)
+    by_row = builder.call(aten.view.default, counted, [batch_size(builder), -1])
+    return builder.call(aten.sum.dim_IntList, by_row, [1])
+
+
+def rows_of(builder: Builder, head: Head, hidden: fx.Node) -> fx.Node:
+    """Replays the row moves between head and loss on hidden states: [B, S, D] to the loss's rows [N, D]."""
+    width = value(hidden).shape[-1]
+    rows = hidden
+    for move in head.row_ops:
+        args = list(move.args)
+        args[0] = rows
+        if isinstance(args[1], (list, tuple)):  # a view: its last size is the vocabulary
+            args[1] = [*(builder.env.get(size, size) for size in args[1][:-1]), width]
+        rows = builder.call(move.target, *args)  # type: ignore[arg-type]
+    return rows
+
+
+def head_parameters(
+    builder: Builder, head: Head, inputs: dict[fx.Node, fx.Node]
+) -> tuple[fx.Node, fx.Node | None]:
+    """The head's weight [V, D] and bias, computed from the model's parameters where they are not parameters."""
+    roots = [head.weight] if head.bias is None else [head.weight, head.bias]
+    env = clone(builder, roots, inputs)
+    parameters = {**inputs, **env}
+    return parameters[head.weight], None if head.bias is None else parameters[head.bias]
+
+
+def batch_size(builder: Builder) -> fx.Node:
+    """The batch size as a node: the size input where the capture has one, else read off the token ids."""
+    program = builder.program
+    for node in program.placeholders:
+        if program.kind(node) == "size" and program.same_size(value(node), program.batch):
+            return builder.env[node]
+    ids = next(
+        node
+        for node in program.placeholders
+        if program.kind(node) == "batch" and program.same_size(value(node).shape[0], program.batch)
+    )
+    return builder.call(aten.sym_size.int, builder.env[ids], 0)
