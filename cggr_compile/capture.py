@@ -159,7 +159,7 @@ def _functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
         if not any(_mutates(node) for node in traced.graph.nodes):
             return traced
         with enable_python_dispatcher():
-            functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True))
+            functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
             return make_fx(functional, {aten.copy.default: _copy}, pre_dispatch=True, tracing_mode="real")(*fakes)
 
 
@@ -189,6 +189,7 @@ def _normalize(
             source = next(remaining)
             path, kind = _describe(source, value(node), batch, sequence)
             env[node] = graph.placeholder(re.sub(r"\W+", "_", path).strip("_"))
+            env[node].target = env[node].name  # made unique by the graph; the target becomes the argument's name
             env[node].meta = dict(node.meta)
             inputs.append(Input(env[node].name, path, kind))
         elif (entered := _enter(node, region)) is not None:

@@ -39,9 +39,7 @@ def captured_module() -> nn.Module | None:
         translator = InstructionTranslator.current_tx()
     except AttributeError:  # no trace is under way in this thread
         return None
-    modules = [
-        local for local in translator.output.root_tx.f_locals.values() if isinstance(local, nn.Module)
-    ]
+    modules = [local for local in translator.output.root_tx.f_locals.values() if isinstance(local, nn.Module)]
     return modules[0] if modules else None
 
 

@@ -68,9 +68,7 @@ class RoutingConfig:
         _choice("selection", self.selection, SELECTIONS)
         _choice("fallback", self.fallback, FALLBACKS)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
-            raise ConfigError(
-                f"ratio={self.ratio!r} is not in (0, 1]; give the fraction of rows to keep, e.g. 0.25"
-            )
+            raise ConfigError(f"ratio={self.ratio!r} is not in (0, 1]; give the fraction of rows to keep, e.g. 0.25")
         if self.router_layers != "auto" and not _is_int(self.router_layers, 1):
             raise ConfigError(
                 f"router_layers={self.router_layers!r} is neither 'auto' nor a positive integer; "

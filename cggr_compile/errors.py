@@ -53,9 +53,7 @@ class CannotOptimize(RuntimeError):
         return (_rebuild, (self.reason, self.node, self.source, self.hint, str(self)))
 
 
-def _rebuild(
-    reason: str, node: str | None, source: str | None, hint: str | None, message: str
-) -> CannotOptimize:
+def _rebuild(reason: str, node: str | None, source: str | None, hint: str | None, message: str) -> CannotOptimize:
     error = CannotOptimize(reason, source=source, hint=hint)
     error.node = node
     error.args = (message,)
@@ -69,6 +67,4 @@ class VerificationError(AssertionError):
         self.pass_name = pass_name
         self.problem = problem
         at = f" (node %{node.name})" if node is not None else ""
-        super().__init__(
-            f"pass '{pass_name}' broke the graph: {problem}{at}; please report this with `cggr.explain`"
-        )
+        super().__init__(f"pass '{pass_name}' broke the graph: {problem}{at}; please report this with `cggr.explain`")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
@@ -49,9 +50,7 @@ class Region(NamedTuple):
                 stack.enter_context(torch.set_grad_enabled(self.grad))
             for cast in self.autocasts:
                 stack.enter_context(
-                    torch.autocast(
-                        cast.device_type, cast.dtype, enabled=cast.enabled, cache_enabled=cast.cache_enabled
-                    )
+                    torch.autocast(cast.device_type, cast.dtype, enabled=cast.enabled, cache_enabled=cast.cache_enabled)
                 )
             yield
 
@@ -327,7 +326,8 @@ class Builder:
     def evaluate(self, node: fx.Node) -> None:
         """Computes `meta["val"]` by running the node on its arguments' fake values under its region."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-        with self.program.fake_mode, self.program.shape_env.suppress_guards(), node.meta[REGION].active():
+        modes = (self.program.fake_mode, enable_python_dispatcher(), self.program.shape_env.suppress_guards())
+        with modes[0], modes[1], modes[2], node.meta[REGION].active():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def finish(self, name: str, **changes: Any) -> Program:
@@ -335,9 +335,7 @@ class Builder:
 
         A role whose node was not copied keeps pointing at nothing in the graph and must be in `changes`.
         """
-        roles = {
-            role: map_nodes(getattr(self.program, role), self._follow) for role in ("head", "layers", "routing")
-        }
+        roles = {role: map_nodes(getattr(self.program, role), self._follow) for role in ("head", "layers", "routing")}
         fields = {**roles, **changes, "graph": self.graph, "inputs": tuple(self.inputs)}
         snapshot = Snapshot(name, self.graph)
         return dataclasses.replace(self.program, **fields, snapshots=(*self.program.snapshots, snapshot))

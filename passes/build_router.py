@@ -11,12 +11,13 @@ would cut the weights off from their gradient) and without dropout.
 from __future__ import annotations
 
 import dataclasses
+
 import torch
+from cggr_compile.passes.subgraph import clone
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.passes.subgraph import clone
 from cggr_compile.program import Autocast, Builder, Program, Region, value
 
 aten = torch.ops.aten
@@ -64,9 +65,7 @@ def build_router(program: Program, config: RoutingConfig) -> Program:
     )
     builder.part, builder.region = "main", Region()
     builder.copy_rest()
-    routing = dataclasses.replace(
-        program.routing, router_layers=count, router_hidden=env[program.head.hidden]
-    )
+    routing = dataclasses.replace(program.routing, router_layers=count, router_hidden=env[program.head.hidden])
     return builder.finish("build_router", routing=routing)
 
 

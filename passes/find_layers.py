@@ -13,11 +13,11 @@ import re
 from collections import Counter, defaultdict
 
 import torch
+from cggr_compile.passes.subgraph import ancestors, cut_vertices
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.passes.subgraph import ancestors, cut_vertices
 from cggr_compile.program import Layers, Program, is_tensor, value
 
 aten = torch.ops.aten
@@ -44,9 +44,7 @@ def find_layers(program: Program, config: RoutingConfig) -> Program:
 def _stream(program: Program, hidden: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """The embedding from which the most cuts lead to the head, and those cuts that carry batch and sequence."""
     embeddings = [
-        node
-        for node in ancestors([hidden])
-        if node.target == aten.embedding.default and _carries_tokens(program, node)
+        node for node in ancestors([hidden]) if node.target == aten.embedding.default and _carries_tokens(program, node)
     ]
     if not embeddings:
         raise CannotOptimize(
@@ -70,13 +68,10 @@ def _carries_tokens(program: Program, node: fx.Node) -> bool:
 
 
 def _modules(node: fx.Node) -> list[tuple[str, ...]]:
-    """Paths of the modules around a node, outermost first, as component tuples."""
+    """Paths of the modules around a node, without the expression that names the root, as component tuples."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = []
-    for path, *_ in stack.values():
-        plain = re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", path)
-        paths.append(tuple(plain.split(".")))
-    return paths
+    plain = [re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", path) for path, *_ in stack.values()]
+    return [tuple(re.sub(r"^[LG]\[[^\]]*\](\.__self__)?\.?", "", path).split(".")) for path in plain]
 
 
 def _layer_indices(node: fx.Node) -> dict[tuple[str, ...], int]:
@@ -106,7 +101,7 @@ def _by_metadata(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layer
         residuals = [cutting[path].get(index) for index in range(len(members[path]))]
         ordered = [cut for cut in cuts if cut in residuals]
         if None not in residuals and ordered == residuals:
-            name = ".".join(part for part in path[1:] if part)
+            name = ".".join(path)
             return Layers(name, "metadata + single-residual cut", entry, tuple(ordered))
     for path in stacks:
         _refuse_second_tensor(program, path, members[path], cutting[path])
@@ -124,8 +119,7 @@ def _refuse_second_tensor(
     leaving = [
         node
         for node in inside
-        if _carries_tokens(program, node)
-        and any(_layer_indices(user).get(path) == missing + 1 for user in node.users)
+        if _carries_tokens(program, node) and any(_layer_indices(user).get(path) == missing + 1 for user in node.users)
     ]
     if len(leaving) > 1:
         names = " and ".join(f"%{node.name}" for node in leaving)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cggr_compile.passes.subgraph import ancestors, descendants
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.passes.subgraph import ancestors, descendants
 from cggr_compile.program import Head, Program, is_tensor, value
 
 aten = torch.ops.aten
@@ -36,6 +36,7 @@ _CASTS = {
     aten.contiguous.default,
     aten.alias.default,
 }
+_ARITHMETIC = {aten.mul.Tensor, aten.div.Tensor, aten.tanh.default}
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _ROW_MOVES = {*_VIEWS, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.flatten.using_ints}
 _REDUCTIONS = {1: "mean", 2: "sum"}
@@ -81,9 +82,7 @@ def _loss_output(program: Program, loss: fx.Node) -> int:
     for index, output in enumerate(program.outputs):
         if output in downstream and is_tensor(output) and value(output).dim() == 0:
             return index
-    raise CannotOptimize(
-        "the cross-entropy does not reach an output of the model", node=loss, hint="return the loss"
-    )
+    raise CannotOptimize("the cross-entropy does not reach an output of the model", node=loss, hint="return the loss")
 
 
 def _match(program: Program, loss: fx.Node) -> Head | Mismatch:
@@ -135,7 +134,7 @@ def _walk_back(logits: fx.Node) -> tuple[fx.Node, list[fx.Node], tuple[float, fl
             return _unsupported(node)
         if node.target in _ROW_MOVES and value(node).shape[-1] == value(node.args[0]).shape[-1] == vocabulary:
             moves.append(node)
-        elif node.target in (aten.mul.Tensor, aten.div.Tensor, aten.tanh.default):
+        elif node.target in _ARITHMETIC:
             arithmetic.append(node)
         elif node.target not in _CASTS:
             return _unsupported(node)
@@ -198,7 +197,7 @@ def _executed_shift(program: Program, head: Head) -> int | Mismatch:
     sizes = {"batch": batch, "sequence": length}
     positions = torch.arange(batch * length).view(batch, length)
     wide = value(head.linear).shape[-1]
-    rows = positions.unsqueeze(-1).expand(batch, length, wide)
+    rows = positions.unsqueeze(-1).expand(batch, length, wide).contiguous()
     if value(head.linear).dim() == 2:
         rows = rows.reshape(-1, wide)
     moved = _execute(program, (head.linear, *head.row_ops)[-1], {head.linear: rows}, sizes)
@@ -220,7 +219,10 @@ def _executed_shift(program: Program, head: Head) -> int | Mismatch:
 def _execute(
     program: Program, root: fx.Node, known: dict[fx.Node, torch.Tensor], sizes: dict[str, int]
 ) -> torch.Tensor:
-    """Runs the few nodes that `root` needs on concrete CPU tensors, sizes standing in for the symbols."""
+    """Runs the few nodes that `root` needs on concrete CPU tensors, sizes standing in for the symbols.
+
+    Casts, and the head's arithmetic, move no value to another place and are passed over.
+    """
     env: dict[fx.Node, Any] = dict(known)
     for node in sorted(ancestors([root], stop=known)):
         if node.op == "placeholder":
@@ -228,8 +230,8 @@ def _execute(
                 (size for name, size in sizes.items() if program.same_size(value(node), getattr(program, name))),
                 None,
             )
-        elif node.target in _CASTS:
-            env[node] = env[node.args[0]]
+        elif node.target in _CASTS | _ARITHMETIC:
+            env[node] = env[node.args[0]].contiguous()
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda old: env[old])
             env[node] = node.target(*args, **kwargs)  # type: ignore[operator]

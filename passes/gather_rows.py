@@ -8,11 +8,11 @@ the batch symbol.
 from __future__ import annotations
 
 import torch
+from cggr_compile.passes.subgraph import clone
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.passes.subgraph import clone
 from cggr_compile.program import PART, Builder, Program, is_tensor, value
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from cggr_compile.kernels.providers import PROVIDERS, choose
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.kernels.providers import PROVIDERS, choose
 from cggr_compile.program import Builder, Program, value
 
 PROVIDER = "cggr_provider"

@@ -10,14 +10,14 @@ gradient scale of plain training.
 
 from __future__ import annotations
 
-import torch
-from torch import fx
-
 import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
-from cggr_compile.config import RoutingConfig
+import torch
 from cggr_compile.passes.gather_rows import main_roots
 from cggr_compile.passes.score_rows import head_parameters, rows_of
 from cggr_compile.passes.subgraph import clone
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
 from cggr_compile.program import Builder, Program, Region, is_tensor, value
 
 aten = torch.ops.aten

@@ -8,13 +8,13 @@ path, so shift and ignored positions are the model's.
 
 from __future__ import annotations
 
-import torch
-from torch import fx
-
 import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
-from cggr_compile.config import RoutingConfig
+import torch
 from cggr_compile.passes.build_router import quiet_region
 from cggr_compile.passes.subgraph import clone
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
 from cggr_compile.program import Builder, Head, Program, value
 
 aten = torch.ops.aten
@@ -88,9 +88,7 @@ def rows_of(builder: Builder, head: Head, hidden: fx.Node) -> fx.Node:
     return rows
 
 
-def head_parameters(
-    builder: Builder, head: Head, inputs: dict[fx.Node, fx.Node]
-) -> tuple[fx.Node, fx.Node | None]:
+def head_parameters(builder: Builder, head: Head, inputs: dict[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node | None]:
     """The head's weight [V, D] and bias, computed from the model's parameters where they are not parameters."""
     roots = [head.weight] if head.bias is None else [head.weight, head.bias]
     env = clone(builder, roots, inputs)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 from operator import getitem
 
-import torch
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic
-
 import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
-from cggr_compile.config import RoutingConfig
+import torch
 from cggr_compile.passes.build_router import quiet_region
 from cggr_compile.passes.score_rows import count_by_row
 from cggr_compile.passes.subgraph import clone
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+from cggr_compile.config import RoutingConfig
 from cggr_compile.program import Builder, Program, value
 
 aten = torch.ops.aten
@@ -49,9 +49,7 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
         counts = count_by_row(builder, head, target)
         valid = builder.call(aten.gt.Scalar, counts, 0)
         routing = builder.routing(scores=noise, valid=valid, counts=counts)
-    chosen = builder.call(
-        torch.ops.cggr.select.default, routing.scores, routing.valid, kept, config.selection, noise
-    )
+    chosen = builder.call(torch.ops.cggr.select.default, routing.scores, routing.valid, kept, config.selection, noise)
     rows, weights = (builder.call(getitem, chosen, index) for index in (0, 1))
     builder.copy_rest()
     routing = dataclasses.replace(routing, kept=kept, rows=rows, weights=weights)
@@ -62,11 +60,7 @@ def _kept_symbol(program: Program) -> torch.SymInt:
     """A fresh symbol for k, whose size hint is equal to no other size of the graph."""
     shape_env = program.shape_env
     source = ConstantSource("kept")
-    hints = {
-        size.node.hint for size in (program.batch, program.sequence) if isinstance(size, torch.SymInt)
-    }
+    hints = {size.node.hint for size in (program.batch, program.sequence) if isinstance(size, torch.SymInt)}
     hint = next(size for size in range(2, 6) if size not in hints)
     symbol = shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
     return shape_env.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]
-
-

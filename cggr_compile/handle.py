@@ -1,0 +1,244 @@
+"""`model.cggr`: what the user reads and calls on an optimised model, and the patched `forward` behind it."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+
+from cggr_compile import compat
+from cggr_compile.backend import Backend
+from cggr_compile.capture import batch_dims
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.report import Diff, Report
+from cggr_compile.runtime import Runtime
+
+
+class Handle:
+    """State and inspection of one optimised model; `cggr.optimize` puts it at `model.cggr`.
+
+    Copying or pickling the model copies configuration, step and generator; the copy compiles anew at its first step.
+    """
+
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+        self.model = model
+        self.runtime = runtime
+        self.undo: dict[str, Any] = {}
+        self._compiled: Callable[..., Any] | None = None
+        self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "runtime": self.runtime, "undo": self.undo}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["model"], state["runtime"])  # type: ignore[misc]
+        self.undo = state["undo"]
+
+    @property
+    def config(self) -> RoutingConfig:
+        """The options in force."""
+        return self.runtime.config
+
+    @property
+    def selected(self) -> torch.Tensor | None:
+        """Sorted row indices [k], int64, of the last routed step, on the device; None before the first.
+
+        Where fewer than k rows were selectable, the rest repeats a selected row and counts for nothing.
+        """
+        rows = self.runtime.last.get("rows")
+        return rows if isinstance(rows, torch.Tensor) else None
+
+    @property
+    def captures(self) -> int:
+        """How many graphs were captured for training so far."""
+        return len(self.runtime.plans)
+
+    def step(self) -> None:
+        """Counts one optimiser step; call it after `optimizer.step()` when `warmup_steps` is used."""
+        self.runtime.steps += 1
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Figures of the last routed step, as tensors on the device (nothing is read back); empty before the first.
+
+        `rows_total`, `rows_selected`, `kept_ratio`; with scores also `score_mean`, `score_selected_mean`; with labels
+        counted also `tokens_total`, `tokens_selected`.
+        """
+        last = self.runtime.last
+        rows = last.get("rows")
+        if not isinstance(rows, torch.Tensor):
+            return {}
+        weights = last["weights"] if isinstance(last["weights"], torch.Tensor) else torch.ones_like(rows)
+        selected = (weights > 0).sum()
+        found = {
+            "rows_total": torch.tensor(last["total"], device=rows.device),
+            "rows_selected": selected,
+            "kept_ratio": selected / last["total"],
+        }
+        scores, counts = last["scores"], last["counts"]
+        if isinstance(counts, torch.Tensor):
+            found["tokens_total"] = counts.sum()
+            found["tokens_selected"] = (counts[rows] * (weights > 0)).sum()
+        if isinstance(scores, torch.Tensor) and isinstance(counts, torch.Tensor):
+            found["score_mean"] = scores.where(counts > 0, torch.nan).nanmean()
+            found["score_selected_mean"] = scores[rows].where(weights > 0, torch.nan).nanmean()
+        return found
+
+    def report(self) -> Report:
+        """What was found, inserted and chosen, and the predicted cost, for the latest capture."""
+        return Report.of(self.runtime)
+
+    def diff(self) -> Diff:
+        """The rewrite of the latest capture: in model terms, operator counts, full graph."""
+        return Diff.of(self.runtime)
+
+    def __repr__(self) -> str:
+        return f"<cggr handle of {type(self.model).__name__}: {self.config}, {self.captures} captures>"
+
+    def original(self) -> Callable[..., Any]:
+        """The forward that `optimize` found, bound to the model."""
+        return self.undo.get("forward") or types.MethodType(type(self.model).forward, self.model)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The patched forward: routed in a training step with labels, the original otherwise."""
+        original = self.original()
+        if not self.model.training or not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        arguments = _named_arguments(original, args, kwargs)
+        if arguments.get("labels") is None:
+            return original(*args, **kwargs)
+        try:
+            return self._routed(arguments)
+        except CannotOptimize as error:
+            if self.config.fallback == "raise":
+                raise
+            if not self._warned:
+                warnings.warn(f"training without routing: {error}", RuntimeWarning, stacklevel=3)
+                self._warned = True
+            if str(error) not in self.runtime.passive:
+                self.runtime.passive.append(str(error))
+            return original(*args, **kwargs)
+
+    def _routed(self, arguments: dict[str, Any]) -> Any:
+        check_arguments(arguments)
+        if self._compiled is None:
+            self._compiled = compiled_forward(self.original(), Backend(self.runtime))
+        return call_compiled(self._compiled, arguments)
+
+
+class RoutedForward:
+    """The instance attribute `forward` of an optimised model; looks like the original to `inspect` and wrappers."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.handle.original()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.handle.original())
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.handle.original().__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.handle.call(*args, **kwargs)
+
+
+def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    """torch.compile over a forward, with a code object of its own.
+
+    Dynamo counts recompilations by code object; sharing the class's would let one optimised model use up another's.
+    """
+
+    def entry(arguments: dict[str, Any]) -> Any:
+        return forward(**arguments)
+
+    own = types.FunctionType(entry.__code__.replace(), entry.__globals__, "cggr_forward", None, entry.__closure__)
+    return torch.compile(own, backend=backend, fullgraph=True)
+
+
+def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Calls a compiled forward with batch and sequence marked dynamic; turns Dynamo's errors into `CannotOptimize`."""
+    tensors = {name: arg for name, arg in arguments.items() if isinstance(arg, torch.Tensor)}
+    for name, dims in batch_dims(tensors).items():
+        torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
+    try:
+        return compiled(arguments)
+    except BackendCompilerFailed as error:
+        cause = error.inner_exception
+        if isinstance(cause, CannotOptimize):
+            raise cause from None
+        raise
+    except Unsupported as error:
+        raise _graph_break(error) from error
+
+
+def _graph_break(error: Unsupported) -> CannotOptimize:
+    stack = getattr(error, "real_stack", None)
+    frame = stack[-1] if stack else None
+    return CannotOptimize(
+        f"the model breaks Dynamo's graph ({str(error).splitlines()[0]})",
+        source=f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else None,
+        hint="rewrite that line, or pass fallback='eager' to train without routing",
+    )
+
+
+def _named_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name, those that are None left out."""
+    signature = inspect.signature(forward)
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    named: dict[str, Any] = {}
+    for name, arg in bound.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(arg)
+        else:
+            named[name] = arg
+    if "use_cache" in signature.parameters:
+        named["use_cache"] = False
+    return {name: arg for name, arg in named.items() if arg is not None}
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raises `CannotOptimize` for calls that cannot be routed whatever the model."""
+    ids, labels = arguments.get("input_ids"), arguments.get("labels")
+    if ids is None:
+        raise CannotOptimize(
+            "the call has no input_ids" + (", only inputs_embeds" if "inputs_embeds" in arguments else ""),
+            hint="pass input_ids: the router reads token ids",
+        )
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        raise CannotOptimize(
+            f"input_ids of shape {tuple(getattr(ids, 'shape', ()))} is not [batch, sequence]",
+            hint="pass a two-dimensional tensor of token ids",
+        )
+    if not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
+        raise CannotOptimize(
+            f"labels of shape {tuple(getattr(labels, 'shape', ()))} do not match input_ids of shape {tuple(ids.shape)}",
+            hint="pass one label a token, -100 where none counts",
+        )
+    wanted = [name for name in ("output_hidden_states", "output_attentions") if arguments.get(name)]
+    if wanted:
+        raise CannotOptimize(
+            f"{wanted[0]}=True in a training step: a routed step returns no activations",
+            hint="drop it, or call the model in eval() mode for inspection",
+        )
+
+
+def prepare(model: nn.Module) -> dict[str, Any]:
+    """Makes the model's lazily built Python state traceable; returns what `restore` must undo."""
+    compat.install_output_hooks(model)
+    undo: dict[str, Any] = {}
+    if compat.needs_pinned_loss(model):
+        undo["pinned_loss"] = True
+        model.loss_function = model.loss_function  # type: ignore[assignment]
+    return undo

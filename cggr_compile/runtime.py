@@ -1,0 +1,184 @@
+"""What happens at each step: how many rows are kept, which compiled variant runs, what is remembered for the user.
+
+Nothing here reads a tensor back to the CPU. The number of rows comes from shapes, the curriculum from a Python
+counter; selections and scores stay on the device until somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.passes.lower_regions import lower_regions
+from cggr_compile.passes.pipeline import UNROUTED, passes_for, run
+from cggr_compile.program import Program, value
+
+# Distinct (batch, sequence, k) for which the inner backend keeps compiled code; the oldest is dropped beyond.
+MAX_SPECIALIZATIONS = 64
+
+EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts")
+
+
+class Runtime:
+    """State of one optimised model: configuration, optimiser steps done, last selection, plans built so far."""
+
+    def __init__(self, config: RoutingConfig) -> None:
+        self.config = config
+        self.steps = 0
+        self.plans: list[Plan] = []
+        self.passive: list[str] = []
+        self.last: dict[str, torch.Tensor | int | None] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._generator_states: dict[str, torch.Tensor] = {}
+
+    def noise(self, rows: int, device: torch.device) -> torch.Tensor:
+        """Uniform fp32 noise [rows] from this model's own generator on the device."""
+        return torch.rand(rows, device=device, generator=self.generator(device))
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The generator of random selections on a device, seeded by `config.seed` or from torch's global seed."""
+        if device not in self._generators:
+            generator = torch.Generator(device)
+            seed = self.config.seed if self.config.seed is not None else torch.initial_seed() % 2**63
+            generator.manual_seed(seed)
+            if str(device) in self._generator_states:
+                generator.set_state(self._generator_states[str(device)])
+            self._generators[device] = generator
+        return self._generators[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Configuration, counters and generators; compiled plans are rebuilt by the first step of the copy."""
+        states = {str(device): generator.get_state() for device, generator in self._generators.items()}
+        return {"config": self.config, "steps": self.steps, "states": {**self._generator_states, **states}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["config"])  # type: ignore[misc]
+        self.steps = state["steps"]
+        self._generator_states = state["states"]
+
+
+class Plan:
+    """One capture: the routed program, the unrouted one, and the code that runs them. Called by Dynamo's frame."""
+
+    def __init__(self, captured: Program, runtime: Runtime) -> None:
+        self.captured = captured
+        self.runtime = runtime
+        self.symbolic_batch = isinstance(captured.batch, torch.SymInt)
+        config = runtime.config
+        passes = passes_for(config) if self.symbolic_batch else UNROUTED
+        self.program = run(captured, config, passes)
+        assert self.program.head is not None
+        self.device = value(self.program.head.weight).device
+        self.inner = resolve_inner(config.inner, self.device)
+        self._routed = Variant(self.program, self.inner)
+        self._unrouted: Variant | None = None if self.symbolic_batch else self._routed
+        self._ids = next(
+            index
+            for index, node in enumerate(captured.placeholders)
+            if captured.kind(node) == "batch"
+            and isinstance(value(node), torch.Tensor)
+            and value(node).dim() == 2
+            and not value(node).is_floating_point()
+        )
+
+    @property
+    def unrouted(self) -> Variant:
+        """The program without router and selection, built when a step first keeps every row."""
+        if self._unrouted is None:
+            self._unrouted = Variant(run(self.captured, self.runtime.config, UNROUTED), self.inner)
+        return self._unrouted
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        rows = inputs[self._ids].shape[0]
+        kept = self.runtime.config.kept_rows(rows, self.runtime.steps)
+        if kept >= rows:
+            outputs = self.unrouted(*inputs)
+        else:
+            added = [kept]
+            if any(entry.name == "noise" for entry in self.program.inputs):
+                added.append(self.runtime.noise(rows, self.device))
+            outputs = self._routed(*inputs, *added)
+        extra = outputs[-len(EXTRA_OUTPUTS) :]
+        self.runtime.last = {
+            "total": rows,
+            "kept": min(kept, rows),
+            **dict(zip(EXTRA_OUTPUTS, extra, strict=True)),
+        }
+        if self.runtime.last["rows"] is None:
+            self.runtime.last["rows"] = torch.arange(rows, device=self.device)
+        return outputs[: -len(EXTRA_OUTPUTS)]
+
+
+def resolve_inner(inner: str, device: torch.device) -> str:
+    """`auto` is inductor on CUDA and eager elsewhere."""
+    if inner != "auto":
+        return inner
+    return "inductor" if device.type == "cuda" else "eager"
+
+
+class Variant:
+    """One lowered program and its compiled code for each concrete (batch, sequence, k)."""
+
+    def __init__(self, program: Program, inner: str) -> None:
+        self.inner = inner
+        self.module = lower_regions(program, checkpoints=inner == "eager")
+        self.specialized: OrderedDict[tuple[int, ...], Callable[..., Any]] = OrderedDict()
+        self.compilations = 0
+        self._run = self.module if inner == "eager" else self._specialized
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        return self._run(*inputs)
+
+    def _specialized(self, *inputs: Any) -> tuple[Any, ...]:
+        key = (*(size for size in inputs if isinstance(size, int)), *_shapes(inputs))
+        if key not in self.specialized:
+            self.compilations += 1
+            self.specialized[key] = compile_static(self.module, list(inputs), self.inner)
+            if len(self.specialized) > MAX_SPECIALIZATIONS:
+                self.specialized.popitem(last=False)
+        self.specialized.move_to_end(key)
+        return tuple(self.specialized[key](*inputs))
+
+
+def _shapes(inputs: tuple[Any, ...]) -> tuple[int, ...]:
+    """Sizes of the inputs that are not parameters: those of the model cannot change."""
+    return tuple(
+        size
+        for tensor in inputs
+        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, torch.nn.Parameter)
+        for size in tensor.shape
+    )
+
+
+def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Callable[..., Any]:
+    """Compiles a module with every size input replaced by its value."""
+    graph = fx.Graph(module)
+    env: dict[fx.Node, Any] = {}
+    for node, given in zip(module.graph.find_nodes(op="placeholder", sort=True), inputs, strict=True):
+        copy = graph.node_copy(node)
+        env[node] = given if isinstance(given, int) else copy
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph.output(fx.map_arg(node.args[0], lambda old: env[old]))
+        elif node.op != "placeholder":
+            env[node] = _substituted(graph, node, env)
+    static = fx.GraphModule(module, graph)
+    with torch._guards.tracing(None):
+        return torch._dynamo.lookup_backend(inner)(static, inputs)
+
+
+def _substituted(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
+    copy = graph.create_node(
+        node.op,
+        node.target,
+        fx.map_arg(node.args, lambda old: env[old]),
+        fx.map_arg(node.kwargs, lambda old: env[old]),
+        name=node.name,
+    )
+    copy.meta = {key: item for key, item in node.meta.items() if key != "val"}
+    return copy

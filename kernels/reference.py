@@ -1,0 +1,257 @@
+"""Plain-torch semantics of the `cggr` operators: what every provider has to compute.
+
+The functions are traceable, read nothing back to the host and branch on shapes only where these are concrete
+integers, so the same code runs eagerly, under symbolic shapes and on the CPU, CUDA and meta devices. `masked_loss`
+and `gather` are differentiable by autograd; `score` detaches its inputs.
+
+The statistics of `score` are taken of logits shifted by their row maximum m, which changes none of them
+(softmax(x) = softmax(x - m), lse(x) = m + lse(x - m)) and keeps both terms of each difference small: with
+Z = Σ exp(x - m), the confidence is 1 / Z and the log-sum-exp that meets shifted logits is log Z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOGITS_PER_CHUNK = 2**24
+REDUCTIONS = ("mean", "sum")
+
+
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Head logits [..., V] of `hidden` [..., D], `weight` [V, D] and `bias` [V], in the dtype of the linear.
+
+    The order is `* scale`, `/ divisor`, soft-cap; the soft-cap is `x / softcap`, tanh, `* softcap` as in
+    transformers' Gemma 2, rounding after each step. Steps that change nothing (1, 1, 0) are left out.
+    """
+    x = F.linear(hidden, weight, bias)
+    if scale != 1:
+        x = x * scale
+    if divisor != 1:
+        x = x / divisor
+    if softcap > 0:
+        x = x / softcap
+        x = torch.tanh(x)
+        x = x * softcap
+    return x
+
+
+class _ShiftedRows:
+    """The softmax statistics of fp32 logits `x` [R, V]: shifted logits, their exponentials, and Z = Σ exp."""
+
+    def __init__(self, x: Tensor, target: Tensor) -> None:
+        self.shifted = x - x.amax(-1, keepdim=True)
+        self.exponentials = self.shifted.exp()
+        self.total = self.exponentials.sum(-1)
+        self.target = target
+
+
+def _nll(rows: _ShiftedRows) -> Tensor:
+    return rows.total.log() - rows.shifted.gather(-1, rows.target.unsqueeze(-1)).squeeze(-1)
+
+
+def _entropy(rows: _ShiftedRows) -> Tensor:
+    # p·x tends to 0 as x tends to -inf, where floating point would say 0 · -inf = NaN.
+    finite = rows.shifted.masked_fill(rows.shifted == -math.inf, 0.0)
+    return rows.total.log() - (rows.exponentials * finite).sum(-1) / rows.total
+
+
+def _margin(rows: _ShiftedRows) -> Tensor:
+    if rows.exponentials.shape[-1] == 1:
+        return 1.0 - _confidence(rows)
+    # The largest exponential is exp(0) = 1, so p1 - p2 = (1 - e2) / Z: exactly 0 on a tie.
+    runner_up = rows.exponentials.topk(2, dim=-1).values[..., 1]
+    return 1.0 - (1.0 - runner_up) / rows.total
+
+
+def _confidence(rows: _ShiftedRows) -> Tensor:
+    return rows.total.reciprocal()
+
+
+QUANTITIES: dict[str, Callable[[_ShiftedRows], Tensor]] = {
+    "nll": _nll,
+    "entropy": _entropy,
+    "margin": _margin,
+    "confidence": _confidence,
+}
+
+
+def score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    quantities: Sequence[str],
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Per-row statistics of the head's prediction, float32 [len(quantities), N], without a gradient.
+
+    `hidden` [N, D], `weight` [V, D] and `bias` [V] are of one floating dtype; `target` [N] holds class indices
+    of any integer dtype. With p = softmax(logits) and p1 >= p2 its two largest entries, the quantities are
+    `"nll"` = lse - x[target], `"entropy"` = lse - Σ p·x, `"margin"` = 1 - (p1 - p2) and `"confidence"` = p1.
+
+    Rows whose target is `ignore_index` hold 0 in every quantity. A logit of -inf has probability 0; rows with a
+    NaN or +inf logit, or with -inf only, are NaN (as in `F.cross_entropy`). Raises ValueError for an unknown
+    quantity; torch reports targets outside [0, V).
+    """
+    unknown = [name for name in quantities if name not in QUANTITIES]
+    if unknown or not quantities:
+        raise ValueError(f"quantities: got {list(quantities)}, expected a non-empty list of {list(QUANTITIES)}")
+    # Detached inputs rather than no_grad: a trace then holds no grad-mode nodes, which have no data edges.
+    hidden, weight = hidden.detach(), weight.detach()
+    bias = None if bias is None else bias.detach()
+
+    def of_rows(hidden: Tensor, target: Tensor) -> Tensor:
+        ignored = target == ignore_index
+        in_bounds = target.long().masked_fill(ignored, 0)
+        rows = _ShiftedRows(logits(hidden, weight, bias, scale, divisor, softcap).float(), in_bounds)
+        values = torch.stack([QUANTITIES[name](rows) for name in quantities])
+        return values.masked_fill(ignored, 0.0)
+
+    chunk = _rows_per_chunk(hidden.shape[0], weight.shape[0])
+    if chunk is None:
+        return of_rows(hidden, target)
+    pairs = zip(hidden.split(chunk), target.split(chunk), strict=True)
+    return torch.cat([of_rows(some_hidden, some_target) for some_hidden, some_target in pairs], dim=1)
+
+
+def _rows_per_chunk(rows: int | torch.SymInt, vocabulary: int | torch.SymInt) -> int | None:
+    """Rows that bound a chunk's logits, or None where one chunk does or the loop would specialise a symbol."""
+    # Dynamo shows a symbolic size as an int; everywhere else it is a SymInt, which is none.
+    if torch.compiler.is_dynamo_compiling() or not (isinstance(rows, int) and isinstance(vocabulary, int)):
+        return None
+    return max(1, LOGITS_PER_CHUNK // vocabulary) if rows * vocabulary > LOGITS_PER_CHUNK else None
+
+
+def _rank_topk(scores: Tensor, noise: Tensor | None) -> Tensor:
+    return scores
+
+
+def _rank_random(scores: Tensor, noise: Tensor | None) -> Tensor:
+    if noise is None:
+        raise ValueError("noise: the rule 'random' ranks by noise, which is None")
+    return noise
+
+
+RANKINGS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"topk": _rank_topk, "random": _rank_random}
+"""The rules of `select`: each maps (scores, noise) to the key [..., N] that rows are ranked by, largest first."""
+
+
+def select(scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k highest ranked valid rows of the last dimension: index int64 [..., k] and weight float32 [..., k].
+
+    `scores` and `noise` are float32 [..., N], `valid` is bool [..., N]. Rows that are invalid or whose key is NaN
+    are never selected; +inf ranks highest, -inf lowest, and ties go to the lower index. The result is sorted by
+    index. Each selected row appears once with weight 1; where fewer than k rows are selectable, the missing places
+    repeat the highest ranked one with weight 0, or row 0 where none is. Raises ValueError for an unknown rule and
+    for a rule whose noise is missing.
+    """
+    if rule not in RANKINGS:
+        raise ValueError(f"rule: got {rule!r}, expected one of {list(RANKINGS)}")
+    key = RANKINGS[rule](scores, noise)
+    selectable = valid & ~key.isnan()
+    # Two stable sorts order by (selectable, key, index): a row with key -inf still precedes an unselectable one.
+    by_key = key.masked_fill(~selectable, -math.inf).sort(dim=-1, descending=True, stable=True).indices
+    unselectable_last = (~selectable).gather(-1, by_key).to(torch.uint8).sort(dim=-1, stable=True).indices
+    ranked = by_key.gather(-1, unselectable_last)
+    # With no rows at all there is no highest ranked one; the padding keeps place 0 addressable.
+    ranked = F.pad(ranked, (0, 1))
+
+    place = torch.arange(k, device=scores.device)
+    filled = place < selectable.sum(-1, keepdim=True)
+    index = ranked.gather(-1, torch.where(filled, place, 0))
+    # The stable sort keeps a row's own place, of weight 1, before its repetitions.
+    index, order = index.sort(dim=-1, stable=True)
+    return index, filled.gather(-1, order).float()
+
+
+def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Slices `index` [k] of `x` along `dim`, repeats included; torch reports an index out of range."""
+    return x.index_select(dim, index)
+
+
+def masked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor | None = None,
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of the rows whose target is not `ignore_index`: a 0-d float32 tensor.
+
+    `hidden` [N, D], `weight` [V, D] and `bias` [V] are of one floating dtype, `target` [N] is of any integer dtype
+    and `row_weight` [N] of any floating one. `"sum"` gives Σ w·nll, with w = 1 without `row_weight`; `"mean"`
+    divides it by the number of counted rows or, with `row_weight`, by Σ w over them, and is 0 where that is 0.
+    Where every row is ignored the loss is 0 and stays connected to every input. Raises ValueError for an unknown
+    reduction; torch reports targets outside [0, V).
+
+    Without `row_weight` the mean equals `F.cross_entropy(..., reduction="mean")` to the bit on the CPU in float32:
+    torch divides the same sum by the same count, forward and backward.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, expected one of {list(REDUCTIONS)}")
+    x = logits(hidden, weight, bias, scale, divisor, softcap).float()
+    target = target.long()
+    counted = target != ignore_index
+    if row_weight is None:
+        total = F.cross_entropy(x, target, ignore_index=ignore_index, reduction="sum")
+        return total if reduction == "sum" else total / counted.sum().clamp(min=1)
+
+    nll = F.cross_entropy(x, target, ignore_index=ignore_index, reduction="none")
+    counted_weight = torch.where(counted, row_weight.float(), 0.0)
+    total = (counted_weight * nll).sum()
+    if reduction == "sum":
+        return total
+    amount = counted_weight.sum()
+    weightless = amount == 0
+    # The division happens in either branch of `where`, so its denominator must be safe there too.
+    return torch.where(weightless, 0.0, total / torch.where(weightless, 1.0, amount))
+
+
+def masked_loss_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor | None,
+    scale: float,
+    divisor: float,
+    softcap: float,
+    ignore_index: int,
+    reduction: str,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of `masked_loss`, scaled by `grad` (0-d), for the wanted of (hidden, weight, bias, row_weight).
+
+    The loss is recomputed and differentiated by autograd with respect to the wanted inputs only: an unwanted one
+    costs nothing and has no entry in the result, which holds contiguous tensors like their inputs, in that order.
+    """
+    leaves = [
+        None if x is None else x.detach().requires_grad_(want)
+        for x, want in zip((hidden, weight, bias, row_weight), wanted, strict=True)
+    ]
+    hidden, weight, bias, row_weight = leaves
+    with torch.enable_grad():
+        loss = masked_loss(hidden, weight, bias, target, row_weight, scale, divisor, softcap, ignore_index, reduction)
+    sought = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    return [g.contiguous() for g in torch.autograd.grad(loss, sought, grad)]

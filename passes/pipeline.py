@@ -1,0 +1,52 @@
+"""Runs passes in order, verifying after each.
+
+The runner knows nothing about any pass: a pass is a function of (program, config), and which ones make up a route is
+decided here, once, from the configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from cggr_compile.passes.build_router import build_router
+from cggr_compile.passes.find_layers import find_layers
+from cggr_compile.passes.find_loss import find_loss
+from cggr_compile.passes.gather_rows import gather_rows
+from cggr_compile.passes.lower_kernels import lower_kernels
+from cggr_compile.passes.mask_loss import mask_loss
+from cggr_compile.passes.score_rows import score_rows
+from cggr_compile.passes.select_rows import NEEDS_SCORES, select_rows
+from cggr_compile.passes.verify import verify
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.program import Program, Snapshot
+
+Pass = Callable[[Program, RoutingConfig], Program]
+
+# Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
+UNROUTED: tuple[Pass, ...] = (find_loss, mask_loss, lower_kernels)
+
+
+def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
+    """The passes of the configured route. A selection that needs no scores needs no layers and no router."""
+    scored: tuple[Pass, ...] = (find_layers, build_router, score_rows)
+    middle = scored if NEEDS_SCORES[config.selection] else ()
+    return (find_loss, *middle, select_rows, gather_rows, mask_loss, lower_kernels)
+
+
+def run(program: Program, config: RoutingConfig, passes: Sequence[Pass]) -> Program:
+    """Applies the passes; every one leaves a snapshot under its name.
+
+    Raises:
+        CannotOptimize: a pass found the model or the batch impossible to route.
+        VerificationError: a pass broke an invariant.
+    """
+    for pass_ in passes:
+        before = program
+        program = pass_(before, config)
+        if program.graph is before.graph:  # an analysis: roles were found, nothing was rewritten
+            snapshot = Snapshot(pass_.__name__, program.graph)
+            program = dataclasses.replace(program, snapshots=(*program.snapshots, snapshot))
+        verify(before, program, pass_.__name__)
+    return program

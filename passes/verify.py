@@ -1,0 +1,68 @@
+"""Checks, after every pass, the invariants that make the rewrite sound; the error names the pass that broke one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import fx
+
+from cggr_compile.errors import VerificationError
+from cggr_compile.program import PART, REGION, Program, value
+
+_QUIET_PARTS = ("router", "score", "select")
+
+
+def verify(before: Program, after: Program, pass_name: str) -> None:
+    """Raises `VerificationError` unless `after` is well-formed and keeps what `before` promises.
+
+    Checked: the graph lints; the captured inputs are unchanged in order and number, added ones come last; parameters
+    are read from those inputs and never copied into the graph; nodes that act by side effect survive in the main pass;
+    router, scoring and selection run without gradients; once rows are gathered, no value of the main pass has a size
+    that depends on the batch size.
+    """
+    try:
+        after.graph.lint()
+    except RuntimeError as error:
+        raise VerificationError(pass_name, f"the graph does not lint: {error}") from error
+    _check_inputs(before, after, pass_name)
+    _check_effects(before, after, pass_name)
+    for node in after.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(after.root, str(node.target)), torch.nn.Parameter):
+            raise VerificationError(pass_name, "a parameter was copied into the graph", node)
+        if node.meta.get(PART) in _QUIET_PARTS and node.meta[REGION].grad is not False:
+            raise VerificationError(pass_name, f"the {node.meta[PART]} part records gradients", node)
+        if after.routing.gathered and node.meta.get(PART) in ("main", "loss"):
+            _check_no_batch_size(after, node, pass_name)
+
+
+def _check_inputs(before: Program, after: Program, pass_name: str) -> None:
+    names = [node.name for node in after.placeholders]
+    if names != [entry.name for entry in after.inputs]:
+        raise VerificationError(pass_name, "placeholders and input descriptions differ")
+    if names[: len(before.inputs)] != [entry.name for entry in before.inputs]:
+        raise VerificationError(pass_name, "the inputs changed in order, number or name")
+
+
+def _check_effects(before: Program, after: Program, pass_name: str) -> None:
+    lost = _effects(before) - _effects(after)
+    if lost:
+        names = ", ".join(str(target) for target in lost)
+        raise VerificationError(pass_name, f"nodes that act by side effect were dropped: {names}")
+
+
+def _effects(program: Program) -> Counter:
+    return Counter(
+        str(node.target)
+        for node in program.graph.nodes
+        if node.op == "call_function" and node.meta[PART] == "main" and node.is_impure()
+    )
+
+
+def _check_no_batch_size(program: Program, node: fx.Node, pass_name: str) -> None:
+    if node.op != "call_function" or not isinstance(program.batch, torch.SymInt):
+        return
+    val = value(node)
+    sizes = val.shape if isinstance(val, torch.Tensor) else (val,)
+    if any(program.mentions(size, program.batch) for size in sizes):
+        raise VerificationError(pass_name, f"the batch size is left in the k-row part, in shape {sizes}", node)
