@@ -135,6 +135,17 @@ def test_strided_and_expanded_scores() -> None:
     assert all(map(torch.equal, select(scores, valid, 4, "topk"), expected))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ties_go_to_the_lower_index_on_cuda() -> None:
+    scores = torch.randint(0, 3, (4, 10_000), generator=torch.Generator().manual_seed(0)).float()
+    valid = torch.rand(scores.shape, generator=torch.Generator().manual_seed(1)) < 0.9
+    index, weight = select(scores.cuda(), valid.cuda(), 5000, "topk")
+    pairs = torch.stack([index.double(), weight.double()], -1).tolist()
+    flat = zip(scores.tolist(), valid.tolist(), strict=True)
+    assert pairs == [[list(pair) for pair in truth(*row, 5000)] for row in flat]
+
+
 def test_a_rule_added_to_the_registry_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(reference.RANKINGS, "lowest", lambda scores, noise: -scores)
     index, _ = select(torch.tensor([3.0, 1.0, 2.0]), torch.ones(3, dtype=torch.bool), 2, "lowest")

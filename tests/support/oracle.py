@@ -1,0 +1,105 @@
+"""The independent eager oracle: no graph, no operator and no helper of the compiler is used here.
+
+Given the untouched model, it scores rows with a copy whose layer list is cut to the first n layers, selects, and runs
+the model on the selected rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from architectures import Architecture
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def truncated(model: nn.Module, architecture: Architecture, layers: int) -> nn.Module:
+    """A copy of the model with only its first layers, dropout switched off."""
+    router = copy.deepcopy(model)
+    parent, _, name = architecture.layers.rpartition(".")
+    owner = router.get_submodule(parent)
+    setattr(owner, name, nn.ModuleList(list(getattr(owner, name))[:layers]))
+    for attribute in ("num_hidden_layers", "n_layer", "num_layers"):
+        if attribute in vars(router.config):
+            setattr(router.config, attribute, layers)
+    for module in router.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return router
+
+
+def token_scores(logits: torch.Tensor, labels: torch.Tensor, scoring: str, causal: bool) -> torch.Tensor:
+    """Scores [B, S] of each position in fp32 (0 where the label is ignored)."""
+    if causal:
+        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+    logs = F.log_softmax(logits.float(), dim=-1)
+    top = logs.exp().topk(2, dim=-1).values
+    parts = {
+        "loss": -logs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1),
+        "entropy": -(logs.exp() * logs).sum(-1),
+        "margin": 1 - (top[..., 0] - top[..., 1]),
+    }
+    scores = sum(parts.values()) if scoring == "combined" else parts[scoring]
+    return torch.where(labels == -100, torch.zeros(()), scores)
+
+
+def counted(labels: torch.Tensor, causal: bool) -> torch.Tensor:
+    """How many labels of each row enter the loss."""
+    return (labels[:, 1:] if causal else labels).ne(-100).sum(1)
+
+
+def expected_rows(
+    model: nn.Module, architecture: Architecture, batch: Batch, ratio: float, layers: int, scoring: str = "loss"
+) -> torch.Tensor:
+    """The rows an eager router selects: the k hardest that have a counted label, sorted."""
+    with torch.no_grad():
+        inputs = {name: t for name, t in batch.items() if name != "labels"}
+        logits = truncated(model, architecture, layers)(**inputs).logits
+    scores = token_scores(logits, batch["labels"], scoring, architecture.causal).sum(1)
+    counts = counted(batch["labels"], architecture.causal)
+    mean = torch.where(counts > 0, scores / counts.clamp(min=1), torch.tensor(-math.inf))
+    rows = max(1, math.ceil(ratio * len(mean) - 1e-9))
+    rows = min(rows, int((counts > 0).sum()))
+    order = sorted(range(len(mean)), key=lambda row: (-mean[row].item(), row))
+    return torch.tensor(sorted(order[:rows]))
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Gradients by parameter name."""
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def step(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Loss and gradients of one step of a model as it is."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def rows_of(batch: Batch, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The batch restricted to some rows."""
+    return {name: tensor[rows] for name, tensor in batch.items()}
+
+
+def assert_same_gradients(
+    actual: Mapping[str, torch.Tensor | None],
+    expected: Mapping[str, torch.Tensor | None],
+    rtol: float = 0.0,
+    atol: float = 0.0,
+) -> None:
+    """Equality of every gradient; bitwise unless a tolerance is given."""
+    assert actual.keys() == expected.keys()
+    missing = [name for name in expected if (actual[name] is None) != (expected[name] is None)]
+    assert not missing, f"gradient present on one side only: {missing}"
+    for name, gradient in expected.items():
+        if gradient is not None:
+            torch.testing.assert_close(
+                actual[name], gradient, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+            )
