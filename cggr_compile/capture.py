@@ -1,10 +1,4 @@
-"""From Dynamo's graph to a `Program`: symbols of their own for batch and sequence, functional ATen, named inputs.
-
-Dynamo's graph still holds Python methods, in-place updates and mode switches. It is traced once more into
-pre-dispatch ATen, before autograd and autocast: the operators are those eager runs, in eager's order, and autograd
-derives the backward from whatever the passes make of them. A graph without in-place operators is functional as it
-stands; only one that has some pays for functionalisation.
-"""
+"""From Dynamo's graph to a `Program`: symbols of their own for batch and sequence, functional ATen, named inputs."""
 
 from __future__ import annotations
 
@@ -12,16 +6,13 @@ import re
 from typing import Any
 
 import torch
-import torch.fx.traceback as fx_traceback
 from torch import fx, nn
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from cggr_compile import compat
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.program import PART, REGION, Autocast, Input, Program, Region, Snapshot, value
+from cggr_compile.retrace import functional_aten
 
 aten = torch.ops.aten
 
@@ -69,7 +60,7 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Program:
     fakes = [node.meta["example_value"] for node in placeholders]
     fake_mode = next(fake for fake in fakes if isinstance(fake, FakeTensor)).fake_mode
     with fake_mode:
-        traced = _functional_aten(gm, fakes)
+        traced = functional_aten(gm, fakes)
     graph, inputs = _normalize(traced, sources, batch, sequence)
     program = Program(graph, traced, inputs, fake_mode, batch, sequence)
     return Program(**{**vars(program), "snapshots": (Snapshot("capture", graph),)})
@@ -130,46 +121,6 @@ def _symbols(
 
 def _same(left: Any, right: Any) -> bool:
     return isinstance(right, torch.SymInt) and left.node.expr == right.node.expr
-
-
-class _Inliner(fx.Interpreter):
-    """Runs Dynamo's graph with every checkpointed body inlined and its nodes tagged for recomputation."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
-        self.regions = 0
-
-    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if target is not torch.ops.higher_order.tag_activation_checkpoint:
-            return super().call_function(target, args, kwargs)
-        body, *inputs = args
-        self.regions += 1
-        for node in body.graph.nodes:
-            node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-            node.meta["ac_graph_id"] = self.regions
-        return fx.Interpreter(body).run(*inputs)
-
-
-def _functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
-    def run(*args: Any) -> Any:
-        return _Inliner(gm).run(*args)
-
-    with fx_traceback.preserve_node_meta():
-        traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)
-        if not any(_mutates(node) for node in traced.graph.nodes):
-            return traced
-        with enable_python_dispatcher():
-            functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
-            return make_fx(functional, {aten.copy.default: _copy}, pre_dispatch=True, tracing_mode="real")(*fakes)
-
-
-def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """`aten.copy` without its missing derivative: the source in the destination's dtype, device and shape."""
-    return source.to(destination, non_blocking=non_blocking).expand_as(destination).clone()
-
-
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _normalize(

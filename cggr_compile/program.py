@@ -323,9 +323,12 @@ class Builder:
     def _follow(self, node: fx.Node) -> fx.Node:
         return self.env.get(node, node)
 
+    def _value(self, node: fx.Node) -> Any:
+        return getattr(self.program.root, str(node.target)) if node.op == "get_attr" else value(node)
+
     def evaluate(self, node: fx.Node) -> None:
         """Computes `meta["val"]` by running the node on its arguments' fake values under its region."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         modes = (self.program.fake_mode, enable_python_dispatcher(), self.program.shape_env.suppress_guards())
         with modes[0], modes[1], modes[2], node.meta[REGION].active():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import torch
 from cggr_compile.passes.subgraph import ancestors, cut_vertices
@@ -132,7 +133,7 @@ def _refuse_second_tensor(
 
 def _by_repetition(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layers | None:
     """The longest run of equal consecutive blocks of segments; a segment is what lies between two cuts."""
-    signatures = [_signature(before, after) for before, after in zip(cuts, cuts[1:], strict=False)]
+    signatures = [_signature(before, after) for before, after in pairwise(cuts)]
     best: tuple[int, int, int, int] | None = None
     for period in range(1, len(signatures) // 2 + 1):
         run = 0

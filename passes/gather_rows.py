@@ -1,4 +1,4 @@
-"""Rebuilds the main pass on the selected rows: every input with a batch dimension is gathered, the batch size becomes k.
+"""Rebuilds the main pass on the selected rows: batched inputs are gathered, the batch size becomes k.
 
 Only inputs are replaced. Everything computed from them (masks, positions, flattened sizes) is recomputed by the copied
 nodes, so no value of the full batch can leak into the part that trains; `verify` checks that no size there depends on
@@ -62,7 +62,7 @@ def _batch_dims(program: Program, node: fx.Node) -> list[int]:
     dims = [dim for dim, size in enumerate(value(node).shape) if program.same_size(size, program.batch)]
     if not dims and any(program.mentions(size, program.batch) for size in value(node).shape):
         raise CannotOptimize(
-            f"input {program.path(node)} of shape {tuple(value(node).shape)} has no dimension of exactly the batch size",
+            f"input {program.path(node)} of shape {tuple(value(node).shape)} has no dimension of the batch size",
             node=node,
             hint="give the input one row for each row of input_ids",
         )

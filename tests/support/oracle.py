@@ -12,9 +12,8 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from architectures import Architecture
+from torch import nn
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -86,6 +85,19 @@ def step(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.
 def rows_of(batch: Batch, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """The batch restricted to some rows."""
     return {name: tensor[rows] for name, tensor in batch.items()}
+
+
+def assert_same_step(
+    loss: torch.Tensor,
+    actual: Mapping[str, torch.Tensor | None],
+    expected_loss: torch.Tensor,
+    expected: Mapping[str, torch.Tensor | None],
+    rtol: float = 0.0,
+    atol: float = 0.0,
+) -> None:
+    """Equality of loss and gradients; bitwise unless a tolerance is given."""
+    torch.testing.assert_close(loss, expected_loss, rtol=rtol, atol=atol)
+    assert_same_gradients(actual, expected, rtol, atol)
 
 
 def assert_same_gradients(
