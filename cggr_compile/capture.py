@@ -165,7 +165,7 @@ def _enter(node: fx.Node, region: Region) -> Region | None:
     if node.target is torch._C._set_grad_enabled:
         return region._replace(grad=None if node.args[0] else False)
     if node.target is torch.amp.autocast_mode._enter_autocast:
-        return region._replace(autocasts=(*region.autocasts, Autocast(*node.args)))  # type: ignore[arg-type]
+        return region._replace(autocasts=(*region.autocasts, Autocast(*node.args)))
     if node.target is torch.amp.autocast_mode._exit_autocast:
         return region._replace(autocasts=region.autocasts[:-1])
     return None
@@ -175,7 +175,7 @@ def _describe(source: str, val: Any, batch: Any, sequence: Any) -> tuple[str, st
     """Path and kind of one input, from the expression Dynamo reads it by."""
     if isinstance(val, (torch.SymInt, int)) and source.endswith("]") and ".size()[" in source:
         for name, symbol in (("batch", batch), ("sequence", sequence)):
-            if isinstance(symbol, torch.SymInt) and val.node.expr == symbol.node.expr:
+            if isinstance(val, torch.SymInt) and isinstance(symbol, torch.SymInt) and val.node.expr == symbol.node.expr:
                 return name, "size"
         return re.sub(r"\.size\(\)\[(\d+)\]", r"_size_\1", _path(source)), "size"
     return _path(source), "state" if _is_state(source, None) else "batch"

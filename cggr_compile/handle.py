@@ -240,5 +240,5 @@ def prepare(model: nn.Module) -> dict[str, Any]:
     undo: dict[str, Any] = {}
     if compat.needs_pinned_loss(model):
         undo["pinned_loss"] = True
-        model.loss_function = model.loss_function  # type: ignore[assignment]
+        model.loss_function = model.loss_function
     return undo

@@ -180,7 +180,7 @@ class Program:
     @property
     def outputs(self) -> tuple[Any, ...]:
         """The flat outputs."""
-        return tuple(self.output.args[0])  # type: ignore[arg-type]
+        return tuple(self.output.args[0])
 
     def kind(self, placeholder: fx.Node) -> str:
         """`Input.kind` of a placeholder."""
@@ -331,7 +331,7 @@ class Builder:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         modes = (self.program.fake_mode, enable_python_dispatcher(), self.program.shape_env.suppress_guards())
         with modes[0], modes[1], modes[2], node.meta[REGION].active():
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            node.meta["val"] = node.target(*args, **kwargs)
 
     def finish(self, name: str, **changes: Any) -> Program:
         """The new program: roles follow their nodes through `env`; `changes` replaces fields; a snapshot is kept.

@@ -89,16 +89,16 @@ def _opaque(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
     def as_proxy(arg: Any) -> Any:
         if isinstance(arg, fx.GraphModule):
-            name = tracer.get_fresh_qualname("body")  # type: ignore[attr-defined]
+            name = tracer.get_fresh_qualname("body")
             tracer.root.register_module(name, arg)
             return tracer.create_proxy("get_attr", name, (), {})
-        return tracer.unwrap_proxy(arg)  # type: ignore[attr-defined]
+        return tracer.unwrap_proxy(arg)
 
     proxies = pytree.tree_map(as_proxy, args, is_leaf=lambda arg: isinstance(arg, fx.GraphModule))
     proxy = tracer.create_proxy("call_function", target, proxies, kwargs)
     with disable_proxy_modes_tracing():
         outputs = target(*args, **kwargs)
-    return track_tensor_tree(outputs, proxy, constant=None, tracer=tracer)  # type: ignore[arg-type]
+    return track_tensor_tree(outputs, proxy, constant=None, tracer=tracer)
 
 
 def _with_vmaps_traced(gm: fx.GraphModule) -> fx.GraphModule:
@@ -121,7 +121,8 @@ def _with_vmaps_traced(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _vmap_regions(nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    regions, depth = [], 0
+    regions: list[list[fx.Node]] = []
+    depth = 0
     for node in nodes:
         if node.target is predispatch._vmap_increment_nesting:
             if depth == 0:

@@ -152,9 +152,10 @@ def _recognise(chain: list[fx.Node]) -> tuple[float, float, float] | Mismatch:
         before, after = chain[capped - 1 : capped], chain[capped + 1 :]
         if not before or len(after) != 1 or before[0].target != aten.div.Tensor:
             return _unsupported(chain[capped])
-        softcap, outer = _constant(before[0]), _constant(after[0])
-        if softcap is None or softcap != outer or after[0].target != aten.mul.Tensor:
+        inner, outer = _constant(before[0]), _constant(after[0])
+        if inner is None or inner != outer or after[0].target != aten.mul.Tensor:
             return _unsupported(chain[capped])
+        softcap = inner
         linear_part = chain[: capped - 1]
     for node in linear_part:
         factor = _constant(node)
@@ -234,5 +235,5 @@ def _execute(
             env[node] = env[node.args[0]].contiguous()
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda old: env[old])
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            env[node] = node.target(*args, **kwargs)
     return env[root]

@@ -84,7 +84,7 @@ def rows_of(builder: Builder, head: Head, hidden: fx.Node) -> fx.Node:
         args[0] = rows
         if isinstance(args[1], (list, tuple)):  # a view: its last size is the vocabulary
             args[1] = [*(builder.env.get(size, size) for size in args[1][:-1]), width]
-        rows = builder.call(move.target, *args)  # type: ignore[arg-type]
+        rows = builder.call(move.target, *args)
     return rows
 
 

@@ -63,4 +63,4 @@ def _kept_symbol(program: Program) -> torch.SymInt:
     hints = {size.node.hint for size in (program.batch, program.sequence) if isinstance(size, torch.SymInt)}
     hint = next(size for size in range(2, 6) if size not in hints)
     symbol = shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
-    return shape_env.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]
+    return shape_env.create_symintnode(symbol, hint=hint, source=source)

@@ -199,15 +199,17 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
 def token_batch(
     batch: int = 6, length: int = 12, seed: int = 1, masked: bool = True, takes_mask: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Random ids with, if `masked`, left and right padding, one row whose labels are all ignored, and a stray -100."""
+    """Random ids; if `masked`, every row is padded on one side (eager then builds a mask whatever rows are selected),
+    one row's labels are all ignored and a stray label is -100."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
     labels = ids.clone()
     batch_dict = {"input_ids": ids, "labels": labels}
     if masked:
         mask = torch.ones_like(ids)
-        mask[0, : length // 4] = 0
-        mask[1, length - length // 4 :] = 0
+        for row in range(batch):
+            padding = min(1 + row % 3, length - 2)
+            mask[row, slice(0, padding) if row % 2 else slice(length - padding, length)] = 0
         labels[mask == 0] = -100
         labels[2 % batch] = -100
         labels[-1, length // 2] = -100

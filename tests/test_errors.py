@@ -1,0 +1,245 @@
+"""Every refusal: its first line says what, where and what to do, and nothing is left half-patched."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from architectures import GROUPED, build, token_batch
+from torch import nn
+
+import cggr_compile as cggr
+from cggr_compile import CannotOptimize, ConfigError, RoutingConfig
+
+WIDTH, WORDS = 16, 31
+
+
+class Toy(nn.Module):
+    """A small language model with a replaceable middle, head and loss."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = hidden + layer(hidden).tanh()
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        return F.cross_entropy(logits.reshape(-1, WORDS), labels.reshape(-1))
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> tuple:
+        logits = self.logits(self.middle(self.embed(input_ids)))
+        if labels is None:
+            return (logits,)
+        return (self.loss(logits, labels), logits)
+
+
+class TwoStreams(Toy):
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        other = hidden.sin()
+        for layer in self.layers:
+            hidden, other = hidden + layer(other), other + layer(hidden).tanh()
+        return hidden + other
+
+
+class NoStack(Toy):
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+class AdaptedHead(Toy):
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden) + self.head(hidden.sin())
+
+
+class NoCrossEntropy(Toy):
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (logits.logsumexp(-1) * labels).mean()
+
+
+class Unaligned(Toy):
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.reshape(-1, WORDS), labels.flip(1).reshape(-1))
+
+
+class GraphBreak(Toy):
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        print("broken here")
+        return super().middle(hidden)
+
+
+class RandomRouter(Toy):
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().middle(hidden + torch.rand_like(hidden))
+
+
+class Smoothed(Toy):
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.reshape(-1, WORDS), labels.reshape(-1), label_smoothing=0.1)
+
+
+def toy_batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, WORDS, (4, 6), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (NoStack, "no layer stack: nothing in the graph repeats"),
+        (TwoStreams, r"2 tensors leave layer 0 \(%\w+ and %\w+\), so no single residual can be cut .*test_errors\.py:"),
+        (AdaptedHead, r"unsupported head: only linear, bias, .*node %add\w*, at .*test_errors\.py:\d+"),
+        (NoCrossEntropy, "no cross-entropy loss in the captured graph; pass labels"),
+        (Unaligned, "labels and logits are not aligned"),
+        (GraphBreak, r"breaks Dynamo's graph .*test_errors\.py:\d+: print"),
+        (RandomRouter, r"the router would run the random operator aten\.rand_like.*test_errors\.py:\d+"),
+        (Smoothed, "unsupported loss: class weights or label smoothing"),
+    ],
+)
+def test_models_that_cannot_be_routed(model: type[Toy], message: str) -> None:
+    built = cggr.optimize(model().train(), inner="eager")
+    with pytest.raises(CannotOptimize, match=f"^cannot optimize: .*{message}") as error:
+        built(**toy_batch())
+    first_line = str(error.value).splitlines()[0]
+    assert ";" in first_line, f"no hint on the first line: {first_line}"
+    cggr.restore(built)
+    assert built(**toy_batch())[0].requires_grad
+
+
+def test_the_toy_itself_is_routed() -> None:
+    """What makes the models above fail is the one thing each changes."""
+    torch.manual_seed(0)
+    eager = Toy().train()
+    model = cggr.optimize(copy.deepcopy(eager), inner="eager", router_layers=2)
+    batch = toy_batch()
+    loss = model(**batch)[0]
+    loss.backward()
+    rows = model.cggr.selected
+    expected = eager(batch["input_ids"][rows], batch["labels"][rows])[0]
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert torch.equal(model.embed.weight.grad, eager.embed.weight.grad)
+
+
+def without(*names: str) -> Callable[[dict], dict]:
+    return lambda batch: {name: tensor for name, tensor in batch.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda b: {**without("input_ids")(b), "inputs_embeds": torch.randn(6, 12, 32)},
+            "the call has no input_ids, only",
+        ),
+        (
+            lambda b: {**b, "labels": b["labels"][:, :-1]},
+            r"labels of shape \(6, 11\) do not match input_ids .*\(6, 12\)",
+        ),
+        (lambda b: {**b, "input_ids": b["input_ids"][0]}, r"input_ids of shape \(12,\) is not \[batch, sequence\]"),
+        (lambda b: {**b, "output_hidden_states": True}, "output_hidden_states=True in a training step"),
+    ],
+)
+def test_calls_that_cannot_be_routed(change: Callable[[dict], dict], message: str) -> None:
+    model = cggr.optimize(build("llama"), inner="eager")
+    with pytest.raises(CannotOptimize, match=f"^cannot optimize: {message}.*; "):
+        model(**change(token_batch()))
+    assert model.cggr.captures == 0
+
+
+def test_models_refused_at_once_stay_untouched() -> None:
+    encoder_decoder = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8, vocab_size=31)
+    )
+    headless = transformers.LlamaModel(transformers.LlamaConfig(**GROUPED))
+    for model, message in [
+        (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder model"),
+        (headless, r"LlamaModel\.forward takes no labels"),
+        (torch.compile(build("llama")), "wrapped by torch.compile already"),
+    ]:
+        before = dict(vars(model))
+        with pytest.raises(CannotOptimize, match=f"^cannot optimize: .*{message}.*; "):
+            cggr.optimize(model)
+        assert vars(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ration": 0.5}, r"unknown option 'ration', did you mean 'ratio'\? valid options: route, ratio"),
+        ({"ratio": 0.0}, r"ratio=0\.0 is not in \(0, 1\]"),
+        ({"ratio": 1.5}, r"ratio=1\.5 is not in \(0, 1\]"),
+        ({"ratio": True}, r"ratio=True is not in \(0, 1\]"),
+        ({"ratio": float("nan")}, r"ratio=nan is not in \(0, 1\]"),
+        ({"scoring": "entropie"}, "scoring='entropie', did you mean 'entropy'\\? valid values: loss, entropy"),
+        ({"selection": "best"}, "selection='best' valid values: topk, random"),
+        ({"route": "token"}, "route='token' valid values: sequence"),
+        ({"router_layers": 0}, "router_layers=0 is neither 'auto' nor a positive integer"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 is not a non-negative integer"),
+        ({"fallback": "ignore"}, "fallback='ignore'"),
+        ({"keep_logits": 1}, "keep_logits=1 is not a bool"),
+        ({"seed": -1}, "seed=-1"),
+        ({"inner": 3}, "inner=3"),
+    ],
+)
+def test_options_are_checked_where_they_are_given(options: dict, message: str) -> None:
+    model = build("llama")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        cggr.optimize(model, **options)
+    assert "cggr" not in vars(model)
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        RoutingConfig.from_options(options)
+
+
+def test_config_object_and_options_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"both a RoutingConfig and options were given"):
+        cggr.optimize(build("llama"), RoutingConfig(), ratio=0.5)
+    with pytest.raises(ConfigError, match="is not a RoutingConfig"):
+        cggr.optimize(build("llama"), {"ratio": 0.5})
+
+
+def test_too_many_router_layers() -> None:
+    model = cggr.optimize(build("llama"), router_layers=9, inner="eager")
+    with pytest.raises(CannotOptimize, match=r"router_layers=9 but the model has 3 layers \(model\.layers\); choose"):
+        model(**token_batch())
+
+
+def test_fallback_to_eager_warns_once_and_shows_in_the_report() -> None:
+    model = cggr.optimize(AdaptedHead().train(), inner="eager", fallback="eager")
+    with pytest.warns(RuntimeWarning, match="training without routing: cannot optimize: unsupported head"):
+        loss = model(**toy_batch())[0]
+    assert loss.requires_grad
+    assert any("unsupported head" in reason for reason in model.cggr.runtime.passive)
+
+
+def test_restore_refuses_when_somebody_patched_on_top() -> None:
+    model = cggr.optimize(build("llama"))
+    ours = model.forward
+    model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(RuntimeError, match=r"forward was patched again after cggr\.optimize"):
+        cggr.restore(model)
+    assert "cggr" in vars(model)
+
+
+def test_handle_of_a_plain_model() -> None:
+    with pytest.raises(CannotOptimize, match=r"LlamaForCausalLM has no handle; call cggr\.optimize"):
+        cggr.handle(build("llama"))
+
+
+def test_errors_survive_pickling() -> None:
+    error = CannotOptimize("reason", source="file.py:1: x", hint="do this")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.reason, again.hint) == (str(error), "reason", "do this")

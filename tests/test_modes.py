@@ -1,0 +1,285 @@
+"""Training modes: checkpointing, autocast, dropout, ignored labels, accumulation, odd batch shapes."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES, GROUPED, build, token_batch
+
+import cggr_compile as cggr
+
+LLAMA = ARCHITECTURES["llama"]
+
+
+def optimized(eager: torch.nn.Module, **options: Any) -> torch.nn.Module:
+    return cggr.optimize(copy.deepcopy(eager), **{"ratio": 0.4, "router_layers": 2, "inner": "eager", **options})
+
+
+def saved_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward, parameters left out."""
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(kept.values())
+
+
+def test_gradient_checkpointing_is_exact_and_still_saves_memory() -> None:
+    eager = build("llama")
+    batch = token_batch(8, 32)
+    plain = optimized(eager)
+    plain_bytes = saved_bytes(plain, batch)
+    eager.gradient_checkpointing_enable()
+    model = optimized(eager)
+    loss, gradients = oracle.step(model, batch)
+    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
+    oracle.assert_same_step(loss, gradients, expected_loss, expected)
+    assert torch.equal(model.cggr.selected, oracle.expected_rows(eager, LLAMA, batch, 0.4, 2))
+    assert saved_bytes(model, batch) < plain_bytes / 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mixtral"])
+def test_autocast_loses_no_gradient(name: str) -> None:
+    """The original CGGR's router filled autocast's weight cache under no_grad: 28 of 56 parameters got no gradient."""
+    eager = build(name)
+    model = optimized(eager)
+    batch = token_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    rows = model.cggr.selected
+    with torch.autocast("cpu", torch.bfloat16):
+        expected_loss = eager(**oracle.rows_of(batch, rows)).loss
+    expected_loss.backward()
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-2, atol=1e-3)
+    expected, actual = oracle.gradients(eager), oracle.gradients(model)
+    assert {n for n, g in actual.items() if g is None} == {n for n, g in expected.items() if g is None}
+    for parameter, gradient in expected.items():
+        if gradient is not None:
+            difference = (actual[parameter] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+            assert difference < 5e-2, f"{parameter}: relative error {difference:.3f}"
+
+
+def test_dropout_is_eagers_under_the_same_generator_state() -> None:
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    assert config.resid_pdrop > 0
+    torch.manual_seed(0)
+    eager = transformers.GPT2LMHeadModel(config).train()
+    model = optimized(eager)
+    batch = token_batch()
+    model(**batch)  # capture draws nothing that the next line would not reset
+    torch.manual_seed(7)
+    loss, gradients = oracle.step(model, batch)
+    rows = model.cggr.selected
+    torch.manual_seed(7)
+    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, rows))
+    oracle.assert_same_step(loss, gradients, expected_loss, expected)
+    quiet = copy.deepcopy(eager)
+    for module in quiet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    quiet.config.attn_pdrop = 0.0
+    for block in quiet.transformer.h:
+        block.attn.attn_dropout.p = 0.0
+    assert torch.equal(rows, oracle.expected_rows(quiet, ARCHITECTURES["gpt2"], batch, 0.4, 2))
+
+
+@pytest.mark.parametrize("ratio", [0.4, 1.0])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_batch_without_counted_labels_has_a_connected_zero_loss(name: str, ratio: float) -> None:
+    model = optimized(build(name), ratio=ratio)
+    batch = token_batch()
+    oracle.step(model, batch)
+    trained = {name for name, gradient in oracle.gradients(model).items() if gradient is not None}
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss, gradients = oracle.step(model, batch)
+    assert loss.item() == 0.0
+    for parameter in trained:
+        assert gradients[parameter] is not None, f"{parameter} is disconnected"
+        assert gradients[parameter].abs().max() == 0.0
+
+
+def test_rows_without_counted_labels_are_never_selected() -> None:
+    """With fewer counted rows than k, what fills up counts for nothing: the loss is that of the counted rows."""
+    eager = build("llama")
+    model = optimized(eager, ratio=0.5)
+    batch = token_batch(8, 12)
+    batch["labels"][:6] = -100
+    loss, gradients = oracle.step(model, batch)
+    assert set(model.cggr.selected.tolist()) == {6, 7}
+    assert model.cggr.metrics()["rows_selected"] == 2
+    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, torch.tensor([6, 7])))
+    oracle.assert_same_step(loss, gradients, expected_loss, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_row_with_nan_scores_is_not_selected() -> None:
+    eager = build("gpt2")
+    batch = token_batch(masked=False)
+    with torch.no_grad():
+        eager.transformer.wte.weight[5] = float("nan")
+    batch["input_ids"][batch["input_ids"] == 5] = 6
+    batch["labels"] = batch["input_ids"].clone()
+    batch["input_ids"][3, 0] = 5
+    eager.lm_head.weight = torch.nn.Parameter(eager.lm_head.weight.detach().nan_to_num())
+    model = optimized(eager, ratio=0.9)
+    loss = model(**batch).loss
+    assert 3 not in model.cggr.selected.tolist()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "int"])
+def test_num_items_in_batch_keeps_the_gradient_scale(kind: str) -> None:
+    """A sum over the kept tokens, divided by a count of all, is scaled by counted / kept tokens."""
+    eager = build("llama")
+    model = optimized(eager)
+    batch = token_batch()
+    counts = oracle.counted(batch["labels"], causal=True)
+    total = counts.sum() * 4
+    items = total if kind == "tensor" else int(total)
+    loss, gradients = oracle.step(model, {**batch, "num_items_in_batch": items})
+    rows = model.cggr.selected
+    expected_loss, expected = oracle.step(eager, {**oracle.rows_of(batch, rows), "num_items_in_batch": items})
+    share = counts.sum() / counts[rows].sum()
+    scaled = {name: None if g is None else g * share for name, g in expected.items()}
+    oracle.assert_same_step(loss, gradients, expected_loss * share, scaled, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scoring", ["entropy", "margin", "combined"])
+def test_scorings_select_what_an_eager_router_selects(scoring: str) -> None:
+    eager = build("llama")
+    model = optimized(eager, scoring=scoring)
+    batch = token_batch()
+    loss, gradients = oracle.step(model, batch)
+    rows = oracle.expected_rows(eager, LLAMA, batch, 0.4, 2, scoring)
+    assert torch.equal(model.cggr.selected, rows)
+    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, rows))
+    oracle.assert_same_step(loss, gradients, expected_loss, expected)
+
+
+def test_random_rows_leave_torchs_generator_alone_and_follow_the_seed() -> None:
+    eager = build("llama")
+    batch = token_batch(16, 12)
+    drawn = []
+    for _ in range(2):
+        model = optimized(eager, selection="random", seed=11)
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        steps = []
+        for _ in range(3):
+            loss, gradients = oracle.step(model, batch)
+            rows = model.cggr.selected
+            expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, rows))
+            oracle.assert_same_step(loss, gradients, expected_loss, expected)
+            steps.append(rows.tolist())
+            assert 2 not in rows.tolist()
+        assert torch.equal(before, torch.get_rng_state())
+        drawn.append(steps)
+    assert drawn[0] == drawn[1]
+    assert len({tuple(rows) for rows in drawn[0]}) > 1
+
+
+@pytest.mark.parametrize(("rows", "length"), [(2, 12), (12, 12), (1, 12), (5, 2)])
+def test_odd_shapes(rows: int, length: int) -> None:
+    """B = 2, B = S, one row (passes unrouted) and the shortest sequence."""
+    eager = build("llama")
+    eager.set_attn_implementation("eager")
+    model = optimized(eager)
+    batch = token_batch(rows, length, masked=False)
+    loss, gradients = oracle.step(model, batch)
+    expected_rows = oracle.expected_rows(eager, LLAMA, batch, 0.4, 2)
+    assert torch.equal(model.cggr.selected, expected_rows)
+    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, expected_rows))
+    oracle.assert_same_step(loss, gradients, expected_loss, expected)
+
+
+def test_one_capture_serves_all_shapes_and_labels_may_be_the_ids() -> None:
+    torch._dynamo.utils.counters.clear()
+    model = optimized(build("llama"))
+    for rows, length in [(6, 12), (9, 14), (4, 4), (2, 31), (17, 3)]:
+        ids = torch.randint(3, 97, (rows, length))
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert model.cggr.captures == 1
+
+
+def test_warm_up_walks_down_the_ladder() -> None:
+    model = optimized(build("llama"), ratio=0.25, warmup_steps=8)
+    batch = token_batch(16, 12, masked=False)
+    kept = []
+    for _ in range(10):
+        model(**batch)
+        kept.append(len(model.cggr.selected))
+        model.cggr.step()
+    assert kept == [16, 15, 13, 12, 10, 9, 7, 6, 4, 4]
+    assert model.cggr.captures == 1
+
+
+@pytest.mark.parametrize("inner", ["aot_eager"])
+def test_compiled_inner_backends_agree_within_rounding(inner: str) -> None:
+    eager = build("llama")
+    model = optimized(eager, inner=inner)
+    batch = token_batch()
+    loss, gradients = oracle.step(model, batch)
+    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
+    oracle.assert_same_step(loss, gradients, expected_loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_keep_logits_returns_those_of_the_kept_rows() -> None:
+    eager = build("gemma2")
+    model = optimized(eager, keep_logits=True)
+    batch = token_batch()
+    logits = model(**batch).logits
+    expected = eager(**oracle.rows_of(batch, model.cggr.selected)).logits
+    assert torch.equal(logits, expected)
+    assert optimized(eager)(**batch).logits is None
+
+
+def test_bfloat16_weights() -> None:
+    config = transformers.LlamaConfig(**GROUPED)
+    torch.manual_seed(0)
+    eager = transformers.LlamaForCausalLM(config).to(torch.bfloat16).train()
+    model = optimized(eager)
+    batch = token_batch()
+    loss, gradients = oracle.step(model, batch)
+    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
+    oracle.assert_same_step(loss, gradients, expected_loss, expected, rtol=2e-2, atol=1e-3)
+
+
+def test_no_operator_reads_back_to_the_host() -> None:
+    model = optimized(build("llama"))
+    model(**token_batch())
+    reading = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default, torch.ops.aten.nonzero.default}
+    targets = {node.target for node in model.cggr.runtime.plans[-1].program.graph.nodes}
+    assert not targets & reading
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_steady_step_on_the_gpu_never_synchronises(inner: str, autocast: bool) -> None:
+    model = optimized(build("llama").cuda(), inner=inner)
+    batch = {name: tensor.cuda() for name, tensor in token_batch().items()}
+    context = torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext()
+    with context:
+        for _ in range(2):
+            model(**batch).loss.backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(**batch).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

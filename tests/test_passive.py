@@ -1,0 +1,201 @@
+"""Nothing but the training step changes: evaluation, generation, saving, copying, undoing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from architectures import ARCHITECTURES, build, token_batch
+
+import cggr_compile as cggr
+
+OPTIONS = {"ratio": 0.4, "router_layers": 2, "inner": "eager"}
+
+
+@pytest.fixture
+def pair() -> tuple[torch.nn.Module, torch.nn.Module]:
+    eager = build("llama")
+    return eager, cggr.optimize(copy.deepcopy(eager), **OPTIONS)
+
+
+def test_optimize_returns_the_same_object_of_the_same_class() -> None:
+    model = build("llama")
+    cls, signature, keys = type(model), inspect.signature(model.forward), list(model.state_dict())
+    names = [name for name, _ in model.named_modules()]
+    assert cggr.optimize(model, **OPTIONS) is model
+    assert type(model) is cls
+    assert inspect.signature(model.forward) == signature
+    assert list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "no_labels"])
+def test_calls_that_do_not_train_run_the_original(pair: tuple, mode: str) -> None:
+    eager, model = pair
+    batch = token_batch()
+    if mode == "eval":
+        eager.eval()
+        model.eval()
+    if mode == "no_labels":
+        del batch["labels"]
+    with torch.set_grad_enabled(mode != "no_grad"):
+        actual, expected = model(**batch), eager(**batch)
+    assert torch.equal(actual.logits, expected.logits)
+    assert (actual.loss is None) == (expected.loss is None)
+    assert actual.keys() == expected.keys()
+    assert model.cggr.captures == 0
+
+
+def test_generate_and_save_pretrained_behave_as_before(pair: tuple, tmp_path: Path) -> None:
+    eager, model = pair
+    prompt = torch.tensor([[5, 6, 7]])
+    model(**token_batch()).loss.backward()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.eval().generate(prompt, **options), eager.eval().generate(prompt, **options))
+    model.save_pretrained(tmp_path)
+    loaded = type(eager).from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == eager.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in eager.state_dict().items())
+    assert not hasattr(loaded, "cggr")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_restore_leaves_no_trace(name: str) -> None:
+    model = build(name)
+    before = dict(vars(model))
+    cggr.optimize(model, **OPTIONS)
+    model(**token_batch()).loss.backward()
+    assert cggr.restore(model) is model
+    recorded = {key for key in vars(model) if key not in before}
+    assert recorded <= {"_output_capturing_hooks_installed"}
+    assert model.forward == type(model).forward.__get__(model)
+    assert cggr.restore(model) is model
+
+
+def test_optimizing_twice_is_optimizing_with_the_second_options(pair: tuple) -> None:
+    eager, model = pair
+    model(**token_batch())
+    cggr.optimize(model, ratio=0.9, inner="eager")
+    assert model.cggr.config == cggr.RoutingConfig(ratio=0.9, inner="eager")
+    batch = token_batch()
+    loss, gradients = oracle.step(model, batch)
+    assert len(model.cggr.selected) == 6
+    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected.unique()))
+    oracle.assert_same_step(loss, gradients, expected_loss, expected, rtol=1e-5, atol=1e-7)
+    cggr.restore(model)
+    assert "forward" not in vars(model)
+
+
+def test_two_models_with_different_options_do_not_share_anything() -> None:
+    eager = build("llama")
+    few = cggr.optimize(copy.deepcopy(eager), ratio=0.2, inner="eager")
+    many = cggr.optimize(build("llama", seed=5), ratio=0.7, inner="eager")
+    for _ in range(2):
+        few(**token_batch()).loss.backward()
+        many(**token_batch()).loss.backward()
+    assert (len(few.cggr.selected), len(many.cggr.selected)) == (2, 5)
+    assert few.cggr.captures == many.cggr.captures == 1
+
+
+def test_ten_models_of_one_class_stay_within_dynamos_limit() -> None:
+    """Dynamo counts recompilations by code object; each optimised model has its own."""
+    model = build("llama")
+    for _ in range(10):
+        cggr.optimize(model, **OPTIONS)
+        model(**token_batch(4, 5))
+        assert model.cggr.captures == 1
+
+
+def test_a_deep_copy_is_optimized_and_independent(pair: tuple) -> None:
+    eager, model = pair
+    model.cggr.step()
+    twin = copy.deepcopy(model)
+    assert twin.cggr is not model.cggr
+    assert twin.cggr.model is twin
+    assert (twin.cggr.config, twin.cggr.runtime.steps) == (model.cggr.config, 1)
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(3)
+    batch = token_batch()
+    loss, gradients = oracle.step(model, batch)
+    oracle.step(twin, batch)
+    assert twin.lm_head.weight.grad is not None
+    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
+    oracle.assert_same_step(loss, gradients, expected_loss, expected)
+
+
+def test_saving_whole_model_and_state_dict(pair: tuple) -> None:
+    eager, model = pair
+    batch = token_batch()
+    expected = oracle.step(model, batch)
+    for saved in (model, model.state_dict()):
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)
+        if isinstance(loaded, torch.nn.Module):
+            assert loaded.cggr.config == model.cggr.config
+            oracle.assert_same_step(*oracle.step(loaded, batch), *expected)
+        else:
+            eager.load_state_dict(loaded)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_moving_the_model(when: str) -> None:
+    model = build("llama")
+    if when == "before":
+        model.to(torch.float64)
+    cggr.optimize(model, **OPTIONS)
+    model(**token_batch()).loss.backward()
+    model.zero_grad()
+    if when == "after":
+        model.to(torch.float64)
+    loss, gradients = oracle.step(model, token_batch())
+    eager = build("llama").to(torch.float64)
+    expected = oracle.step(eager, oracle.rows_of(token_batch(), model.cggr.selected))
+    oracle.assert_same_step(loss.double(), gradients, expected[0].double(), expected[1], rtol=1e-6, atol=1e-7)
+
+
+def test_explain_neither_patches_nor_runs() -> None:
+    model = build("llama").eval()
+    before = dict(vars(model))
+    explanation = cggr.explain(model, token_batch(), ratio=0.25)
+    assert explanation.program.routing.router_layers == 2
+    assert not model.training
+    assert set(vars(model)) - set(before) <= {"_output_capturing_hooks_installed"}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_explain_works_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = ARCHITECTURES["llama"].build()
+        batch = {"input_ids": torch.zeros(4, 8, dtype=torch.long)}
+    assert cggr.explain(model, batch).program.layers is not None
+
+
+def test_the_backend_needs_no_import() -> None:
+    """In a process that never imports the package, the entry point finds the backend."""
+    script = (
+        "import sys; sys.path.append('tests/support')\n"
+        "import torch\n"
+        "from architectures import build, token_batch\n"
+        "assert 'cggr_compile' not in sys.modules\n"
+        "model = build('llama')\n"
+        "compiled = torch.compile(model, backend='cggr', options={'ratio': 0.4, 'inner': 'eager'})\n"
+        "out = compiled(**token_batch())\n"
+        "out.loss.backward()\n"
+        "import cggr_compile as cggr\n"
+        "print('rows', cggr.handle(compiled).selected.tolist())\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    eager = build("llama")
+    rows = oracle.expected_rows(eager, ARCHITECTURES["llama"], token_batch(), 0.4, 2)
+    assert f"rows {rows.tolist()}" in done.stdout
