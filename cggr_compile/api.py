@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from cggr_compile.backend import Backend, runtimes_of
 from cggr_compile.config import ConfigError, RoutingConfig
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, PlanComplete
 from cggr_compile.handle import (
     Handle,
     RoutedForward,
@@ -135,7 +135,7 @@ def explain(
     try:
         model.train()
         call_compiled(compiled_forward(temporary.original(), _Explainer(runtime)), arguments)
-    except BackendStop:
+    except PlanComplete:
         pass
     finally:
         model.train(training)
@@ -144,14 +144,10 @@ def explain(
     return Explanation(runtime)
 
 
-class BackendStop(Exception):
-    """Raised by the explaining backend once the plan stands, so that nothing is executed."""
-
-
 class _Explainer(Backend):
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         super().__call__(gm, example_inputs)
-        raise BackendStop
+        raise PlanComplete
 
 
 def resolve_config(config: RoutingConfig | None, options: Mapping[str, Any]) -> RoutingConfig:

@@ -50,8 +50,8 @@ def graph_break_of(gm: fx.GraphModule) -> Any:
 
 
 def install_output_hooks(model: nn.Module) -> None:
-    """Installs transformers' output-recording hooks, which it otherwise installs lazily, under a lock that Dynamo
-    cannot trace (models that record router logits, attentions or hidden states)."""
+    """Installs transformers' output-recording hooks where a model's config asks for recorded outputs (router logits,
+    say); transformers installs them at the first such forward, under a lock that Dynamo cannot trace."""
     try:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:  # transformers without lazily installed hooks
@@ -59,7 +59,9 @@ def install_output_hooks(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
+        if isinstance(module, PreTrainedModel) and any(
+            name.startswith("output_") and flag for name, flag in vars(module.config).items()
+        ):
             maybe_install_capturing_hooks(module)
 
 

@@ -60,6 +60,10 @@ def _rebuild(reason: str, node: str | None, source: str | None, hint: str | None
     return error
 
 
+class PlanComplete(Exception):
+    """Ends a capture whose plan was asked for and whose execution was not."""
+
+
 class VerificationError(AssertionError):
     """A pass broke an invariant of the rewritten graph: a defect of cggr-compile, not of the model."""
 

@@ -16,7 +16,7 @@ from cggr_compile import compat
 from cggr_compile.backend import Backend
 from cggr_compile.capture import batch_dims
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, PlanComplete
 from cggr_compile.report import Diff, Report
 from cggr_compile.runtime import Runtime
 
@@ -176,7 +176,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
         return compiled(arguments)
     except BackendCompilerFailed as error:
         cause = error.inner_exception
-        if isinstance(cause, CannotOptimize):
+        if isinstance(cause, (CannotOptimize, PlanComplete)):
             raise cause from None
         raise
     except Unsupported as error:

@@ -19,7 +19,12 @@ import torch.fx.traceback as fx_traceback
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch import predispatch
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    disable_functional_mode,
+    dispatch_functionalize,
+)
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -78,11 +83,9 @@ class _Inliner(fx.Interpreter):
 
 def _opaque(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """One node for a call whose first arguments are its bodies; its value is computed outside the trace."""
-    if any(isinstance(arg, FunctionalTensor) for arg in args):
-        raise CannotOptimize(
-            "a torch.autograd.Function in a model that also updates tensors in place",
-            hint="replace the in-place update in the model's forward by an out-of-place one",
-        )
+    functional = any(isinstance(arg, FunctionalTensor) for arg in args)
+    if functional:
+        args = pytree.tree_map_only(FunctionalTensor, FunctionalTensor.from_functional, args)
     mode = get_proxy_mode()
     assert mode is not None
     tracer = mode.tracer
@@ -96,9 +99,10 @@ def _opaque(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
     proxies = pytree.tree_map(as_proxy, args, is_leaf=lambda arg: isinstance(arg, fx.GraphModule))
     proxy = tracer.create_proxy("call_function", target, proxies, kwargs)
-    with disable_proxy_modes_tracing():
+    with disable_proxy_modes_tracing(), disable_functional_mode():
         outputs = target(*args, **kwargs)
-    return track_tensor_tree(outputs, proxy, constant=None, tracer=tracer)
+    outputs = track_tensor_tree(outputs, proxy, constant=None, tracer=tracer)
+    return pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, outputs) if functional else outputs
 
 
 def _with_vmaps_traced(gm: fx.GraphModule) -> fx.GraphModule:

@@ -1,9 +1,9 @@
 """The operators the passes insert: schema, gradients and a reference in plain torch (`ops`, `reference`).
 
-Installed as `cggr_compile.kernels`. With the repository root on `sys.path`, transformers' `import kernels` (its
-hub-kernels probe) would find this folder and register every operator twice under a second name; refusing the
-bare name closes that trap and lets transformers conclude, correctly, that hub kernels are absent.
+Installed as `cggr_compile.kernels`. With the repository root on `sys.path`, transformers' probe for its hub kernels
+does `import kernels` and gets this folder. Under that name it is an empty package, without version or submodules: the
+probe concludes, correctly, that hub kernels are absent, and no operator can be registered a second time.
 """
 
 if __name__ != "cggr_compile.kernels":
-    raise ImportError(f"{__name__!r} is not importable: this folder is installed as 'cggr_compile.kernels'")
+    __path__: list[str] = []

@@ -73,7 +73,7 @@ def quiet_region(program: Program) -> Region:
     """No gradients; under the caller's autocast, no weight cache either."""
     assert program.head is not None
     device = value(program.head.weight).device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return Region(grad=False)
     return Region(False, (Autocast(device, torch.get_autocast_dtype(device), True, False),))
 

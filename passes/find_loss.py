@@ -188,7 +188,8 @@ def _executed_shift(program: Program, head: Head) -> int | Mismatch:
         for node in ancestors([head.target])
         if node.op == "placeholder" and program.kind(node) == "batch" and value(node).dim() == 2
     ]
-    batch, length = 2, 5
+    batch = program.batch if isinstance(program.batch, int) else 2
+    length = program.sequence if isinstance(program.sequence, int) else 5
     if len(labels) != 1 or not is_tensor(head.hidden) or value(head.hidden).dim() not in (2, 3):
         return Mismatch(
             "the loss's targets are not a function of one labels tensor [batch, sequence]",

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 
 import oracle
 import pytest
 import torch
+import transformers as T
 from architectures import ARCHITECTURES, build, token_batch
 
 import cggr_compile as cggr
@@ -17,8 +19,15 @@ RATIO = 0.4
 ROUTER_LAYERS = 2
 
 
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "unpadded"])
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+CASES = [
+    pytest.param(a.name, padded, id=f"{a.name}-{'padded' if padded else 'unpadded'}")
+    for a in ARCHITECTURES.values()
+    for padded in (True, False)
+    if padded or a.takes_mask
+]
+
+
+@pytest.mark.parametrize(("name", "padded"), CASES)
 def test_identity_and_sequence_route(name: str, padded: bool) -> None:
     """While every row is kept the model is the plain one; afterwards rows, loss and every gradient are those of eager
     on the rows that an eager router selects; batches of other sizes and lengths reuse the capture.
@@ -29,12 +38,19 @@ def test_identity_and_sequence_route(name: str, padded: bool) -> None:
     architecture = ARCHITECTURES[name]
     same = functools.partial(oracle.assert_same_step, atol=architecture.tolerance)
     eager = build(name)
-    if not padded and name != "mamba":
+    if name == "opt" and "self.layerdrop > 0" not in inspect.getsource(T.models.opt.modeling_opt.OPTDecoder.forward):
+        # Older transformers branch on a random number even without layerdrop.
+        with pytest.raises(cggr.CannotOptimize, match=r"breaks Dynamo's graph .*: if dropout_probability"):
+            cggr.optimize(eager)(**token_batch())
+        return
+    if not padded:
         eager.set_attn_implementation("eager")
     model = cggr.optimize(copy.deepcopy(eager), ratio=RATIO, router_layers=ROUTER_LAYERS, inner="eager", warmup_steps=1)
     batches = [
         token_batch(masked=padded, takes_mask=architecture.takes_mask, seed=1),
-        token_batch(9, 14, masked=padded, takes_mask=architecture.takes_mask, seed=2),
+        token_batch(
+            9, 14 if architecture.any_length else 12, masked=padded, takes_mask=architecture.takes_mask, seed=2
+        ),
     ]
     for batch in batches:
         loss, gradients = oracle.step(model, batch)
@@ -48,4 +64,4 @@ def test_identity_and_sequence_route(name: str, padded: bool) -> None:
         assert torch.equal(model.cggr.selected, rows)
         expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, rows))
         same(loss, gradients, expected_loss, expected)
-    assert model.cggr.captures == 1 or architecture.tolerance
+    assert model.cggr.captures == 1

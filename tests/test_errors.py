@@ -47,11 +47,24 @@ class Toy(nn.Module):
         return (self.loss(logits, labels), logits)
 
 
+class Exchange(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden + self.linear(other), other + self.linear(hidden).tanh()
+
+
 class TwoStreams(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Exchange() for _ in range(3))
+
     def middle(self, hidden: torch.Tensor) -> torch.Tensor:
         other = hidden.sin()
         for layer in self.layers:
-            hidden, other = hidden + layer(other), other + layer(hidden).tanh()
+            hidden, other = layer(hidden, other)
         return hidden + other
 
 

@@ -50,6 +50,8 @@ class Architecture:
     takes_mask: bool = True
     # Sequential recurrence in eager, associative scan when traced: the same sum in another order.
     tolerance: float = 0.0
+    # A traced associative scan has one level for each power of two of the length.
+    any_length: bool = True
 
 
 def _experts(**options: int) -> dict:
@@ -185,15 +187,22 @@ ARCHITECTURES = {
             "backbone.layers",
             takes_mask=False,
             tolerance=1e-6,
+            any_length=False,
         ),
     ]
 }
 
 
 def build(name: str, seed: int = 0) -> torch.nn.Module:
-    """A model in training mode with reproducible weights."""
+    """A model in training mode with reproducible weights.
+
+    Without a key-value cache, as a routed step runs: eager's cache copies keys into another memory layout, and the
+    matrix products of the backward then sum in another order.
+    """
     torch.manual_seed(seed)
-    return ARCHITECTURES[name].build().train()
+    model = ARCHITECTURES[name].build().train()
+    model.config.use_cache = False
+    return model
 
 
 def token_batch(

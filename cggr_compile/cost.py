@@ -1,0 +1,222 @@
+"""FLOPs of a captured forward by layer, head and rest, and the cost that routing is predicted to have.
+
+Every node is run once on fake tensors of the captured batch's concrete sizes under torch's own counter, so composite
+operators are counted by what they decompose into. Nodes that agree in operator and arguments cost the same and are run
+once. FLOPs do not depend on dtype: operands of mixed floating dtypes, legal under autocast only, are counted in fp32.
+
+The cost model, with φ = n / L, η = head / body, κ = 1 (exact head) and c = φ + κη: a plain step costs 3 (1 + η) bodies
+(backward = 2 × forward), a step on r of the rows r times that, and the router c more. So the router makes a step
+ω = 1 + c / (3 r (1 + η)) times as expensive as one on equally many random rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from cggr_compile.graph_text import operator_of
+from cggr_compile.passes.subgraph import ancestors, descendants
+from cggr_compile.program import Program, is_tensor, value
+
+KAPPA = 1.0
+BACKWARD = 2
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one forward on the captured batch; `uncounted` are operators that could not be run, with their number."""
+
+    layers: tuple[int, ...]
+    head: int
+    rest: int
+    uncounted: tuple[tuple[str, int], ...]
+
+    @property
+    def body(self) -> int:
+        """All layers."""
+        return sum(self.layers)
+
+    @property
+    def total(self) -> int:
+        """The whole forward."""
+        return self.body + self.head + self.rest
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Predicted cost of a routed step; symbols as in the module's docstring.
+
+    `router_share` is the router's part of one plain forward, `step_ratio` the routed step over the plain one and
+    `random_ratio` a step on equally many random rows over the plain one, all counted; `break_even` is ω.
+    """
+
+    forward_flops: int
+    layer_flops: tuple[int, ...]
+    head_flops: int
+    rest_flops: int
+    phi: float
+    eta: float
+    kappa: float
+    c: float
+    ratio: float
+    router_share: float
+    step_ratio: float
+    random_ratio: float
+    break_even: float
+    uncounted: tuple[tuple[str, int], ...]
+
+
+def break_even(c: float, ratio: float, eta: float) -> float:
+    """ω = 1 + c / (3 r (1 + η))."""
+    return 1 + c / ((1 + BACKWARD) * ratio * (1 + eta))
+
+
+def predict(analysed: Program, router_layers: int, ratio: float) -> Cost:
+    """The cost of routing a program whose loss (and, with `router_layers` > 0, whose layers) have been found.
+
+    Without layers the whole of the forward that is not head counts as body.
+    """
+    flops = count(analysed)
+    body = flops.body or flops.rest
+    eta = flops.head / body if body else 0.0
+    phi = router_layers / len(flops.layers) if router_layers else 0.0
+    kappa = KAPPA if router_layers else 0.0
+    c = phi + kappa * eta
+    share = 0.0
+    if router_layers:
+        share = (sum(flops.layers[:router_layers]) + kappa * flops.head + flops.rest) / max(flops.total, 1)
+    return Cost(
+        forward_flops=flops.total,
+        layer_flops=flops.layers,
+        head_flops=flops.head,
+        rest_flops=flops.rest,
+        phi=phi,
+        eta=eta,
+        kappa=kappa,
+        c=c,
+        ratio=ratio,
+        router_share=share,
+        step_ratio=ratio + share / (1 + BACKWARD),
+        random_ratio=ratio,
+        break_even=break_even(c, ratio, eta),
+        uncounted=flops.uncounted,
+    )
+
+
+def count(analysed: Program) -> Flops:
+    """Counts one forward of a captured program; a node belongs to layer i if residual i is computed from it through
+    the stream of activations and residual i - 1 is not, to the head if it is the head's linear, else to the rest."""
+    assert analysed.head is not None
+    counter = _Counter()
+    layers = [0] * len(analysed.layers or ())
+    owner = _owners(analysed)
+    head = rest = 0
+    for node in analysed.graph.nodes:
+        if node.op != "call_function":
+            continue
+        flops = counter.count(node)
+        if node is analysed.head.linear:
+            head += flops
+        elif node in owner:
+            layers[owner[node]] += flops
+        else:
+            rest += flops
+    return Flops(tuple(layers), head, rest, tuple(sorted(counter.uncounted.items())))
+
+
+def _owners(analysed: Program) -> dict[fx.Node, int]:
+    if analysed.layers is None:
+        return {}
+    stream = descendants([analysed.layers.entry], _is_activation) - {analysed.layers.entry}
+    owner: dict[fx.Node, int] = {}
+    for index, residual in enumerate(analysed.layers.residuals):
+        for node in ancestors([residual], stop=owner):
+            if node in stream:
+                owner[node] = index
+    return owner
+
+
+def _is_activation(node: fx.Node) -> bool:
+    """Whether the node carries tensors (one, or several as `split` gives); sizes carry no activations."""
+    return not isinstance(value(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+class _Counter:
+    """Counts nodes one by one, each distinct call once."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.known: dict[str, int] = {}
+        self.uncounted: Counter[str] = Counter()
+
+    def count(self, node: fx.Node) -> int:
+        key = f"{node.target} {fx.map_arg((node.args, node.kwargs), _Described)}"  # type: ignore[arg-type]
+        if key not in self.known:
+            self.known[key] = self._run(node)
+        if self.known[key] < 0:
+            self.uncounted[operator_of(node)] += 1
+        return max(self.known[key], 0)
+
+    def _run(self, node: fx.Node) -> int:
+        """FLOPs of the node, or -1 where it cannot be run on its own."""
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return 0 if not _has_body(node) else -1
+        promoted = len(_floating_dtypes(node.all_input_nodes)) > 1
+        try:
+            with self.mode:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _concrete(value(source), promoted))
+                with FlopCounterMode(display=False) as counter, torch.no_grad():
+                    node.target(*args, **kwargs)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError):
+            return -1
+        return int(counter.get_total_flops())
+
+
+class _Described:
+    """A node inside a printed key: what its value looks like, not which node it is."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.val = value(node)
+
+    def __repr__(self) -> str:
+        return str(tree_map(_description, self.val))
+
+
+def _description(val: Any) -> str:
+    if isinstance(val, torch.Tensor):
+        return f"{val.dtype}{[_hint(size) for size in val.shape]}{[_hint(size) for size in val.stride()]}"
+    return str(_hint(val))
+
+
+def _has_body(node: fx.Node) -> bool:
+    """Whether a call that is not an ATen operator may hide work: higher-order operators do, Python arithmetic not."""
+    return any(source.op == "get_attr" and not is_tensor(source) for source in node.all_input_nodes)
+
+
+def _floating_dtypes(nodes: Iterable[fx.Node]) -> set[torch.dtype]:
+    return {value(node).dtype for node in nodes if is_tensor(node) and value(node).is_floating_point()}
+
+
+def _hint(size: Any) -> Any:
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
+
+
+def _concrete(val: Any, promoted: bool) -> Any:
+    """The value with hints for symbols; tensors are fakes of the current mode."""
+
+    def one(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return _hint(item)
+        dtype = torch.float32 if promoted and item.is_floating_point() else item.dtype
+        shape, stride = ([_hint(size) for size in sizes] for sizes in (item.shape, item.stride()))
+        return torch.empty_strided(shape, stride, dtype=dtype, device=item.device)
+
+    return tree_map(one, val)

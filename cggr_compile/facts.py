@@ -1,0 +1,389 @@
+"""`Report`: what the compiler found in a model, inserted, chose, and expects it to cost, as plain data.
+
+Everything is read off the latest plan of a runtime when a report is asked for; nothing is collected while training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from cggr_compile import cost
+from cggr_compile.cost import Cost
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.graph_text import GraphText, module_of, operator_counts, part_sizes
+from cggr_compile.passes.find_layers import find_layers
+from cggr_compile.passes.find_loss import find_loss
+from cggr_compile.passes.subgraph import ancestors, descendants
+from cggr_compile.program import Program, is_tensor, value
+from cggr_compile.runtime import Plan, Runtime
+
+aten = torch.ops.aten
+
+WIDTH = 100
+Section = tuple[str, list[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layer stack: module path, number of layers, which proof found it, type of each residual."""
+
+    path: str
+    layers: int
+    proof: str
+    residual: str
+
+
+@dataclass(frozen=True)
+class Router:
+    """The cut and what runs in front of it: `layers` of the stack, then `tail` (modules after the last layer) and the
+    head. `parameters` counts distinct elements, all shared with the model; `flops_share` is of a plain forward."""
+
+    layers: int
+    cut: str
+    cut_type: str
+    tail: tuple[str, ...]
+    parameters: int
+    flops_share: float
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """The head, `linear(hidden, weight, bias) * scale / divisor`, soft-capped where `softcap` > 0, and the objective
+    it is trained by; `tied` where its weight is also the token embedding."""
+
+    objective: str
+    label_shift: int
+    reduction: str
+    ignore_index: int
+    weight: str
+    weight_shape: tuple[int, ...]
+    bias: bool
+    scale: float
+    divisor: float
+    softcap: float
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The captured batch: rows, tokens a row, and rows kept once the warm-up is over."""
+
+    batch: int
+    sequence: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Facts of the latest capture; `str()` for people, `to_dict()` and `to_json()` for programs.
+
+    Attributes:
+        routed: False where the captured batch has one row, which is trained as it is.
+        stack: None where no stack was found, which only a selection without scores allows.
+        router: None where the selection needs no scores.
+        inserted: operators of the rewritten graph that the captured one lacks, and how many.
+        parts: nodes of each part of the rewritten graph.
+        gathered: inputs reduced to the kept rows, with the dimension.
+        providers: implementation chosen for each operator.
+        passes: in order of execution.
+        captures: training graphs captured so far.
+        compilations: specialised programs the inner backend compiled for the latest capture.
+        passive: why calls were not routed, with the number of graphs.
+    """
+
+    config: dict[str, Any]
+    routed: bool
+    sizes: Sizes
+    stack: Stack | None
+    router: Router | None
+    head: HeadFacts
+    inserted: dict[str, int]
+    parts: dict[str, int]
+    gathered: tuple[tuple[str, int], ...]
+    providers: dict[str, str]
+    inner: str
+    passes: tuple[str, ...]
+    captures: int
+    compilations: dict[str, int]
+    passive: dict[str, int]
+    cost: Cost
+
+    @classmethod
+    def of(cls, runtime: Runtime) -> Report:
+        """Reads the latest plan of a runtime.
+
+        Raises:
+            CannotOptimize: nothing was captured yet.
+        """
+        plan = latest_plan(runtime)
+        program, config = plan.program, runtime.config
+        analysed = analyse(plan)
+        before, after = operator_counts(plan.captured.graph), operator_counts(program.graph)
+        predicted = cost.predict(analysed, program.routing.router_layers, config.ratio if plan.symbolic_batch else 1.0)
+        batch = _hint(program.batch)
+        return cls(
+            config=dataclasses.asdict(config),
+            routed=plan.symbolic_batch,
+            sizes=Sizes(batch, _hint(program.sequence), config.kept_rows(batch, config.warmup_steps)),
+            stack=_stack(plan, analysed),
+            router=_router(plan, analysed, predicted),
+            head=_head(analysed),
+            inserted={name: count for name, count in sorted((after - before).items()) if name not in before},
+            parts=part_sizes(program.graph),
+            gathered=program.routing.gathered,
+            providers=dict(program.routing.providers),
+            inner=plan.inner,
+            passes=tuple(snapshot.name for snapshot in program.snapshots[1:]),
+            captures=len(runtime.plans),
+            compilations=_compilations(plan),
+            passive=dict(Counter(runtime.passive)),
+            cost=predicted,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as dicts, lists, numbers and strings."""
+        return json.loads(self.to_json())
+
+    def to_json(self) -> str:
+        """The facts as JSON, indented by two."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+
+    def sections(self) -> list[Section]:
+        """Titled (label, text) pairs, as `str()` and the HTML page show them."""
+        return [("model", self._model()), ("rewrite", self._rewrite()), ("predicted cost", self._cost())]
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for title, pairs in self.sections():
+            lines += [title, *(_row(label, text) for label, text in pairs), ""]
+        return "\n".join(lines).rstrip()
+
+    def _model(self) -> list[tuple[str, str]]:
+        head = self.head
+        stack = self.stack
+        extras = [f"scale {head.scale:g}"] * (head.scale != 1) + [f"divisor {head.divisor:g}"] * (head.divisor != 1)
+        extras += [f"soft-cap {head.softcap:g}"] * (head.softcap > 0)
+        shift = "position t predicts label t + 1" if head.label_shift == 1 else "position t predicts label t"
+        return [
+            (
+                "stack",
+                f"{stack.path or '(unnamed)'}: {stack.layers} layers, found by {stack.proof}"
+                if stack
+                else "none found (not needed: this selection runs no router)",
+            ),
+            *([("residual", stack.residual)] if stack else []),
+            ("objective", f"{head.objective}: {shift}; {head.reduction} over labels other than {head.ignore_index}"),
+            (
+                "head",
+                ", ".join(
+                    [
+                        f"{head.weight} {list(head.weight_shape)}",
+                        "tied to the embedding" if head.tied else "not tied",
+                        "bias" if head.bias else "no bias",
+                        *extras,
+                    ]
+                ),
+            ),
+            ("captured batch", f"B = {self.sizes.batch} rows of S = {self.sizes.sequence} tokens"),
+        ]
+
+    def _rewrite(self) -> list[tuple[str, str]]:
+        pairs = [] if self.routed else [("routing", "none: the captured batch has one row and is trained as it is")]
+        pairs += self._router_lines()
+        if self.routed:
+            pairs.append(("selection", f"{self.config['selection']}, {self._kept()}"))
+            pairs.append(("inputs B → k", ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"))
+        pairs += [
+            ("inserted", ", ".join(f"{name} ×{count}" for name, count in self.inserted.items()) or "nothing"),
+            ("nodes", ", ".join(f"{part} {count}" for part, count in self.parts.items())),
+            ("providers", ", ".join(f"{name}: {provider}" for name, provider in self.providers.items()) or "none"),
+            ("inner backend", self.inner),
+            ("passes", " → ".join(self.passes)),
+            ("captures", f"{self.captures}; compiled: {_listing(self.compilations)}"),
+        ]
+        if self.passive:
+            pairs.append(("not routed", "; ".join(f"{why} (×{count})" for why, count in self.passive.items())))
+        return pairs
+
+    def _router_lines(self) -> list[tuple[str, str]]:
+        if self.router is None:
+            return [("router", f"none: {self.config['selection']!r} needs no scores")] if self.routed else []
+        router = self.router
+        assert self.stack is not None
+        return [
+            ("cut", f"after layer {router.layers - 1}, at %{router.cut}: {router.cut_type}"),
+            (
+                "router",
+                f"{layer_range(router.layers)} of {self.stack.layers}, {tail_text(router.tail)}head; "
+                f"{router.parameters:,} parameters, all shared; {router.flops_share:.1%} of a forward's FLOPs",
+            ),
+            ("score", f"{self.config['scoring']}, fp32, mean over a row's counted tokens"),
+        ]
+
+    def _kept(self) -> str:
+        ratio, warmup = self.config["ratio"], self.config["warmup_steps"]
+        text = f"k = ceil({ratio:g} · B) = {self.sizes.kept} of {self.sizes.batch} rows"
+        return f"{text}, after {warmup} warm-up steps" if warmup else text
+
+    def _cost(self) -> list[tuple[str, str]]:
+        c = self.cost
+        pairs = [
+            (
+                "forward",
+                f"{_flops(c.forward_flops)} on the captured batch: layers {_flops(sum(c.layer_flops))}, "
+                f"head {_flops(c.head_flops)}, rest {_flops(c.rest_flops)}",
+            ),
+            (
+                "router",
+                f"φ = n/L = {c.phi:.3f}, η = head/body = {c.eta:.3f}, κ = {c.kappa:g}, c = φ + κη = {c.c:.3f}"
+                if self.router
+                else "no router runs, so c = 0",
+            ),
+            (
+                "routed step",
+                f"{c.step_ratio:.1%} of a plain step ({c.ratio:g} for the kept rows"
+                + (f" + {c.router_share / (1 + cost.BACKWARD):.3f} for the router)" if self.router else ")"),
+            ),
+            ("break-even", f"ω = 1 + c / (3 r (1 + η)) = {c.break_even:.3f}"),
+            ("", self.break_even_in_words()),
+        ]
+        if c.uncounted:
+            pairs.append(("not counted", ", ".join(f"{name} ×{count}" for name, count in c.uncounted)))
+        return pairs
+
+    def break_even_in_words(self) -> str:
+        """What ω asks of the selected rows, in a sentence."""
+        if self.router is None:
+            return "Without a router a step costs what a smaller batch costs; nothing has to be earned back."
+        return (
+            f"Scoring pays if a step on the selected rows is worth more than {self.cost.break_even:.2f} steps "
+            "on equally many random rows."
+        )
+
+
+def latest_plan(runtime: Runtime) -> Plan:
+    """The plan of the last capture.
+
+    Raises:
+        CannotOptimize: there is none.
+    """
+    if not runtime.plans:
+        why = f" ({runtime.passive[-1]})" if runtime.passive else ""
+        raise CannotOptimize(
+            f"nothing captured yet{why}", hint="run one training step with labels or call cggr.explain"
+        )
+    return runtime.plans[-1]
+
+
+def analyse(plan: Plan) -> Program:
+    """The captured program with the roles that its analysis passes find; layers only where there is a stack."""
+    analysed = find_loss(plan.captured, plan.runtime.config)
+    try:
+        return find_layers(analysed, plan.runtime.config)
+    except CannotOptimize:
+        if plan.program.routing.router_layers:
+            raise
+        return analysed
+
+
+def layer_range(count: int) -> str:
+    """`layer 0` or `layers 0–n`."""
+    return "layer 0" if count == 1 else f"layers 0–{count - 1}"
+
+
+def tail_text(tail: tuple[str, ...]) -> str:
+    """`final norm, ` for a single norm after the last layer, else the modules' names."""
+    if len(tail) == 1 and any(word in tail[0].rpartition(".")[2].lower() for word in ("norm", "ln")):
+        return "final norm, "
+    return "".join(f"{name}, " for name in tail)
+
+
+def _stack(plan: Plan, analysed: Program) -> Stack | None:
+    layers = analysed.layers
+    if layers is None:
+        return None
+    return Stack(layers.path, len(layers), layers.proof, GraphText(plan).shape(value(layers.residuals[0])))
+
+
+def _router(plan: Plan, analysed: Program, predicted: Cost) -> Router | None:
+    routing = plan.program.routing
+    if not routing.router_layers or analysed.layers is None or analysed.head is None:
+        return None
+    cut = analysed.layers.residuals[routing.router_layers - 1]
+    assert routing.router_hidden is not None
+    read = ancestors([routing.router_hidden, *_placeholders(plan.program, analysed.head)])
+    return Router(
+        layers=routing.router_layers,
+        cut=cut.name,
+        cut_type=GraphText(plan).shape(value(cut)),
+        tail=_tail(analysed.layers.residuals[-1], analysed.head.hidden),
+        parameters=sum(value(node).numel() for node in read if isinstance(value(node), nn.Parameter)),
+        flops_share=predicted.router_share,
+    )
+
+
+def _placeholders(program: Program, head: Any) -> list[fx.Node]:
+    """The rewritten program's placeholders that the head reads."""
+    names = {node.name for node in ancestors([n for n in (head.weight, head.bias) if n is not None])}
+    return [node for node in program.placeholders if node.name in names]
+
+
+def _tail(residual: fx.Node, hidden: fx.Node) -> tuple[str, ...]:
+    """Modules that run between the last layer and the head, outermost name of each."""
+    between = [n for n in ancestors([hidden], stop=[residual]) if n in descendants([residual], is_tensor)]
+    paths = dict.fromkeys(module_of(node) for node in sorted(between) if module_of(node))
+    return tuple(path for path in paths if not any(path.startswith(f"{other}.") for other in paths))
+
+
+def _head(analysed: Program) -> HeadFacts:
+    head = analysed.head
+    assert head is not None
+    sources = [node for node in ancestors([head.weight]) if node.op == "placeholder" and is_tensor(node)]
+    embeddings = analysed.graph.find_nodes(op="call_function", target=aten.embedding.default)
+    return HeadFacts(
+        objective=head.objective,
+        label_shift=head.shift,
+        reduction=head.reduction,
+        ignore_index=head.ignore_index,
+        weight=" + ".join(analysed.path(node) for node in sources),
+        weight_shape=tuple(int(size) for size in value(head.weight).shape),
+        bias=head.bias is not None,
+        scale=head.scale,
+        divisor=head.divisor,
+        softcap=head.softcap,
+        tied=any(source in ancestors([node.args[0]]) for node in embeddings for source in sources),
+    )
+
+
+def _compilations(plan: Plan) -> dict[str, int]:
+    variants = {"routed": plan._routed} if plan.symbolic_batch else {}
+    if plan._unrouted is not None:
+        variants["unrouted"] = plan._unrouted
+    return {name: variant.compilations for name, variant in variants.items()}
+
+
+def _listing(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _row(label: str, text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=f"  {label:<15} ", subsequent_indent=" " * 18)
+
+
+def _flops(count: int) -> str:
+    for unit, size in (("PFLOP", 10**15), ("TFLOP", 10**12), ("GFLOP", 10**9), ("MFLOP", 10**6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} FLOP"
+
+
+def _hint(size: torch.SymInt | int) -> int:
+    return size.node.hint if isinstance(size, torch.SymInt) else size
