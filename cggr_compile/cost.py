@@ -32,7 +32,7 @@ BACKWARD = 2
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one forward on the captured batch; `uncounted` are operators that could not be run, with their number."""
+    """FLOPs of one forward on the captured batch; `uncounted`: operators that could not be run, how often."""
 
     layers: tuple[int, ...]
     head: int
@@ -158,7 +158,7 @@ class _Counter:
         self.uncounted: Counter[str] = Counter()
 
     def count(self, node: fx.Node) -> int:
-        key = f"{node.target} {fx.map_arg((node.args, node.kwargs), _Described)}"  # type: ignore[arg-type]
+        key = f"{node.target} {fx.map_arg((node.args, node.kwargs), _Described)}"
         if key not in self.known:
             self.known[key] = self._run(node)
         if self.known[key] < 0:

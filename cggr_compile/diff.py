@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from torch import fx
@@ -75,7 +76,7 @@ class Diff:
         """For each pass that rewrote the graph: its name and the lines before and after it."""
         snapshots = self.plan.program.snapshots
         before = self._text.lines(snapshots[0].graph)
-        for last, snapshot in zip(snapshots, snapshots[1:], strict=False):
+        for last, snapshot in pairwise(snapshots):
             if snapshot.graph is not last.graph:
                 after = self._text.lines(snapshot.graph)
                 yield snapshot.name, compare(before, after)
@@ -85,7 +86,7 @@ class Diff:
         """For each pass, the operators whose number it changed: before and after."""
         counts: dict[str, dict[str, tuple[int, int]]] = {}
         snapshots = self.plan.program.snapshots
-        for last, snapshot in zip(snapshots, snapshots[1:], strict=False):
+        for last, snapshot in pairwise(snapshots):
             before, after = operator_counts(last.graph), operator_counts(snapshot.graph)
             counts[snapshot.name] = {
                 name: (before[name], after[name])

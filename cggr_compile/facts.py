@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from cggr_compile import cost
 from cggr_compile.cost import Cost
@@ -22,7 +22,7 @@ from cggr_compile.graph_text import GraphText, module_of, operator_counts, part_
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.subgraph import ancestors, descendants
-from cggr_compile.program import Program, is_tensor, value
+from cggr_compile.program import REGION, Program, is_tensor, value
 from cggr_compile.runtime import Plan, Runtime
 
 aten = torch.ops.aten
@@ -202,7 +202,7 @@ class Report:
             pairs.append(("selection", f"{self.config['selection']}, {self._kept()}"))
             pairs.append(("inputs B → k", ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"))
         pairs += [
-            ("inserted", ", ".join(f"{name} ×{count}" for name, count in self.inserted.items()) or "nothing"),
+            ("inserted", self._inserted()),
             ("nodes", ", ".join(f"{part} {count}" for part, count in self.parts.items())),
             ("providers", ", ".join(f"{name}: {provider}" for name, provider in self.providers.items()) or "none"),
             ("inner backend", self.inner),
@@ -212,6 +212,12 @@ class Report:
         if self.passive:
             pairs.append(("not routed", "; ".join(f"{why} (×{count})" for why, count in self.passive.items())))
         return pairs
+
+    def _inserted(self) -> str:
+        own = {name: count for name, count in self.inserted.items() if name.startswith("cggr.")}
+        helpers = sum(self.parts.get(part, 0) for part in ("score", "select", "gather", "loss")) - sum(own.values())
+        names = ", ".join(f"{name.partition('[')[0]} ×{count}" for name, count in own.items())
+        return f"{names}, and {helpers} small nodes around them"
 
     def _router_lines(self) -> list[tuple[str, str]]:
         if self.router is None:
@@ -238,8 +244,8 @@ class Report:
         pairs = [
             (
                 "forward",
-                f"{_flops(c.forward_flops)} on the captured batch: layers {_flops(sum(c.layer_flops))}, "
-                f"head {_flops(c.head_flops)}, rest {_flops(c.rest_flops)}",
+                f"{_flops(c.forward_flops)} on the captured batch: layers {_share(sum(c.layer_flops), c)}, "
+                f"head {_share(c.head_flops, c)}, rest {_share(c.rest_flops, c)}",
             ),
             (
                 "router",
@@ -319,21 +325,25 @@ def _router(plan: Plan, analysed: Program, predicted: Cost) -> Router | None:
         return None
     cut = analysed.layers.residuals[routing.router_layers - 1]
     assert routing.router_hidden is not None
-    read = ancestors([routing.router_hidden, *_placeholders(plan.program, analysed.head)])
+    head = [node for node in (analysed.head.weight, analysed.head.bias) if node is not None]
+    read = {node.name for node in ancestors([routing.router_hidden]) | ancestors(head) if node.op == "placeholder"}
     return Router(
         layers=routing.router_layers,
         cut=cut.name,
         cut_type=GraphText(plan).shape(value(cut)),
         tail=_tail(analysed.layers.residuals[-1], analysed.head.hidden),
-        parameters=sum(value(node).numel() for node in read if isinstance(value(node), nn.Parameter)),
+        parameters=sum(
+            value(node).numel() for node in plan.captured.placeholders if _trains(node) and node.name in read
+        ),
         flops_share=predicted.router_share,
     )
 
 
-def _placeholders(program: Program, head: Any) -> list[fx.Node]:
-    """The rewritten program's placeholders that the head reads."""
-    names = {node.name for node in ancestors([n for n in (head.weight, head.bias) if n is not None])}
-    return [node for node in program.placeholders if node.name in names]
+def _trains(node: fx.Node) -> bool:
+    """Whether a captured input is a parameter: floating, and read where gradients are recorded (buffers such as rotary
+    frequencies are read without)."""
+    floating = is_tensor(node) and value(node).is_floating_point()
+    return floating and any(user.meta[REGION].grad is not False for user in node.users)
 
 
 def _tail(residual: fx.Node, hidden: fx.Node) -> tuple[str, ...]:
@@ -383,6 +393,10 @@ def _flops(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} FLOP"
+
+
+def _share(flops: int, predicted: Cost) -> str:
+    return f"{flops / max(predicted.forward_flops, 1):.1%}"
 
 
 def _hint(size: torch.SymInt | int) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch.utils._dtype_abbrs import dtype_abbrs
@@ -144,7 +144,7 @@ class GraphText:
         if node.target == aten.scaled_dot_product_attention.default:
             args = args[:4]
             kwargs.pop("dropout_p", None)
-        plain = fx.map_arg((args, kwargs), lambda source: _Reference(numbers[source]))  # type: ignore[arg-type]
+        plain = fx.map_arg((args, kwargs), lambda source: _Reference(numbers[source]))
         return f"{node.target} {plain}"
 
     def _expression(self, size: torch.SymInt) -> sympy.Expr:

@@ -1,4 +1,4 @@
-"""Inspection: `Report` (facts and predicted cost), `Diff` (the rewrite) and `Explanation` (both, from `cggr.explain`)."""
+"""Inspection: `Report` (facts, predicted cost), `Diff` (the rewrite) and `Explanation` (both, from `cggr.explain`)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Logits that exist at a time while scoring: 64 MiB in fp32 suits a CPU's cache, 1 GiB fills a GPU.
 LOGITS_PER_CHUNK = 2**24
+LOGITS_PER_CHUNK_ON_GPU = 2**28
 REDUCTIONS = ("mean", "sum")
 
 
@@ -122,19 +124,20 @@ def score(
         values = torch.stack([QUANTITIES[name](rows) for name in quantities])
         return values.masked_fill(ignored, 0.0)
 
-    chunk = _rows_per_chunk(hidden.shape[0], weight.shape[0])
+    chunk = _rows_per_chunk(hidden.shape[0], weight.shape[0], hidden.device)
     if chunk is None:
         return of_rows(hidden, target)
     pairs = zip(hidden.split(chunk), target.split(chunk), strict=True)
     return torch.cat([of_rows(some_hidden, some_target) for some_hidden, some_target in pairs], dim=1)
 
 
-def _rows_per_chunk(rows: int | torch.SymInt, vocabulary: int | torch.SymInt) -> int | None:
+def _rows_per_chunk(rows: int | torch.SymInt, vocabulary: int | torch.SymInt, device: torch.device) -> int | None:
     """Rows that bound a chunk's logits, or None where one chunk does or the loop would specialise a symbol."""
     # Dynamo shows a symbolic size as an int; everywhere else it is a SymInt, which is none.
     if torch.compiler.is_dynamo_compiling() or not (isinstance(rows, int) and isinstance(vocabulary, int)):
         return None
-    return max(1, LOGITS_PER_CHUNK // vocabulary) if rows * vocabulary > LOGITS_PER_CHUNK else None
+    most = LOGITS_PER_CHUNK_ON_GPU if device.type == "cuda" else LOGITS_PER_CHUNK
+    return max(1, most // vocabulary) if rows * vocabulary > most else None
 
 
 def _rank_topk(scores: Tensor, noise: Tensor | None) -> Tensor:
