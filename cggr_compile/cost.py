@@ -1,8 +1,10 @@
 """FLOPs of a captured forward by layer, head and rest, and the cost that routing is predicted to have.
 
-Every node is run once on fake tensors of the captured batch's concrete sizes under torch's own counter, so composite
+Every node is run on fake tensors of the captured batch's concrete sizes under torch's own counter, so composite
 operators are counted by what they decompose into. Nodes that agree in operator and arguments cost the same and are run
-once. FLOPs do not depend on dtype: operands of mixed floating dtypes, legal under autocast only, are counted in fp32.
+once. FLOPs depend neither on device nor on dtype: everything runs on the meta device, where attention decomposes into
+matrix products instead of a fused kernel that the counter may not know, and operands of mixed floating dtypes, legal
+under autocast only, run in fp32. What the counter does not know and is not plain ATen is listed, not taken for free.
 
 The cost model, with φ = n / L, η = head / body, κ = 1 (exact head) and c = φ + κη: a plain step costs 3 (1 + η) bodies
 (backward = 2 × forward), a step on r of the rows r times that, and the router c more. So the router makes a step
@@ -28,6 +30,10 @@ from cggr_compile.program import Program, is_tensor, value
 
 KAPPA = 1.0
 BACKWARD = 2
+
+# Products of row blocks with one matrix each, mixture-of-experts' own: every row meets one matrix.
+_GROUPED_PRODUCTS = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -166,18 +172,20 @@ class _Counter:
         return max(self.known[key], 0)
 
     def _run(self, node: fx.Node) -> int:
-        """FLOPs of the node, or -1 where it cannot be run on its own."""
+        """FLOPs of the node, or -1 where they are not known."""
         if not isinstance(node.target, torch._ops.OpOverload):
-            return 0 if not _has_body(node) else -1
+            return -1 if _has_body(node) else 0
         promoted = len(_floating_dtypes(node.all_input_nodes)) > 1
         try:
-            with self.mode:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _concrete(value(source), promoted))
-                with FlopCounterMode(display=False) as counter, torch.no_grad():
-                    node.target(*args, **kwargs)
+            with self.mode, FlopCounterMode(display=False) as counter, torch.no_grad():
+                args, kwargs = _on_meta((node.args, node.kwargs), promoted)
+                result = node.target(*args, **kwargs)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             return -1
-        return int(counter.get_total_flops())
+        if operator_of(node) in _GROUPED_PRODUCTS:
+            return int(2 * args[0].numel() * result.shape[-1])
+        flops = int(counter.get_total_flops())
+        return flops if flops or node.target.namespace in ("aten", "prims") else -1
 
 
 class _Described:
@@ -209,14 +217,16 @@ def _hint(size: Any) -> Any:
     return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
 
 
-def _concrete(val: Any, promoted: bool) -> Any:
-    """The value with hints for symbols; tensors are fakes of the current mode."""
+def _on_meta(arguments: Any, promoted: bool) -> Any:
+    """Arguments with the values of nodes in place of nodes, hints in place of symbols, and the meta device."""
 
     def one(item: Any) -> Any:
+        if isinstance(item, torch.device):
+            return _META
         if not isinstance(item, torch.Tensor):
             return _hint(item)
         dtype = torch.float32 if promoted and item.is_floating_point() else item.dtype
         shape, stride = ([_hint(size) for size in sizes] for sizes in (item.shape, item.stride()))
-        return torch.empty_strided(shape, stride, dtype=dtype, device=item.device)
+        return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
 
-    return tree_map(one, val)
+    return tree_map(one, fx.map_arg(arguments, value))
