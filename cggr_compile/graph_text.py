@@ -174,28 +174,25 @@ class GraphText:
             )
 
     def _match(self, graph: fx.Graph) -> dict[fx.Node, int]:
+        """Numbers of the nodes of a rewritten graph; what the router computes from its cut reads it as the last
+        residual."""
         numbers: dict[fx.Node, int] = {}
+        read: dict[fx.Node, int] = {}
         assert self._analysed.head is not None
+        cut, last = self._cuts or (-1, -1)
         for node in graph.nodes:
             if node.op == "output":
                 continue
             operation = operator_of(node)
             if _is_dropout(node) or operation.startswith("cggr.gather"):
-                numbers[node] = numbers[node.args[0]]  # type: ignore[index]
+                numbers[node] = read[node.args[0]]
             elif operation.startswith("cggr.masked_loss"):
                 numbers[node] = self._captured[self._analysed.head.loss]
             else:
-                numbers[node] = self._number_copy(node, numbers)
+                numbers[node] = self._enter(self._number(node, read))
+            moved = node.meta[PART] == "router" and numbers[node] == cut
+            read[node] = last if moved else numbers[node]
         return numbers
-
-    def _number_copy(self, node: fx.Node, numbers: dict[fx.Node, int]) -> int:
-        """A node's number; in the router, what follows the last layer reads the cut in place of the last residual."""
-        key = self._number(node, numbers)
-        if key not in self._numbers and self._cuts is not None and node.meta[PART] == "router":
-            cut, last = self._cuts
-            moved = self._number(node, {source: last if n == cut else n for source, n in numbers.items()})
-            key = moved if moved in self._numbers else key
-        return self._enter(key)
 
     def _names(self, graph: fx.Graph) -> dict[fx.Node, str]:
         if graph is self.plan.captured.graph:
@@ -217,7 +214,7 @@ class GraphText:
                 plain = originals.popleft() if len(originals) > 1 else originals[0]
                 name = plain if part == "main" else f"{part}.{plain}"
             elif operator_of(node).startswith("cggr.gather"):
-                name = f"gather.{names[node.args[0]]}"  # type: ignore[index]
+                name = f"gather.{names[node.args[0]]}"
             else:
                 name = f"{part}.{operator_of(node).rpartition('.')[2].partition('[')[0]}"
             taken[name] += 1

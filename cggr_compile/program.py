@@ -23,6 +23,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
+from cggr_compile.errors import CannotOptimize
+
 REGION = "cggr_region"
 PART = "cggr_part"
 
@@ -331,7 +333,14 @@ class Builder:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         modes = (self.program.fake_mode, enable_python_dispatcher(), self.program.shape_env.suppress_guards())
         with modes[0], modes[1], modes[2], node.meta[REGION].active():
-            node.meta["val"] = node.target(*args, **kwargs)
+            try:
+                node.meta["val"] = node.target(*args, **kwargs)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise CannotOptimize(
+                    f"the rewritten graph does not fit together: {str(error).splitlines()[0]}",
+                    node=node,
+                    hint="the model fixes a size that routing must change; please report it with this line",
+                ) from error
 
     def finish(self, name: str, **changes: Any) -> Program:
         """The new program: roles follow their nodes through `env`; `changes` replaces fields; a snapshot is kept.

@@ -6,4 +6,4 @@ probe concludes, correctly, that hub kernels are absent, and no operator can be 
 """
 
 if __name__ != "cggr_compile.kernels":
-    __path__: list[str] = []
+    __path__ = []

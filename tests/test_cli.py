@@ -17,7 +17,7 @@ from cggr_compile.cli import app, build_on_meta, read_config
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 97,
     "max_position_embeddings": 64,
@@ -42,7 +42,7 @@ def test_explain_writes_text_page_and_json(tmp_path: Path) -> None:
     html, report = tmp_path / "diff.html", tmp_path / "report.json"
     result = run("explain", str(path), "--ratio", "0.5", "--batch", "6", "--html", str(html), "--json", str(report))
     assert result.exit_code == 0, result.output
-    assert first_line(result).startswith("+ router: layers 0–1 of 3 (model.layers)")
+    assert first_line(result).startswith("+ router: layer 0 of 2 (model.layers)")
     assert "k = ceil(0.5 · B) = 3 of 6 rows" in result.output
     assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
     read = json.loads(report.read_text(encoding="utf-8"))
@@ -112,8 +112,8 @@ def test_a_model_that_cannot_be_routed_is_one_line(tmp_path: Path) -> None:
     assert (result.exit_code, result.output.splitlines()) == (
         1,
         [
-            "error: cannot optimize: router_layers=9 but the model has 3 layers (model.layers); "
-            "choose router_layers between 1 and 3"
+            "error: cannot optimize: router_layers=9 but the model has 2 layers (model.layers); "
+            "choose router_layers between 1 and 2"
         ],
     )
 

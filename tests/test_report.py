@@ -20,7 +20,7 @@ from cggr_compile.graph_text import Line
 from cggr_compile.report import Diff, Explanation, Report
 from cggr_compile.runtime import Runtime
 
-LAYERS, HIDDEN, INNER, HEADS, KV, VOCABULARY = 4, 32, 48, 4, 2, 97
+LAYERS, HIDDEN, INNER, HEADS, KV, VOCABULARY = 3, 32, 48, 4, 2, 97
 BATCH, SEQUENCE, RATIO = 8, 12, 0.25
 HEAD_DIM = HIDDEN // HEADS
 
@@ -153,7 +153,7 @@ def test_report_of_a_random_selection_has_no_router(at_random: Explanation) -> N
 def test_diff_speaks_of_the_model(trained: cggr.Handle) -> None:
     lines = trained.diff().summary().splitlines()
     assert lines[:4] == [
-        "+ router: layers 0–1 of 4 (model.layers), final norm, head; shared weights, no gradient",
+        "+ router: layers 0–1 of 3 (model.layers), final norm, head; shared weights, no gradient",
         "+ score: loss, exact head, fp32, mean over counted tokens",
         "+ select: topk, k = ceil(0.25 · B)",
         lines[3],
@@ -268,7 +268,7 @@ def test_figure_is_drawn_from_the_report(trained: cggr.Handle, at_random: Explan
     write_figure(trained.report(), tmp_path / "rewrite.svg")
     drawn = (tmp_path / "rewrite.svg").read_text(encoding="utf-8")
     assert drawn.startswith("<svg")
-    assert "layers 0–1 of 4" in drawn
+    assert "layers 0–1 of 3" in drawn
     assert f"B = {BATCH} rows" in drawn
     assert "router" not in figure(at_random.report())
 
