@@ -125,7 +125,8 @@ def explain(
     arguments = {"use_cache": False, **{name: arg for name, arg in batch.items() if arg is not None}}
     if "use_cache" not in inspect.signature(model.forward).parameters:
         del arguments["use_cache"]
-    arguments.setdefault("labels", arguments.get("input_ids"))
+    if "labels" not in arguments and isinstance(arguments.get("input_ids"), torch.Tensor):
+        arguments["labels"] = arguments["input_ids"].clone()  # the same tensor would be one input of the graph
     check_arguments(arguments)
     temporary = Handle(model, runtime)
     if isinstance(optimized, Handle):

@@ -13,13 +13,14 @@ import huggingface_hub
 import torch
 import transformers
 import typer
+from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 import cggr_compile as cggr
 from cggr_compile.config import ConfigError, RoutingConfig, nearest
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, VerificationError
 
 app = typer.Typer(
     help="Confidence-gated gradient routing as a compiler pass.",
@@ -83,8 +84,10 @@ def explain(
             html.write_text(explanation.diff().to_html(), encoding="utf-8")
         if json is not None:
             json.write_text(explanation.report().to_json(), encoding="utf-8")
-    except (CannotOptimize, ConfigError, UnusableModel, OSError) as error:
+    except (CannotOptimize, ConfigError, UnusableModel, VerificationError, OSError) as error:
         _fail(error)
+    except TorchDynamoException as error:
+        _fail(UnusableModel(f"torch.compile cannot trace {model} on the meta device: {_reason(error)}"))
 
 
 @app.command()
@@ -158,6 +161,12 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _reason(error: TorchDynamoException) -> str:
+    """Dynamo's own explanation where it gives one, else the first line."""
+    explained = [line for line in str(error).splitlines() if line.strip().startswith("Explanation: ")]
+    return explained[0].strip().removeprefix("Explanation: ") if explained else _first_line(error)
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,11 +141,12 @@ class Diff:
     def _dropped_outputs(self) -> list[str]:
         """The model's outputs that the rewritten graph no longer returns: those of the logits by name, else by type."""
         of_head = descendants([self._analysed.head.linear])
-        dropped = []
-        for old, new in zip(self.plan.captured.outputs, self.plan.program.outputs, strict=False):
-            if isinstance(old, fx.Node) and new is None:
-                dropped.append("logits" if old in of_head else f"%{old.name}: {self._text.shape(value(old))}")
-        return dropped
+        dropped = [
+            "logits" if old in of_head else self._text.shape(value(old))
+            for old, new in zip(self.plan.captured.outputs, self.plan.program.outputs, strict=False)
+            if isinstance(old, fx.Node) and new is None
+        ]
+        return [name if count == 1 else f"{count} × {name}" for name, count in Counter(dropped).items()]
 
     def __str__(self) -> str:
         parts = [self.summary(), "", "operators"]

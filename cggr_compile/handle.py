@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError, Unsupported
 
 from cggr_compile import compat
 from cggr_compile.backend import Backend
@@ -181,6 +181,11 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
         raise
     except Unsupported as error:
         raise _graph_break(error) from error
+    except TorchRuntimeError as error:
+        raise CannotOptimize(
+            f"the model fails while Dynamo traces it ({str(error).splitlines()[0]})",
+            hint="check that the same call works without cggr, and that all inputs are on one device",
+        ) from error
 
 
 def _graph_break(error: Unsupported) -> CannotOptimize:

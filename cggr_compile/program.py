@@ -221,6 +221,20 @@ def is_tensor(node: Any) -> bool:
     return isinstance(value(node), torch.Tensor)
 
 
+def describe(item: Any) -> Any:
+    """A hashable description of an argument: all of a tensor that the fake run of an operator can depend on."""
+    if isinstance(item, torch.Tensor):
+        sizes = tuple(map(str, (*item.shape, *item.stride())))
+        return (item.dtype, item.device, item.requires_grad, sizes)
+    if isinstance(item, (tuple, list)):
+        return (type(item), *(describe(part) for part in item))
+    if isinstance(item, dict):
+        return tuple((name, describe(part)) for name, part in item.items())
+    if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return str(item)
+    return (type(item), id(item) if isinstance(item, nn.Module) else item)
+
+
 def map_nodes(item: Any, mapping: Callable[[fx.Node], fx.Node]) -> Any:
     """Copies a role (node, tuple, dataclass) with every node mapped."""
     if isinstance(item, fx.Node):
@@ -248,6 +262,7 @@ class Builder:
         self.inputs = list(program.inputs)
         self.region = Region()
         self.part = "main"
+        self._values: dict[Any, Any] = {}
 
     def copy_inputs(self) -> None:
         """Copies every placeholder, in order."""
@@ -329,12 +344,22 @@ class Builder:
         return getattr(self.program.root, str(node.target)) if node.op == "get_attr" else value(node)
 
     def evaluate(self, node: fx.Node) -> None:
-        """Computes `meta["val"]` by running the node on its arguments' fake values under its region."""
+        """Computes `meta["val"]` by running the node on its arguments' fake values under its region.
+
+        The layers of a stack are alike, and a fake run with symbols is slow: calls of one operator on values of the
+        same description share one result.
+        """
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        key = (node.target, node.meta[REGION], describe(args), describe(kwargs))
+        if key not in self._values:
+            self._values[key] = self._run(node, args, kwargs)
+        node.meta["val"] = self._values[key]
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         modes = (self.program.fake_mode, enable_python_dispatcher(), self.program.shape_env.suppress_guards())
         with modes[0], modes[1], modes[2], node.meta[REGION].active():
             try:
-                node.meta["val"] = node.target(*args, **kwargs)
+                return node.target(*args, **kwargs)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise CannotOptimize(
                     f"the rewritten graph does not fit together: {str(error).splitlines()[0]}",

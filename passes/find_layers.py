@@ -133,7 +133,7 @@ def _refuse_second_tensor(
 
 def _by_repetition(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layers | None:
     """The longest run of equal consecutive blocks of segments; a segment is what lies between two cuts."""
-    signatures = [_signature(before, after) for before, after in pairwise(cuts)]
+    signatures = [_signature(program, before, after) for before, after in pairwise(cuts)]
     best: tuple[int, int, int, int] | None = None
     for period in range(1, len(signatures) // 2 + 1):
         run = 0
@@ -155,7 +155,7 @@ def _by_repetition(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Lay
     return Layers("", "repetition + single-residual cut", entry, residuals)
 
 
-def _signature(before: fx.Node, after: fx.Node) -> frozenset[tuple[str, int]]:
+def _signature(program: Program, before: fx.Node, after: fx.Node) -> frozenset[tuple[str, int]]:
     """Which operators, with parameters of which shapes, lead from one cut to the next."""
     counted: Counter[str] = Counter()
     for node in ancestors([after], stop=[before]):
@@ -164,7 +164,7 @@ def _signature(before: fx.Node, after: fx.Node) -> frozenset[tuple[str, int]]:
         shapes = [
             str(tuple(value(source).shape))
             for source in node.all_input_nodes
-            if source.op == "placeholder" and isinstance(value(source), torch.nn.Parameter)
+            if source.op == "placeholder" and program.kind(source) == "state"
         ]
         if shapes or node.target == aten.scaled_dot_product_attention.default:
             counted[f"{node.target} {' '.join(shapes)}"] += 1

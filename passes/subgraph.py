@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import fx
 
-from cggr_compile.program import Builder, is_tensor
+from cggr_compile.program import Builder, is_tensor, value
 
 
 def ancestors(roots: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
@@ -34,22 +34,27 @@ def descendants(roots: Iterable[fx.Node], through: Callable[[fx.Node], bool] = l
 
 
 def cut_vertices(source: fx.Node, target: fx.Node) -> list[fx.Node]:
-    """The tensors through which *every* tensor path from `source` to `target` passes, in execution order.
+    """The tensors through which *every* path of activations from `source` to `target` passes, in execution order.
 
     In execution order a node lies on every path exactly if no edge of the paths jumps over it: if an edge did, the
     path through that edge would avoid the node; if none does, every path must step on it. One sweep that remembers
     the farthest edge so far therefore finds them all. Edges through sizes carry no activation and do not count.
     """
     upstream = ancestors([target])
-    downstream = descendants([source], is_tensor)
+    downstream = descendants([source], _carries_activations)
     paths = [node for node in source.graph.nodes if node in upstream and node in downstream]
     position = {node: index for index, node in enumerate(paths)}
     cuts, farthest = [], 0
     for index, node in enumerate(paths):
-        if farthest <= index:
+        if farthest <= index and is_tensor(node):
             cuts.append(node)
         farthest = max([farthest, *(position[user] for user in node.users if user in position)])
     return cuts
+
+
+def _carries_activations(node: fx.Node) -> bool:
+    """Whether a node passes activations on: tensors do, and lists of them (`split`, `topk`); sizes do not."""
+    return is_tensor(node) or isinstance(value(node), (tuple, list))
 
 
 def clone(

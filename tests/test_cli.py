@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from torch._dynamo.exc import InternalTorchDynamoError
 from transformers import BertConfig, LlamaConfig, PretrainedConfig
 from typer.testing import CliRunner, Result
 
@@ -132,6 +133,19 @@ def test_an_unknown_name_suggests_a_model_type(monkeypatch: pytest.MonkeyPatch) 
     result = run("explain", "lama")
     assert result.exit_code == 1
     assert first_line(result).startswith("error: 'lama' is no file, model type or reachable hub id, did you mean")
+
+
+def test_a_model_that_dynamo_cannot_trace_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def explain(*arguments: object) -> None:
+        raise InternalTorchDynamoError("the first line\nthe second")
+
+    monkeypatch.setattr(cggr_compile, "explain", explain)
+    path = saved(LlamaConfig(**TINY), tmp_path)
+    result = run("explain", str(path))
+    assert (result.exit_code, result.output.splitlines()) == (
+        1,
+        [f"error: torch.compile cannot trace {path} on the meta device: the first line"],
+    )
 
 
 def test_demo_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -83,6 +84,19 @@ def test_cut_vertices_are_those_whose_removal_disconnects(case: tuple[int, set[t
 
     expected = [nodes[i] for i in range(size) if reaches(None) and (i in (0, size - 1) or not reaches(i))]
     assert cut_vertices(nodes[0], nodes[-1]) == expected
+
+
+def test_a_bypass_through_a_list_is_seen() -> None:
+    """`split` gives a list, not a tensor; what travels through it still crosses the cut."""
+    graph = fx.Graph()
+    source = graph.placeholder("x")
+    pair = graph.call_function(torch.split, (source, 1))
+    bypass = graph.call_function(operator.getitem, (pair, 1))
+    middle = graph.call_function(torch.sin, (source,))
+    target = graph.call_function(torch.add, (middle, bypass))
+    for node in graph.nodes:
+        node.meta["val"] = (torch.empty(1), torch.empty(1)) if node is pair else torch.empty(1)
+    assert cut_vertices(source, target) == [source, target]
 
 
 def drop_an_input(program: Program, config: RoutingConfig) -> Program:
