@@ -96,10 +96,10 @@ def demo(
     text: Annotated[Path | None, typer.Option(help="UTF-8 file to train on; the packaged book without.")] = None,
     device: Annotated[str, typer.Option(help="cpu (fp32) or cuda (bf16 autocast).")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder for diff, report, plot and results.")] = Path("demo-output"),
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each arm.")] = 20,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each arm.")] = 8,
     ratio: Annotated[float, typer.Option(help="Fraction of rows kept, in (0, 1].")] = 0.25,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 8,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a row.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a row.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of order and initialisation.")] = 0,
 ) -> None:
     """Fine-tune one model twice, plainly and routed, and show what differs."""

@@ -96,7 +96,7 @@ def test_demo_leaves_every_file_and_every_sample(inputs: Inputs, capsys: pytest.
     assert plain["evaluations"][0]["loss"] == routed["evaluations"][0]["loss"]
     assert all(sorted(set(rows)) == rows for rows in routed["rows"])
     assert result["settings"]["sequence_length"] == 16
-    assert result["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["versions"]["torch"])
 
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "<html" in (output / "diff.html").read_text().lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -13,10 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(code: str, cwd: Path, *flags: str, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, *flags, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False
-    )
+def run(code: str, cwd: Path) -> str:
+    """Standard output of a program that starts in a folder, which is first on its sys.path."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
