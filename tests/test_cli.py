@@ -153,4 +153,4 @@ def test_demo_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(cggr_compile.demo, "demo", lambda *arguments: called.append(arguments))
     result = run("demo", "--text", "book.txt", "--output", str(tmp_path), "--steps", "3", "--batch-size", "4")
     assert result.exit_code == 0, result.output
-    assert called == [(None, Path("book.txt"), "cpu", tmp_path, 3, 0.25, 4, 128, 0)]
+    assert called == [(None, Path("book.txt"), "cpu", tmp_path, 3, 0.25, 4, 64, 0)]
