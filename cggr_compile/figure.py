@@ -38,7 +38,7 @@ def figure(report: Report) -> str:
     batch = _box(8, 94, 104, "batch", [f"B = {sizes.batch} rows", f"S = {sizes.sequence} tokens"])
     layers = report.stack.layers if report.stack else 0
     main = _box(300, _BOTTOM, 262, "main pass", [_main_text(report, layers)], "train") + _bars(314, layers, layers, 234)
-    loss = _box(606, _BOTTOM, 146, "masked loss", ["over counted tokens", "no logits in memory"], "train")
+    loss = _box(606, _BOTTOM, 146, "masked loss", ["over counted tokens", "no logits returned"], "train")
     if config["keep_logits"]:
         loss = _box(606, _BOTTOM, 146, "masked loss", ["over counted tokens", "logits returned"], "train")
     if not report.routed:
