@@ -1,9 +1,9 @@
 """How long a training step takes: plain eager, torch.compile, routed, random rows; each in a process of its own.
 
     python benchmarks/step_time.py --device cuda --output benchmarks/results/step_time-h100.json
-    python benchmarks/step_time.py --quick        # tiny shapes on the CPU, so that the script cannot rot
+    python benchmarks/step_time.py --quick        # tiny shapes on the CPU
 
-Forward and backward, random weights and ids. Arms run interleaved, `--rounds` times each; the median over all steps is
+Forward and backward, random weights and ids. Every round runs each arm once; the median over all steps is
 quoted, and every sample is kept.
 """
 
