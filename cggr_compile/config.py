@@ -13,9 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cggr_compile.kernels.providers import PROVIDERS
+
 ROUTES = ("sequence",)
 SCORINGS = ("loss", "entropy", "margin", "combined")
 SELECTIONS = ("topk", "random")
+ROUTER_HEADS = ("exact", "sampled", "low_rank", "fp8")
 FALLBACKS = ("raise", "eager")
 
 # Warm-up moves the kept fraction on this many equal rungs between 1 and `ratio`, so that a curriculum costs at
@@ -43,21 +46,38 @@ class RoutingConfig:
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); a row's score is the mean over its counted tokens, in fp32.
+        router_head: how the router's logits are computed: `"exact"`, or estimated by `"sampled"` (a sample of the
+            vocabulary; `"loss"` and `"entropy"` only), `"low_rank"` or `"fp8"`. The loss is always exact.
+        router_head_frequent, router_head_sampled: sampled head: how many of the batch's most frequent tokens, and how
+            many others drawn at random, stand for the vocabulary.
+        router_head_rank: low-rank head: directions of the hidden space that are kept, at most all.
+        router_head_refresh: low-rank head: routed steps between refreshes of these directions; the first refreshes
+            come after 1, 2, 4, 8, … steps.
         selection: `"topk"` (hardest rows) or `"random"` (uniform rows; no router is run).
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
         inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
+        kernels: implementations of the operators: `"auto"` (the best that can run), the name of a provider for every
+            operator that has it (`"triton"`, `"reference"`), or a mapping from operators to providers, e.g.
+            `{"masked_loss": "triton_recompute"}`. One that cannot run raises `CannotOptimize`.
         keep_logits: return the logits of the kept rows instead of None.
         fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.
-        seed: seed of the random selection's own generator; None draws one from torch's global seed.
+        seed: seed of the model's own generator, for random selections and router heads; None draws one from torch's
+            global seed.
     """
 
     route: str = "sequence"
     ratio: float = 0.5
     router_layers: int | str = "auto"
     scoring: str = "loss"
+    router_head: str = "exact"
+    router_head_frequent: int = 1024
+    router_head_sampled: int = 1024
+    router_head_rank: int = 128
+    router_head_refresh: int = 100
     selection: str = "topk"
     warmup_steps: int = 0
     inner: str = "auto"
+    kernels: str | Mapping[str, str] = "auto"
     keep_logits: bool = False
     fallback: str = "raise"
     seed: int | None = None
@@ -65,6 +85,7 @@ class RoutingConfig:
     def __post_init__(self) -> None:
         _choice("route", self.route, ROUTES)
         _choice("scoring", self.scoring, SCORINGS)
+        _choice("router_head", self.router_head, ROUTER_HEADS)
         _choice("selection", self.selection, SELECTIONS)
         _choice("fallback", self.fallback, FALLBACKS)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
@@ -74,14 +95,38 @@ class RoutingConfig:
                 f"router_layers={self.router_layers!r} is neither 'auto' nor a positive integer; "
                 "give the number of layers the router runs"
             )
+        self._check_router_head()
         if not _is_int(self.warmup_steps, 0):
             raise ConfigError(f"warmup_steps={self.warmup_steps!r} is not a non-negative integer")
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
+        self._check_kernels()
         if not isinstance(self.keep_logits, bool):
             raise ConfigError(f"keep_logits={self.keep_logits!r} is not a bool")
         if self.seed is not None and not _is_int(self.seed, 0):
             raise ConfigError(f"seed={self.seed!r} is neither None nor a non-negative integer")
+
+    def _check_router_head(self) -> None:
+        for name, least in (("frequent", 0), ("sampled", 1), ("rank", 1), ("refresh", 1)):
+            given = getattr(self, f"router_head_{name}")
+            if not _is_int(given, least):
+                raise ConfigError(f"router_head_{name}={given!r} is not an integer of at least {least}")
+        if self.router_head == "sampled" and self.scoring in ("margin", "combined"):
+            raise ConfigError(
+                f"router_head='sampled' cannot score by {self.scoring!r}: the two largest logits of a sample are not "
+                "those of the vocabulary; use router_head='low_rank', 'fp8' or 'exact', or scoring='loss' or 'entropy'"
+            )
+
+    def _check_kernels(self) -> None:
+        names = sorted({name for providers in PROVIDERS.values() for name in providers})
+        if isinstance(self.kernels, str):
+            _choice("kernels", self.kernels, ("auto", *names))
+            return
+        if not isinstance(self.kernels, Mapping):
+            raise ConfigError(f"kernels={self.kernels!r} is neither a string nor a mapping from operators to providers")
+        for operator, provider in self.kernels.items():
+            _choice("kernels: operator", operator, tuple(PROVIDERS))
+            _choice(f"kernels[{operator!r}]", provider, tuple(PROVIDERS[operator]))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> RoutingConfig:

@@ -6,9 +6,9 @@ once. FLOPs depend neither on device nor on dtype: everything runs on the meta d
 matrix products instead of a fused kernel that the counter may not know, and operands of mixed floating dtypes, legal
 under autocast only, run in fp32. What the counter does not know and is not plain ATen is listed, not taken for free.
 
-The cost model, with φ = n / L, η = head / body, κ = 1 (exact head) and c = φ + κη: a plain step costs 3 (1 + η) bodies
-(backward = 2 × forward), a step on r of the rows r times that, and the router c more. So the router makes a step
-ω = 1 + c / (3 r (1 + η)) times as expensive as one on equally many random rows.
+The cost model, with φ = n / L, η = head / body, κ = the router's head / the exact head and c = φ + κη: a plain step
+costs 3 (1 + η) bodies (backward = 2 × forward), a step on r of the rows r times that, and the router c more. So the
+router makes a step ω = 1 + c / (3 r (1 + η)) times as expensive as one on equally many random rows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from cggr_compile.config import RoutingConfig
 from cggr_compile.graph_text import operator_of
 from cggr_compile.passes.subgraph import ancestors, descendants
 from cggr_compile.program import Program, is_tensor, value
+from cggr_compile.router_head import cost_factor
 
-KAPPA = 1.0
 BACKWARD = 2
 
 # Products of row blocks with one matrix each, mixture-of-experts' own: every row meets one matrix.
@@ -85,7 +86,7 @@ def break_even(c: float, ratio: float, eta: float) -> float:
     return 1 + c / ((1 + BACKWARD) * ratio * (1 + eta))
 
 
-def predict(analysed: Program, router_layers: int, ratio: float) -> Cost:
+def predict(analysed: Program, router_layers: int, ratio: float, config: RoutingConfig) -> Cost:
     """The cost of routing a program whose loss (and, with `router_layers` > 0, whose layers) have been found.
 
     Without layers the whole of the forward that is not head counts as body.
@@ -94,7 +95,7 @@ def predict(analysed: Program, router_layers: int, ratio: float) -> Cost:
     body = flops.body or flops.rest
     eta = flops.head / body if body else 0.0
     phi = router_layers / len(flops.layers) if router_layers else 0.0
-    kappa = KAPPA if router_layers else 0.0
+    kappa = _kappa(analysed, config) if router_layers else 0.0
     c = phi + kappa * eta
     share = 0.0
     if router_layers:
@@ -115,6 +116,13 @@ def predict(analysed: Program, router_layers: int, ratio: float) -> Cost:
         break_even=break_even(c, ratio, eta),
         uncounted=flops.uncounted,
     )
+
+
+def _kappa(analysed: Program, config: RoutingConfig) -> float:
+    assert analysed.head is not None
+    (rows,) = value(analysed.head.target).shape
+    vocabulary, width = value(analysed.head.weight).shape
+    return cost_factor(config, _hint(rows), vocabulary, width)
 
 
 def count(analysed: Program) -> Flops:

@@ -116,7 +116,7 @@ class Diff:
                 f"+ router: {layer_range(routing.router_layers)} of {len(analysed.layers)}{path}, "
                 f"{tail_text(self.report.router.tail)}head; shared weights, no gradient"
             )
-            yield f"+ score: {config.scoring}, exact head, fp32, mean over counted tokens"
+            yield f"+ score: {config.scoring}, {self.report.router.head}, fp32, mean over counted tokens"
         if routing.kept is not None:
             warmup = f", from B over {config.warmup_steps} warm-up steps" if config.warmup_steps else ""
             yield f"+ select: {config.selection}, k = ceil({config.ratio:g} · B){warmup}"

@@ -23,6 +23,7 @@ from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.subgraph import ancestors, descendants
 from cggr_compile.program import REGION, Program, is_tensor, value
+from cggr_compile.router_head import describe
 from cggr_compile.runtime import Plan, Runtime
 
 aten = torch.ops.aten
@@ -44,7 +45,8 @@ class Stack:
 @dataclass(frozen=True)
 class Router:
     """The cut and what runs in front of it: `layers` of the stack, then `tail` (modules after the last layer) and the
-    head. `parameters` counts distinct elements, all shared with the model; `flops_share` is of a plain forward."""
+    `head`, in words. `parameters` counts distinct elements, all shared with the model; `flops_share` is of a plain
+    forward."""
 
     layers: int
     cut: str
@@ -52,6 +54,7 @@ class Router:
     tail: tuple[str, ...]
     parameters: int
     flops_share: float
+    head: str
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Report:
         parts: nodes of each part of the rewritten graph.
         gathered: inputs reduced to the kept rows, with the dimension.
         providers: implementation chosen for each operator.
+        passed_over: for operators left to the reference, the other providers and why they cannot run.
         passes: in order of execution.
         captures: training graphs captured so far.
         compilations: specialised programs the inner backend compiled for the latest capture.
@@ -109,6 +113,7 @@ class Report:
     parts: dict[str, int]
     gathered: tuple[tuple[str, int], ...]
     providers: dict[str, str]
+    passed_over: dict[str, str]
     inner: str
     passes: tuple[str, ...]
     captures: int
@@ -127,7 +132,8 @@ class Report:
         program, config = plan.program, runtime.config
         analysed = analyse(plan)
         before, after = operator_counts(plan.captured.graph), operator_counts(program.graph)
-        predicted = cost.predict(analysed, program.routing.router_layers, config.ratio if plan.symbolic_batch else 1.0)
+        ratio = config.ratio if plan.symbolic_batch else 1.0
+        predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
         batch = _hint(program.batch)
         return cls(
             config=dataclasses.asdict(config),
@@ -140,6 +146,7 @@ class Report:
             parts=part_sizes(program.graph),
             gathered=program.routing.gathered,
             providers=dict(program.routing.providers),
+            passed_over=dict(program.routing.passed_over),
             inner=plan.inner,
             passes=tuple(snapshot.name for snapshot in program.snapshots[1:]),
             captures=len(runtime.plans),
@@ -205,6 +212,7 @@ class Report:
             ("inserted", self._inserted()),
             ("nodes", ", ".join(f"{part} {count}" for part, count in self.parts.items())),
             ("providers", ", ".join(f"{name}: {provider}" for name, provider in self.providers.items()) or "none"),
+            *(("passed over", f"for {names}: {reason}") for reason, names in self._passed_over()),
             ("inner backend", self.inner),
             ("passes", " → ".join(self.passes)),
             ("captures", f"{self.captures}; compiled: {_listing(self.compilations)}"),
@@ -231,8 +239,15 @@ class Report:
                 f"{layer_range(router.layers)} of {self.stack.layers}, {tail_text(router.tail)}head; "
                 f"{router.parameters:,} parameters, all shared; {router.flops_share:.1%} of a forward's FLOPs",
             ),
-            ("score", f"{self.config['scoring']}, fp32, mean over a row's counted tokens"),
+            ("score", f"{self.config['scoring']}, {router.head}, fp32, mean over a row's counted tokens"),
         ]
+
+    def _passed_over(self) -> list[tuple[str, str]]:
+        """Each reason with the operators that it holds for."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.passed_over.items():
+            names.setdefault(reason, []).append(name)
+        return [(reason, ", ".join(operators)) for reason, operators in names.items()]
 
     def _kept(self) -> str:
         ratio, warmup = self.config["ratio"], self.config["warmup_steps"]
@@ -249,7 +264,7 @@ class Report:
             ),
             (
                 "router",
-                f"φ = n/L = {c.phi:.3f}, η = head/body = {c.eta:.3f}, κ = {c.kappa:g}, c = φ + κη = {c.c:.3f}"
+                f"φ = n/L = {c.phi:.3f}, η = head/body = {c.eta:.3f}, κ = {c.kappa:.3g}, c = φ + κη = {c.c:.3f}"
                 if self.router
                 else "no router runs, so c = 0",
             ),
@@ -336,6 +351,7 @@ def _router(plan: Plan, analysed: Program, predicted: Cost) -> Router | None:
             value(node).numel() for node in plan.captured.placeholders if _trains(node) and node.name in read
         ),
         flops_share=predicted.router_share,
+        head=describe(plan.runtime.config, *value(analysed.head.weight).shape),
     )
 
 

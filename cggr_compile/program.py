@@ -61,7 +61,7 @@ class Region(NamedTuple):
 class Input:
     """One placeholder: `name` in the graph, `path` for people (`model.layers.0.mlp.up_proj.weight`, `input_ids`) and
     `kind`: "size" (a SymInt), "state" (parameter or buffer of the model), "batch" (what the user passed) or "added"
-    (by a pass: `kept`, `noise`)."""
+    (by a pass: `kept`, `noise`, `column_noise`, `basis`)."""
 
     name: str
     path: str
@@ -117,6 +117,7 @@ class Routing:
     router_layers: int = 0
     router_hidden: fx.Node | None = None
     token_scores: fx.Node | None = None
+    basis_image: fx.Node | None = None
     scores: fx.Node | None = None
     valid: fx.Node | None = None
     counts: fx.Node | None = None
@@ -125,6 +126,7 @@ class Routing:
     weights: fx.Node | None = None
     gathered: tuple[tuple[str, int], ...] = ()
     providers: tuple[tuple[str, str], ...] = ()
+    passed_over: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ counter; selections and scores stay on the device until somebody asks.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,15 +17,16 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.passes.lower_regions import lower_regions
 from cggr_compile.passes.pipeline import UNROUTED, passes_for, run
 from cggr_compile.program import Program, value
+from cggr_compile.router_head import Basis
 
 # Distinct (batch, sequence, k) for which the inner backend keeps compiled code; the oldest is dropped beyond.
 MAX_SPECIALIZATIONS = 64
 
-EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts")
+EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts", "basis_image")
 
 
 class Runtime:
-    """State of one optimised model: configuration, optimiser steps done, last selection, plans built so far."""
+    """State of one optimised model: configuration, optimiser steps done, last selection, router head, plans so far."""
 
     def __init__(self, config: RoutingConfig) -> None:
         self.config = config
@@ -33,15 +34,16 @@ class Runtime:
         self.plans: list[Plan] = []
         self.passive: list[str] = []
         self.last: dict[str, torch.Tensor | int | None] = {}
+        self.basis = Basis(config.router_head_refresh)
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, torch.Tensor] = {}
 
-    def noise(self, rows: int, device: torch.device) -> torch.Tensor:
-        """Uniform fp32 noise [rows] from this model's own generator on the device."""
-        return torch.rand(rows, device=device, generator=self.generator(device))
+    def noise(self, size: int, device: torch.device) -> torch.Tensor:
+        """Uniform fp32 noise [size] from this model's own generator on the device."""
+        return torch.rand(size, device=device, generator=self.generator(device))
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The generator of random selections on a device, seeded by `config.seed` or from torch's global seed."""
+        """The generator of selections and router heads, seeded by `config.seed` or from torch's global seed."""
         if device not in self._generators:
             generator = torch.Generator(device)
             seed = self.config.seed if self.config.seed is not None else torch.initial_seed() % 2**63
@@ -52,14 +54,16 @@ class Runtime:
         return self._generators[device]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Configuration, counters and generators; compiled plans are rebuilt by the first step of the copy."""
+        """Configuration, counters, generators and basis; compiled plans are rebuilt by the first step of the copy."""
         states = {str(device): generator.get_state() for device, generator in self._generators.items()}
-        return {"config": self.config, "steps": self.steps, "states": {**self._generator_states, **states}}
+        states = {**self._generator_states, **states}
+        return {"config": self.config, "steps": self.steps, "states": states, "basis": self.basis}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
         self.steps = state["steps"]
         self._generator_states = state["states"]
+        self.basis = state["basis"]
 
 
 class Plan:
@@ -96,22 +100,31 @@ class Plan:
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         rows = inputs[self._ids].shape[0]
         kept = self.runtime.config.kept_rows(rows, self.runtime.steps)
-        if kept >= rows:
-            outputs = self.unrouted(*inputs)
-        else:
-            added = [kept]
-            if any(entry.name == "noise" for entry in self.program.inputs):
-                added.append(self.runtime.noise(rows, self.device))
-            outputs = self._routed(*inputs, *added)
+        outputs = self.unrouted(*inputs) if kept >= rows else self._routed(*inputs, *self._added(rows, kept))
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,
             "kept": min(kept, rows),
             **dict(zip(EXTRA_OUTPUTS, extra, strict=True)),
         }
+        image = self.runtime.last.pop("basis_image")
+        if isinstance(image, torch.Tensor):
+            self.runtime.basis.update(image)
         if self.runtime.last["rows"] is None:
             self.runtime.last["rows"] = torch.arange(rows, device=self.device)
         return outputs[: -len(EXTRA_OUTPUTS)]
+
+    def _added(self, rows: int, kept: int) -> Iterator[Any]:
+        """What the passes' own inputs get in this step, in their order."""
+        inputs = zip(self.program.placeholders, self.program.inputs, strict=True)
+        for name, node in [(entry.name, node) for node, entry in inputs if entry.kind == "added"]:
+            if name == "kept":
+                yield kept
+            elif name == "basis":
+                width, rank = value(node).shape
+                yield self.runtime.basis.on(width, rank, self.runtime.generator(self.device))
+            else:
+                yield self.runtime.noise(rows if name == "noise" else value(node).shape[0], self.device)
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:

@@ -6,63 +6,207 @@ back silently: a provider asked for by name and not available raises, and says w
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cggr_compile.kernels import reference
+from cggr_compile.kernels import reference, router_heads
+
+LONGEST_SELECT = 2**16
+"""Rows longer than this are left to the reference, whose sorts use the whole device where one program of the Triton
+`select` ranks a row. On an H100 (torch 2.11, Triton 3.6, a quarter selected), one row takes the reference's kernels
+0.16, 0.20, 0.21 and 0.23 ms at 2**14, 2**15, 2**16 and 2**17 scores, and Triton's 0.05, 0.09, 0.19 and 0.35 ms. With
+many rows the limit errs towards the reference: 64 rows of 2**17 take it 1.8 ms, and Triton's 0.5 ms."""
+
+Condition = Callable[["Place"], "str | None"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an operator runs: its device, the dtype and the length of its main input (hidden, scores or x), the length
+    being that of the last dimension, or None where it is unknown."""
+
+    device: torch.device
+    dtype: torch.dtype
+    length: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.device} for {self.dtype}"
+
+
+def _never(place: Place) -> None:
+    return None
 
 
 @dataclass(frozen=True)
 class Provider:
     """One implementation of an operator.
 
-    `unavailable(device, dtype)` gives the reason why it cannot run there, or None where it can; `dtype` is that of
-    the operator's main input (hidden, scores or x). `implementation` takes the arguments of the reference function.
+    Attributes:
+        name: what options and reports call it.
+        unavailable: gives the reason why it cannot run at a place, or None where it can.
+        load: imports the implementation, which takes the arguments of the reference function.
+        unsuited: gives the reason why it is chosen by name only there, or None.
+        algorithm: which of its algorithms it takes for a dtype, where it has several.
     """
 
     name: str
-    unavailable: Callable[[torch.device, torch.dtype], str | None]
-    implementation: Callable[..., Any]
+    unavailable: Condition
+    load: Callable[[], Callable[..., Any]]
+    unsuited: Condition = _never
+    algorithm: Callable[[torch.dtype], str] | None = None
 
-
-def _runs_everywhere(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None
+    @property
+    def implementation(self) -> Callable[..., Any]:
+        """What computes the operator."""
+        return self.load()
 
 
 def _reference(implementation: Callable[..., Any]) -> dict[str, Provider]:
-    return {"reference": Provider("reference", _runs_everywhere, implementation)}
+    return {"reference": Provider("reference", _never, lambda: implementation)}
+
+
+def _without_triton(place: Place) -> str | None:
+    """Why the Triton kernels cannot run there, or None."""
+    device = place.device
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return (
+            None if os.environ.get("TRITON_INTERPRET") == "1" else "the CPU needs Triton's interpreter, for tests only"
+        )
+    if device.type != "cuda":
+        return f"the Triton kernels are for CUDA, not {device.type}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.version.hip is not None:
+        return "the Triton kernels are not tested on ROCm"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the Triton kernels need compute capability 8.0"
+    return None
+
+
+def _without_head_kernels(place: Place) -> str | None:
+    if place.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the head kernels take bfloat16, float16 and float32, not {place.dtype}"
+    return _without_triton(place)
+
+
+def _without_fp8(place: Place) -> str | None:
+    obstacle = _without_head_kernels(place)
+    if obstacle is None and place.device.type == "cuda" and torch.cuda.get_device_capability(place.device) < (8, 9):
+        return "fp8 tensor cores need compute capability 8.9"
+    return obstacle
+
+
+def _interpreted(place: Place) -> str | None:
+    return "the interpreter is for tests" if place.device.type == "cpu" else None
+
+
+def _long_row(place: Place) -> str | None:
+    if place.length is not None and place.length > LONGEST_SELECT:
+        return f"a sort is faster from {LONGEST_SELECT} entries on"
+    return _interpreted(place)
+
+
+def _integers(place: Place) -> str | None:
+    if not place.dtype.is_floating_point:
+        return "integers have no gradient to gather back, and torch's index_select fuses with its neighbours"
+    return _interpreted(place)
+
+
+def _by_name_only(place: Place) -> str | None:
+    return "another algorithm is the default"
+
+
+def _loss_algorithm(dtype: torch.dtype) -> str:
+    # Unnormalised exponentials need the exponent range that float16 lacks; see triton/loss.py.
+    return "recompute" if dtype == torch.float16 else "one_pass"
+
+
+def _triton(attribute: str) -> Callable[[], Callable[..., Any]]:
+    def load() -> Callable[..., Any]:
+        from cggr_compile.kernels.triton import ops
+
+        implementation = getattr(ops, attribute)
+        # A graph calls overloads; a function stands for itself.
+        return getattr(implementation, "_opoverload", implementation)
+
+    return load
 
 
 PROVIDERS: dict[str, dict[str, Provider]] = {
-    "score": _reference(reference.score),
-    "select": _reference(reference.select),
-    "gather": _reference(reference.gather),
-    "masked_loss": _reference(reference.masked_loss),
+    "score": {
+        "triton": Provider("triton", _without_head_kernels, _triton("score"), _interpreted),
+        **_reference(reference.score),
+    },
+    "select": {
+        "triton": Provider("triton", _without_triton, _triton("select"), _long_row),
+        **_reference(reference.select),
+    },
+    "gather": {
+        "triton": Provider("triton", _without_triton, _triton("gather"), _integers),
+        **_reference(reference.gather),
+    },
+    "masked_loss": {
+        "triton": Provider("triton", _without_head_kernels, _triton("masked_loss"), _interpreted, _loss_algorithm),
+        "triton_one_pass": Provider(
+            "triton_one_pass", _without_head_kernels, _triton("masked_loss_one_pass"), _by_name_only
+        ),
+        "triton_recompute": Provider(
+            "triton_recompute", _without_head_kernels, _triton("masked_loss_recompute"), _by_name_only
+        ),
+        **_reference(reference.masked_loss),
+    },
+    "sample_columns": _reference(router_heads.sample_columns),
+    "sampled_score": {
+        "triton": Provider("triton", _without_head_kernels, _triton("sampled_score"), _interpreted),
+        **_reference(router_heads.sampled_score),
+    },
+    "low_rank_score": {
+        "triton": Provider("triton", _without_head_kernels, _triton("low_rank_score"), _interpreted),
+        **_reference(router_heads.low_rank_score),
+    },
+    "fp8_score": {
+        "triton": Provider("triton", _without_fp8, _triton("fp8_score"), _interpreted),
+        **_reference(router_heads.fp8_score),
+    },
 }
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, forced: str | None = None) -> Provider:
-    """The provider named `forced`, or else the first available one, for `op` on `device` with `dtype`.
+def choose(
+    op: str, device: torch.device, dtype: torch.dtype, forced: str | None = None, length: int | None = None
+) -> Provider:
+    """The provider named `forced`, or else the first suited one, for `op` at a `Place`.
 
     Raises ValueError, naming the operator, the provider, the reason and the available ones, for an unknown operator,
     an unknown provider, or one that cannot run there.
     """
     if op not in PROVIDERS:
         raise ValueError(f"no operator {op!r}; the operators are {', '.join(PROVIDERS)}")
-    providers = PROVIDERS[op]
-    reasons = {name: provider.unavailable(device, dtype) for name, provider in providers.items()}
-    available = [name for name, reason in reasons.items() if reason is None]
+    providers, place = PROVIDERS[op], Place(device, dtype, length)
     if forced is None:
-        if not available:
-            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            raise ValueError(f"{op}: no provider is available on {device} for {dtype} ({why})")
-        return providers[available[0]]
+        why_not = passed_over(op, place)
+        suited = [name for name in providers if name not in why_not]
+        if not suited:
+            why = "; ".join(f"{name}: {reason}" for name, reason in why_not.items())
+            raise ValueError(f"{op}: no provider is available on {place} ({why})")
+        return providers[suited[0]]
+    reasons = {name: provider.unavailable(place) for name, provider in providers.items()}
     reason = reasons.get(forced, "no provider of this operator has that name")
     if reason is not None:
+        available = [name for name, obstacle in reasons.items() if obstacle is None]
         raise ValueError(
-            f"{op}: provider {forced!r} is unavailable on {device} for {dtype}: {reason}; "
+            f"{op}: provider {forced!r} is unavailable on {place}: {reason}; "
             f"available: {', '.join(available) or 'none'}"
         )
     return providers[forced]
+
+
+def passed_over(op: str, place: Place) -> dict[str, str]:
+    """The providers of `op` that are not chosen by themselves at `place`, each with the reason."""
+    reasons = {name: p.unavailable(place) or p.unsuited(place) for name, p in PROVIDERS[op].items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}

@@ -11,8 +11,10 @@ Z = Σ exp(x - m), the confidence is 1 / Z and the log-sum-exp that meets shifte
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from torch import Tensor
 # Logits that exist at a time while scoring: 64 MiB in fp32 suits a CPU's cache, 1 GiB fills a GPU.
 LOGITS_PER_CHUNK = 2**24
 LOGITS_PER_CHUNK_ON_GPU = 2**28
-REDUCTIONS = ("mean", "sum")
+REDUCTIONS = ("mean", "sum", "num_items")
 
 
 def logits(
@@ -37,7 +39,11 @@ def logits(
     The order is `* scale`, `/ divisor`, soft-cap; the soft-cap is `x / softcap`, tanh, `* softcap` as in
     transformers' Gemma 2, rounding after each step. Steps that change nothing (1, 1, 0) are left out.
     """
-    x = F.linear(hidden, weight, bias)
+    return scaled(F.linear(hidden, weight, bias), scale, divisor, softcap)
+
+
+def scaled(x: Tensor, scale: float, divisor: float, softcap: float) -> Tensor:
+    """What a head does to its linear's result `x`, in the order and with the rounding of `logits`."""
     if scale != 1:
         x = x * scale
     if divisor != 1:
@@ -49,27 +55,33 @@ def logits(
     return x
 
 
-class _ShiftedRows:
-    """The softmax statistics of fp32 logits `x` [R, V]: shifted logits, their exponentials, and Z = Σ exp."""
+class ShiftedRows:
+    """The softmax statistics of fp32 logits `x` [R, C]: shifted logits, their exponentials, and Z = Σ exp.
 
-    def __init__(self, x: Tensor, target: Tensor) -> None:
+    Class c counts `class_weight[c]` times where that is given: its exponential in Z, and so its probability, is
+    multiplied by it.
+    """
+
+    def __init__(self, x: Tensor, target: Tensor, class_weight: Tensor | None = None) -> None:
         self.shifted = x - x.amax(-1, keepdim=True)
         self.exponentials = self.shifted.exp()
+        if class_weight is not None:
+            self.exponentials = self.exponentials * class_weight
         self.total = self.exponentials.sum(-1)
         self.target = target
 
 
-def _nll(rows: _ShiftedRows) -> Tensor:
+def _nll(rows: ShiftedRows) -> Tensor:
     return rows.total.log() - rows.shifted.gather(-1, rows.target.unsqueeze(-1)).squeeze(-1)
 
 
-def _entropy(rows: _ShiftedRows) -> Tensor:
+def _entropy(rows: ShiftedRows) -> Tensor:
     # p·x tends to 0 as x tends to -inf, where floating point would say 0 · -inf = NaN.
     finite = rows.shifted.masked_fill(rows.shifted == -math.inf, 0.0)
     return rows.total.log() - (rows.exponentials * finite).sum(-1) / rows.total
 
 
-def _margin(rows: _ShiftedRows) -> Tensor:
+def _margin(rows: ShiftedRows) -> Tensor:
     if rows.exponentials.shape[-1] == 1:
         return 1.0 - _confidence(rows)
     # The largest exponential is exp(0) = 1, so p1 - p2 = (1 - e2) / Z: exactly 0 on a tie.
@@ -77,11 +89,11 @@ def _margin(rows: _ShiftedRows) -> Tensor:
     return 1.0 - (1.0 - runner_up) / rows.total
 
 
-def _confidence(rows: _ShiftedRows) -> Tensor:
+def _confidence(rows: ShiftedRows) -> Tensor:
     return rows.total.reciprocal()
 
 
-QUANTITIES: dict[str, Callable[[_ShiftedRows], Tensor]] = {
+QUANTITIES: dict[str, Callable[[ShiftedRows], Tensor]] = {
     "nll": _nll,
     "entropy": _entropy,
     "margin": _margin,
@@ -110,21 +122,40 @@ def score(
     NaN or +inf logit, or with -inf only, are NaN (as in `F.cross_entropy`). Raises ValueError for an unknown
     quantity; torch reports targets outside [0, V).
     """
-    unknown = [name for name in quantities if name not in QUANTITIES]
-    if unknown or not quantities:
-        raise ValueError(f"quantities: got {list(quantities)}, expected a non-empty list of {list(QUANTITIES)}")
     # Detached inputs rather than no_grad: a trace then holds no grad-mode nodes, which have no data edges.
     hidden, weight = hidden.detach(), weight.detach()
     bias = None if bias is None else bias.detach()
 
+    def rows_of(hidden: Tensor, target: Tensor) -> ShiftedRows:
+        return ShiftedRows(logits(hidden, weight, bias, scale, divisor, softcap).float(), target)
+
+    return statistics(rows_of, hidden, target, quantities, weight.shape[0], ignore_index)
+
+
+def statistics(
+    rows_of: Callable[[Tensor, Tensor], ShiftedRows],
+    hidden: Tensor,
+    target: Tensor,
+    quantities: Sequence[str],
+    classes: int,
+    ignore_index: int,
+) -> Tensor:
+    """The quantities [len(quantities), N] of the rows that `rows_of` makes of (hidden [R, D], targets in bounds [R]).
+
+    It is called on chunks of rows that bound the logits of `classes` classes; rows whose target is `ignore_index` hold
+    0. Raises ValueError for an unknown quantity.
+    """
+    unknown = [name for name in quantities if name not in QUANTITIES]
+    if unknown or not quantities:
+        raise ValueError(f"quantities: got {list(quantities)}, expected a non-empty list of {list(QUANTITIES)}")
+
     def of_rows(hidden: Tensor, target: Tensor) -> Tensor:
         ignored = target == ignore_index
-        in_bounds = target.long().masked_fill(ignored, 0)
-        rows = _ShiftedRows(logits(hidden, weight, bias, scale, divisor, softcap).float(), in_bounds)
+        rows = rows_of(hidden, target.long().masked_fill(ignored, 0))
         values = torch.stack([QUANTITIES[name](rows) for name in quantities])
         return values.masked_fill(ignored, 0.0)
 
-    chunk = _rows_per_chunk(hidden.shape[0], weight.shape[0], hidden.device)
+    chunk = _rows_per_chunk(hidden.shape[0], classes, hidden.device)
     if chunk is None:
         return of_rows(hidden, target)
     pairs = zip(hidden.split(chunk), target.split(chunk), strict=True)
@@ -198,13 +229,20 @@ def masked_loss(
     softcap: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    rows: Tensor | None = None,
+    num_items: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the rows whose target is not `ignore_index`: a 0-d float32 tensor.
 
-    `hidden` [N, D], `weight` [V, D] and `bias` [V] are of one floating dtype, `target` [N] is of any integer dtype
-    and `row_weight` [N] of any floating one. `"sum"` gives Σ w·nll, with w = 1 without `row_weight`; `"mean"`
-    divides it by the number of counted rows or, with `row_weight`, by Σ w over them, and is 0 where that is 0.
-    Where every row is ignored the loss is 0 and stays connected to every input. Raises ValueError for an unknown
+    `hidden` [N, D], `weight` [V, D] and `bias` [V] are of one floating dtype, `target` [N] is of any integer dtype.
+    `rows` [M] (int32 or int64, repeats included) selects the rows that are read at all, None is every row (M = N);
+    `row_weight` [M], of any floating dtype, weighs the selected rows. With w = 1 where it is None and
+    l = lse - (1 - ε) x[target] - ε mean(x) + z lse² for `label_smoothing` ε (as in `F.cross_entropy`) and `z_loss` z
+    (PaLM, arXiv 2204.02311), `"sum"` gives Σ w·l over the counted rows, `"num_items"` divides it by `num_items`
+    (0-d), and `"mean"` by the number of counted rows or, with `row_weight`, by Σ w over them; it is 0 where that is
+    0. Where every row is ignored the loss is 0 and stays connected to every input. Raises ValueError for an unknown
     reduction; torch reports targets outside [0, V).
 
     Without `row_weight` the mean equals `F.cross_entropy(..., reduction="mean")` to the bit on the CPU in float32:
@@ -212,19 +250,32 @@ def masked_loss(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, expected one of {list(REDUCTIONS)}")
+    if rows is not None:
+        hidden, target = hidden.index_select(0, rows), target.index_select(0, rows)
     x = logits(hidden, weight, bias, scale, divisor, softcap).float()
     target = target.long()
     counted = target != ignore_index
+    row_loss = functools.partial(F.cross_entropy, x, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if row_weight is None:
-        total = F.cross_entropy(x, target, ignore_index=ignore_index, reduction="sum")
-        return total if reduction == "sum" else total / counted.sum().clamp(min=1)
-
-    nll = F.cross_entropy(x, target, ignore_index=ignore_index, reduction="none")
-    counted_weight = torch.where(counted, row_weight.float(), 0.0)
-    total = (counted_weight * nll).sum()
+        total = row_loss(reduction="sum")
+        if z_loss:
+            total = total + z_loss * (torch.where(counted, x.logsumexp(-1), 0.0) ** 2).sum()
+        amount = counted.sum()
+    else:
+        nll = row_loss(reduction="none")
+        if z_loss:
+            nll = nll + z_loss * x.logsumexp(-1) ** 2
+        counted_weight = torch.where(counted, row_weight.float(), 0.0)
+        total = (counted_weight * nll).sum()
+        amount = counted_weight.sum()
     if reduction == "sum":
         return total
-    amount = counted_weight.sum()
+    if reduction == "num_items":
+        if num_items is None:
+            raise ValueError("num_items: the reduction 'num_items' divides by it, and it is None")
+        return total / num_items
+    if row_weight is None:
+        return total / amount.clamp(min=1)
     weightless = amount == 0
     # The division happens in either branch of `where`, so its denominator must be safe there too.
     return torch.where(weightless, 0.0, total / torch.where(weightless, 1.0, amount))
@@ -237,24 +288,20 @@ def masked_loss_backward(
     bias: Tensor | None,
     target: Tensor,
     row_weight: Tensor | None,
-    scale: float,
-    divisor: float,
-    softcap: float,
-    ignore_index: int,
-    reduction: str,
     wanted: Sequence[bool],
+    *options: Any,
 ) -> list[Tensor]:
     """Gradients of `masked_loss`, scaled by `grad` (0-d), for the wanted of (hidden, weight, bias, row_weight).
 
-    The loss is recomputed and differentiated by autograd with respect to the wanted inputs only: an unwanted one
-    costs nothing and has no entry in the result, which holds contiguous tensors like their inputs, in that order.
+    `options` are the arguments of `masked_loss` from `scale` on. The loss is recomputed and differentiated by autograd
+    with respect to the wanted inputs only: an unwanted one costs nothing and has no entry in the result, which holds
+    contiguous tensors like their inputs, in that order.
     """
     leaves = [
         None if x is None else x.detach().requires_grad_(want)
         for x, want in zip((hidden, weight, bias, row_weight), wanted, strict=True)
     ]
-    hidden, weight, bias, row_weight = leaves
     with torch.enable_grad():
-        loss = masked_loss(hidden, weight, bias, target, row_weight, scale, divisor, softcap, ignore_index, reduction)
+        loss = masked_loss(*leaves[:3], target, leaves[3], *options)
     sought = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     return [g.contiguous() for g in torch.autograd.grad(loss, sought, grad)]

@@ -25,7 +25,8 @@ aten = torch.ops.aten
 
 def mask_loss(program: Program, config: RoutingConfig) -> Program:
     """Inserts `cggr::masked_loss` and the outputs of the rewritten graph: the model's own, of which only scalars (and,
-    with `keep_logits`, everything) survive, then rows, weights, scores and counts."""
+    with `keep_logits`, everything) survive, then rows, weights, scores, counts and a low-rank router head's
+    image."""
     assert program.head is not None
     head, routing = program.head, program.routing
     builder = Builder(program)
@@ -60,7 +61,7 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
     env = clone(builder, roots, {**env, head.loss: loss})
     builder.env.update(env)
-    extra = (routing.rows, routing.weights, routing.scores, routing.counts)
+    extra = (routing.rows, routing.weights, routing.scores, routing.counts, routing.basis_image)
     builder.output(
         tuple(None if out is None else builder.env[out] for out in outputs)
         + tuple(None if node is None else builder.env[node] for node in extra)

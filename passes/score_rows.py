@@ -8,9 +8,9 @@ path, so shift and ignored positions are the model's.
 
 from __future__ import annotations
 
-import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.passes.build_router import quiet_region
+from cggr_compile.passes.score_head import HeadCall, score_head
 from cggr_compile.passes.subgraph import clone
 from torch import fx
 
@@ -28,8 +28,8 @@ QUANTITIES = {
 
 
 def score_rows(program: Program, config: RoutingConfig) -> Program:
-    """Inserts `cggr::score` and the mean over tokens; sets `routing.token_scores` [N], `.scores` [B], `.valid` [B] and
-    `.counts` [B].
+    """Inserts the router's head (`score_head`) and the mean over tokens; sets `routing.token_scores` [N],
+    `.scores` [B], `.valid` [B], `.counts` [B] and `.basis_image`.
 
     A row without counted tokens scores 0 and is not valid. Everything is fp32 and without gradient.
     """
@@ -44,19 +44,9 @@ def score_rows(program: Program, config: RoutingConfig) -> Program:
     inputs = {node: builder.env[node] for node in program.placeholders}
     target = clone(builder, [head.target], inputs)[head.target]
     weight, bias = head_parameters(builder, head, inputs)
-    quantities = list(QUANTITIES[config.scoring])
-    statistics = builder.call(
-        torch.ops.cggr.score.default,
-        hidden,
-        weight,
-        bias,
-        target,
-        quantities,
-        head.scale,
-        head.divisor,
-        head.softcap,
-        head.ignore_index,
-    )
+    options = (head.scale, head.divisor, head.softcap, head.ignore_index)
+    call = HeadCall((hidden, weight, bias, target), QUANTITIES[config.scoring], options)
+    statistics, image = score_head(builder, config, call)
     tokens = builder.call(aten.sum.dim_IntList, statistics, [0])
     by_row = builder.call(aten.view.default, tokens, [batch_size(builder), -1])
     totals = builder.call(aten.sum.dim_IntList, by_row, [1])
@@ -64,7 +54,7 @@ def score_rows(program: Program, config: RoutingConfig) -> Program:
     scores = builder.call(aten.div.Tensor, totals, builder.call(aten.clamp_min.default, counts, 1))
     valid = builder.call(aten.gt.Scalar, counts, 0)
     builder.copy_rest()
-    routing = builder.routing(token_scores=tokens, scores=scores, valid=valid, counts=counts)
+    routing = builder.routing(token_scores=tokens, basis_image=image, scores=scores, valid=valid, counts=counts)
     return builder.finish("score_rows", routing=routing)
 
 

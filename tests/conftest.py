@@ -1,4 +1,4 @@
-"""Hypothesis profiles, GPU marker, and a clean Dynamo for every test."""
+"""Hypothesis profiles, GPU marker, Triton's interpreter where there is no GPU, and a clean Dynamo for every test."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
+
+# Triton decides when a kernel is defined whether it is compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=_SLOW)

@@ -153,4 +153,4 @@ def test_opcheck_of_the_backward(wanted: list[bool], transposed: bool) -> None:
     if transposed:
         hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
     args = (torch.tensor(0.7), hidden, weight, bias, target, weights().detach())
-    opcheck(ops.masked_loss_backward, (*args, 2.0, 3.0, 5.0, IGNORED, "mean", wanted))
+    opcheck(ops.masked_loss_backward, (*args, wanted, 2.0, 3.0, 5.0, IGNORED, "mean"))

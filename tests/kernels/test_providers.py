@@ -4,34 +4,81 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cggr_compile.kernels import ops, providers, reference
-from cggr_compile.kernels.providers import PROVIDERS, Provider, choose
+from cggr_compile.kernels import ops, providers, reference, router_head_ops
+from cggr_compile.kernels.providers import LONGEST_SELECT, PROVIDERS, Place, Provider, choose, passed_over
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def needs_bf16(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None if dtype == torch.bfloat16 else f"needs torch.bfloat16, not {dtype}"
+def needs_bf16(place: Place) -> str | None:
+    return None if place.dtype == torch.bfloat16 else f"needs torch.bfloat16, not {place.dtype}"
 
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> Provider:
     """A provider preferred to the reference, for bf16 only."""
-    provider = Provider("fast", needs_bf16, reference.gather)
-    monkeypatch.setitem(PROVIDERS, "gather", {"fast": provider, **PROVIDERS["gather"]})
+    provider = Provider("fast", needs_bf16, lambda: reference.gather)
+    monkeypatch.setitem(PROVIDERS, "gather", {"fast": provider, "reference": PROVIDERS["gather"]["reference"]})
     return provider
 
 
 @pytest.mark.parametrize("op", ["score", "select", "gather", "masked_loss"])
 @pytest.mark.parametrize("device", [CPU, META, torch.device("cuda"), torch.device("mps")])
-def test_the_reference_runs_everywhere(op: str, device: torch.device) -> None:
-    chosen = choose(op, device, torch.float32)
+def test_the_reference_runs_everywhere_and_is_the_choice_without_a_gpu(op: str, device: torch.device) -> None:
+    chosen = choose(op, device, torch.float32, forced="reference")
     assert chosen.implementation is getattr(reference, op)
-    assert choose(op, device, torch.float32, forced="reference") is chosen
+    if device.type != "cuda" or not torch.cuda.is_available():
+        assert choose(op, device, torch.float32) is chosen
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        (torch.device("mps"), torch.bfloat16, "for CUDA, not mps"),
+        (META, torch.bfloat16, "for CUDA, not meta"),
+        (CPU, torch.float64, "bfloat16, float16 and float32, not torch.float64"),
+    ],
+)
+def test_triton_says_where_it_cannot_run(device: torch.device, dtype: torch.dtype, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"score: provider 'triton' is unavailable on {device} .*{reason}"):
+        choose("score", device, dtype, forced="triton")
+
+
+def test_without_triton_or_its_interpreter_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="the CPU needs Triton's interpreter"):
+        choose("score", CPU, torch.float32, forced="triton")
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        choose("masked_loss", torch.device("cuda"), torch.bfloat16, forced="triton")
+
+
+@pytest.mark.parametrize(("length", "suited"), [(LONGEST_SELECT, True), (LONGEST_SELECT + 1, False), (None, True)])
+def test_long_rows_are_left_to_the_sort(length: int | None, suited: bool) -> None:
+    device = torch.device("cuda") if torch.cuda.is_available() else CPU
+    reasons = passed_over("select", Place(device, torch.float32, length))
+    assert ("a sort is faster" in reasons.get("triton", "")) is not suited
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("op", "dtype", "name"),
+    [
+        ("score", torch.bfloat16, "triton"),
+        ("masked_loss", torch.float32, "triton"),
+        ("gather", torch.bfloat16, "triton"),
+        ("gather", torch.int64, "reference"),
+        ("score", torch.float64, "reference"),
+        ("select", torch.float32, "triton"),
+    ],
+)
+def test_the_choice_on_a_gpu(op: str, dtype: torch.dtype, name: str) -> None:
+    assert choose(op, torch.device("cuda"), dtype).name == name
 
 
 def test_the_table_covers_the_operators_and_names_providers_by_their_keys() -> None:
-    assert all(isinstance(getattr(ops, op), torch.library.CustomOpDef) for op in PROVIDERS)
+    defined = {**vars(ops), **vars(router_head_ops)}
+    assert all(isinstance(defined[op], torch.library.CustomOpDef) for op in PROVIDERS)
     assert all(name == provider.name for table in PROVIDERS.values() for name, provider in table.items())
 
 
@@ -51,12 +98,12 @@ def test_an_unavailable_provider_raises_with_the_reason_and_the_alternatives(fas
 
 
 def test_an_unknown_provider_raises_with_the_alternatives() -> None:
-    with pytest.raises(ValueError, match=r"score: provider 'tritan' .* available: reference"):
+    with pytest.raises(ValueError, match=r"score: provider 'tritan' .* available: (triton, )?reference"):
         choose("score", CPU, torch.float32, forced="tritan")
 
 
 def test_no_available_provider_raises_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PROVIDERS, "gather", {"fast": Provider("fast", needs_bf16, reference.gather)})
+    monkeypatch.setitem(PROVIDERS, "gather", {"fast": Provider("fast", needs_bf16, lambda: reference.gather)})
     with pytest.raises(ValueError, match=r"gather: no provider .* \(fast: needs torch.bfloat16"):
         choose("gather", CPU, torch.float32)
 

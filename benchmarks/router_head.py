@@ -1,0 +1,221 @@
+"""How well the router's cheap heads keep the order of rows, and what they cost: real weights, real text.
+
+    python benchmarks/router_head.py --output benchmarks/results/router_head-cpu
+    python benchmarks/router_head.py --quick      # a few short rows
+
+Routers are the first n layers of SmolLM2-135M with its final norm; every head scores the same hidden states of the same
+batches of Paradise Lost. Rank correlations (Spearman) are with the exact head of the same router, over the rows of a
+batch (mean nll) and over its tokens. A time is one call of the operator's reference, divided by the exact head's call
+on the same hidden states. The low-rank basis has been refreshed on other rows only, as in training.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import groupby
+from pathlib import Path
+
+import cggr_compile.kernels.router_head_ops  # noqa: F401  registers torch.ops.cggr
+import torch
+import typer
+from cggr_compile.kernels.router_heads import refreshed
+from torch import Tensor
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.demo_data import Windows, load_pretrained, make_windows, read_text
+from cggr_compile.router_head import cost_factor
+
+SAMPLES = ((64, 64), (256, 256), (512, 512), (1024, 1024), (2048, 2048))
+RANKS = (64, 128)
+STRIDES = (8,)
+REFRESHES = 4
+WANTED = 0.98
+ops = torch.ops.cggr
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Hidden states [N, D] of one batch behind one router, those of other rows [M, D], and the targets of both."""
+
+    hidden: Tensor
+    target: Tensor
+    other_hidden: Tensor
+    other_target: Tensor
+    weight: Tensor
+    rows: int
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two vectors (ties, which fp32 means do not have, rank by index)."""
+    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def hidden_by_depth(model: torch.nn.Module, ids: Tensor, depths: list[int]) -> dict[int, Tensor]:
+    """The head's input [B, S, D] of the router of each depth."""
+    found: dict[int, list[Tensor]] = {depth: [] for depth in depths}
+    layers = model.config.num_hidden_layers
+    with torch.no_grad():
+        for some in ids.split(8):
+            states = model.model(some, output_hidden_states=True, use_cache=False).hidden_states
+            for depth in depths:  # the last state has passed the final norm already
+                found[depth].append(states[depth] if depth == layers else model.model.norm(states[depth]))
+    return {depth: torch.cat(parts) for depth, parts in found.items()}
+
+
+def low_rank_basis(problem: Problem, rank: int) -> Tensor:
+    """A random basis after REFRESHES refreshes on the other rows."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(problem.weight.shape[1], rank, generator=generator)).Q
+    parts = zip(problem.other_hidden.chunk(REFRESHES), problem.other_target.chunk(REFRESHES), strict=True)
+    for hidden, target in parts:
+        basis = refreshed(ops.low_rank_score(hidden, problem.weight, None, target, basis, ["nll"])[1], basis)
+    return basis
+
+
+def heads(problem: Problem, seed: int) -> Iterator[tuple[str, dict, float, Tensor]]:
+    """Name, options, seconds and token scores [N] of each head; the exact one first."""
+    operands = (problem.hidden, problem.weight, None, problem.target)
+    noise = torch.rand(problem.weight.shape[0], generator=torch.Generator().manual_seed(seed))
+
+    def sampled(frequent: int, drawn: int) -> Tensor:
+        columns = ops.sample_columns(problem.target, noise, frequent, drawn)
+        return ops.sampled_score(*operands, *columns, ["nll"])
+
+    yield "exact", {"router_head": "exact"}, *timed(lambda: ops.score(*operands, ["nll"]))
+    for frequent, drawn in SAMPLES:
+        options = {"router_head": "sampled", "router_head_frequent": frequent, "router_head_sampled": drawn}
+        yield f"sampled, {frequent} + {drawn}", options, *timed(lambda f=frequent, d=drawn: sampled(f, d))
+    for rank in RANKS:
+        basis = low_rank_basis(problem, rank)
+        call = timed(lambda basis=basis: ops.low_rank_score(*operands, basis, ["nll"])[0])
+        yield f"low rank, {rank}", {"router_head": "low_rank", "router_head_rank": rank}, *call
+    yield "fp8", {"router_head": "fp8"}, *timed(lambda: ops.fp8_score(*operands, ["nll"]))
+
+
+def timed(call) -> tuple[float, Tensor]:
+    """Seconds of a call and its first row."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result[0]
+
+
+def compare(problem: Problem, seed: int) -> Iterator[dict]:
+    """One record a head: correlations with the exact one, seconds, and multiply-adds relative to it."""
+    vocabulary, width = problem.weight.shape
+    exact_seconds, exact = 0.0, torch.empty(0)
+    for name, options, seconds, tokens in heads(problem, seed):
+        if name == "exact":
+            exact_seconds, exact = seconds, tokens
+            for stride in STRIDES:
+                strided = exact.view(problem.rows, -1)[:, ::stride].mean(1)
+                rows = spearman(strided, exact.view(problem.rows, -1).mean(1))
+                yield {"head": f"exact, every {stride}th position", "row": rows, "flops": 1 / stride}
+        yield {
+            "head": name,
+            "row": spearman(tokens.view(problem.rows, -1).mean(1), exact.view(problem.rows, -1).mean(1)),
+            "token": spearman(tokens, exact),
+            "bias": (tokens - exact).mean().item(),
+            "seconds": seconds,
+            "time": seconds / exact_seconds,
+            "flops": cost_factor(RoutingConfig(**options), len(tokens), vocabulary, width),
+        }
+
+
+def problems(
+    model: torch.nn.Module, windows: Windows, rows: int, batches: int, depths: list[int]
+) -> Iterator[tuple[int, int, Problem]]:
+    """(batch, depth, problem); the other rows are held-out windows."""
+    weight = model.lm_head.weight.detach()
+    other = windows.held_out
+    other_states = hidden_by_depth(model, other, depths)
+    for index, ids in enumerate(windows.batches(steps=batches, batch_size=rows, seed=0)):
+        states = hidden_by_depth(model, ids, depths)
+        for depth in depths:
+            parts = [
+                (x[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+                for x, y in ((states[depth], ids), (other_states[depth], other))
+            ]
+            yield index, depth, Problem(*parts[0], *parts[1], weight, rows)
+
+
+def render(report: dict) -> str:
+    """The table: a line for each head, a pair of columns for each depth, worst over batches."""
+    depths = list(dict.fromkeys(record["depth"] for record in report["samples"]))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        f"{report['model']}, {report['text']}, {report['shape']}; {report['device']}, commit {report['commit']}, "
+        f"{versions}. `{report['command']}`\n",
+        "Cells: lowest rank correlation with the exact head over the batches, of rows / of tokens; **bold** where the "
+        f"rows' is at least {WANTED}.\n",
+        f"| head | FLOPs | time | {' | '.join(f'{depth} layers' for depth in depths)} |",
+        "| --- " * (3 + len(depths)) + "|",
+    ]
+    by_head = sorted(report["samples"], key=lambda record: record["order"])
+    for head, group in groupby(by_head, key=lambda record: record["head"]):
+        records = list(group)
+        times = [record["time"] for record in records if "time" in record]
+        cells = [f"×{records[0]['flops']:.3f}", f"×{statistics.median(times):.2f}" if times else ""]
+        cells += [_cell([record for record in records if record["depth"] == depth]) for depth in depths]
+        lines.append(f"| {head} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(records: list[dict]) -> str:
+    row = min(record["row"] for record in records)
+    text = f"**{row:.3f}**" if row >= WANTED else f"{row:.3f}"
+    tokens = [record["token"] for record in records if "token" in record]
+    return f"{text} / {min(tokens):.3f}" if tokens else text
+
+
+def environment() -> dict:
+    """The command, the commit ("-dirty" with uncommitted changes), the device and the versions."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    versions = {"python": platform.python_version(), "transformers": metadata.version("transformers")}
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": done.stdout.strip() or "unknown",
+        "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "versions": {"torch": torch.__version__, **versions},
+    }
+
+
+def main(
+    rows: int = 64, sequence_length: int = 256, batches: int = 3, quick: bool = False, output: Path | None = None
+) -> None:
+    """Measures every head and prints the table; `--output NAME` writes NAME.json and NAME.md."""
+    if quick:
+        rows, sequence_length, batches = 8, 64, 1
+    pretrained = load_pretrained(None)
+    model = pretrained.model.eval()
+    layers = model.config.num_hidden_layers
+    windows = make_windows(*read_text(None), pretrained, sequence_length=sequence_length, batch_size=rows)
+    report = {
+        **environment(),
+        "model": pretrained.source,
+        "text": windows.source,
+        "shape": f"{batches} batches of {rows} × {sequence_length} tokens",
+        "samples": [],
+    }
+    depths = sorted({2, max(2, layers // 8), layers})
+    for batch, depth, problem in problems(model, windows, rows, batches, depths):
+        for order, record in enumerate(compare(problem, seed=batch)):
+            report["samples"].append({"batch": batch, "depth": depth, "order": order, **record})
+            print(json.dumps(report["samples"][-1]), file=sys.stderr, flush=True)
+    table = render(report)
+    print(table)
+    if output is not None:
+        output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        output.with_suffix(".md").write_text(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Triton implementations of the `cggr` operators, one module a kernel; `reference` says what they compute."""

@@ -1,0 +1,428 @@
+"""`masked_loss` without logits, by one of two algorithms.
+
+`one_pass` computes the gradients with the loss, a block of rows at a time: the exponentials of a block's logits are
+written once, unnormalised (2^(x - x[target])), and both gradient products read them. Normalisation is a factor a row,
+which multiplies the rows of hidden and of hidden's gradient instead: three matrix products in all, as many as with
+stored logits.
+
+`recompute` saves each row's log-sum-exp in the forward pass, a fourth product, and in the backward pass makes the
+gradient by the logits a block of columns at a time. It needs the least memory and takes every option.
+
+Both are deterministic: no atomics, every sum in a fixed order. Products are summed in fp32 over blocks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from cggr_compile.kernels.triton import head
+from cggr_compile.kernels.triton.gather import gather_backward
+from cggr_compile.kernels.triton.rows import Rows, counted_first, padded
+from cggr_compile.kernels.triton.score import Head, Statistics, target_logits
+from cggr_compile.kernels.triton.tiles import GROUP, Tile, descriptor, precision, processors, tile_for
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ONE_PASS_BYTES = 2**30
+"""Most bytes of exponentials that `one_pass` holds: a block of rows by the whole vocabulary."""
+RECOMPUTE_BYTES = 2**27
+"""Most bytes of gradients by logits that `recompute` holds: all rows by a block of columns."""
+OVERFLOW = 1e26
+"""A row whose exponentials sum to more is shifted by its maximum instead of its target's logit (a loss above 59)."""
+
+
+class Options(NamedTuple):
+    """The options of `reference.masked_loss` from `scale` to `z_loss`."""
+
+    scale: float = 1.0
+    divisor: float = 1.0
+    softcap: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        return self.scale / self.divisor
+
+
+class Outcome(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: 0-d fp32.
+        row_loss: fp32 [M], 0 for ignored rows, before any weight.
+        divisor: 0-d fp32, what the weighted sum was divided by.
+        log_total: fp32 [M], each row's log-sum-exp in units of log 2 (`recompute`; else empty).
+        hidden, weight, bias: the gradients for a `grad` of 1, where wanted (`one_pass`; else empty), for `scaled`;
+            of the parameters in fp32 where more than one block of rows was added up.
+    """
+
+    loss: Tensor
+    row_loss: Tensor
+    divisor: Tensor
+    log_total: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def one_pass_rows(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a block of `one_pass`."""
+    return _evenly(rows, max(1, ONE_PASS_BYTES // (classes * dtype.itemsize)), tile_for(dtype, device).rows)
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor (0-d) times contiguous x, multiplied in fp32 and rounded once to `dtype`."""
+    out = torch.empty_like(x, dtype=dtype)
+    block = 4096
+    with torch.cuda.device_of(x):
+        if x.numel():
+            head.scale_kernel[(triton.cdiv(x.numel(), block),)](x, factor, out, x.numel(), BLOCK=block)
+    return out
+
+
+def why_not_one_pass(dtype: torch.dtype, options: Options) -> str | None:
+    """The reason why `one_pass` does not apply, or None: its exponentials need the range of an 8-bit exponent, and a
+    gradient that is a multiple of the softmax off the target."""
+    if dtype == torch.float16:
+        return "float16 cannot hold unnormalised exponentials"
+    if options.label_smoothing or options.z_loss:
+        return "label smoothing and z-loss need the log-sum-exp first"
+    return None
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor | None,
+    rows: Tensor | None,
+    num_items: Tensor | None,
+    options: Options,
+    wanted: tuple[bool, bool, bool],
+    algorithm: str,
+) -> Outcome:
+    """The loss and, by `one_pass`, the wanted gradients of (hidden, weight, bias)."""
+    numbers = options.ignore_index, row_weight, options.reduction, num_items
+    chosen = counted_first(hidden, target, rows, *numbers)
+    if chosen.target.shape[0] == 0:
+        return _of_no_rows(hidden, weight, bias, wanted if algorithm == "one_pass" else (False,) * 3)
+    linear = Head(weight, bias, options.factor, options.softcap)
+    own, shift = target_logits(chosen, linear)
+    log_total = hidden.new_empty(0, dtype=torch.float32)
+    gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
+    if algorithm == "one_pass" and any(wanted):
+        losses, gradients = _one_pass(chosen, hidden, weight, bias, own, shift, options, rows is None, wanted)
+    else:
+        losses, log_total = _by_statistics(chosen, linear, own, options)
+    # A row of weight 0 still counts with its loss, as 0 · NaN is NaN in the reference.
+    loss = torch.dot(losses, chosen.weights) / chosen.divisor
+    in_order = torch.empty_like(losses).scatter_(0, chosen.place, losses)
+    if log_total.numel():
+        log_total = torch.empty_like(losses).scatter_(0, chosen.place, log_total)
+    return Outcome(loss, in_order, chosen.divisor, log_total, *gradients)
+
+
+def _of_no_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> Outcome:
+    zero, one = hidden.new_zeros((), dtype=torch.float32), hidden.new_ones((), dtype=torch.float32)
+    gradients = [
+        torch.zeros(x.shape, dtype=x.dtype, device=x.device) if want and x is not None else hidden.new_empty(0)
+        for x, want in zip((hidden, weight, bias), wanted, strict=True)
+    ]
+    return Outcome(zero, hidden.new_empty(0).float(), one, hidden.new_empty(0).float(), *gradients)
+
+
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor | None,
+    rows: Tensor | None,
+    divisor: Tensor,
+    log_total: Tensor,
+    options: Options,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The wanted gradients of (hidden, weight, bias) by `recompute`; an unwanted one is empty."""
+    chosen = counted_first(hidden, target, rows, options.ignore_index, row_weight)
+    if chosen.target.shape[0] == 0:
+        return _of_no_rows(hidden, weight, bias, wanted)[-3:]
+    per_row = chosen.weights * (grad * (options.factor / divisor))
+    log_total = log_total[chosen.place]
+    shift = torch.where(_counted(chosen), log_total, torch.inf)
+    gain = per_row
+    if options.z_loss:
+        # d (lse + z lse²) = (1 + 2 z lse) d lse; an ignored row has no lse.
+        twice = 2 * options.z_loss * head.LN_2.value * log_total
+        gain = torch.where(_counted(chosen), per_row * (1 + twice), 0.0)
+    block = _Exponentials(chosen, weight, bias, options, shift)
+    size, classes = chosen.hidden.shape[0], weight.shape[0]
+    columns = _evenly(classes, max(1, RECOMPUTE_BYTES // (size * hidden.element_size())), block.tile.columns)
+    of_hidden = None
+    of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else weight.new_empty(0)
+    of_bias = weight.new_zeros(classes, dtype=torch.float32) if wanted[2] else weight.new_empty(0, dtype=torch.float32)
+    buffer = hidden.new_empty((size, _aligned(columns, hidden)))
+    width = hidden.shape[1]
+    ones = torch.ones_like(per_row)
+    for first in range(0, classes, columns):
+        last = min(first + columns, classes)
+        gradient = buffer[:, : last - first]
+        block.normalized(gradient, gain, per_row, first)
+        if wanted[0]:
+            of_hidden = _add_product(of_hidden, gradient, weight[first:last])
+        if wanted[1]:
+            torch.mm(gradient.T, chosen.hidden[:, :width], out=of_weight[first:last])
+        if wanted[2]:
+            _add_column_sums(of_bias[first:last], gradient, ones)
+    del buffer
+    returned = hidden.new_empty(0)
+    if of_hidden is not None:
+        returned = gather_backward(of_hidden.to(hidden.dtype), chosen.index, 0, hidden.shape[0])
+    return returned, of_weight, of_bias.to(weight.dtype)
+
+
+def _counted(rows: Rows) -> Tensor:
+    return torch.arange(rows.target.shape[0], device=rows.count.device) < rows.count
+
+
+def _by_statistics(rows: Rows, linear: Head, own: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Each row's loss, 0 where ignored, and its log-sum-exp in units of log 2."""
+    smoothing = options.label_smoothing
+    statistics = Statistics(rows, linear, ("logit_sum",) if smoothing else ())
+    most = statistics.most.amax(0)
+    shift = torch.where(most == -torch.inf, 0.0, most)
+    total = (statistics.total * torch.exp2(statistics.most - shift)).sum(0)
+    log_total = shift + total.log2()
+    in_nats = log_total * head.LN_2.value
+    losses = in_nats - own
+    if smoothing:
+        mean = statistics.logit_sum.sum(0) * (head.LN_2.value / linear.weight.shape[0])
+        losses = (1 - smoothing) * losses + smoothing * (in_nats - mean)
+    else:
+        # Sum and target logit round apart, so a probability of nearly 1 can come out above it.
+        losses = losses.clamp(min=0)
+    if options.z_loss:
+        losses = losses + options.z_loss * in_nats**2
+    return torch.where(_counted(rows), losses, 0.0), log_total
+
+
+def _one_pass(
+    rows: Rows,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    own: Tensor,
+    shift: Tensor,
+    options: Options,
+    every_row_once: bool,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Each row's loss and the wanted gradients of the weighted, divided sum of losses."""
+    size, classes, width = rows.hidden.shape[0], weight.shape[0], hidden.shape[1]
+    block = _Exponentials(rows, weight, bias, options, shift)
+    height = one_pass_rows(size, classes, hidden.dtype, hidden.device)
+    losses, scale = own.new_empty((2, size))
+    loss_factor = rows.weights * (options.factor / rows.divisor)
+    of_hidden = hidden.new_empty((size, width)) if wanted[0] else hidden.new_empty(0)
+    of_weight: Tensor | None = None
+    of_bias = weight.new_zeros(classes, dtype=torch.float32) if wanted[2] else weight.new_empty(0, dtype=torch.float32)
+    buffer = hidden.new_empty((height, _aligned(classes, hidden)))
+    for first in range(0, size, height):
+        part = slice(first, min(first + height, size))
+        values = buffer[: part.stop - first, :classes]
+        block.unnormalized(values, own, loss_factor, losses, scale, part)
+        if wanted[0]:
+            # Rows that are taken once each go straight to where they came from.
+            to, row_of = (of_hidden, rows.index[part]) if every_row_once else (of_hidden[part], None)
+            _scale_rows(_product(values, weight), scale[part], to, row_of)
+        if wanted[1]:
+            by_scale = torch.empty((values.shape[0], width), dtype=weight.dtype, device=weight.device)
+            _scale_rows(rows.hidden[part, :width], scale[part], by_scale, None)
+            once = height >= size
+            of_weight = torch.mm(values.T, by_scale) if once else _add_product(of_weight, values.T, by_scale)
+        if wanted[2]:
+            _add_column_sums(of_bias, values, scale[part])
+    del buffer, values
+    if wanted[0] and not every_row_once:
+        of_hidden = gather_backward(of_hidden, rows.index, 0, hidden.shape[0])
+    return losses, (of_hidden, weight.new_empty(0) if of_weight is None else of_weight, of_bias)
+
+
+class _Exponentials:
+    """The launches of `head.exponentials_kernel` for one head and one set of rows."""
+
+    def __init__(self, rows: Rows, weight: Tensor, bias: Tensor | None, options: Options, shift: Tensor) -> None:
+        self.rows, self.options, self.shift = rows, options, shift
+        self.classes = weight.shape[0]
+        self.tile: Tile = tile_for(weight.dtype, weight.device)
+        self.weight = descriptor(padded(weight), self.tile.columns, self.tile)
+        self.bias = bias if bias is None else bias.contiguous()
+
+    def normalized(self, out: Tensor, gain: Tensor, loss_factor: Tensor, first_column: int) -> None:
+        """The gradient by the head's outputs of the classes from `first_column` on, out [M, columns]."""
+        every = slice(0, out.shape[0])
+        self._launch(out, every, first_column, gain, loss_factor, None, None, None)
+
+    def unnormalized(
+        self, out: Tensor, own: Tensor, loss_factor: Tensor, losses: Tensor, scale: Tensor, part: slice
+    ) -> None:
+        """Exponentials of the rows in `part`, out [R, V]; fills their `losses` and the `scale` that makes gradients."""
+        size, softcap = out.shape[0], self.options.softcap
+        column_tiles = triton.cdiv(self.classes, self.tile.columns)
+        total, most = out.new_empty((2, column_tiles, size), dtype=torch.float32)
+        rows, tiles = 16, 64
+        blocks = triton.cdiv(size, rows)
+        flagged = torch.zeros(triton.next_power_of_2(blocks), dtype=torch.int32, device=out.device)
+        self._launch(out, part, 0, None, None, None, total, most)
+        with torch.cuda.device_of(out):
+            head.survey_kernel[(blocks,)](
+                total,
+                most,
+                self.shift[part],
+                flagged,
+                self.rows.count,
+                size,
+                column_tiles,
+                part.start,
+                LIMIT=OVERFLOW,
+                BLOCK_M=rows,
+                BLOCK_T=tiles,
+            )
+        self._launch(out, part, 0, None, None, flagged, total, most)
+        with torch.cuda.device_of(out):
+            head.settle_kernel[(blocks,)](
+                out,
+                total,
+                self.shift[part],
+                self.rows.target[part],
+                own[part],
+                loss_factor[part],
+                losses[part],
+                scale[part],
+                self.rows.count,
+                size,
+                column_tiles,
+                part.start,
+                out.stride(0),
+                softcap,
+                SOFTCAP=softcap > 0,
+                BLOCK_M=rows,
+                BLOCK_T=tiles,
+            )
+
+    def _launch(
+        self,
+        out: Tensor,
+        part: slice,
+        first_column: int,
+        gain: Tensor | None,
+        loss_factor: Tensor | None,
+        flagged: Tensor | None,
+        total: Tensor | None,
+        most: Tensor | None,
+    ) -> None:
+        options, tile, columns = self.options, self.tile, out.shape[1]
+        size = part.stop - part.start
+        tiles = triton.cdiv(size, tile.rows) * triton.cdiv(columns, tile.columns)
+        programs = min(tiles, processors(out.device))
+        with torch.cuda.device_of(out):
+            head.exponentials_kernel[(programs,)](
+                descriptor(self.rows.hidden[part], tile.rows, tile),
+                self.weight,
+                TensorDescriptor.from_tensor(out, [tile.rows, tile.columns]),
+                self.bias,
+                self.rows.target[part],
+                self.shift[part],
+                gain,
+                loss_factor,
+                self.rows.count,
+                flagged,
+                total,
+                most,
+                size,
+                self.classes,
+                self.rows.hidden.shape[1],
+                options.factor,
+                options.softcap,
+                1 - options.label_smoothing,
+                options.label_smoothing / self.classes,
+                part.start,
+                first_column,
+                columns,
+                HAS_BIAS=self.bias is not None,
+                SOFTCAP=options.softcap > 0,
+                NORMALIZED=total is None,
+                FLAGS=0 if flagged is None else flagged.shape[0],
+                PROGRAMS=programs,
+                GROUP=GROUP,
+                PRECISION=precision(out.dtype),
+                BLOCK_M=tile.rows,
+                BLOCK_N=tile.columns,
+                BLOCK_K=tile.depth,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+
+
+def _scale_rows(x: Tensor, row_scale: Tensor, out: Tensor, row_of: Tensor | None) -> None:
+    """out[row_of[n]] (or out[n]) = row_scale[n] x[n], in the dtype of `out`."""
+    block = 4
+    with torch.cuda.device_of(x):
+        head.scale_rows_kernel[(triton.cdiv(x.shape[0], block),)](
+            x,
+            row_scale,
+            row_of,
+            out,
+            x.shape[0],
+            x.shape[1],
+            x.stride(0),
+            out.stride(0),
+            HAS_ROW_OF=row_of is not None,
+            BLOCK_M=block,
+            BLOCK_K=512,
+        )
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, accumulated in fp32."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _add_product(to: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """to + a @ b in fp32, in place where `to` exists."""
+    if to is None:
+        return _product(a, b)
+    if a.dtype != torch.float32 and a.device.type == "cuda":
+        return torch.addmm(to, a, b, out_dtype=torch.float32, out=to)
+    return to.addmm_(a.float(), b.float())
+
+
+def _add_column_sums(to: Tensor, x: Tensor, row_scale: Tensor) -> None:
+    block = 64
+    with torch.cuda.device_of(x):
+        head.column_sums_kernel[(triton.cdiv(x.shape[1], block),)](
+            x, row_scale, to, x.shape[0], x.shape[1], x.stride(0), BLOCK_M=64, BLOCK_N=block
+        )
+
+
+def _evenly(size: int, most: int, multiple: int) -> int:
+    """The size of equal blocks of at most about `most`, a multiple of `multiple`, that cover `size`."""
+    blocks = triton.cdiv(size, max(most, multiple))
+    return triton.cdiv(triton.cdiv(size, blocks), multiple) * multiple
+
+
+def _aligned(columns: int, x: Tensor) -> int:
+    """A row stride for `columns` elements that keeps rows 16-byte aligned, as fast matrix products need."""
+    per_line = 16 // x.element_size()
+    return triton.cdiv(columns, per_line) * per_line

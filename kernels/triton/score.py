@@ -1,0 +1,260 @@
+"""`score` and its estimates in one pass over the vocabulary: the logits never exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from cggr_compile.kernels.router_heads import next_image, quantize_rows
+from cggr_compile.kernels.triton import head
+from cggr_compile.kernels.triton.gather import gather
+from cggr_compile.kernels.triton.rows import Rows, counted_first, padded
+from cggr_compile.kernels.triton.tiles import GROUP, Tile, descriptor, precision, splits_for, tile_for
+from torch import Tensor
+
+QUANTITIES = ("nll", "entropy", "margin", "confidence")
+
+
+def score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    quantities: Sequence[str],
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """`reference.score`, except that logits stay in fp32 and that a label outside [0, V) makes its row's nll NaN.
+
+    Rows with an ignored label are not computed.
+    """
+    rows = counted_first(hidden, target, None, ignore_index)
+    return _scores(rows, Head(weight, bias, scale / divisor, softcap), None, quantities)
+
+
+def sampled_score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    columns: Tensor,
+    column_weight: Tensor,
+    quantities: Sequence[str],
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """`router_heads.sampled_score`, with the exceptions of `score`."""
+    rows = counted_first(hidden, target, None, ignore_index)
+    read_bias = None if bias is None else gather(bias, columns, 0)
+    factor = scale / divisor
+    sample = Head(
+        gather(weight, columns, 0), read_bias, factor, softcap, log_weight=column_weight.log(), class_of=columns
+    )
+    return _scores(rows, Head(weight, bias, factor, softcap), sample, quantities)
+
+
+def low_rank_score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    basis: Tensor,
+    quantities: Sequence[str],
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """`router_heads.low_rank_score`, with the exceptions of `score`."""
+    rows = counted_first(hidden, target, None, ignore_index)
+    directions = basis.to(hidden.dtype)
+    projected = weight @ directions
+    # Every column but the target's, as a sample that leaves none out.
+    log_weight, class_of = basis.new_zeros(len(weight)), torch.arange(len(weight), device=weight.device)
+    factor = scale / divisor
+    sample = Head(projected, bias, factor, softcap, log_weight=log_weight, class_of=class_of)
+    near = padded(rows.hidden[:, : hidden.shape[1]] @ directions)
+    scores = _scores(rows, Head(weight, bias, factor, softcap), sample, quantities, near)
+    return scores, next_image(hidden, weight, projected, target, ignore_index)
+
+
+def fp8_score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    quantities: Sequence[str],
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """`router_heads.fp8_score`, with the exceptions of `score`; products run on the fp8 tensor cores."""
+    rows = counted_first(hidden, target, None, ignore_index)
+    values, row_scale = quantize_rows(rows.hidden)
+    weight_values, column_scale = quantize_rows(weight)
+    rows = rows._replace(hidden=padded(values))
+    quantised = Head(weight_values, bias, scale / divisor, softcap, row_scale=row_scale, column_scale=column_scale)
+    return _scores(rows, quantised, None, quantities)
+
+
+class Head(NamedTuple):
+    """A head's parameters and options: weight [V, D], bias [V], the factor of its outputs, the soft-cap (0: none).
+
+    Of fp8 values, row_scale [M] and column_scale [V] are their fp32 scales; of a sample of columns, log_weight [V] fp32
+    and class_of [V] are the logarithms of their weights and their classes.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    factor: float
+    softcap: float
+    row_scale: Tensor | None = None
+    column_scale: Tensor | None = None
+    log_weight: Tensor | None = None
+    class_of: Tensor | None = None
+
+
+def _scores(
+    rows: Rows, own: Head, sample: Head | None, quantities: Sequence[str], near: Tensor | None = None
+) -> Tensor:
+    """The quantities [Q, N] of the head `own`, of which `sample` may stand for all columns but the target's, as a head
+    of the hidden states `near` instead of the rows' own."""
+    size = rows.target.shape[0]
+    out = torch.empty((len(quantities), size), dtype=torch.float32, device=rows.target.device)
+    if size == 0:
+        return out
+    read = rows if near is None else rows._replace(hidden=near)
+    statistics = Statistics(read, sample or own, quantities)
+    wants = dict.fromkeys(QUANTITIES, -1) | {name: place for place, name in enumerate(quantities)}
+    logits = statistics.most
+    if wants["nll"] >= 0 or sample is not None:
+        logits, _ = target_logits(rows, own)
+    block = 128
+    with torch.cuda.device_of(out):
+        head.quantities_kernel[(triton.cdiv(size, block),)](
+            statistics.most,
+            statistics.total,
+            statistics.moment,
+            statistics.second,
+            logits,
+            rows.place,
+            rows.count,
+            out,
+            size,
+            statistics.most.shape[0],
+            size,
+            WITH_TARGET=sample is not None,
+            NLL=wants["nll"],
+            ENTROPY=wants["entropy"],
+            MARGIN=wants["margin"],
+            CONFIDENCE=wants["confidence"],
+            BLOCK_M=block,
+            num_warps=4,
+        )
+    # A quantity asked for twice has one place in the kernel.
+    for place, name in enumerate(quantities):
+        if wants[name] != place:
+            out[place] = out[wants[name]]
+    return out
+
+
+class Statistics:
+    """Softmax statistics of each row and slice of the vocabulary, fp32 [splits, M]; see `head.statistics_kernel`.
+
+    `moment`, `second` and `logit_sum` are computed where a quantity needs them ("logit_sum" is asked for by name)
+    and are `most` elsewhere.
+    """
+
+    def __init__(self, rows: Rows, of: Head, quantities: Sequence[str]) -> None:
+        hidden = rows.hidden
+        size, classes = hidden.shape[0], of.weight.shape[0]
+        tile: Tile = tile_for(hidden.dtype, hidden.device)
+        splits = splits_for(size, classes, tile, hidden.device)
+
+        def slices(wanted: bool) -> Tensor:
+            return hidden.new_empty((splits, size), dtype=torch.float32) if wanted else self.most
+
+        self.most = hidden.new_empty((splits, size), dtype=torch.float32)
+        self.total = slices(True)
+        self.moment = slices("entropy" in quantities)
+        self.second = slices("margin" in quantities)
+        self.logit_sum = slices("logit_sum" in quantities)
+        with torch.cuda.device_of(hidden):
+            head.statistics_kernel[(triton.cdiv(size, tile.rows) * splits,)](
+                descriptor(hidden, tile.rows, tile),
+                descriptor(padded(of.weight), tile.columns, tile),
+                of.bias if of.bias is None else of.bias.contiguous(),
+                of.log_weight,
+                of.class_of,
+                rows.target,
+                of.row_scale,
+                of.column_scale,
+                rows.count,
+                self.most,
+                self.total,
+                self.moment,
+                self.second,
+                self.logit_sum,
+                size,
+                classes,
+                hidden.shape[1],
+                of.factor,
+                of.softcap,
+                HAS_BIAS=of.bias is not None,
+                SOFTCAP=of.softcap > 0,
+                WEIGHTED=of.log_weight is not None,
+                SCALED=of.row_scale is not None,
+                MOMENT="entropy" in quantities,
+                SECOND="margin" in quantities,
+                LOGIT_SUM="logit_sum" in quantities,
+                SPLITS=splits,
+                GROUP=GROUP,
+                PRECISION=precision(hidden.dtype),
+                BLOCK_M=tile.rows,
+                BLOCK_N=tile.columns,
+                BLOCK_K=tile.depth,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+
+
+def target_logits(rows: Rows, of: Head) -> tuple[Tensor, Tensor]:
+    """The logit of each row's own label, fp32 [M], NaN where the label is outside [0, V): in nats, 0 where it is
+    ignored, and in units of log 2, inf where it is ignored."""
+    size = rows.target.shape[0]
+    logit, shift = torch.empty((2, size), dtype=torch.float32, device=rows.target.device)
+    weight = of.weight if of.weight.stride(1) == 1 else of.weight.contiguous()
+    block = 16
+    with torch.cuda.device_of(weight):
+        head.target_logits_kernel[(triton.cdiv(size, block),)](
+            rows.hidden,
+            weight,
+            of.bias if of.bias is None else of.bias.contiguous(),
+            rows.target,
+            of.row_scale,
+            of.column_scale,
+            rows.count,
+            logit,
+            shift,
+            size,
+            weight.shape[0],
+            weight.shape[1],
+            rows.hidden.stride(0),
+            weight.stride(0),
+            of.factor,
+            of.softcap,
+            HAS_BIAS=of.bias is not None,
+            SOFTCAP=of.softcap > 0,
+            SCALED=of.row_scale is not None,
+            BLOCK_M=block,
+            BLOCK_K=128,
+            num_warps=4,
+        )
+    return logit, shift

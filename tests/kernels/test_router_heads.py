@@ -1,0 +1,347 @@
+"""The router's cheap heads against float64 loops by definition, and samples and bases against what they converge to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from cggr_compile.kernels import router_head_ops, router_heads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+IGNORED = -100
+QUANTITIES = ["nll", "entropy", "margin", "confidence"]
+SAMPLED = ["nll", "entropy"]
+ops = torch.ops.cggr
+
+
+def operands(
+    rows: int = 9, width: int = 8, classes: int = 13, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, width), (classes, width), (classes,))
+    )
+    return hidden, weight, bias, torch.randint(0, classes, (rows,), generator=generator)
+
+
+def orthonormal(width: int, rank: int, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(torch.randn(width, rank, generator=torch.Generator().manual_seed(seed))).Q
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale=1.0, divisor=1.0, softcap=0.0) -> Tensor:
+    """float64 logits by definition."""
+    x = hidden.double() @ weight.double().T
+    x = (x + (0.0 if bias is None else bias.double())) * scale / divisor
+    return softcap * (x / softcap).tanh() if softcap else x
+
+
+def statistics_of(x: Tensor, own: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """[4, N] float64 of logits x [N, C] that count `weight` [N, C] times; `own` [N] are the targets' logits."""
+    columns = []
+    for row, mine, times, label in zip(x.tolist(), own.tolist(), weight.tolist(), target.tolist(), strict=True):
+        if label == ignore_index:
+            columns.append([0.0] * 4)
+            continue
+        peak = max(row)
+        lse = peak + math.log(math.fsum(w * math.exp(a - peak) for a, w in zip(row, times, strict=True)))
+        p = [w * math.exp(a - lse) for a, w in zip(row, times, strict=True)]
+        first, second = (*sorted(p, reverse=True), 0.0)[:2]
+        entropy = lse - math.fsum(q * a for q, a in zip(p, row, strict=True))
+        columns.append([lse - mine, entropy, 1 - (first - second), first])
+    return torch.tensor(columns, dtype=torch.float64).reshape(-1, 4).T
+
+
+def sampled_truth(args: tuple, columns: Tensor, column_weight: Tensor, options: tuple = (1.0, 1.0, 0.0)) -> Tensor:
+    """Z is the target's exponential plus the weighted ones of the other columns that were read."""
+    hidden, weight, bias, target = args
+    x = logits(hidden, weight, bias, *options)
+    own = x.gather(1, target.clamp(min=0).unsqueeze(1))
+    others = torch.where(columns == target.unsqueeze(1), 0.0, column_weight).double()
+    classes = torch.cat([own, x[:, columns]], 1)
+    times = torch.cat([torch.ones_like(own), others], 1)
+    return statistics_of(classes, own[:, 0], times, target, IGNORED)[:2]
+
+
+def low_rank_truth(args: tuple, basis: Tensor, options: tuple = (1.0, 1.0, 0.0)) -> Tensor:
+    hidden, weight, bias, target = args
+    projection = basis.double() @ basis.double().T
+    at = target.clamp(min=0).unsqueeze(1)
+    own = logits(hidden, weight, bias, *options).gather(1, at)
+    x = logits(hidden.double() @ projection, weight, bias, *options).scatter(1, at, own)
+    return statistics_of(x, own[:, 0], torch.ones_like(x), target, IGNORED)
+
+
+def fp8_truth(args: tuple, options: tuple = (1.0, 1.0, 0.0)) -> Tensor:
+    """Quantised entry by entry to the nearest of the 253 finite float8 numbers, ties to the even code."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    finite = codes.isfinite()
+
+    def quantised(x: Tensor) -> Tensor:
+        scale = (x.abs().amax(1, keepdim=True).float() / 448).double()
+        scale = torch.where(scale == 0, 1.0, scale)
+        gap = (x.float() / scale.float()).double().unsqueeze(-1) - codes
+        odd = torch.arange(256) % 2
+        rank = torch.where(finite, gap.abs(), math.inf) + odd * 1e-12
+        return codes[rank.argmin(-1)] * scale
+
+    hidden, weight, bias, target = args
+    x = logits(quantised(hidden), quantised(weight), bias, *options)
+    own = x.gather(1, target.clamp(min=0).unsqueeze(1))[:, 0]
+    return statistics_of(x, own, torch.ones_like(x), target, IGNORED)
+
+
+OPTIONS = st.tuples(st.sampled_from([1.0, 0.3]), st.sampled_from([1.0, 4.0]), st.sampled_from([0.0, 1.5, 30.0]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(0, 7),
+    width=st.integers(1, 6),
+    classes=st.integers(1, 11),
+    options=OPTIONS,
+    with_bias=st.booleans(),
+    ignored=st.integers(0, 2**7 - 1),
+    seed=st.integers(0, 2**20),
+    data=st.data(),
+)
+def test_any_shape_and_option(
+    rows: int, width: int, classes: int, options: tuple, with_bias: bool, ignored: int, seed: int, data: st.DataObject
+) -> None:
+    hidden, weight, bias, target = operands(rows, width, classes, seed=seed)
+    target[[bool(ignored >> row & 1) for row in range(rows)]] = IGNORED
+    args = (hidden, weight, bias if with_bias else None, target)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+
+    read = data.draw(st.integers(1, classes))
+    columns = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))[:read]
+    times = 3 * torch.rand(read, generator=torch.Generator().manual_seed(seed))
+    actual = ops.sampled_score(*args, columns, times, SAMPLED, *options).double()
+    torch.testing.assert_close(actual, sampled_truth(args, columns, times, options), **close)
+
+    basis = orthonormal(width, data.draw(st.integers(1, width)), seed)
+    actual = ops.low_rank_score(*args, basis, QUANTITIES, *options)[0].double()
+    torch.testing.assert_close(actual, low_rank_truth(args, basis, options), **close)
+
+    actual = ops.fp8_score(*args, QUANTITIES, *options).double()
+    torch.testing.assert_close(actual, fp8_truth(args, options), **close)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    classes=st.integers(1, 12),
+    targets=st.lists(st.integers(-1, 11), max_size=12),
+    frequent=st.integers(0, 8),
+    sampled=st.integers(1, 8),
+    seed=st.integers(0, 2**20),
+)
+def test_columns_are_the_most_frequent_and_then_those_of_least_noise(
+    classes: int, targets: list[int], frequent: int, sampled: int, seed: int
+) -> None:
+    targets = [label if 0 <= label < classes else IGNORED for label in targets]
+    noise = torch.rand(classes, generator=torch.Generator().manual_seed(seed))
+    columns, weight = ops.sample_columns(torch.tensor(targets, dtype=torch.int64), noise, frequent, sampled)
+    assert columns.dtype == torch.int64
+    assert weight.dtype == torch.float32
+    if frequent + sampled >= classes:
+        assert columns.tolist() == list(range(classes))
+        assert weight.tolist() == [1.0] * classes
+        return
+    counts = Counter(targets)
+    top = sorted(range(classes), key=lambda label: (-counts[label], label))[:frequent]
+    rest = sorted(set(range(classes)) - set(top), key=lambda label: noise[label].item())[:sampled]
+    assert columns[:frequent].tolist() == top
+    assert sorted(columns[frequent:].tolist()) == sorted(rest)
+    torch.testing.assert_close(weight, torch.tensor([1.0] * frequent + [(classes - frequent) / sampled] * sampled))
+
+
+def test_every_column_makes_the_sample_exact() -> None:
+    args = operands()
+    args[3][4] = IGNORED
+    everything = ops.sample_columns(args[3], torch.rand(13), 5, 8)
+    torch.testing.assert_close(ops.sampled_score(*args, *everything, SAMPLED), ops.score(*args, SAMPLED))
+
+
+@pytest.mark.parametrize(("frequent", "sampled"), [(0, 3), (4, 5), (11, 1)])
+def test_z_is_unbiased_over_samples(frequent: int, sampled: int) -> None:
+    args = operands(rows=5, classes=29)
+    hidden, weight, bias, target = args
+    x = logits(hidden, weight, bias)
+    own = x.gather(1, target.unsqueeze(1))[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    draws = []
+    for _ in range(500):
+        columns = router_heads.sample_columns(target, torch.rand(29, generator=generator), frequent, sampled)
+        nll = router_heads.sampled_score(*args, *columns, ["nll"])[0].double()
+        draws.append((nll + own).exp())
+    samples = torch.stack(draws)
+    error = (samples.mean(0) - x.exp().sum(1)).abs()
+    assert (error <= 4.5 * samples.std(0) / math.sqrt(len(samples)) + 1e-4).all(), error
+    assert (samples.std(0) > 0).any()
+
+
+def test_nll_of_a_sample_is_never_negative() -> None:
+    hidden, weight, _, target = operands(rows=40, classes=200)
+    columns = ops.sample_columns(target, torch.rand(200), 3, 3)
+    assert (ops.sampled_score(20 * hidden, weight, None, target, *columns, ["nll"]) >= 0).all()
+
+
+def test_full_rank_is_exact() -> None:
+    args = operands(rows=11)
+    args[3][4] = IGNORED
+    for basis in (torch.eye(8), orthonormal(8, 8)):
+        torch.testing.assert_close(ops.low_rank_score(*args, basis, QUANTITIES)[0], ops.score(*args, QUANTITIES))
+
+
+def test_refreshing_converges_to_the_dominant_invariant_subspace() -> None:
+    rows, width, classes, rank = 64, 12, 40, 3
+    hidden, weight, _, target = operands(rows, width, classes)
+    decay = 0.5 ** torch.arange(width).float()
+    hidden, weight = hidden * decay, weight * decay.sqrt()
+    target[::5] = IGNORED
+    counted = hidden[target != IGNORED].double()
+    product = (counted.T @ counted) @ (weight.double().T @ weight.double())
+    values, vectors = torch.linalg.eig(product)
+    dominant = torch.linalg.qr(vectors.real[:, values.real.argsort(descending=True)[:rank]]).Q
+    basis = orthonormal(width, rank)
+    overlaps = []
+    for _ in range(8):
+        basis = router_heads.refreshed(ops.low_rank_score(hidden, weight, None, target, basis, ["nll"])[1], basis)
+        overlaps.append(torch.linalg.svdvals(dominant.T @ basis.double()).min().item())
+    assert overlaps[-1] > 1 - 1e-5, overlaps
+    assert overlaps[0] < overlaps[-1]
+    torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)
+
+
+def test_a_useless_image_keeps_the_basis() -> None:
+    basis = orthonormal(8, 3)
+    for image in (torch.zeros(8, 3), torch.full((8, 3), math.nan), basis / 0):
+        assert torch.equal(router_heads.refreshed(image, basis), basis)
+    hidden, weight, _, target = operands()
+    nothing = ops.low_rank_score(hidden, weight, None, torch.full_like(target, IGNORED), basis, ["nll"])[1]
+    assert torch.equal(nothing, torch.zeros(8, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantised_rows_are_within_half_a_step(dtype: torch.dtype) -> None:
+    x = (
+        torch.randn(50, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+        * 10.0 ** torch.arange(-3, 2).repeat(10)[:, None]
+    )
+    x = x.to(dtype)
+    x[7] = 0
+    values, scale = router_heads.quantize_rows(x)
+    assert values.dtype == torch.float8_e4m3fn
+    assert scale.dtype == torch.float32
+    back = values.double() * scale.double().unsqueeze(1)
+    # Three bits of mantissa: half a step is 2⁻⁴ of a normal number, 2⁻¹⁰ of the scale of a subnormal one.
+    bound = torch.maximum(x.double().abs() * 2**-4, scale.double().unsqueeze(1) * 2**-10)
+    assert ((back - x.double()).abs() <= bound * (1 + 1e-6)).all()
+    assert torch.equal(values.double().abs().amax(1)[x.abs().amax(1) > 0], torch.full((49,), 448.0).double())
+
+
+def test_fp8_error_is_bounded_by_its_operands() -> None:
+    args = operands(rows=30, width=64, classes=50)
+    hidden, weight, _, _ = (x.double() for x in args)
+    # |Δ(h·w)| ≤ Σ |h||w| (2·2⁻⁴ + 2⁻⁸) + subnormals; the nll moves by at most twice the largest |Δ|.
+    product = (hidden.abs() @ weight.abs().T).amax(1) * (2 * 2**-4 + 2**-8)
+    error = (ops.fp8_score(*args, ["nll"])[0] - ops.score(*args, ["nll"])[0]).abs()
+    assert (error <= 2 * product + 1e-2).all()
+    # Independent roundings add in squares: the expected error is far below that bound.
+    expected = (2 * (hidden**2 @ (weight**2).T)).sqrt().mean() * 2**-4
+    assert error.mean() <= expected
+
+
+def calls(args: tuple, quantities: list[str] = SAMPLED) -> dict[str, Tensor]:
+    """Every head on the same operands."""
+    columns = ops.sample_columns(args[3], torch.rand(13, generator=torch.Generator().manual_seed(0)), 4, 5)
+    return {
+        "sampled_score": ops.sampled_score(*args, *columns, quantities),
+        "low_rank_score": ops.low_rank_score(*args, orthonormal(8, 3), quantities)[0],
+        "fp8_score": ops.fp8_score(*args, quantities),
+    }
+
+
+HEADS = ["sampled_score", "low_rank_score", "fp8_score"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_nan_stays_in_its_row_and_ignored_rows_hold_zero(head: str) -> None:
+    args = operands()
+    clean = calls(args)[head]
+    args[0][3, 2] = math.nan
+    args[0][5, 2] = math.nan
+    args[3][5] = IGNORED
+    actual = calls(args)[head]
+    assert actual[:, 3].isnan().all()
+    assert (actual[:, 5] == 0).all()
+    if head != "sampled_score":  # another target changes which columns are frequent
+        others = [0, 1, 2, 4, 6, 7, 8]
+        torch.testing.assert_close(actual[:, others], clean[:, others])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_autocast_casts_the_operands(head: str) -> None:
+    args = operands()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = calls(args)[head]
+    low = tuple(x.bfloat16() if x.is_floating_point() else x for x in args)
+    assert torch.equal(actual, calls(low)[head])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_lowered_reference_agrees_under_autocast(head: str) -> None:
+    args = operands()
+    between = {
+        "sampled_score": ops.sample_columns(args[3], torch.rand(13), 4, 5),
+        "low_rank_score": (orthonormal(8, 3),),
+        "fp8_score": (),
+    }[head]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = getattr(router_heads, head)(*args, *between, SAMPLED)
+        operator = getattr(ops, head)(*args, *between, SAMPLED)
+    # fp8 quantises what it is given: bf16 operands in one case, fp32 ones in the other.
+    tolerance = 0.5 if head == "fp8_score" else 0.02
+    for a, b in zip(torch.utils._pytree.tree_leaves(lowered), torch.utils._pytree.tree_leaves(operator), strict=True):
+        torch.testing.assert_close(a / a.abs().max(), b / b.abs().max(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("options", [(), (2.0, 3.0, 5.0, 1)])
+def test_opcheck(bias: bool, options: tuple) -> None:
+    hidden, weight, offset, target = operands()
+    target[1] = 1
+    leaves = (hidden.requires_grad_(), weight.requires_grad_(), offset if bias else None, target)
+    noise = torch.rand(13)
+    columns = ops.sample_columns(target, noise, 4, 5)
+    opcheck(router_head_ops.sample_columns, (target, noise, 4, 5))
+    opcheck(router_head_ops.sampled_score, (*leaves, *columns, SAMPLED, *options))
+    opcheck(router_head_ops.low_rank_score, (*leaves, orthonormal(8, 3), QUANTITIES, *options))
+    opcheck(router_head_ops.fp8_score, (*leaves, QUANTITIES, *options))
+    assert not any(result.requires_grad for result in calls(leaves).values())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda a: ops.sample_columns(a[3], torch.rand(13), 4, 0), ValueError, "sampled is 0"),
+        (lambda a: ops.sample_columns(a[3].float(), torch.rand(13), 4, 1), TypeError, "target is torch.float32"),
+        (
+            lambda a: ops.sampled_score(*a, torch.arange(3), torch.ones(2), ["nll"]),
+            ValueError,
+            "column_weight has shape",
+        ),
+        (lambda a: ops.sampled_score(*a, torch.arange(3), torch.ones(3), ["margin"]), ValueError, "quantities is"),
+        (lambda a: ops.low_rank_score(*a, torch.eye(7), ["nll"]), ValueError, "basis has shape"),
+        (lambda a: ops.low_rank_score(*a, torch.eye(8).double(), ["nll"]), TypeError, "basis is torch.float64"),
+        (lambda a: ops.fp8_score(*a, []), ValueError, "quantities is"),
+        (lambda a: ops.fp8_score(a[0], a[1][:, 1:], *a[2:], ["nll"]), ValueError, "weight has shape"),
+    ],
+)
+def test_errors_name_the_argument(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(operands())

@@ -1,0 +1,165 @@
+"""`kernels=` end to end: the Triton kernels inside a routed step, the choice in the report, what cannot run refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import head_oracle
+import oracle
+import pytest
+import torch
+from architectures import ARCHITECTURES, build, token_batch
+from cggr_compile.kernels.triton import tiles
+from cggr_compile.kernels.triton.tiles import Tile
+
+import cggr_compile as cggr
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's time is the number of tiles it walks; the padding of full-size ones would dominate."""
+    if DEVICE == "cpu":
+        head_oracle.shrink_tiles(monkeypatch)  # and bfloat16 as GPUs have it
+        for name in ("HALF", "FULL", "QUARTER"):
+            monkeypatch.setattr(tiles, name, (Tile(32, 64, 32, 4, 2),))
+
+
+def optimized(eager: torch.nn.Module, **options: Any) -> torch.nn.Module:
+    return cggr.optimize(copy.deepcopy(eager), **{"ratio": 0.4, "router_layers": 2, "inner": "eager", **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"), [("llama", "triton_one_pass"), ("gemma2", "triton_recompute"), ("bert", "triton_one_pass")]
+)
+def test_a_routed_step_on_triton_is_eagers_on_the_same_rows(name: str, loss: str) -> None:
+    """Tied and untied heads, a soft-cap, a bias; ignored labels and padding in the batch."""
+    eager = build(name).to(DEVICE)
+    batch = {key: tensor.to(DEVICE) for key, tensor in token_batch(6, 16).items()}
+    kernels = {"score": "triton", "select": "triton", "gather": "triton", "masked_loss": loss}
+    model = optimized(eager, kernels=kernels, scoring="combined")
+    got, gradients = oracle.step(model, batch)
+    rows = model.cggr.selected
+    assert torch.equal(rows, optimized_rows(eager, batch, name))
+    wanted, expected = oracle.step(eager, oracle.rows_of(batch, rows))
+    oracle.assert_same_step(got, gradients, wanted, expected, rtol=1e-4, atol=1e-5)
+    chosen = dict(model.cggr.report().providers)
+    assert chosen == kernels
+
+
+def optimized_rows(eager: torch.nn.Module, batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    on_cpu = {key: tensor.cpu() for key, tensor in batch.items()}
+    rows = oracle.expected_rows(copy.deepcopy(eager).cpu(), ARCHITECTURES[name], on_cpu, 0.4, 2, "combined")
+    return rows.to(DEVICE)
+
+
+@pytest.mark.parametrize("router_head", ["sampled", "low_rank", "fp8"])
+def test_router_heads_on_triton_select_the_references_rows(router_head: str) -> None:
+    eager = build("llama").to(DEVICE)
+    batch = {key: tensor.to(DEVICE) for key, tensor in token_batch(6, 16).items()}
+    options = {"router_head": router_head, "router_head_frequent": 5, "router_head_sampled": 12, "router_head_rank": 6}
+    chosen = []
+    for kernels in ("triton", "reference"):
+        model = optimized(eager, kernels=kernels, seed=3, **options)
+        oracle.step(model, batch)
+        chosen.append(model.cggr.selected)
+        assert model.cggr.report().providers[f"{router_head}_score"] == kernels
+    assert torch.equal(*chosen)
+
+
+def test_autocast_runs_the_kernels_in_its_dtype_and_loses_no_gradient() -> None:
+    eager = build("llama").to(DEVICE)
+    batch = {key: tensor.to(DEVICE) for key, tensor in token_batch(6, 16).items()}
+    model = optimized(eager, kernels="triton")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got, gradients = oracle.step(model, batch)
+        wanted, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
+    assert got.item() == pytest.approx(wanted.item(), rel=2e-2)
+    assert {name for name, g in gradients.items() if g is not None} == {n for n, g in expected.items() if g is not None}
+    for name, gradient in expected.items():
+        if gradient is not None:
+            assert gradients[name].dtype == gradient.dtype
+            apart = (gradients[name] - gradient).norm() / gradient.norm()
+            assert apart < 0.05, f"{name}: {apart}"
+
+
+def test_float16_autocast_takes_the_algorithm_that_fits_its_range() -> None:
+    eager = build("llama").to(DEVICE)
+    batch = {key: tensor.to(DEVICE) for key, tensor in token_batch(6, 16).items()}
+    model = optimized(eager, kernels="triton")
+    with torch.autocast(DEVICE, torch.float16):
+        got, _ = oracle.step(model, batch)
+        wanted, _ = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-2)
+
+
+def test_every_label_ignored_is_a_connected_zero() -> None:
+    eager = build("llama").to(DEVICE)
+    batch = {key: tensor.to(DEVICE) for key, tensor in token_batch(6, 16).items()}
+    batch["labels"].fill_(-100)
+    loss, gradients = oracle.step(optimized(eager, kernels="triton"), batch)
+    assert loss.item() == 0
+    assert all(gradient is not None and gradient.count_nonzero() == 0 for gradient in gradients.values())
+
+
+def test_the_report_says_what_was_passed_over_and_why() -> None:
+    model = build("llama").to(DEVICE)
+    batch = {key: tensor.to(DEVICE) for key, tensor in token_batch(6, 16).items()}
+    report = cggr.explain(model, batch, ratio=0.4).report()
+    if DEVICE == "cuda":
+        assert report.providers["masked_loss"] == "triton (one_pass)"
+        assert report.providers["gather"] == "reference"
+        assert "fuses with its neighbours" in report.passed_over["gather"]
+    else:
+        assert set(report.providers.values()) == {"reference"}
+        assert "the interpreter is for tests" in report.passed_over["score"]
+        assert "passed over" in str(report)
+
+
+def test_without_the_interpreter_the_cpu_refuses_triton_and_leaves_the_model_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    eager = build("llama")
+    model = cggr.optimize(copy.deepcopy(eager), ratio=0.4, kernels={"score": "triton"})
+    with pytest.raises(
+        cggr.CannotOptimize, match=r"score: provider 'triton' is unavailable on cpu .*interpreter"
+    ) as why:
+        model(**token_batch(6, 16))
+    assert "name another provider" in str(why.value)
+    cggr.restore(model)
+    assert torch.equal(model(**token_batch(6, 16)).loss, eager(**token_batch(6, 16)).loss)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        ("tritan", "kernels='tritan', did you mean 'triton'"),
+        ({"scores": "triton"}, "did you mean 'score'"),
+        ({"select": "triton_recompute"}, r"kernels\['select'\]='triton_recompute'.*valid values: triton, reference"),
+        (3, "neither a string nor a mapping"),
+    ],
+)
+def test_bad_options_name_the_valid_ones(kernels: object, message: str) -> None:
+    with pytest.raises(cggr.ConfigError, match=message):
+        cggr.RoutingConfig(kernels=kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("router_head", ["exact", "sampled", "low_rank", "fp8"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inductor_takes_the_kernels_without_a_sync(router_head: str, autocast: bool) -> None:
+    eager = build("llama").cuda().to(torch.float32 if autocast else torch.bfloat16)
+    batch = {key: tensor.cuda() for key, tensor in token_batch(8, 32).items()}
+    model = optimized(eager, inner="inductor", router_head=router_head)
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = model(**batch).loss
+        loss.backward()
+    torch.cuda.set_sync_debug_mode("default")
+    assert model.cggr.report().providers["masked_loss"] == "triton (one_pass)"
+    wanted = eager(**oracle.rows_of(batch, model.cggr.selected)).loss
+    assert loss.item() == pytest.approx(wanted.item(), rel=2e-2)
