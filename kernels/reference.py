@@ -273,7 +273,7 @@ def masked_loss(
     if reduction == "num_items":
         if num_items is None:
             raise ValueError("num_items: the reduction 'num_items' divides by it, and it is None")
-        return total / num_items
+        return (total / num_items).to(total.dtype)
     if row_weight is None:
         return total / amount.clamp(min=1)
     weightless = amount == 0

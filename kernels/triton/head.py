@@ -19,8 +19,11 @@ NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 
 @triton.jit
 def _tanh(x):
-    # 1 - 2 / (1 + exp(2x)) is exact at both ends: exp overflows to inf, or vanishes.
-    return 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
+    # 1 - 2 / (1 + exp(2x)) is exact at both ends, where exp overflows or vanishes, but off by a rounding of 1 near 0;
+    # there the Taylor series, whose next term is below a rounding of x for |x| < 1/4.
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return tl.where(square < 0.0625, series, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E))))
 
 
 @triton.jit
@@ -62,7 +65,7 @@ def target_logits_kernel(
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The logit of each row's own label, fp32 [N]: in nats in `logit`, 0 from row `count` on, and in units of log 2 in
-    `shift`, inf from row `count` on. NaN where the label is out of range."""
+    `shift`, inf from row `count` on and 0 for a logit of -inf. NaN where the label is out of range."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     counted = row < tl.load(count)
@@ -80,8 +83,11 @@ def target_logits_kernel(
     if HAS_BIAS:
         total += tl.load(bias + label, valid, 0.0).to(tl.float32)
     x = tl.where(valid, _capped(total, factor, softcap, SOFTCAP), float("nan"))
+    x = tl.where(x == float("inf"), float("nan"), x)  # as inf - inf is: a row with such a logit has no softmax
     tl.store(logit + row, tl.where(counted, x, 0.0), inside)
-    tl.store(shift + row, tl.where(counted, x * LOG2_E, float("inf")), inside)
+    # A shift of -inf would make NaN of every other -inf.
+    finite = tl.where(x == NEGATIVE_INFINITY, 0.0, x * LOG2_E)
+    tl.store(shift + row, tl.where(counted, finite, float("inf")), inside)
 
 
 @triton.jit
@@ -89,8 +95,8 @@ def statistics_kernel(
     hidden, weight, bias, log_weight, class_of, target, row_scale, column_scale, count,
     most, total, moment, second, logit_sum,
     rows, classes, width, factor, softcap,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr,
-    MOMENT: tl.constexpr, SECOND: tl.constexpr, LOGIT_SUM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr, WITHOUT_TARGET: tl.constexpr,
+    SCALED: tl.constexpr, MOMENT: tl.constexpr, SECOND: tl.constexpr, LOGIT_SUM: tl.constexpr,
     SPLITS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -99,8 +105,8 @@ def statistics_kernel(
     With x the logits in units of log 2 and y = x, each [SPLITS, N]: most = max y, total = Σ 2^(y - most),
     moment = Σ 2^(y - most) (x - most), second = the second largest y, repeats included, logit_sum = Σ x. Row tiles
     from `count` on are left out. SCALED multiplies products by row_scale[n] column_scale[v]. WEIGHTED, the columns
-    are a sample of the classes, column v being class_of[v]: y = x + log2 weight[v], and a row's own target is left
-    out.
+    are a sample of the classes, column v being class_of[v], and y = x + log2 weight[v]. WITHOUT_TARGET, y = -inf at
+    a row's own target.
     """
     tile, split = _place(tl.program_id(0), rows, BLOCK_M, GROUP, SPLITS)
     row = tile * BLOCK_M
@@ -117,7 +123,7 @@ def statistics_kernel(
     u = tl.zeros([BLOCK_M], tl.float32)
     if SCALED:
         scales = tl.load(row_scale + offsets, offsets < rows, 0.0)
-    if WEIGHTED:
+    if WITHOUT_TARGET:
         labels = tl.load(target + offsets, offsets < rows, -1).to(tl.int32)
     for column_tile in tl.range(first, last, flatten=True):
         start = column_tile * BLOCK_N
@@ -135,8 +141,11 @@ def statistics_kernel(
         y = x
         if WEIGHTED:
             y = x + tl.load(log_weight + columns, columns < classes, 0.0)[None, :] * LOG2_E
-            own = tl.load(class_of + columns, columns < classes, -1)[None, :] == labels[:, None]
-            y = tl.where(own, NEGATIVE_INFINITY, y)
+        if WITHOUT_TARGET:
+            column_class = columns
+            if WEIGHTED:
+                column_class = tl.load(class_of + columns, columns < classes, -1).to(tl.int32)
+            y = tl.where(column_class[None, :] == labels[:, None], NEGATIVE_INFINITY, y)
         tile_most = tl.max(y, 1)
         if SECOND:
             # The tile's own runner-up: its maximum without the first place of its maximum.
@@ -171,17 +180,16 @@ def statistics_kernel(
 
 @triton.jit
 def exponentials_kernel(
-    hidden, weight, out, bias, target, shift, gain, loss_factor, count, flagged, total, most,
-    rows, classes, width, factor, softcap, target_share, uniform, first_row, first_column, columns,
+    hidden, weight, out, bias, target, shift, gain, uniform, at_target, count, flagged, total, most,
+    rows, classes, width, factor, softcap, first_row, first_column, columns,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NORMALIZED: tl.constexpr, FLAGS: tl.constexpr,
     PROGRAMS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Exponentials of the logits x (in units of log 2) of `columns` classes, in the dtype of `out` [rows, columns].
 
-    NORMALIZED, with shift = lse, they are the loss's gradient by the head's outputs:
-    `gain[n] 2^(x - shift[n]) - loss_factor[n] (target_share [v is the target] + uniform)`, times the soft-cap's
-    derivative. The target's share is subtracted in fp32: p - 1 keeps its precision where p is nearly 1.
+    NORMALIZED, with shift = lse, they are the loss's gradient by the head's outputs: `gain[n] 2^(x - shift[n]) -
+    uniform[n]` off the target and `at_target[n]` on it, times the soft-cap's derivative.
 
     Otherwise they are `2^(x - shift[n])` off the target and 0 on it, times the soft-cap's derivative; total and most
     [column tiles, rows] hold each tile's sum and maximum of x. With FLAGS > 0, nothing is done unless one of so many
@@ -215,9 +223,9 @@ def exponentials_kernel(
         value = tl.exp2(x - tl.load(shift + offsets, inside, float("inf"))[:, None])
         is_target = column[None, :] == tl.load(target + offsets, inside, -1).to(tl.int32)[:, None]
         if NORMALIZED:
-            per_row = tl.load(loss_factor + offsets, inside, 0.0)
-            value = value * tl.load(gain + offsets, inside, 0.0)[:, None] - (per_row * uniform)[:, None]
-            value = tl.where(is_target, value - (per_row * target_share)[:, None], value)
+            value = value * tl.load(gain + offsets, inside, 0.0)[:, None]
+            value -= tl.load(uniform + offsets, inside, 0.0)[:, None]
+            value = tl.where(is_target, tl.load(at_target + offsets, inside, 0.0)[:, None], value)
         else:
             value = tl.where(is_target, 0.0, value)
             tl.store(total + place, tl.sum(value, 1), inside)

@@ -56,7 +56,8 @@ class Outcome(NamedTuple):
         loss: 0-d fp32.
         row_loss: fp32 [M], 0 for ignored rows, before any weight.
         divisor: 0-d fp32, what the weighted sum was divided by.
-        log_total: fp32 [M], each row's log-sum-exp in units of log 2 (`recompute`; else empty).
+        log_total, missed: fp32 [M], each row's log-sum-exp in units of log 2 and the probability that it leaves to
+            other classes than its target, 0 for ignored rows (`recompute`; else empty).
         hidden, weight, bias: the gradients for a `grad` of 1, where wanted (`one_pass`; else empty), for `scaled`;
             of the parameters in fp32 where more than one block of rows was added up.
     """
@@ -65,6 +66,7 @@ class Outcome(NamedTuple):
     row_loss: Tensor
     divisor: Tensor
     log_total: Tensor
+    missed: Tensor
     hidden: Tensor
     weight: Tensor
     bias: Tensor
@@ -114,18 +116,16 @@ def forward(
         return _of_no_rows(hidden, weight, bias, wanted if algorithm == "one_pass" else (False,) * 3)
     linear = Head(weight, bias, options.factor, options.softcap)
     own, shift = target_logits(chosen, linear)
-    log_total = hidden.new_empty(0, dtype=torch.float32)
+    log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
     gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
     if algorithm == "one_pass" and any(wanted):
         losses, gradients = _one_pass(chosen, hidden, weight, bias, own, shift, options, rows is None, wanted)
     else:
-        losses, log_total = _by_statistics(chosen, linear, own, options)
+        losses, log_total, missed = _by_statistics(chosen, linear, own, shift, options)
     # A row of weight 0 still counts with its loss, as 0 · NaN is NaN in the reference.
     loss = torch.dot(losses, chosen.weights) / chosen.divisor
-    in_order = torch.empty_like(losses).scatter_(0, chosen.place, losses)
-    if log_total.numel():
-        log_total = torch.empty_like(losses).scatter_(0, chosen.place, log_total)
-    return Outcome(loss, in_order, chosen.divisor, log_total, *gradients)
+    per_row = [x.new_empty(x.shape).scatter_(0, chosen.place[: len(x)], x) for x in (losses, log_total, missed)]
+    return Outcome(loss, per_row[0], chosen.divisor, *per_row[1:], *gradients)
 
 
 def _of_no_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> Outcome:
@@ -134,7 +134,8 @@ def _of_no_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tup
         torch.zeros(x.shape, dtype=x.dtype, device=x.device) if want and x is not None else hidden.new_empty(0)
         for x, want in zip((hidden, weight, bias), wanted, strict=True)
     ]
-    return Outcome(zero, hidden.new_empty(0).float(), one, hidden.new_empty(0).float(), *gradients)
+    nothing = [hidden.new_empty(0, dtype=torch.float32) for _ in range(3)]
+    return Outcome(zero, nothing[0], one, *nothing[1:], *gradients)
 
 
 def backward(
@@ -147,6 +148,7 @@ def backward(
     rows: Tensor | None,
     divisor: Tensor,
     log_total: Tensor,
+    missed: Tensor,
     options: Options,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,13 +157,15 @@ def backward(
     if chosen.target.shape[0] == 0:
         return _of_no_rows(hidden, weight, bias, wanted)[-3:]
     per_row = chosen.weights * (grad * (options.factor / divisor))
-    log_total = log_total[chosen.place]
+    log_total, missed = log_total[chosen.place], missed[chosen.place]
     shift = torch.where(_counted(chosen), log_total, torch.inf)
-    gain = per_row
-    if options.z_loss:
-        # d (lse + z lse²) = (1 + 2 z lse) d lse; an ignored row has no lse.
-        twice = 2 * options.z_loss * head.LN_2.value * log_total
-        gain = torch.where(_counted(chosen), per_row * (1 + twice), 0.0)
+    # With l = lse - (1 - ε) x[t] - ε mean(x) + z lse², d l / d x[v] = (1 + 2 z lse) p[v] - (1 - ε) [v = t] - ε / V; at
+    # the target p = 1 - missed, and 2 z lse + ε - (1 + 2 z lse) missed keeps its precision where p is nearly 1.
+    lse_slope = 2 * options.z_loss * head.LN_2.value * log_total if options.z_loss else torch.zeros_like(log_total)
+    lse_slope = torch.where(_counted(chosen), lse_slope, 0.0)
+    gain = per_row * (1 + lse_slope)
+    uniform = per_row * (options.label_smoothing / len(weight))
+    at_target = per_row * (lse_slope + options.label_smoothing - (1 + lse_slope) * missed) - uniform
     block = _Exponentials(chosen, weight, bias, options, shift)
     size, classes = chosen.hidden.shape[0], weight.shape[0]
     columns = _evenly(classes, max(1, RECOMPUTE_BYTES // (size * hidden.element_size())), block.tile.columns)
@@ -174,7 +178,7 @@ def backward(
     for first in range(0, classes, columns):
         last = min(first + columns, classes)
         gradient = buffer[:, : last - first]
-        block.normalized(gradient, gain, per_row, first)
+        block.normalized(gradient, gain, uniform, at_target, first)
         if wanted[0]:
             of_hidden = _add_product(of_hidden, gradient, weight[first:last])
         if wanted[1]:
@@ -192,25 +196,32 @@ def _counted(rows: Rows) -> Tensor:
     return torch.arange(rows.target.shape[0], device=rows.count.device) < rows.count
 
 
-def _by_statistics(rows: Rows, linear: Head, own: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Each row's loss, 0 where ignored, and its log-sum-exp in units of log 2."""
-    smoothing = options.label_smoothing
-    statistics = Statistics(rows, linear, ("logit_sum",) if smoothing else ())
+def _by_statistics(
+    rows: Rows, linear: Head, own: Tensor, shift: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's loss, log-sum-exp in units of log 2, and the probability of the classes other than its target.
+
+    With r = Σ exp(x - x[t]) over the others, lse = x[t] + log(1 + r) and the probability is r / (1 + r): precise where
+    the target's is nearly 1. Where r overflows, lse is that of the others alone.
+    """
+    smoothing, counted = options.label_smoothing, _counted(rows)
+    statistics = Statistics(rows, linear, ("logit_sum",) if smoothing else (), without_target=True)
     most = statistics.most.amax(0)
-    shift = torch.where(most == -torch.inf, 0.0, most)
-    total = (statistics.total * torch.exp2(statistics.most - shift)).sum(0)
-    log_total = shift + total.log2()
+    base = torch.where(most == -torch.inf, 0.0, most)
+    total = (statistics.total * torch.exp2(statistics.most - base)).sum(0)
+    others = base + total.log2()  # the log-sum-exp of the other classes
+    distance = others - own * head.LOG2_E.value
+    ratio = torch.where(distance > 64, torch.inf, torch.exp2(base - own * head.LOG2_E.value) * total)
+    losses = torch.where(ratio.isinf(), distance * head.LN_2.value, ratio.log1p())
+    log_total = torch.where(ratio.isinf(), others, own * head.LOG2_E.value + ratio.log1p() * head.LOG2_E.value)
+    missed = torch.where(ratio.isinf(), 1.0, ratio / (1 + ratio))
     in_nats = log_total * head.LN_2.value
-    losses = in_nats - own
     if smoothing:
-        mean = statistics.logit_sum.sum(0) * (head.LN_2.value / linear.weight.shape[0])
-        losses = (1 - smoothing) * losses + smoothing * (in_nats - mean)
-    else:
-        # Sum and target logit round apart, so a probability of nearly 1 can come out above it.
-        losses = losses.clamp(min=0)
+        mean = statistics.logit_sum.sum(0) * (head.LN_2.value / len(linear.weight))
+        losses = losses + smoothing * (own - mean)
     if options.z_loss:
         losses = losses + options.z_loss * in_nats**2
-    return torch.where(_counted(rows), losses, 0.0), log_total
+    return tuple(torch.where(counted, x, 0.0) for x in (losses, log_total, missed))
 
 
 def _one_pass(
@@ -265,10 +276,9 @@ class _Exponentials:
         self.weight = descriptor(padded(weight), self.tile.columns, self.tile)
         self.bias = bias if bias is None else bias.contiguous()
 
-    def normalized(self, out: Tensor, gain: Tensor, loss_factor: Tensor, first_column: int) -> None:
+    def normalized(self, out: Tensor, gain: Tensor, uniform: Tensor, at_target: Tensor, first_column: int) -> None:
         """The gradient by the head's outputs of the classes from `first_column` on, out [M, columns]."""
-        every = slice(0, out.shape[0])
-        self._launch(out, every, first_column, gain, loss_factor, None, None, None)
+        self._launch(out, slice(0, out.shape[0]), first_column, (gain, uniform, at_target), None, None, None)
 
     def unnormalized(
         self, out: Tensor, own: Tensor, loss_factor: Tensor, losses: Tensor, scale: Tensor, part: slice
@@ -280,7 +290,7 @@ class _Exponentials:
         rows, tiles = 16, 64
         blocks = triton.cdiv(size, rows)
         flagged = torch.zeros(triton.next_power_of_2(blocks), dtype=torch.int32, device=out.device)
-        self._launch(out, part, 0, None, None, None, total, most)
+        self._launch(out, part, 0, None, None, total, most)
         with torch.cuda.device_of(out):
             head.survey_kernel[(blocks,)](
                 total,
@@ -295,7 +305,7 @@ class _Exponentials:
                 BLOCK_M=rows,
                 BLOCK_T=tiles,
             )
-        self._launch(out, part, 0, None, None, flagged, total, most)
+        self._launch(out, part, 0, None, flagged, total, most)
         with torch.cuda.device_of(out):
             head.settle_kernel[(blocks,)](
                 out,
@@ -322,8 +332,7 @@ class _Exponentials:
         out: Tensor,
         part: slice,
         first_column: int,
-        gain: Tensor | None,
-        loss_factor: Tensor | None,
+        per_row: tuple[Tensor, Tensor, Tensor] | None,
         flagged: Tensor | None,
         total: Tensor | None,
         most: Tensor | None,
@@ -340,8 +349,7 @@ class _Exponentials:
                 self.bias,
                 self.rows.target[part],
                 self.shift[part],
-                gain,
-                loss_factor,
+                *(per_row or (None, None, None)),
                 self.rows.count,
                 flagged,
                 total,
@@ -351,14 +359,12 @@ class _Exponentials:
                 self.rows.hidden.shape[1],
                 options.factor,
                 options.softcap,
-                1 - options.label_smoothing,
-                options.label_smoothing / self.classes,
                 part.start,
                 first_column,
                 columns,
                 HAS_BIAS=self.bias is not None,
                 SOFTCAP=options.softcap > 0,
-                NORMALIZED=total is None,
+                NORMALIZED=per_row is not None,
                 FLAGS=0 if flagged is None else flagged.shape[0],
                 PROGRAMS=programs,
                 GROUP=GROUP,

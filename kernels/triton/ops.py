@@ -35,7 +35,7 @@ _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? r
     mutates_args=(),
     schema=(
         f"({_TENSORS}, Tensor? num_items, {_OPTIONS}, bool[3] wanted, str algorithm) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def masked_loss_forward(
@@ -86,21 +86,22 @@ def _masked_loss_fake(
         )
         of_bias = single(weight.shape[0]) if wanted[2] else of_bias
     gradients = of_hidden, of_weight, of_bias
-    return single(), single(size), single(), single(0 if with_gradients else size), *gradients
+    kept = 0 if with_gradients else size
+    return single(), single(size), single(), single(kept), single(kept), *gradients
 
 
 @torch.library.custom_op(
     "cggr_triton::masked_loss_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad, {_TENSORS}, Tensor divisor, Tensor log_total, {_OPTIONS}, bool[3] wanted) "
+        f"(Tensor grad, {_TENSORS}, Tensor divisor, Tensor log_total, Tensor missed, {_OPTIONS}, bool[3] wanted) "
         "-> (Tensor, Tensor, Tensor)"
     ),
 )
 def masked_loss_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`loss.backward`."""
     *tensors, wanted = args
-    tensors, numbers = tensors[:8], tensors[8:]
+    tensors, numbers = tensors[:9], tensors[9:]
     return loss_kernels.backward(grad, *tensors, Options(*numbers), tuple(wanted))
 
 
@@ -128,13 +129,16 @@ def _scaled_fake(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    _, row_loss, divisor, log_total, *gradients = output
+    # Otherwise autograd makes zeros of the size of the gradients that came with the loss.
+    ctx.set_materialize_grads(False)
     tensors, ctx.numbers, (ctx.wanted, ctx.algorithm) = inputs[:7], inputs[7:14], inputs[14:]
-    ctx.save_for_backward(output[0], row_loss, divisor, log_total, *gradients, *tensors[:6])
+    ctx.save_for_backward(*output, *tensors[:6])
 
 
-def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    loss, row_loss, divisor, log_total, *rest = ctx.saved_tensors
+def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
+    loss, row_loss, divisor, log_total, missed, *rest = ctx.saved_tensors
     gradients, tensors = rest[:3], rest[3:]
     hidden = tensors[0]
     if ctx.algorithm == "one_pass":
@@ -143,7 +147,9 @@ def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
             for x, want in zip(gradients, ctx.wanted, strict=True)
         ]
     else:
-        found = torch.ops.cggr_triton.masked_loss_backward(grad, *tensors, divisor, log_total, *ctx.numbers, ctx.wanted)
+        found = torch.ops.cggr_triton.masked_loss_backward(
+            grad, *tensors, divisor, log_total, missed, *ctx.numbers, ctx.wanted
+        )
     of_operands = [x if want else None for x, want in zip(found, ctx.wanted, strict=True)]
     of_weights = None
     row_weight = tensors[4]

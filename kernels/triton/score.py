@@ -131,7 +131,7 @@ def _scores(
     if size == 0:
         return out
     read = rows if near is None else rows._replace(hidden=near)
-    statistics = Statistics(read, sample or own, quantities)
+    statistics = Statistics(read, sample or own, quantities, without_target=sample is not None)
     wants = dict.fromkeys(QUANTITIES, -1) | {name: place for place, name in enumerate(quantities)}
     logits = statistics.most
     if wants["nll"] >= 0 or sample is not None:
@@ -172,7 +172,7 @@ class Statistics:
     and are `most` elsewhere.
     """
 
-    def __init__(self, rows: Rows, of: Head, quantities: Sequence[str]) -> None:
+    def __init__(self, rows: Rows, of: Head, quantities: Sequence[str], without_target: bool = False) -> None:
         hidden = rows.hidden
         size, classes = hidden.shape[0], of.weight.shape[0]
         tile: Tile = tile_for(hidden.dtype, hidden.device)
@@ -210,6 +210,7 @@ class Statistics:
                 HAS_BIAS=of.bias is not None,
                 SOFTCAP=of.softcap > 0,
                 WEIGHTED=of.log_weight is not None,
+                WITHOUT_TARGET=without_target,
                 SCALED=of.row_scale is not None,
                 MOMENT="entropy" in quantities,
                 SECOND="margin" in quantities,
