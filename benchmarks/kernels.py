@@ -7,19 +7,21 @@
 
 Questions: `loss` and `loss-quarter` are forward and backward of the mean cross-entropy over all rows and over a sorted
 random quarter of them, with gradients for the whole hidden and the weight; `score` is the negative log-likelihood of
-each row without a gradient, `score-four` all four quantities. Each arm runs in processes of its own, since some peers
-patch globally; a round runs every arm once. For the quarter the peers gather their rows inside the timed call.
+each row without a gradient, exactly and by the router heads, `score-four` all four quantities. Each arm runs in
+processes of its own, since some peers patch globally; a round runs every arm once. For the quarter the peers gather
+their rows inside the timed call.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,8 @@ from harness import (
     summarise,
 )
 from torch import Tensor
+
+import cggr_compile as cggr
 
 try:
     from triton.errors import TritonError
@@ -133,6 +137,8 @@ PEERS: dict[str, dict[str, Callable[[], Loss]]] = {
 
 NEED_CUDA = ("liger", "cce", "cce_exact")
 OURS = "ours:"
+HEADS = "head:"
+ROUTER_HEADS = ("sampled", "low_rank", "fp8")
 OPERATORS = {"loss": "masked_loss", "score": "score"}
 
 
@@ -151,11 +157,43 @@ def ours(question: str, provider: str, device: torch.device) -> Loss:
     return lambda p: run(p.hidden, p.weight, None, p.target, rows=p.rows)
 
 
+def router_head(name: str, device: torch.device) -> Loss:
+    """The scores by a cheap router head with its default sizes, and all that a step of it costs."""
+    from cggr_compile.kernels.providers import choose
+
+    def operator(op: str, dtype: torch.dtype = torch.bfloat16) -> Callable[..., Any]:
+        return choose(op, device, dtype).implementation
+
+    config, nll = cggr.RoutingConfig(), ["nll"]
+    if name == "fp8":
+        return lambda p: operator("fp8_score")(p.hidden, p.weight, None, p.target, nll)
+    if name == "low_rank":
+        return lambda p: operator("low_rank_score")(
+            p.hidden, p.weight, None, p.target, basis_of(p.weight, config.router_head_rank), nll
+        )[0]
+
+    def sampled(p: Problem) -> Tensor:
+        noise = torch.rand(p.weight.shape[0], device=device)
+        drawn = operator("sample_columns", torch.int64)(
+            p.target, noise, config.router_head_frequent, config.router_head_sampled
+        )
+        return operator("sampled_score")(p.hidden, p.weight, None, p.target, *drawn, nll)
+
+    return sampled
+
+
+@functools.lru_cache(maxsize=1)
+def basis_of(weight: Tensor, rank: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(weight.shape[1], rank, device=weight.device)).Q
+
+
 def our_arms() -> dict[str, tuple[str, ...]]:
     """The questions that each provider answers, the reference left out."""
     from cggr_compile.kernels.providers import PROVIDERS
 
-    names = {name: None for operator in OPERATORS.values() for name in PROVIDERS[operator] if name != "reference"}
+    # `triton` is one of the algorithms by name.
+    left_out = ("reference", "triton_one_pass")
+    names = {name: None for operator in OPERATORS.values() for name in PROVIDERS[operator] if name not in left_out}
     return {OURS + name: tuple(q for q in QUESTIONS if name in PROVIDERS[OPERATORS[q.split("-")[0]]]) for name in names}
 
 
@@ -163,11 +201,14 @@ def all_arms() -> dict[str, tuple[str, ...]]:
     """Every arm with the questions it answers, in the order of a round: the yardstick first, the slowest last."""
     peers = {name: tuple(q for q in QUESTIONS[:3] if q.split("-")[0] in makers) for name, makers in PEERS.items()}
     fused = {name: peers.pop(name) for name in NEED_CUDA}
-    return {"matmul": ("score",), **fused, **our_arms(), **peers}
+    heads = {HEADS + name: ("score",) for name in ROUTER_HEADS}
+    return {"matmul": ("score",), **our_arms(), **heads, **fused, **peers}
 
 
 def make(arm: str, question: str, device: torch.device) -> Loss:
     """The function that answers the question, or AbsentError or ImportError."""
+    if arm.startswith(HEADS):
+        return router_head(arm.removeprefix(HEADS), device)
     if arm.startswith(OURS):
         return ours(question, arm.removeprefix(OURS), device)
     if arm in NEED_CUDA and device.type != "cuda":
@@ -221,7 +262,7 @@ def run_case(arm: str, case: Case, data: str, device: torch.device, most_steps: 
         got = answer(question, problem, call())
         return {"errors": {name: float((got[name].double() - x).norm() / x.norm()) for name, x in exact.items()}}
     record = measure(call, (problem.hidden, problem.weight), device, most_steps)
-    if arm != "matmul":
+    if arm != "matmul" and not arm.startswith(HEADS):
         got = answer(question, problem, call())
         norms = {name: float(torch.linalg.vector_norm(x, dtype=torch.float32)) for name, x in got.items()}
         record["fingerprint"] = norms
@@ -255,7 +296,9 @@ def usable() -> bool:
 
 
 def cases_of(arm: str, answered: tuple[str, ...], shapes: list[str], truth_shape: str | None) -> list[Case]:
-    guards = [] if truth_shape is None or arm == "matmul" else [Case(q, truth_shape, "error") for q in answered]
+    # A router head estimates; how well is the question of benchmarks/router_head.py.
+    exact = arm != "matmul" and not arm.startswith(HEADS)
+    guards = [] if truth_shape is None or not exact else [Case(q, truth_shape, "error") for q in answered]
     return guards + [Case(question, shape, "time") for shape in shapes for question in answered]
 
 

@@ -301,7 +301,8 @@ def masked_loss_backward(
         None if x is None else x.detach().requires_grad_(want)
         for x, want in zip((hidden, weight, bias, row_weight), wanted, strict=True)
     ]
+    operands: list[Any] = [*leaves[:3], target, leaves[3], *options]
     with torch.enable_grad():
-        loss = masked_loss(*leaves[:3], target, leaves[3], *options)
+        loss = masked_loss(*operands)
     sought = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     return [g.contiguous() for g in torch.autograd.grad(loss, sought, grad)]

@@ -18,19 +18,24 @@ from typing import NamedTuple
 import torch
 import triton
 from cggr_compile.kernels.triton import head
+from cggr_compile.kernels.triton.blocks import (
+    Exponentials,
+    add_column_sums,
+    add_product,
+    aligned,
+    product,
+    scale_rows,
+)
 from cggr_compile.kernels.triton.gather import gather_backward
-from cggr_compile.kernels.triton.rows import Rows, counted_first, padded
+from cggr_compile.kernels.triton.rows import Rows, counted_first
 from cggr_compile.kernels.triton.score import Head, Statistics, target_logits
-from cggr_compile.kernels.triton.tiles import GROUP, Tile, descriptor, precision, processors, tile_for
+from cggr_compile.kernels.triton.tiles import tile_for
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-ONE_PASS_BYTES = 2**30
+ONE_PASS_BYTES = 2**31
 """Most bytes of exponentials that `one_pass` holds: a block of rows by the whole vocabulary."""
 RECOMPUTE_BYTES = 2**27
 """Most bytes of gradients by logits that `recompute` holds: all rows by a block of columns."""
-OVERFLOW = 1e26
-"""A row whose exponentials sum to more is shifted by its maximum instead of its target's logit (a loss above 59)."""
 
 
 class Options(NamedTuple):
@@ -77,16 +82,6 @@ def one_pass_rows(rows: int, classes: int, dtype: torch.dtype, device: torch.dev
     return _evenly(rows, max(1, ONE_PASS_BYTES // (classes * dtype.itemsize)), tile_for(dtype, device).rows)
 
 
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor (0-d) times contiguous x, multiplied in fp32 and rounded once to `dtype`."""
-    out = torch.empty_like(x, dtype=dtype)
-    block = 4096
-    with torch.cuda.device_of(x):
-        if x.numel():
-            head.scale_kernel[(triton.cdiv(x.numel(), block),)](x, factor, out, x.numel(), BLOCK=block)
-    return out
-
-
 def why_not_one_pass(dtype: torch.dtype, options: Options) -> str | None:
     """The reason why `one_pass` does not apply, or None: its exponentials need the range of an 8-bit exponent, and a
     gradient that is a multiple of the softmax off the target."""
@@ -119,23 +114,28 @@ def forward(
     log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
     gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
     if algorithm == "one_pass" and any(wanted):
-        losses, gradients = _one_pass(chosen, hidden, weight, bias, own, shift, options, rows is None, wanted)
+        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, rows is None, wanted)
     else:
-        losses, log_total, missed = _by_statistics(chosen, linear, own, shift, options)
+        losses, log_total, missed = _by_statistics(chosen, linear, own, options)
     # A row of weight 0 still counts with its loss, as 0 · NaN is NaN in the reference.
     loss = torch.dot(losses, chosen.weights) / chosen.divisor
-    per_row = [x.new_empty(x.shape).scatter_(0, chosen.place[: len(x)], x) for x in (losses, log_total, missed)]
-    return Outcome(loss, per_row[0], chosen.divisor, *per_row[1:], *gradients)
+
+    def in_order(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape).scatter_(0, chosen.place[: len(x)], x)
+
+    statistics = in_order(log_total), in_order(missed)
+    return Outcome(loss, in_order(losses), chosen.divisor, *statistics, *gradients)
 
 
 def _of_no_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> Outcome:
     zero, one = hidden.new_zeros((), dtype=torch.float32), hidden.new_ones((), dtype=torch.float32)
-    gradients = [
-        torch.zeros(x.shape, dtype=x.dtype, device=x.device) if want and x is not None else hidden.new_empty(0)
-        for x, want in zip((hidden, weight, bias), wanted, strict=True)
-    ]
-    nothing = [hidden.new_empty(0, dtype=torch.float32) for _ in range(3)]
-    return Outcome(zero, nothing[0], one, *nothing[1:], *gradients)
+
+    def zeros(x: Tensor | None, want: bool) -> Tensor:
+        return hidden.new_empty(0) if x is None or not want else x.new_zeros(x.shape)
+
+    gradients = zeros(hidden, wanted[0]), zeros(weight, wanted[1]), zeros(bias, wanted[2])
+    of_rows, log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(3))
+    return Outcome(zero, of_rows, one, log_total, missed, *gradients)
 
 
 def backward(
@@ -166,13 +166,13 @@ def backward(
     gain = per_row * (1 + lse_slope)
     uniform = per_row * (options.label_smoothing / len(weight))
     at_target = per_row * (lse_slope + options.label_smoothing - (1 + lse_slope) * missed) - uniform
-    block = _Exponentials(chosen, weight, bias, options, shift)
+    block = Exponentials(chosen, Head(weight, bias, options.factor, options.softcap), shift)
     size, classes = chosen.hidden.shape[0], weight.shape[0]
     columns = _evenly(classes, max(1, RECOMPUTE_BYTES // (size * hidden.element_size())), block.tile.columns)
     of_hidden = None
     of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else weight.new_empty(0)
     of_bias = weight.new_zeros(classes, dtype=torch.float32) if wanted[2] else weight.new_empty(0, dtype=torch.float32)
-    buffer = hidden.new_empty((size, _aligned(columns, hidden)))
+    buffer = hidden.new_empty((size, aligned(columns, hidden)))
     width = hidden.shape[1]
     ones = torch.ones_like(per_row)
     for first in range(0, classes, columns):
@@ -180,11 +180,11 @@ def backward(
         gradient = buffer[:, : last - first]
         block.normalized(gradient, gain, uniform, at_target, first)
         if wanted[0]:
-            of_hidden = _add_product(of_hidden, gradient, weight[first:last])
+            of_hidden = add_product(of_hidden, gradient, weight[first:last])
         if wanted[1]:
             torch.mm(gradient.T, chosen.hidden[:, :width], out=of_weight[first:last])
         if wanted[2]:
-            _add_column_sums(of_bias[first:last], gradient, ones)
+            add_column_sums(of_bias[first:last], gradient, ones)
     del buffer
     returned = hidden.new_empty(0)
     if of_hidden is not None:
@@ -196,9 +196,7 @@ def _counted(rows: Rows) -> Tensor:
     return torch.arange(rows.target.shape[0], device=rows.count.device) < rows.count
 
 
-def _by_statistics(
-    rows: Rows, linear: Head, own: Tensor, shift: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
+def _by_statistics(rows: Rows, linear: Head, own: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's loss, log-sum-exp in units of log 2, and the probability of the classes other than its target.
 
     With r = Σ exp(x - x[t]) over the others, lse = x[t] + log(1 + r) and the probability is r / (1 + r): precise where
@@ -227,24 +225,23 @@ def _by_statistics(
 def _one_pass(
     rows: Rows,
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    linear: Head,
     own: Tensor,
     shift: Tensor,
-    options: Options,
     every_row_once: bool,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Each row's loss and the wanted gradients of the weighted, divided sum of losses."""
+    weight = linear.weight
     size, classes, width = rows.hidden.shape[0], weight.shape[0], hidden.shape[1]
-    block = _Exponentials(rows, weight, bias, options, shift)
+    block = Exponentials(rows, linear, shift)
     height = one_pass_rows(size, classes, hidden.dtype, hidden.device)
     losses, scale = own.new_empty((2, size))
-    loss_factor = rows.weights * (options.factor / rows.divisor)
+    loss_factor = rows.weights * (linear.factor / rows.divisor)
     of_hidden = hidden.new_empty((size, width)) if wanted[0] else hidden.new_empty(0)
     of_weight: Tensor | None = None
     of_bias = weight.new_zeros(classes, dtype=torch.float32) if wanted[2] else weight.new_empty(0, dtype=torch.float32)
-    buffer = hidden.new_empty((height, _aligned(classes, hidden)))
+    buffer = hidden.new_empty((height, aligned(classes, hidden)))
     for first in range(0, size, height):
         part = slice(first, min(first + height, size))
         values = buffer[: part.stop - first, :classes]
@@ -252,183 +249,21 @@ def _one_pass(
         if wanted[0]:
             # Rows that are taken once each go straight to where they came from.
             to, row_of = (of_hidden, rows.index[part]) if every_row_once else (of_hidden[part], None)
-            _scale_rows(_product(values, weight), scale[part], to, row_of)
+            scale_rows(product(values, weight), scale[part], to, row_of)
         if wanted[1]:
             by_scale = torch.empty((values.shape[0], width), dtype=weight.dtype, device=weight.device)
-            _scale_rows(rows.hidden[part, :width], scale[part], by_scale, None)
+            scale_rows(rows.hidden[part, :width], scale[part], by_scale, None)
             once = height >= size
-            of_weight = torch.mm(values.T, by_scale) if once else _add_product(of_weight, values.T, by_scale)
+            of_weight = torch.mm(values.T, by_scale) if once else add_product(of_weight, values.T, by_scale)
         if wanted[2]:
-            _add_column_sums(of_bias, values, scale[part])
+            add_column_sums(of_bias, values, scale[part])
     del buffer, values
     if wanted[0] and not every_row_once:
         of_hidden = gather_backward(of_hidden, rows.index, 0, hidden.shape[0])
     return losses, (of_hidden, weight.new_empty(0) if of_weight is None else of_weight, of_bias)
 
 
-class _Exponentials:
-    """The launches of `head.exponentials_kernel` for one head and one set of rows."""
-
-    def __init__(self, rows: Rows, weight: Tensor, bias: Tensor | None, options: Options, shift: Tensor) -> None:
-        self.rows, self.options, self.shift = rows, options, shift
-        self.classes = weight.shape[0]
-        self.tile: Tile = tile_for(weight.dtype, weight.device)
-        self.weight = descriptor(padded(weight), self.tile.columns, self.tile)
-        self.bias = bias if bias is None else bias.contiguous()
-
-    def normalized(self, out: Tensor, gain: Tensor, uniform: Tensor, at_target: Tensor, first_column: int) -> None:
-        """The gradient by the head's outputs of the classes from `first_column` on, out [M, columns]."""
-        self._launch(out, slice(0, out.shape[0]), first_column, (gain, uniform, at_target), None, None, None)
-
-    def unnormalized(
-        self, out: Tensor, own: Tensor, loss_factor: Tensor, losses: Tensor, scale: Tensor, part: slice
-    ) -> None:
-        """Exponentials of the rows in `part`, out [R, V]; fills their `losses` and the `scale` that makes gradients."""
-        size, softcap = out.shape[0], self.options.softcap
-        column_tiles = triton.cdiv(self.classes, self.tile.columns)
-        total, most = out.new_empty((2, column_tiles, size), dtype=torch.float32)
-        rows, tiles = 16, 64
-        blocks = triton.cdiv(size, rows)
-        flagged = torch.zeros(triton.next_power_of_2(blocks), dtype=torch.int32, device=out.device)
-        self._launch(out, part, 0, None, None, total, most)
-        with torch.cuda.device_of(out):
-            head.survey_kernel[(blocks,)](
-                total,
-                most,
-                self.shift[part],
-                flagged,
-                self.rows.count,
-                size,
-                column_tiles,
-                part.start,
-                LIMIT=OVERFLOW,
-                BLOCK_M=rows,
-                BLOCK_T=tiles,
-            )
-        self._launch(out, part, 0, None, flagged, total, most)
-        with torch.cuda.device_of(out):
-            head.settle_kernel[(blocks,)](
-                out,
-                total,
-                self.shift[part],
-                self.rows.target[part],
-                own[part],
-                loss_factor[part],
-                losses[part],
-                scale[part],
-                self.rows.count,
-                size,
-                column_tiles,
-                part.start,
-                out.stride(0),
-                softcap,
-                SOFTCAP=softcap > 0,
-                BLOCK_M=rows,
-                BLOCK_T=tiles,
-            )
-
-    def _launch(
-        self,
-        out: Tensor,
-        part: slice,
-        first_column: int,
-        per_row: tuple[Tensor, Tensor, Tensor] | None,
-        flagged: Tensor | None,
-        total: Tensor | None,
-        most: Tensor | None,
-    ) -> None:
-        options, tile, columns = self.options, self.tile, out.shape[1]
-        size = part.stop - part.start
-        tiles = triton.cdiv(size, tile.rows) * triton.cdiv(columns, tile.columns)
-        programs = min(tiles, processors(out.device))
-        with torch.cuda.device_of(out):
-            head.exponentials_kernel[(programs,)](
-                descriptor(self.rows.hidden[part], tile.rows, tile),
-                self.weight,
-                TensorDescriptor.from_tensor(out, [tile.rows, tile.columns]),
-                self.bias,
-                self.rows.target[part],
-                self.shift[part],
-                *(per_row or (None, None, None)),
-                self.rows.count,
-                flagged,
-                total,
-                most,
-                size,
-                self.classes,
-                self.rows.hidden.shape[1],
-                options.factor,
-                options.softcap,
-                part.start,
-                first_column,
-                columns,
-                HAS_BIAS=self.bias is not None,
-                SOFTCAP=options.softcap > 0,
-                NORMALIZED=per_row is not None,
-                FLAGS=0 if flagged is None else flagged.shape[0],
-                PROGRAMS=programs,
-                GROUP=GROUP,
-                PRECISION=precision(out.dtype),
-                BLOCK_M=tile.rows,
-                BLOCK_N=tile.columns,
-                BLOCK_K=tile.depth,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
-
-
-def _scale_rows(x: Tensor, row_scale: Tensor, out: Tensor, row_of: Tensor | None) -> None:
-    """out[row_of[n]] (or out[n]) = row_scale[n] x[n], in the dtype of `out`."""
-    block = 4
-    with torch.cuda.device_of(x):
-        head.scale_rows_kernel[(triton.cdiv(x.shape[0], block),)](
-            x,
-            row_scale,
-            row_of,
-            out,
-            x.shape[0],
-            x.shape[1],
-            x.stride(0),
-            out.stride(0),
-            HAS_ROW_OF=row_of is not None,
-            BLOCK_M=block,
-            BLOCK_K=512,
-        )
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, accumulated in fp32."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b)
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _add_product(to: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """to + a @ b in fp32, in place where `to` exists."""
-    if to is None:
-        return _product(a, b)
-    if a.dtype != torch.float32 and a.device.type == "cuda":
-        return torch.addmm(to, a, b, out_dtype=torch.float32, out=to)
-    return to.addmm_(a.float(), b.float())
-
-
-def _add_column_sums(to: Tensor, x: Tensor, row_scale: Tensor) -> None:
-    block = 64
-    with torch.cuda.device_of(x):
-        head.column_sums_kernel[(triton.cdiv(x.shape[1], block),)](
-            x, row_scale, to, x.shape[0], x.shape[1], x.stride(0), BLOCK_M=64, BLOCK_N=block
-        )
-
-
 def _evenly(size: int, most: int, multiple: int) -> int:
     """The size of equal blocks of at most about `most`, a multiple of `multiple`, that cover `size`."""
     blocks = triton.cdiv(size, max(most, multiple))
     return triton.cdiv(triton.cdiv(size, blocks), multiple) * multiple
-
-
-def _aligned(columns: int, x: Tensor) -> int:
-    """A row stride for `columns` elements that keeps rows 16-byte aligned, as fast matrix products need."""
-    per_line = 16 // x.element_size()
-    return triton.cdiv(columns, per_line) * per_line

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from cggr_compile.kernels import ops, router_head_ops
+from cggr_compile.kernels.triton import blocks
 from cggr_compile.kernels.triton import gather as gather_kernels
 from cggr_compile.kernels.triton import loss as loss_kernels
 from cggr_compile.kernels.triton import score as score_kernels
@@ -50,12 +51,15 @@ def masked_loss_forward(
 ) -> tuple[Tensor, ...]:
     """`loss.forward`: the loss, what its backward needs, and the gradients of an algorithm that has them by then."""
     *numbers, wanted, algorithm = options
-    ops.check_masked_loss("masked_loss", hidden, weight, bias, target, row_weight, *numbers, rows, num_items)
+    _check(hidden, weight, bias, target, row_weight, *numbers, rows, num_items)
+    given = Options(*numbers)
     return tuple(
-        loss_kernels.forward(
-            hidden, weight, bias, target, row_weight, rows, num_items, Options(*numbers), tuple(wanted), algorithm
-        )
+        loss_kernels.forward(hidden, weight, bias, target, row_weight, rows, num_items, given, tuple(wanted), algorithm)
     )
+
+
+def _check(*args: Any) -> None:
+    ops.check_masked_loss("masked_loss", *args)
 
 
 @masked_loss_forward.register_fake
@@ -70,7 +74,7 @@ def _masked_loss_fake(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     *numbers, wanted, algorithm = options
-    ops.check_masked_loss("masked_loss", hidden, weight, bias, target, row_weight, *numbers, rows, num_items)
+    _check(hidden, weight, bias, target, row_weight, *numbers, rows, num_items)
     with_gradients = algorithm == "one_pass" and any(wanted)
     size = target.shape[0] if rows is None else rows.shape[0]
 
@@ -100,9 +104,8 @@ def _masked_loss_fake(
 )
 def masked_loss_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`loss.backward`."""
-    *tensors, wanted = args
-    tensors, numbers = tensors[:9], tensors[9:]
-    return loss_kernels.backward(grad, *tensors, Options(*numbers), tuple(wanted))
+    operands: list[Any] = [grad, *args[:9], Options(*args[9:-1]), args[-1]]
+    return loss_kernels.backward(*operands)
 
 
 @masked_loss_backward.register_fake
@@ -118,8 +121,8 @@ def _masked_loss_backward_fake(grad: Tensor, hidden: Tensor, weight: Tensor, bia
     "cggr_triton::scaled", mutates_args=(), schema="(Tensor x, Tensor factor, ScalarType dtype) -> Tensor"
 )
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`loss.scaled`."""
-    return loss_kernels.scaled(x, factor, dtype)
+    """`blocks.scaled`."""
+    return blocks.scaled(x, factor, dtype)
 
 
 @scaled.register_fake
@@ -208,9 +211,9 @@ def masked_loss(
 
 def masked_loss_one_pass(*args: Any, **options: Any) -> Tensor:
     """`masked_loss` with the algorithm `"one_pass"`."""
-    return masked_loss(*args, **options, algorithm="one_pass")
+    return masked_loss(*args, **{**options, "algorithm": "one_pass"})
 
 
 def masked_loss_recompute(*args: Any, **options: Any) -> Tensor:
     """`masked_loss` with the algorithm `"recompute"`."""
-    return masked_loss(*args, **options, algorithm="recompute")
+    return masked_loss(*args, **{**options, "algorithm": "recompute"})

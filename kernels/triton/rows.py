@@ -86,7 +86,7 @@ def padded(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _order_kernel(
+def _order_kernel(  # type: ignore[no-untyped-def]
     target, rows, row_weight, num_items, index, place, labels, weights, count, divisor, size, ignore_index,
     REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

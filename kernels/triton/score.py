@@ -9,6 +9,7 @@ import torch
 import triton
 from cggr_compile.kernels.router_heads import next_image, quantize_rows
 from cggr_compile.kernels.triton import head
+from cggr_compile.kernels.triton import statistics as statistics_kernels
 from cggr_compile.kernels.triton.gather import gather
 from cggr_compile.kernels.triton.rows import Rows, counted_first, padded
 from cggr_compile.kernels.triton.tiles import GROUP, Tile, descriptor, precision, splits_for, tile_for
@@ -138,7 +139,7 @@ def _scores(
         logits, _ = target_logits(rows, own)
     block = 128
     with torch.cuda.device_of(out):
-        head.quantities_kernel[(triton.cdiv(size, block),)](
+        statistics_kernels.quantities_kernel[(triton.cdiv(size, block),)](
             statistics.most,
             statistics.total,
             statistics.moment,
@@ -166,7 +167,7 @@ def _scores(
 
 
 class Statistics:
-    """Softmax statistics of each row and slice of the vocabulary, fp32 [splits, M]; see `head.statistics_kernel`.
+    """Softmax statistics of each row and slice of the vocabulary, fp32 [splits, M]; see `statistics.statistics_kernel`.
 
     `moment`, `second` and `logit_sum` are computed where a quantity needs them ("logit_sum" is asked for by name)
     and are `most` elsewhere.
@@ -187,7 +188,7 @@ class Statistics:
         self.second = slices("margin" in quantities)
         self.logit_sum = slices("logit_sum" in quantities)
         with torch.cuda.device_of(hidden):
-            head.statistics_kernel[(triton.cdiv(size, tile.rows) * splits,)](
+            statistics_kernels.statistics_kernel[(triton.cdiv(size, tile.rows) * splits,)](
                 descriptor(hidden, tile.rows, tile),
                 descriptor(padded(of.weight), tile.columns, tile),
                 of.bias if of.bias is None else of.bias.contiguous(),

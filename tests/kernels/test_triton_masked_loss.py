@@ -143,7 +143,7 @@ def test_int64_offsets_into_a_block_with_huge_rows(algorithm: str, monkeypatch: 
         pytest.skip("no 8 GiB of virtual memory")
     monkeypatch.setattr(loss_kernels, "ONE_PASS_BYTES", 2**50)
     monkeypatch.setattr(loss_kernels, "RECOMPUTE_BYTES", 2**50)
-    monkeypatch.setattr(loss_kernels, "_aligned", lambda columns, x: stride)
+    monkeypatch.setattr(loss_kernels, "aligned", lambda columns, x: stride)
     check(algorithm, draw(19, 9, 11, torch.bfloat16, ignored=0), roundings=ROUNDINGS)
 
 
@@ -661,7 +661,7 @@ def test_opcheck(algorithm: str, with_options: bool) -> None:
         {
             "scale": st.sampled_from([1.0, 0.3, 2.0]),
             "divisor": st.sampled_from([1.0, 4.0]),
-            "softcap": st.sampled_from([0.0, 1.5, 5.0]),
+            "softcap": st.sampled_from([0.0, 1.5, 30.0]),
             "reduction": st.sampled_from(["mean", "sum"]),
         }
     ),

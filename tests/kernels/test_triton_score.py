@@ -444,7 +444,7 @@ def test_opcheck(bias: bool, options: tuple) -> None:
         {
             "scale": st.sampled_from([1.0, 0.3, 2.0]),
             "divisor": st.sampled_from([1.0, 4.0]),
-            "softcap": st.sampled_from([0.0, 1.5, 5.0]),
+            "softcap": st.sampled_from([0.0, 1.5, 30.0]),
         }
     ),
     bias=st.booleans(),

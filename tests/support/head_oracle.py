@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton.language as tl
+from cggr_compile.kernels.triton import blocks as block_kernels
 from cggr_compile.kernels.triton import loss as loss_kernels
 from cggr_compile.kernels.triton import rows as row_kernels
 from cggr_compile.kernels.triton import score as score_kernels
@@ -332,7 +333,7 @@ def shrink_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "FULL", small)
     monkeypatch.setattr(tiles, "processors", lambda device: 9)
     monkeypatch.setattr(row_kernels, "BLOCK", 16)
-    for module in (loss_kernels, score_kernels):
+    for module in (block_kernels, score_kernels):
         monkeypatch.setattr(module, "GROUP", 2)
     _emulate_bfloat16(monkeypatch)
 
