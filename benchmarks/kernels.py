@@ -198,11 +198,11 @@ def our_arms() -> dict[str, tuple[str, ...]]:
 
 
 def all_arms() -> dict[str, tuple[str, ...]]:
-    """Every arm with the questions it answers, in the order of a round: the yardstick first, the slowest last."""
+    """Every arm with the questions it answers, in the order of a round, which a time budget may cut off at its end."""
     peers = {name: tuple(q for q in QUESTIONS[:3] if q.split("-")[0] in makers) for name, makers in PEERS.items()}
     fused = {name: peers.pop(name) for name in NEED_CUDA}
     heads = {HEADS + name: ("score",) for name in ROUTER_HEADS}
-    return {"matmul": ("score",), **our_arms(), **heads, **fused, **peers}
+    return {"matmul": ("score",), "compile": peers.pop("compile"), **our_arms(), **heads, **fused, **peers}
 
 
 def make(arm: str, question: str, device: torch.device) -> Loss:
