@@ -56,7 +56,7 @@ def lower_kernels(program: Program, config: RoutingConfig) -> Program:
         node.meta[PROVIDER] = f"cggr.{name}: {chosen}"
         providers[name] = chosen
         if forced is None and provider.name == "reference":
-            reasons[name] = "; ".join(f"{other}: {reason}" for other, reason in passed_over(name, place).items())
+            reasons[name] = _in_words(passed_over(name, place))
     routing = dataclasses.replace(
         builder.routing(),
         providers=tuple(providers.items()),
@@ -70,6 +70,14 @@ def forced_provider(kernels: str | Mapping[str, str], operator: str) -> str | No
     if isinstance(kernels, str):
         return kernels if kernels in PROVIDERS[operator] else None
     return kernels.get(operator)
+
+
+def _in_words(passed_over: Mapping[str, str]) -> str:
+    """Each reason once, with the providers that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in passed_over.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(providers)}: {reason}" for reason, providers in names.items())
 
 
 def _place(node: fx.Node) -> Place:
