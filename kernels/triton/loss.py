@@ -240,7 +240,7 @@ def _one_pass(
     loss_factor = rows.weights * (linear.factor / rows.divisor)
     of_hidden = hidden.new_empty((size, width)) if wanted[0] else hidden.new_empty(0)
     of_weight: Tensor | None = None
-    of_bias = weight.new_zeros(classes, dtype=torch.float32) if wanted[2] else weight.new_empty(0, dtype=torch.float32)
+    of_bias = weight.new_zeros(classes, dtype=torch.float32) if wanted[2] else weight.new_empty(0)
     buffer = hidden.new_empty((height, aligned(classes, hidden)))
     for first in range(0, size, height):
         part = slice(first, min(first + height, size))

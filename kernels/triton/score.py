@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,23 +18,36 @@ from torch import Tensor
 QUANTITIES = ("nll", "entropy", "margin", "confidence")
 
 
+class HeadOptions(NamedTuple):
+    """What the arguments of `reference.score` end with."""
+
+    scale: float = 1.0
+    divisor: float = 1.0
+    softcap: float = 0.0
+    ignore_index: int = -100
+
+    @property
+    def factor(self) -> float:
+        """What the head's outputs are multiplied by."""
+        return self.scale / self.divisor
+
+
 def score(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
     quantities: Sequence[str],
-    scale: float = 1.0,
-    divisor: float = 1.0,
-    softcap: float = 0.0,
-    ignore_index: int = -100,
+    *options: Any,
+    **named: Any,
 ) -> Tensor:
     """`reference.score`, except that logits stay in fp32 and that a label outside [0, V) makes its row's nll NaN.
 
     Rows with an ignored label are not computed.
     """
-    rows = counted_first(hidden, target, None, ignore_index)
-    return _scores(rows, Head(weight, bias, scale / divisor, softcap), None, quantities)
+    given = HeadOptions(*options, **named)
+    rows = counted_first(hidden, target, None, given.ignore_index)
+    return _scores(rows, Head(weight, bias, given.factor, given.softcap), None, quantities)
 
 
 def sampled_score(
@@ -45,19 +58,16 @@ def sampled_score(
     columns: Tensor,
     column_weight: Tensor,
     quantities: Sequence[str],
-    scale: float = 1.0,
-    divisor: float = 1.0,
-    softcap: float = 0.0,
-    ignore_index: int = -100,
+    *options: Any,
+    **named: Any,
 ) -> Tensor:
     """`router_heads.sampled_score`, with the exceptions of `score`."""
-    rows = counted_first(hidden, target, None, ignore_index)
+    given = HeadOptions(*options, **named)
+    rows = counted_first(hidden, target, None, given.ignore_index)
+    every = Head(weight, bias, given.factor, given.softcap)
     read_bias = None if bias is None else gather(bias, columns, 0)
-    factor = scale / divisor
-    sample = Head(
-        gather(weight, columns, 0), read_bias, factor, softcap, log_weight=column_weight.log(), class_of=columns
-    )
-    return _scores(rows, Head(weight, bias, factor, softcap), sample, quantities)
+    read = every._replace(weight=gather(weight, columns, 0), bias=read_bias)
+    return _scores(rows, every, read._replace(log_weight=column_weight.log(), class_of=columns), quantities)
 
 
 def low_rank_score(
@@ -67,22 +77,20 @@ def low_rank_score(
     target: Tensor,
     basis: Tensor,
     quantities: Sequence[str],
-    scale: float = 1.0,
-    divisor: float = 1.0,
-    softcap: float = 0.0,
-    ignore_index: int = -100,
+    *options: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor]:
     """`router_heads.low_rank_score`, with the exceptions of `score`."""
-    rows = counted_first(hidden, target, None, ignore_index)
+    given = HeadOptions(*options, **named)
+    rows = counted_first(hidden, target, None, given.ignore_index)
     directions = basis.to(hidden.dtype)
     projected = weight @ directions
+    every = Head(weight, bias, given.factor, given.softcap)
     # Every column but the target's, as a sample that leaves none out.
     log_weight, class_of = basis.new_zeros(len(weight)), torch.arange(len(weight), device=weight.device)
-    factor = scale / divisor
-    sample = Head(projected, bias, factor, softcap, log_weight=log_weight, class_of=class_of)
-    near = padded(rows.hidden[:, : hidden.shape[1]] @ directions)
-    scores = _scores(rows, Head(weight, bias, factor, softcap), sample, quantities, near)
-    return scores, next_image(hidden, weight, projected, target, ignore_index)
+    sample = every._replace(weight=projected, log_weight=log_weight, class_of=class_of)
+    scores = _scores(rows, every, sample, quantities, padded(rows.hidden[:, : hidden.shape[1]] @ directions))
+    return scores, next_image(hidden, weight, projected, target, given.ignore_index)
 
 
 def fp8_score(
@@ -91,18 +99,16 @@ def fp8_score(
     bias: Tensor | None,
     target: Tensor,
     quantities: Sequence[str],
-    scale: float = 1.0,
-    divisor: float = 1.0,
-    softcap: float = 0.0,
-    ignore_index: int = -100,
+    *options: Any,
+    **named: Any,
 ) -> Tensor:
     """`router_heads.fp8_score`, with the exceptions of `score`; products run on the fp8 tensor cores."""
-    rows = counted_first(hidden, target, None, ignore_index)
+    given = HeadOptions(*options, **named)
+    rows = counted_first(hidden, target, None, given.ignore_index)
     values, row_scale = quantize_rows(rows.hidden)
     weight_values, column_scale = quantize_rows(weight)
-    rows = rows._replace(hidden=padded(values))
-    quantised = Head(weight_values, bias, scale / divisor, softcap, row_scale=row_scale, column_scale=column_scale)
-    return _scores(rows, quantised, None, quantities)
+    quantised = Head(weight_values, bias, given.factor, given.softcap, row_scale=row_scale, column_scale=column_scale)
+    return _scores(rows._replace(hidden=padded(values)), quantised, None, quantities)
 
 
 class Head(NamedTuple):

@@ -10,92 +10,13 @@ import torch
 from cggr_compile.kernels import router_head_ops, router_heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from router_head_oracle import IGNORED, OPTIONS, fp8_truth, logits, low_rank_truth, operands, orthonormal, sampled_truth
 from torch import Tensor
 from torch.library import opcheck
 
-IGNORED = -100
 QUANTITIES = ["nll", "entropy", "margin", "confidence"]
 SAMPLED = ["nll", "entropy"]
 ops = torch.ops.cggr
-
-
-def operands(
-    rows: int = 9, width: int = 8, classes: int = 13, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden, weight, bias = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, width), (classes, width), (classes,))
-    )
-    return hidden, weight, bias, torch.randint(0, classes, (rows,), generator=generator)
-
-
-def orthonormal(width: int, rank: int, seed: int = 0) -> Tensor:
-    return torch.linalg.qr(torch.randn(width, rank, generator=torch.Generator().manual_seed(seed))).Q
-
-
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale=1.0, divisor=1.0, softcap=0.0) -> Tensor:
-    """float64 logits by definition."""
-    x = hidden.double() @ weight.double().T
-    x = (x + (0.0 if bias is None else bias.double())) * scale / divisor
-    return softcap * (x / softcap).tanh() if softcap else x
-
-
-def statistics_of(x: Tensor, own: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """[4, N] float64 of logits x [N, C] that count `weight` [N, C] times; `own` [N] are the targets' logits."""
-    columns = []
-    for row, mine, times, label in zip(x.tolist(), own.tolist(), weight.tolist(), target.tolist(), strict=True):
-        if label == ignore_index:
-            columns.append([0.0] * 4)
-            continue
-        peak = max(row)
-        lse = peak + math.log(math.fsum(w * math.exp(a - peak) for a, w in zip(row, times, strict=True)))
-        p = [w * math.exp(a - lse) for a, w in zip(row, times, strict=True)]
-        first, second = (*sorted(p, reverse=True), 0.0)[:2]
-        entropy = lse - math.fsum(q * a for q, a in zip(p, row, strict=True))
-        columns.append([lse - mine, entropy, 1 - (first - second), first])
-    return torch.tensor(columns, dtype=torch.float64).reshape(-1, 4).T
-
-
-def sampled_truth(args: tuple, columns: Tensor, column_weight: Tensor, options: tuple = (1.0, 1.0, 0.0)) -> Tensor:
-    """Z is the target's exponential plus the weighted ones of the other columns that were read."""
-    hidden, weight, bias, target = args
-    x = logits(hidden, weight, bias, *options)
-    own = x.gather(1, target.clamp(min=0).unsqueeze(1))
-    others = torch.where(columns == target.unsqueeze(1), 0.0, column_weight).double()
-    classes = torch.cat([own, x[:, columns]], 1)
-    times = torch.cat([torch.ones_like(own), others], 1)
-    return statistics_of(classes, own[:, 0], times, target, IGNORED)[:2]
-
-
-def low_rank_truth(args: tuple, basis: Tensor, options: tuple = (1.0, 1.0, 0.0)) -> Tensor:
-    hidden, weight, bias, target = args
-    projection = basis.double() @ basis.double().T
-    at = target.clamp(min=0).unsqueeze(1)
-    own = logits(hidden, weight, bias, *options).gather(1, at)
-    x = logits(hidden.double() @ projection, weight, bias, *options).scatter(1, at, own)
-    return statistics_of(x, own[:, 0], torch.ones_like(x), target, IGNORED)
-
-
-def fp8_truth(args: tuple, options: tuple = (1.0, 1.0, 0.0)) -> Tensor:
-    """Quantised entry by entry to the nearest of the 253 finite float8 numbers, ties to the even code."""
-    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
-    finite = codes.isfinite()
-
-    def quantised(x: Tensor) -> Tensor:
-        scale = (x.abs().amax(1, keepdim=True).float() / 448).double()
-        scale = torch.where(scale == 0, 1.0, scale)
-        gap = (x.float() / scale.float()).double().unsqueeze(-1) - codes
-        odd = torch.arange(256) % 2
-        rank = torch.where(finite, gap.abs(), math.inf) + odd * 1e-12
-        return codes[rank.argmin(-1)] * scale
-
-    hidden, weight, bias, target = args
-    x = logits(quantised(hidden), quantised(weight), bias, *options)
-    own = x.gather(1, target.clamp(min=0).unsqueeze(1))[:, 0]
-    return statistics_of(x, own, torch.ones_like(x), target, IGNORED)
-
-
-OPTIONS = st.tuples(st.sampled_from([1.0, 0.3]), st.sampled_from([1.0, 4.0]), st.sampled_from([0.0, 1.5, 30.0]))
 
 
 @settings(deadline=None, max_examples=40)
