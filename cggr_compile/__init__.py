@@ -4,16 +4,28 @@ from cggr_compile.api import explain, handle, optimize, restore
 from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.errors import CannotOptimize, VerificationError
 from cggr_compile.handle import Handle
+from cggr_compile.training import attach
 
 __all__ = [
+    "CGGRCallback",
     "CannotOptimize",
     "ConfigError",
     "Handle",
     "RoutingConfig",
     "VerificationError",
+    "attach",
     "explain",
     "handle",
     "optimize",
     "restore",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # Its base class is that of transformers' Trainer, whose import takes seconds that most programs never need.
+    if name == "CGGRCallback":
+        from cggr_compile.callback import CGGRCallback
+
+        return CGGRCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

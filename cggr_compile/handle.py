@@ -64,6 +64,21 @@ class Handle:
         """Counts one optimiser step; call it after `optimizer.step()` when `warmup_steps` is used."""
         self.runtime.steps += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs beside the model's own `state_dict`: step, generators, a low-rank router head's basis.
+
+        Tensors and numbers only, so `torch.save` and `torch.load(weights_only=True)` take it.
+        """
+        return self.runtime.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave; options stay those in force.
+
+        Raises:
+            ValueError: `state` lacks an entry, or has one too many.
+        """
+        self.runtime.load_state_dict(state)
+
     def metrics(self) -> dict[str, torch.Tensor]:
         """Figures of the last routed step, as tensors on the device (nothing is read back); empty before the first.
 

@@ -6,6 +6,8 @@ exact one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from cggr_compile.config import RoutingConfig
@@ -72,6 +74,14 @@ class Basis:
             self.updates, self.due = 0, 1
         self.directions = self.directions.to(generator.device)
         return self.directions
+
+    def state_dict(self) -> dict[str, torch.Tensor | int | None]:
+        """Directions and counters."""
+        return {"updates": self.updates, "due": self.due, "directions": self.directions}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.updates, self.due, self.directions = state["updates"], state["due"], state["directions"]
 
     def update(self, image: torch.Tensor) -> None:
         """Counts one scored step and refreshes from its image (`low_rank_score`) where one is due."""

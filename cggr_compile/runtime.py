@@ -53,17 +53,32 @@ class Runtime:
             self._generators[device] = generator
         return self._generators[device]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Configuration, counters, generators and basis; compiled plans are rebuilt by the first step of the copy."""
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, generators and basis: tensors and numbers only."""
         states = {str(device): generator.get_state() for device, generator in self._generators.items()}
-        states = {**self._generator_states, **states}
-        return {"config": self.config, "steps": self.steps, "states": states, "basis": self.basis}
+        return {
+            "steps": self.steps,
+            "generators": {**self._generator_states, **states},
+            "basis": self.basis.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave; ValueError for other entries."""
+        expected = {"steps", "generators", "basis"}
+        if set(state) != expected:
+            raise ValueError(f"the state of a routed model has entries {sorted(expected)}, got {sorted(state)}")
+        self.steps = state["steps"]
+        self._generators = {}
+        self._generator_states = dict(state["generators"])
+        self.basis.load_state_dict(state["basis"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Configuration and state; compiled plans are rebuilt by the first step of the copy."""
+        return {"config": self.config, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
-        self.steps = state["steps"]
-        self._generator_states = state["states"]
-        self.basis = state["basis"]
+        self.load_state_dict(state["state"])
 
 
 class Plan:

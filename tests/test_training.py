@@ -1,0 +1,162 @@
+"""Training loops around a routed model: steps are counted, logs have the metrics, a resumed run is the same run."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from architectures import build, token_batch
+
+import cggr_compile as cggr
+from cggr_compile.callback import CGGRCallback
+from cggr_compile.training import attach
+
+OPTIONS: dict[str, Any] = {"ratio": 0.5, "router_layers": 2, "inner": "eager", "seed": 5}
+
+
+def optimized(**options: Any) -> torch.nn.Module:
+    return cggr.optimize(copy.deepcopy(build("llama")), **{**OPTIONS, **options})
+
+
+def test_attach_counts_the_steps_of_the_optimiser_until_removed() -> None:
+    model = optimized(warmup_steps=4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    hook = attach(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.step()
+    assert model.cggr.runtime.steps == 2
+    hook.remove()
+    optimizer.step()
+    assert model.cggr.runtime.steps == 2
+
+
+def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
+    model = optimized()
+    parameter = next(iter(model.parameters()))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for gradient, counted in ((1.0, 1), (torch.inf, 1), (1.0, 2)):
+        parameter.grad = None
+        scaler.scale((parameter * gradient).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert model.cggr.runtime.steps == counted
+
+
+def test_attach_reaches_through_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = optimized()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    attach(model, optimizer)
+    loss = model(**token_batch(6, 16)).loss
+    accelerator.backward(loss)
+    optimizer.step()
+    assert model.cggr.runtime.steps == 1
+    assert len(model.cggr.selected) == 3
+
+
+def test_attach_says_what_it_needs() -> None:
+    plain = build("llama")
+    with pytest.raises(cggr.CannotOptimize, match="has no handle"):
+        attach(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"optimizer is a list, expected a torch\.optim\.Optimizer"):
+        attach(optimized(), [])
+
+
+def test_state_round_trip_and_what_it_refuses() -> None:
+    first, second = optimized(selection="random"), optimized(selection="random")
+    first.cggr.step()
+    first(**token_batch(6, 16))
+    state = copy.deepcopy(first.cggr.state_dict())
+    second.cggr.load_state_dict(state)
+    assert second.cggr.runtime.steps == 1
+    drawn = []
+    for model in (first, second):
+        model(**token_batch(6, 16))
+        drawn.append(model.cggr.selected)
+    assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match=r"entries \['basis', 'generators', 'steps'\], got \['steps'\]"):
+        second.cggr.load_state_dict({"steps": 3})
+
+
+class Rows(torch.utils.data.Dataset):
+    """Twelve rows of tokens, the same every time."""
+
+    def __init__(self) -> None:
+        self.batch = token_batch(12, 16)
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return {name: tensor[row] for name, tensor in self.batch.items()}
+
+
+def trainer(folder: Path, **options: Any) -> transformers.Trainer:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=6,
+        per_device_train_batch_size=6,
+        learning_rate=3e-3,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_steps=3,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=1,
+    )
+    made = transformers.Trainer(
+        model=optimized(selection="random", warmup_steps=4, **options),
+        args=arguments,
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+    )
+    made.remove_callback(transformers.trainer_callback.PrinterCallback)
+    CGGRCallback.first_in(made)
+    return made
+
+
+def test_trainer_counts_logs_evaluates_plainly_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Random selection and a warm-up in progress: both the generator and the step have to come back."""
+    whole = trainer(tmp_path)
+    whole.train()
+    assert whole.model.cggr.runtime.steps == 6
+    logs = whole.state.log_history
+    losses = [entry["loss"] for entry in logs if "loss" in entry]
+    kept = [entry["cggr/rows_selected"] for entry in logs if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert kept[0] == 6
+    assert kept[-1] == 3
+    assert not [entry for entry in logs if "eval_loss" in entry and "cggr/rows_selected" in entry]
+    evaluated = whole.evaluate()["eval_loss"]
+    plain = cggr.restore(copy.deepcopy(whole.model)).eval()
+    batch = Rows().batch
+    with torch.no_grad():
+        expected = torch.stack([plain(**{name: t[at : at + 8] for name, t in batch.items()}).loss for at in (0, 8)])
+    assert evaluated == pytest.approx(((expected * torch.tensor([8, 4])).sum() / 12).item(), rel=1e-3)
+
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.model.cggr.runtime.steps == 6
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+    again = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]
+    assert again == losses
+
+
+def test_the_callback_needs_a_routed_model(tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    made = transformers.Trainer(model=build("llama"), args=arguments, train_dataset=Rows(), callbacks=[CGGRCallback()])
+    with pytest.raises(cggr.CannotOptimize, match="has no handle"):
+        made.train()
