@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cggr_compile.kernels.providers import PROVIDERS
+from cggr_compile.kernels.selection_ops import DRAWING, options_of
 
 ROUTES = ("sequence",)
 SCORINGS = ("loss", "entropy", "margin", "combined")
-SELECTIONS = ("topk", "random")
+SELECTIONS = ("topk", "random", *DRAWING)
 ROUTER_HEADS = ("exact", "sampled", "low_rank", "fp8")
 FALLBACKS = ("raise", "eager")
 
@@ -53,7 +54,11 @@ class RoutingConfig:
         router_head_rank: low-rank head: directions of the hidden space that are kept, at most all.
         router_head_refresh: low-rank head: routed steps between refreshes of these directions; the first refreshes
             come after 1, 2, 4, 8, … steps.
-        selection: `"topk"` (hardest rows) or `"random"` (uniform rows; no router is run).
+        selection: `"topk"` (hardest rows), `"random"` (uniform rows; no router is run), or a rule that draws by the
+            scores (`kernels/selection.py`): `"trimmed"` (top-k without outliers, and a uniform share),
+            `"stratified"` (uniform within strata by score; the loss is the stratified estimate of the batch's) or
+            `"importance"` (rows with probability by score; the loss is an unbiased estimate of the batch's).
+        selection_options: options of that rule, e.g. `{"tau": 0.05}`; None for its defaults.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
         inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
         kernels: implementations of the operators: `"auto"` (the best that can run), the name of a provider for every
@@ -75,6 +80,7 @@ class RoutingConfig:
     router_head_rank: int = 128
     router_head_refresh: int = 100
     selection: str = "topk"
+    selection_options: Mapping[str, float] | None = None
     warmup_steps: int = 0
     inner: str = "auto"
     kernels: str | Mapping[str, str] = "auto"
@@ -87,6 +93,7 @@ class RoutingConfig:
         _choice("scoring", self.scoring, SCORINGS)
         _choice("router_head", self.router_head, ROUTER_HEADS)
         _choice("selection", self.selection, SELECTIONS)
+        self._check_selection_options()
         _choice("fallback", self.fallback, FALLBACKS)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
             raise ConfigError(f"ratio={self.ratio!r} is not in (0, 1]; give the fraction of rows to keep, e.g. 0.25")
@@ -116,6 +123,22 @@ class RoutingConfig:
                 f"router_head='sampled' cannot score by {self.scoring!r}: the two largest logits of a sample are not "
                 "those of the vocabulary; use router_head='low_rank', 'fp8' or 'exact', or scoring='loss' or 'entropy'"
             )
+
+    def _check_selection_options(self) -> None:
+        given = self.selection_options
+        if given is None:
+            return
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"selection_options={given!r} is neither None nor a mapping from names to numbers")
+        known = options_of(self.selection) if self.selection in DRAWING else {}
+        for name, value in given.items():
+            if name not in known:
+                raise ConfigError(
+                    f"selection_options: {self.selection!r} has no option {name!r}{nearest(str(name), list(known))} "
+                    f"valid options: {', '.join(known) or 'none'}"
+                )
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"selection_options[{name!r}]={value!r} is not a number")
 
     def _check_kernels(self) -> None:
         names = sorted({name for providers in PROVIDERS.values() for name in providers})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cggr_compile.kernels import reference, router_heads
+from cggr_compile.kernels import reference, router_heads, selection_ops
 
 LONGEST_SELECT = 2**16
 """Rows longer than this are left to the reference, whose sorts use the whole device where one program of the Triton
@@ -161,6 +161,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         ),
         **_reference(reference.masked_loss),
     },
+    "draw": _reference(selection_ops.drawn),
     "sample_columns": _reference(router_heads.sample_columns),
     "sampled_score": {
         "triton": Provider("triton", _without_head_kernels, _triton("sampled_score"), _interpreted),

@@ -3,6 +3,9 @@
 The logits of the training rows then exist only inside the operator, a batch whose labels are all ignored has loss zero
 (still connected to every parameter) instead of 0 / 0, and rows that only fill up the selection count for nothing.
 
+Rules that weigh what they select make the loss an estimate of the batch's: with weights w = 1 / π, Σ w·nll over the
+batch's counted tokens, which is unbiased; with weights that stand for shares, Σ w·nll / Σ w.
+
 A loss that the model reduces by `sum` (divided later by `num_items_in_batch`, which counts the whole batch) is scaled
 by counted tokens of the batch / counted tokens kept: it estimates the batch's sum, so gradient accumulation keeps the
 gradient scale of plain training.
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
 import torch
+from cggr_compile.kernels.selection import RULES
 from cggr_compile.passes.gather_rows import main_roots
 from cggr_compile.passes.score_rows import head_parameters, rows_of
 from cggr_compile.passes.subgraph import clone
@@ -40,6 +44,15 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
     target = env[head.target]
     if routing.weights is not None:
         target = _without_fillers(builder, target, builder.env[routing.weights])
+    row_weight, reduction, num_items = None, head.reduction, None
+    weighting = "none" if routing.weights is None else RULES[config.selection].weighting
+    if weighting != "none":
+        row_weight = _by_token(builder, target, builder.env[routing.weights])
+    if weighting == "inverse":
+        assert routing.counts is not None
+        if reduction == "mean":
+            counted = builder.call(aten.sum.default, builder.env[routing.counts])
+            reduction, num_items = "num_items", builder.call(aten.clamp_min.default, counted, 1)
     builder.region = head.loss.meta["cggr_region"]
     loss = builder.call(
         torch.ops.cggr.masked_loss.default,
@@ -47,15 +60,19 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
         weight,
         bias,
         target,
-        None,
+        row_weight,
         head.scale,
         head.divisor,
         head.softcap,
         head.ignore_index,
-        head.reduction,
+        reduction,
+        0.0,
+        0.0,
+        None,
+        num_items,
     )
-    if head.reduction == "sum" and routing.counts is not None:
-        loss = _scaled_to_batch(builder, loss, target, builder.env[routing.counts])
+    if head.reduction == "sum" and weighting != "inverse" and routing.counts is not None:
+        loss = _scaled_to_batch(builder, loss, target, row_weight, builder.env[routing.counts])
     builder.region, builder.part = Region(), "main"
     outputs = [out if _survives(out, config) else None for out in program.outputs]
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
@@ -85,9 +102,25 @@ def _without_fillers(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.
     return builder.call(aten.view.default, masked, [-1])
 
 
-def _scaled_to_batch(builder: Builder, loss: fx.Node, target: fx.Node, counts: fx.Node) -> fx.Node:
+def _by_token(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.Node:
+    """The rows' weights [k], one for each of their targets [N]."""
+    rows = builder.call(aten.sym_size.int, weights, 0)
+    by_row = builder.call(aten.view.default, target, [rows, -1])
+    ones = builder.call(aten.ones_like.default, by_row, dtype=torch.float32)
+    weighed = builder.call(aten.mul.Tensor, ones, builder.call(aten.unsqueeze.default, weights, 1))
+    return builder.call(aten.view.default, weighed, [-1])
+
+
+def _scaled_to_batch(
+    builder: Builder, loss: fx.Node, target: fx.Node, row_weight: fx.Node | None, counts: fx.Node
+) -> fx.Node:
+    """The kept tokens' (weighted) sum, times the batch's counted tokens over the kept ones (their weights' sum)."""
     assert builder.program.head is not None
-    counted = builder.call(aten.ne.Scalar, target, builder.program.head.ignore_index)
-    kept = builder.call(aten.clamp_min.default, builder.call(aten.sum.default, counted), 1)
+    kept = builder.call(aten.ne.Scalar, target, builder.program.head.ignore_index)
+    if row_weight is None:
+        kept = builder.call(aten.clamp_min.default, builder.call(aten.sum.default, kept), 1)
+    else:
+        kept = builder.call(aten.sum.default, builder.call(aten.mul.Tensor, row_weight, kept))
+        kept = builder.call(aten.where.ScalarSelf, builder.call(aten.eq.Scalar, kept, 0), 1.0, kept)
     share = builder.call(aten.div.Tensor, builder.call(aten.sum.default, counts), kept)
     return builder.call(aten.mul.Tensor, loss, share)

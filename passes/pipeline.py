@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from cggr_compile.kernels.selection import RULES
 from cggr_compile.passes.build_router import build_router
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
@@ -16,7 +17,7 @@ from cggr_compile.passes.gather_rows import gather_rows
 from cggr_compile.passes.lower_kernels import lower_kernels
 from cggr_compile.passes.mask_loss import mask_loss
 from cggr_compile.passes.score_rows import score_rows
-from cggr_compile.passes.select_rows import NEEDS_SCORES, select_rows
+from cggr_compile.passes.select_rows import select_rows
 from cggr_compile.passes.verify import verify
 
 from cggr_compile.config import RoutingConfig
@@ -31,7 +32,7 @@ UNROUTED: tuple[Pass, ...] = (find_loss, mask_loss, lower_kernels)
 def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
     """The passes of the configured route. A selection that needs no scores needs no layers and no router."""
     scored: tuple[Pass, ...] = (find_layers, build_router, score_rows)
-    middle = scored if NEEDS_SCORES[config.selection] else ()
+    middle = scored if RULES[config.selection].needs_scores else ()
     return (find_loss, *middle, select_rows, gather_rows, mask_loss, lower_kernels)
 
 

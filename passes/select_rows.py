@@ -1,4 +1,4 @@
-"""Selects the rows to train on: `cggr::select` over the scores, with the number of rows as an input.
+"""Selects the rows to train on: `cggr::select` or `cggr::draw` over the scores, with the number of rows as an input.
 
 `kept` (k) and `noise` are inputs of the rewritten graph, supplied by the runtime: the graph stays a pure function, k
 can follow a curriculum without a new capture, and a random selection never touches the generator that dropout uses.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 from operator import getitem
 
-import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
+import cggr_compile.kernels.ops
+import cggr_compile.kernels.selection_ops  # noqa: F401  registers torch.ops.cggr
 import torch
+from cggr_compile.kernels.selection import RULES
 from cggr_compile.passes.build_router import quiet_region
 from cggr_compile.passes.score_rows import count_by_row
 from cggr_compile.passes.subgraph import clone
@@ -22,13 +24,12 @@ from cggr_compile.program import Builder, Program, value
 
 aten = torch.ops.aten
 
-NEEDS_SCORES = {"topk": True, "random": False}
-
 
 def select_rows(program: Program, config: RoutingConfig) -> Program:
-    """Adds the inputs `kept` (and `noise` [B] fp32 for rules without scores) and `cggr::select`.
+    """Adds the inputs `kept` (and `noise` [B] fp32 for rules that draw) and the operator of `config.selection`.
 
-    Sets `routing.kept`, `.rows` ([k] int64, sorted) and `.weights` ([k] fp32, 0 where a row only fills up).
+    Sets `routing.kept`, `.rows` ([k] int64, sorted) and `.weights` ([k] fp32, 0 where a row only fills up, else 1 or
+    the rule's weight).
     """
     assert program.head is not None
     head = program.head
@@ -37,20 +38,31 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
     kept = builder.placeholder("kept", _kept_symbol(program))
     builder.copy_parts("router", "score")
     builder.part, builder.region = "select", quiet_region(program)
+    rule = RULES[config.selection]
     noise = None
-    if NEEDS_SCORES[config.selection]:
-        routing = builder.routing()
-    else:
+    if rule.needs_noise:
         with program.fake_mode:
             fake = torch.empty(program.batch, device=value(head.target).device)
         noise = builder.placeholder("noise", fake)
+    if rule.needs_scores:
+        routing = builder.routing()
+    else:
         inputs = {node: builder.env[node] for node in program.placeholders}
         target = clone(builder, [head.target], inputs)[head.target]
         counts = count_by_row(builder, head, target)
         valid = builder.call(aten.gt.Scalar, counts, 0)
         routing = builder.routing(scores=noise, valid=valid, counts=counts)
-    chosen = builder.call(torch.ops.cggr.select.default, routing.scores, routing.valid, kept, config.selection, noise)
+    operands = (routing.scores, routing.valid, kept, config.selection, noise)
+    if rule.needs_scores and rule.needs_noise:
+        options = config.selection_options or {}
+        names, values = list(options), [float(number) for number in options.values()]
+        chosen = builder.call(torch.ops.cggr.draw.default, *operands, names, values)
+    else:
+        chosen = builder.call(torch.ops.cggr.select.default, *operands)
     rows, weights = (builder.call(getitem, chosen, index) for index in (0, 1))
+    if rule.weighting == "inverse":
+        # 1 / (M·π) of M rows becomes 1 / π, for a sum instead of a mean over rows.
+        weights = builder.call(aten.mul.Tensor, weights, builder.call(aten.sum.default, routing.valid))
     builder.copy_rest()
     routing = dataclasses.replace(routing, kept=kept, rows=rows, weights=weights)
     return builder.finish("select_rows", routing=routing)
