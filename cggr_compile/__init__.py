@@ -4,16 +4,24 @@ from cggr_compile.api import explain, handle, optimize, restore
 from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.errors import CannotOptimize, VerificationError
 from cggr_compile.handle import Handle
+from cggr_compile.original import CGGRLoss, CGGRScorer
+from cggr_compile.original_model import CGGRModel
+from cggr_compile.original_router import TruncatedRouter, create_truncated_router
 from cggr_compile.training import attach
 
 __all__ = [
     "CGGRCallback",
+    "CGGRLoss",
+    "CGGRModel",
+    "CGGRScorer",
     "CannotOptimize",
     "ConfigError",
     "Handle",
     "RoutingConfig",
+    "TruncatedRouter",
     "VerificationError",
     "attach",
+    "create_truncated_router",
     "explain",
     "handle",
     "optimize",

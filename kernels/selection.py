@@ -53,7 +53,8 @@ class Rule:
 def draw_noise(scores: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform float32 noise in [0, 1) of the shape and on the device of `scores`, from a generator that should be on
     that device too: elsewhere the noise is copied."""
-    return torch.rand(scores.shape, generator=generator, device=generator.device).to(scores.device)
+    noise = torch.rand(scores.shape, generator=generator, dtype=torch.float32, device=generator.device)
+    return noise.to(scores.device)
 
 
 def selectable_rows(scores: Tensor, valid: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def stratified_places(scores: Tensor, valid: Tensor, within: Tensor, num_strata:
     first = torch.where(selectable, place, place.shape[-1])
     starts = torch.full((*place.shape[:-1], num_strata), place.shape[-1], device=place.device)
     starts = starts.scatter_reduce(-1, stratum, first, "amin")
-    time = (2 * (place - starts.gather(-1, stratum)) + 1) / (num_strata - stratum)
+    time = (2 * (place - starts.gather(-1, stratum)) + 1).float() / (num_strata - stratum)
     return _places(selectable, time, stratum)
 
 
@@ -183,9 +184,9 @@ def importance(
     Over the M selectable rows, q_i = (1 - floor) · s_i / Σ s + floor / M, where s is the score, shifted to 0 where
     one is negative, -inf is the least and +inf outweighs every finite score. The defensive share `floor` keeps every
     π positive. The weight of a selected row is 1 / (M·π_i): Σ w·l has the expectation Σ l / M, for any l. Rows are
-    laid out by score and one uniform number, the hardest row's noise, draws them all. π are integers over 2**30
-    that sum to min(k, M) exactly, so that the draws are exact and distinct (k < 2**20; the comments give the
-    argument). Raises ValueError for missing noise and a floor outside (0, 1].
+    laid out by score and one uniform number, the hardest row's noise, draws them all. π are integers over 2**30 that
+    sum to min(k, M) exactly, so that the draws are exact and distinct (for k < 2**20 and floor · k > M · 2**-30; the
+    comments give the argument). Raises ValueError for missing noise and a floor outside (0, 1].
     """
     noise = _check_noise("importance", scores, valid, k, noise)
     if not 0 < floor <= 1:
@@ -326,7 +327,7 @@ def _strata(scores: Tensor, valid: Tensor, num_strata: int) -> Tensor:
 
 def _share(stratum: Tensor, counted: Tensor, num_strata: int) -> Tensor:
     """float32 [..., num_strata]: the share of each stratum in the counted rows."""
-    counts = torch.zeros((*stratum.shape[:-1], num_strata), device=stratum.device)
+    counts = torch.zeros((*stratum.shape[:-1], num_strata), dtype=torch.float32, device=stratum.device)
     counts = counts.scatter_add(-1, stratum, counted.float())
     return counts / counted.sum(-1, keepdim=True).clamp(min=1)
 
@@ -344,7 +345,7 @@ def _proposal(scores: Tensor, selectable: Tensor, floor: float) -> Tensor:
     lifted = torch.where(finite, known - known.amin(-1, keepdim=True).clamp(max=0.0), 0.0)
     s = torch.where(infinite.any(-1, keepdim=True), infinite.double(), lifted)
     total = s.sum(-1, keepdim=True)
-    count = selectable.sum(-1, keepdim=True).clamp(min=1)
+    count = selectable.sum(-1, keepdim=True).clamp(min=1).double()
     s = torch.where(total > 0, s / torch.where(total > 0, total, 1.0), 1.0 / count)
     return torch.where(selectable, (1 - floor) * s + floor / count, 0.0)
 

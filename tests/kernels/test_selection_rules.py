@@ -116,6 +116,18 @@ def test_trimmed_by_hand() -> None:
     assert index.tolist() == [1, 2, 4]  # without the outlier 0: the two hardest, and the draw 4
 
 
+def test_trimmed_falls_back_on_the_least_extreme_outliers() -> None:
+    scores, noise = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0]), torch.tensor([0.9, 0.1, 0.1, 0.2, 0.8])
+    index, _ = selection.trimmed(scores, scores > 0, 3, noise, tau=0.6, epsilon=0.0)
+    assert index.tolist() == [2, 3, 4]  # 9, 8 and 7 are outliers
+
+
+def test_trimmed_shares_of_decimal_fractions() -> None:
+    scores, noise = -torch.arange(200.0), torch.arange(200.0) / 200
+    index, _ = selection.trimmed(scores, scores < 1, 100, noise, tau=0.0, epsilon=0.29)
+    assert index.tolist() == [*range(71), *range(171, 200)]
+
+
 @examples
 @given(rows=rows_of, k=st.integers(0, 24), num_strata=st.integers(1, 5))
 def test_stratified_quotas_draws_and_weights(rows: list[Row], k: int, num_strata: int) -> None:
@@ -255,10 +267,32 @@ def test_importance_on_a_grid_of_offsets() -> None:
 def test_importance_draws_exactly_k_of_many(count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(count, generator=generator).exp() ** 2
+    # The last offset below 1 is where a sum of probabilities short of k by rounding would miss its last draw.
+    for noise in (selection.draw_noise(scores, generator), torch.full_like(scores, 1 - 2**-24)):
+        for k in (1, count // 10, count - 1, count):
+            index, weight = selection.importance(scores, scores > 0, k, noise, floor=0.1)
+            assert len(index.unique()) == k == (weight > 0).sum()
+            if k > 1:
+                torch.testing.assert_close(weight.sum(), torch.ones(()), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("count", [1000, 2**17])
+def test_inclusion_probabilities_sum_to_k_exactly(count: int) -> None:
+    q = 0.1 + torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q = q.sort(descending=True).values / q.sum()
     for k in (1, count // 10, count - 1, count):
-        index, weight = selection.importance(scores, scores > 0, k, selection.draw_noise(scores, generator), floor=0.1)
-        assert len(index.unique()) == k == (weight > 0).sum()
-        torch.testing.assert_close(weight.sum(), torch.ones(()), rtol=0.2 if k < 10 else 0.05, atol=3.0 * (k == 1))
+        share = selection._fixed_point(q, q >= 0, torch.tensor([k]))
+        assert share.sum() == k * 2**30
+        assert share.min() > 0
+        assert share.max() <= 2**30
+
+
+@pytest.mark.parametrize("name", [name for name, rule in selection.RULES.items() if rule.needs_noise])
+def test_rows_of_nan_noise_are_not_drawn(name: str) -> None:
+    scores = torch.tensor([5.0, 4.0, 3.0, 2.0])
+    noise = torch.tensor([NAN, 0.5, NAN, 0.9])
+    index, weight = selection.RULES[name].function(scores, scores > 0, 3, noise)
+    assert index[weight > 0].tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("name", [*FLAT, "custom"])
@@ -321,6 +355,21 @@ def test_a_generator_determines_the_selection(name: str) -> None:
 
     assert all(map(torch.equal, drawn(1), drawn(1)))
     assert torch.equal(drawn(1)[0], drawn(2)[0]) != rule.needs_noise
+
+
+@pytest.mark.parametrize("name", list(selection.RULES))
+def test_torchs_default_dtype_does_not_matter(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 70, generator=generator)
+    noise, valid = selection.draw_noise(scores, generator), torch.rand(3, 70, generator=generator) < 0.9
+
+    expected = selection.RULES[name].function(scores, valid, 40, noise)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = selection.RULES[name].function(scores, valid, 40, noise)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize("name", list(selection.RULES))
