@@ -34,10 +34,10 @@ lint: setup
 	MYPYPATH=build/typecheck $(BIN)/mypy -p cggr_compile
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-long: lint
-	HYPOTHESIS_PROFILE=long $(BIN)/pytest -n 2
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -79,10 +79,10 @@ def test_importance_weights_make_the_mean_over_many_draws_the_batchs_loss() -> N
     eager = build("llama")
     batch = token_batch(9, 16)
     model = optimized(eager, selection="importance")
-    losses = torch.stack([model(**batch).loss.detach() for _ in range(60)])
+    losses = torch.stack([model(**batch).loss.detach() for _ in range(40)])
     with torch.no_grad():
         plain = eager(**batch).loss
-    error = losses.std() / 60**0.5
+    error = losses.std() / 40**0.5
     assert (losses.mean() - plain).abs() < 4 * error
     assert error < 0.05 * plain
 
