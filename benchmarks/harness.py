@@ -217,11 +217,12 @@ def _run_worker(command: list[str], timeout: float) -> tuple[list[Record], str |
 
 
 def environment(device: torch.device, commit: str | None) -> Record:
-    """The command, the commit measured ("unknown" outside a checkout), the device and the versions."""
+    """The command, the commit ("-dirty" with changes, "unknown" outside a checkout), the device and the versions."""
     if commit is None:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         commit = done.stdout.strip() or "unknown"
-    packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
+    packages = ("torch", "transformers", "triton", "liger-kernel", "cut-cross-entropy")
     versions = {"python": platform.python_version(), **{package: _version(package) for package in packages}}
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {"command": " ".join(["python", *sys.argv]), "commit": commit, "device": name, "versions": versions}

@@ -12,14 +12,11 @@ on the same hidden states. The low-rank basis has been refreshed on other rows o
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 
@@ -27,6 +24,7 @@ import cggr_compile.kernels.router_head_ops  # noqa: F401  registers torch.ops.c
 import torch
 import typer
 from cggr_compile.kernels.router_heads import refreshed
+from harness import environment
 from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
@@ -176,18 +174,6 @@ def _cell(records: list[dict]) -> str:
     return f"{text} / {min(tokens):.3f}" if tokens else text
 
 
-def environment() -> dict:
-    """The command, the commit ("-dirty" with uncommitted changes), the device and the versions."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    versions = {"python": platform.python_version(), "transformers": metadata.version("transformers")}
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": done.stdout.strip() or "unknown",
-        "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
-        "versions": {"torch": torch.__version__, **versions},
-    }
-
-
 def main(
     rows: int = 64, sequence_length: int = 256, batches: int = 3, quick: bool = False, output: Path | None = None
 ) -> None:
@@ -199,7 +185,7 @@ def main(
     layers = model.config.num_hidden_layers
     windows = make_windows(*read_text(None), pretrained, sequence_length=sequence_length, batch_size=rows)
     report = {
-        **environment(),
+        **environment(torch.device("cpu"), None),
         "model": pretrained.source,
         "text": windows.source,
         "shape": f"{batches} batches of {rows} × {sequence_length} tokens",

@@ -21,6 +21,7 @@ from typing import Annotated
 import torch
 import transformers
 import typer
+from harness import environment
 
 import cggr_compile as cggr
 
@@ -88,12 +89,6 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int) -> di
     return {"first": seconds[0], "steps": seconds[2:], "peak_bytes": peak}
 
 
-def git_commit() -> str:
-    """The commit measured, or "unknown" outside a checkout."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main(
     device: str = "cpu",
     ratio: float = 0.25,
@@ -129,10 +124,7 @@ def main(
         print(f"| {arm} | {medians[arm] * 1000:.1f} | {ratio_to_compile:.2f} | {first:.1f} | {memory} |")
     if output is not None:
         record = {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": commit or git_commit(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            **environment(torch.device(device), commit),
             "shape": asdict(shape),
             "ratio": ratio,
             "samples": results,

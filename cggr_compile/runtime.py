@@ -94,6 +94,8 @@ class Plan:
         assert self.program.head is not None
         self.device = value(self.program.head.weight).device
         self.inner = resolve_inner(config.inner, self.device)
+        inputs = zip(self.program.placeholders, self.program.inputs, strict=True)
+        self._inputs_of_passes = [(entry.name, value(node)) for node, entry in inputs if entry.kind == "added"]
         self._routed = Variant(self.program, self.inner)
         self._unrouted: Variant | None = None if self.symbolic_batch else self._routed
         self._ids = next(
@@ -131,15 +133,14 @@ class Plan:
 
     def _added(self, rows: int, kept: int) -> Iterator[Any]:
         """What the passes' own inputs get in this step, in their order."""
-        inputs = zip(self.program.placeholders, self.program.inputs, strict=True)
-        for name, node in [(entry.name, node) for node, entry in inputs if entry.kind == "added"]:
+        for name, fake in self._inputs_of_passes:
             if name == "kept":
                 yield kept
             elif name == "basis":
-                width, rank = value(node).shape
+                width, rank = fake.shape
                 yield self.runtime.basis.on(width, rank, self.runtime.generator(self.device))
             else:
-                yield self.runtime.noise(rows if name == "noise" else value(node).shape[0], self.device)
+                yield self.runtime.noise(rows if name == "noise" else fake.shape[0], self.device)
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:

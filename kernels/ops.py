@@ -354,7 +354,7 @@ def _masked_loss_backward_fake(grad: Tensor, *args: Any, **options: Any) -> list
     return [x.new_empty(x.shape) for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
 
 
-# hidden, weight, bias, target, row_weight, then eight numbers and strings, rows, num_items.
+# hidden, weight, bias, target, row_weight, then seven numbers and strings, rows, num_items.
 _OPERANDS, _ROWS, _NUM_ITEMS = 5, 12, 13
 _DIFFERENTIABLE = (0, 1, 2, 4)
 

@@ -17,9 +17,7 @@ from cggr_compile.kernels import reference, router_heads, selection_ops
 
 LONGEST_SELECT = 2**16
 """Rows longer than this are left to the reference, whose sorts use the whole device where one program of the Triton
-`select` ranks a row. On an H100 (torch 2.11, Triton 3.6, a quarter selected), one row takes the reference's kernels
-0.16, 0.20, 0.21 and 0.23 ms at 2**14, 2**15, 2**16 and 2**17 scores, and Triton's 0.05, 0.09, 0.19 and 0.35 ms. With
-many rows the limit errs towards the reference: 64 rows of 2**17 take it 1.8 ms, and Triton's 0.5 ms."""
+`select` ranks a row. With many rows the limit errs towards the reference."""
 
 Condition = Callable[["Place"], "str | None"]
 
@@ -123,8 +121,9 @@ def _by_name_only(place: Place) -> str | None:
 
 
 def _loss_algorithm(dtype: torch.dtype) -> str:
-    # Unnormalised exponentials need the exponent range that float16 lacks; see triton/loss.py.
-    return "recompute" if dtype == torch.float16 else "one_pass"
+    from cggr_compile.kernels.triton.loss import Options, default_algorithm
+
+    return default_algorithm(dtype, Options())
 
 
 def _triton(attribute: str) -> Callable[[], Callable[..., Any]]:

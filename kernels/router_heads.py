@@ -7,10 +7,10 @@ gradient, 0 in rows whose target is ignored. The statistics are `reference.Shift
   Σ w_c exp(x_c) is an unbiased estimate of Z = Σ exp(x_c). The target's own logit is exact and enters Z once, exactly,
   in place of its weighted column: E[Σ_{c≠t} w_c exp(x_c)] + exp(x_t) is Z still, the largest term of a well-predicted
   token costs no variance, and the nll stays non-negative.
-* `low_rank_score` projects hidden states and head onto R directions Q. Of several choices, the dominant invariant
-  subspace of (HᵀH)(WᵀW) kept the order of tokens best on real weights (docs/router-heads.md): WᵀW alone ignores where
-  hidden states are, HᵀH alone what the head makes of them. One product of a subspace iteration costs 2NDR + VDR
-  multiply-adds beside the NVR of the scores, so each call returns it and the caller orthonormalises it when it likes.
+* `low_rank_score` projects hidden states and head onto R directions Q, the dominant invariant subspace of
+  (HᵀH)(WᵀW): WᵀW alone ignores where hidden states are, HᵀH alone what the head makes of them. One product of a
+  subspace iteration costs 2NDR + VDR multiply-adds beside the NVR of the scores, so each call returns it and the
+  caller orthonormalises it when it likes.
 * `fp8_score` multiplies hidden states and head in float8_e4m3fn with one scale a row.
 """
 
@@ -41,8 +41,8 @@ def sample_columns(
     itself, then `sampled` of the other V - F columns without replacement, those of smallest `noise` (float32 [V],
     uniform), each for (V - F) / U. Where F + U >= V these are all columns, each for itself.
 
-    The batch's own targets, rather than a running histogram, are the frequent ones because that measured as well and
-    leaves no state to keep. `target` [N] is of any integer dtype.
+    The batch's own targets, rather than a running histogram, are the frequent ones: that leaves no state to keep.
+    `target` [N] is of any integer dtype.
     """
     classes = noise.shape[0]
     if frequent + sampled >= classes:

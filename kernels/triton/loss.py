@@ -92,6 +92,11 @@ def why_not_one_pass(dtype: torch.dtype, options: Options) -> str | None:
     return None
 
 
+def default_algorithm(dtype: torch.dtype, options: Options) -> str:
+    """`"one_pass"` where it applies, else `"recompute"`."""
+    return "recompute" if why_not_one_pass(dtype, options) else "one_pass"
+
+
 def forward(
     hidden: Tensor,
     weight: Tensor,
@@ -111,20 +116,20 @@ def forward(
         return _of_no_rows(hidden, weight, bias, wanted if algorithm == "one_pass" else (False,) * 3)
     linear = Head(weight, bias, options.factor, options.softcap)
     own, shift = target_logits(chosen, linear)
-    log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
-    gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
-    if algorithm == "one_pass" and any(wanted):
-        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, rows is None, wanted)
-    else:
-        losses, log_total, missed = _by_statistics(chosen, linear, own, options)
-    # A row of weight 0 still counts with its loss, as 0 · NaN is NaN in the reference.
-    loss = torch.dot(losses, chosen.weights) / chosen.divisor
 
     def in_order(x: Tensor) -> Tensor:
-        return x.new_empty(x.shape).scatter_(0, chosen.place[: len(x)], x)
+        return torch.empty_like(x).scatter_(0, chosen.place, x)
 
-    statistics = in_order(log_total), in_order(missed)
-    return Outcome(loss, in_order(losses), chosen.divisor, *statistics, *gradients)
+    if algorithm == "one_pass" and any(wanted):
+        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, rows is None, wanted)
+        log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
+    else:
+        losses, *statistics = _by_statistics(chosen, linear, own, options)
+        log_total, missed = map(in_order, statistics)
+        gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
+    # A row of weight 0 still counts with its loss, as 0 · NaN is NaN in the reference.
+    loss = torch.dot(losses, chosen.weights) / chosen.divisor
+    return Outcome(loss, in_order(losses), chosen.divisor, log_total, missed, *gradients)
 
 
 def _of_no_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> Outcome:
@@ -158,11 +163,12 @@ def backward(
         return _of_no_rows(hidden, weight, bias, wanted)[-3:]
     per_row = chosen.weights * (grad * (options.factor / divisor))
     log_total, missed = log_total[chosen.place], missed[chosen.place]
-    shift = torch.where(_counted(chosen), log_total, torch.inf)
+    counted = _counted(chosen)
+    shift = torch.where(counted, log_total, torch.inf)
     # With l = lse - (1 - ε) x[t] - ε mean(x) + z lse², d l / d x[v] = (1 + 2 z lse) p[v] - (1 - ε) [v = t] - ε / V; at
     # the target p = 1 - missed, and 2 z lse + ε - (1 + 2 z lse) missed keeps its precision where p is nearly 1.
     lse_slope = 2 * options.z_loss * head.LN_2.value * log_total if options.z_loss else torch.zeros_like(log_total)
-    lse_slope = torch.where(_counted(chosen), lse_slope, 0.0)
+    lse_slope = torch.where(counted, lse_slope, 0.0)
     gain = per_row * (1 + lse_slope)
     uniform = per_row * (options.label_smoothing / len(weight))
     at_target = per_row * (lse_slope + options.label_smoothing - (1 + lse_slope) * missed) - uniform

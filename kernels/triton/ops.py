@@ -14,7 +14,7 @@ from cggr_compile.kernels.triton import gather as gather_kernels
 from cggr_compile.kernels.triton import loss as loss_kernels
 from cggr_compile.kernels.triton import score as score_kernels
 from cggr_compile.kernels.triton import select as select_kernels
-from cggr_compile.kernels.triton.loss import Options, why_not_one_pass
+from cggr_compile.kernels.triton.loss import Options, default_algorithm, why_not_one_pass
 from torch import Tensor
 
 score = ops.define_score("cggr_triton", score_kernels.score)
@@ -39,42 +39,25 @@ _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? r
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def masked_loss_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row_weight: Tensor | None,
-    rows: Tensor | None,
-    num_items: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
+def masked_loss_forward(*args: Any) -> tuple[Tensor, ...]:
     """`loss.forward`: the loss, what its backward needs, and the gradients of an algorithm that has them by then."""
-    *numbers, wanted, algorithm = options
-    _check(hidden, weight, bias, target, row_weight, *numbers, rows, num_items)
-    given = Options(*numbers)
-    return tuple(
-        loss_kernels.forward(hidden, weight, bias, target, row_weight, rows, num_items, given, tuple(wanted), algorithm)
-    )
+    tensors, options, wanted, algorithm = _checked(args)
+    operands: list[Any] = [*tensors, options, wanted, algorithm]
+    return tuple(loss_kernels.forward(*operands))
 
 
-def _check(*args: Any) -> None:
-    ops.check_masked_loss("masked_loss", *args)
+def _checked(args: tuple[Any, ...]) -> tuple[Any, Options, tuple[bool, bool, bool], str]:
+    """The operator's arguments, checked: seven tensors, the options, which gradients are wanted, the algorithm."""
+    tensors, numbers, (wanted, algorithm) = args[:7], args[7:14], args[14:]
+    *operands, rows, num_items = tensors
+    arguments: list[Any] = [*operands, *numbers, rows, num_items]
+    ops.check_masked_loss("masked_loss", *arguments)
+    return tensors, Options(*numbers), tuple(wanted), algorithm
 
 
 @masked_loss_forward.register_fake
-def _masked_loss_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row_weight: Tensor | None,
-    rows: Tensor | None,
-    num_items: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    *numbers, wanted, algorithm = options
-    _check(hidden, weight, bias, target, row_weight, *numbers, rows, num_items)
+def _masked_loss_fake(*args: Any) -> tuple[Tensor, ...]:
+    (hidden, weight, _, target, _, rows, _), _, wanted, algorithm = _checked(args)
     with_gradients = algorithm == "one_pass" and any(wanted)
     size = target.shape[0] if rows is None else rows.shape[0]
 
@@ -200,7 +183,7 @@ def masked_loss(
     obstacle = why_not_one_pass(dtype, Options(*numbers))
     if algorithm == "one_pass" and obstacle:
         raise ValueError(f"masked_loss: algorithm 'one_pass' does not apply: {obstacle}; use 'recompute'")
-    algorithm = algorithm or ("recompute" if obstacle else "one_pass")
+    algorithm = algorithm or default_algorithm(dtype, Options(*numbers))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if algorithm == "one_pass" and not any(wanted):
         algorithm = "recompute"
