@@ -173,10 +173,8 @@ def router_head(name: str, device: torch.device) -> Loss:
         )[0]
 
     def sampled(p: Problem) -> Tensor:
-        noise = torch.rand(p.weight.shape[0], device=device)
-        drawn = operator("sample_columns", torch.int64)(
-            p.target, noise, config.router_head_frequent, config.router_head_sampled
-        )
+        sizes = p.weight.shape[0], config.router_head_frequent, config.router_head_sampled
+        drawn = operator("sample_columns", torch.int64)(p.target, torch.rand(1, device=device), *sizes)
         return operator("sampled_score")(p.hidden, p.weight, None, p.target, *drawn, nll)
 
     return sampled

@@ -82,10 +82,10 @@ def low_rank_basis(problem: Problem, rank: int) -> Tensor:
 def heads(problem: Problem, seed: int) -> Iterator[tuple[str, dict, float, Tensor]]:
     """Name, options, seconds and token scores [N] of each head; the exact one first."""
     operands = (problem.hidden, problem.weight, None, problem.target)
-    noise = torch.rand(problem.weight.shape[0], generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(1, generator=torch.Generator().manual_seed(seed))
 
     def sampled(frequent: int, drawn: int) -> Tensor:
-        columns = ops.sample_columns(problem.target, noise, frequent, drawn)
+        columns = ops.sample_columns(problem.target, noise, len(problem.weight), frequent, drawn)
         return ops.sampled_score(*operands, *columns, ["nll"])
 
     yield "exact", {"router_head": "exact"}, *timed(lambda: ops.score(*operands, ["nll"]))

@@ -28,10 +28,12 @@ def _new_statistics(hidden: Tensor, quantities: Sequence[str]) -> Tensor:
     return hidden.new_empty((len(quantities), hidden.shape[0]), dtype=torch.float32)
 
 
-def _check_sample_columns(target: Tensor, noise: Tensor, frequent: int, sampled: int, ignore_index: int = -100) -> None:
+def _check_sample_columns(
+    target: Tensor, noise: Tensor, classes: int, frequent: int, sampled: int, ignore_index: int = -100
+) -> None:
     ops._check_shape("sample_columns", "target", target, (target.numel(),), "[N]")
     ops._check_dtype("sample_columns", "target", target, ops._INTEGERS)
-    ops._check_shape("sample_columns", "noise", noise, (noise.numel(),), "[V]")
+    ops._check_shape("sample_columns", "noise", noise, (1,), "[1]")
     ops._check_dtype("sample_columns", "noise", noise, (torch.float32,))
     torch._check_value(frequent >= 0, lambda: f"cggr::sample_columns: frequent is {frequent}, expected at least 0")
     torch._check_value(sampled >= 1, lambda: f"cggr::sample_columns: sampled is {sampled}, expected at least 1")
@@ -40,7 +42,10 @@ def _check_sample_columns(target: Tensor, noise: Tensor, frequent: int, sampled:
 @torch.library.custom_op(
     "cggr::sample_columns",
     mutates_args=(),
-    schema="(Tensor target, Tensor noise, int frequent, int sampled, int ignore_index=-100) -> (Tensor, Tensor)",
+    schema=(
+        "(Tensor target, Tensor noise, int classes, int frequent, int sampled, int ignore_index=-100) "
+        "-> (Tensor, Tensor)"
+    ),
 )
 def sample_columns(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`router_heads.sample_columns`: columns int64 [C] and weights float32 [C], neither differentiable."""
@@ -50,10 +55,10 @@ def sample_columns(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
 @sample_columns.register_fake
 def _sample_columns_fake(
-    target: Tensor, noise: Tensor, frequent: int, sampled: int, ignore_index: int = -100
+    target: Tensor, noise: Tensor, classes: int, frequent: int, sampled: int, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    _check_sample_columns(target, noise, frequent, sampled, ignore_index)
-    read = min(frequent + sampled, noise.shape[0])
+    _check_sample_columns(target, noise, classes, frequent, sampled, ignore_index)
+    read = min(frequent + sampled, classes)
     return noise.new_empty(read, dtype=torch.int64), noise.new_empty(read)
 
 

@@ -33,28 +33,34 @@ SAMPLED_QUANTITIES = ("nll", "entropy")
 
 
 def sample_columns(
-    target: Tensor, noise: Tensor, frequent: int, sampled: int, ignore_index: int = -100
+    target: Tensor, noise: Tensor, classes: int, frequent: int, sampled: int, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
     """The columns that `sampled_score` reads: int64 [C], and how many columns each stands for, float32 [C].
 
-    First the `frequent` most frequent targets of this batch (ties, and classes that do not occur, by index), each for
-    itself, then `sampled` of the other V - F columns without replacement, those of smallest `noise` (float32 [V],
-    uniform), each for (V - F) / U. Where F + U >= V these are all columns, each for itself.
+    First, by index, the `frequent` most frequent targets of this batch (ties, and classes that do not occur, to the
+    lower index), each for itself, then `sampled` of the other V - F columns, each for (V - F) / U: a systematic sample
+    in the order of the vocabulary, one every (V - F) / U from a start that `noise` (float32 [1], uniform in [0, 1))
+    draws. Every column has the same chance, and as tokenizers number tokens by frequency the sample is spread over
+    frequencies. Where F + U >= V these are all columns, each for itself.
 
     The batch's own targets, rather than a running histogram, are the frequent ones: that leaves no state to keep.
     `target` [N] is of any integer dtype.
     """
-    classes = noise.shape[0]
     if frequent + sampled >= classes:
-        return torch.arange(classes, device=noise.device), torch.ones_like(noise)
-    ignored = target == ignore_index
-    counts = torch.zeros(classes, dtype=torch.int64, device=noise.device)
-    counts = counts.index_add(0, target.long().masked_fill(ignored, 0), (~ignored).long())
-    by_frequency = counts.sort(descending=True, stable=True).indices
-    others = by_frequency[frequent:]
-    drawn = others[noise[others].sort(stable=True).indices[:sampled]]
-    weights = [torch.ones_like(noise[:frequent]), torch.full_like(noise[:sampled], (classes - frequent) / sampled)]
-    return torch.cat([by_frequency[:frequent], drawn]), torch.cat(weights)
+        return torch.arange(classes, device=noise.device), torch.ones(classes, device=noise.device)
+    counted = torch.where(target == ignore_index, classes, target).long()
+    counts = torch.zeros(classes + 1, dtype=torch.int64, device=noise.device)
+    counts.index_add_(0, counted, torch.ones_like(counted))
+    place = torch.arange(classes, device=noise.device)
+    # Distinct keys: the order of ties is the index's, whatever `topk` does with them.
+    keys = counts[:classes] * classes + (classes - 1 - place)
+    least = keys.topk(frequent).values.amin() if frequent else keys.amax() + 1
+    so_far = (keys >= least).cumsum(0)
+    others = classes - frequent
+    # In integers, the unit being 2**-24: a float32 in [0, 1) drawn uniformly is a multiple of it.
+    start = (place[:sampled] * 2**24 + (noise * 2**24).long()) * others // (sampled * 2**24)
+    columns = [torch.searchsorted(so_far, place[1 : frequent + 1]), torch.searchsorted(place + 1 - so_far, start + 1)]
+    return torch.cat(columns), torch.where(place[: frequent + sampled] < frequent, 1.0, others / sampled)
 
 
 def sampled_score(

@@ -49,8 +49,8 @@ def _fp8(builder: Builder, config: RoutingConfig, call: HeadCall) -> tuple[fx.No
 
 def _sampled(builder: Builder, config: RoutingConfig, call: HeadCall) -> tuple[fx.Node, None]:
     _, weight, _, target = call.operands
-    noise = _input(builder, "column_noise", (value(weight).shape[0],), weight)
-    sizes = (config.router_head_frequent, config.router_head_sampled)
+    noise = _input(builder, "column_noise", (1,), weight)
+    sizes = (value(weight).shape[0], config.router_head_frequent, config.router_head_sampled)
     drawn = builder.call(torch.ops.cggr.sample_columns.default, target, noise, *sizes, call.options[-1])
     columns, weights = (builder.call(getitem, drawn, index) for index in (0, 1))
     return call.of(builder, torch.ops.cggr.sampled_score.default, columns, weights), None

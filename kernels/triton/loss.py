@@ -34,7 +34,7 @@ from torch import Tensor
 
 ONE_PASS_BYTES = 2**31
 """Most bytes of exponentials that `one_pass` holds: a block of rows by the whole vocabulary."""
-RECOMPUTE_BYTES = 2**27
+RECOMPUTE_BYTES = 2**26
 """Most bytes of gradients by logits that `recompute` holds: all rows by a block of columns."""
 
 
@@ -191,10 +191,14 @@ def backward(
             torch.mm(gradient.T, chosen.hidden[:, :width], out=of_weight[first:last])
         if wanted[2]:
             add_column_sums(of_bias[first:last], gradient, ones)
-    del buffer
+    index = chosen.index
+    del buffer, block, chosen
     returned = hidden.new_empty(0)
-    if of_hidden is not None:
-        returned = gather_backward(of_hidden.to(hidden.dtype), chosen.index, 0, hidden.shape[0])
+    if of_hidden is not None and rows is None:
+        returned = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        scale_rows(of_hidden, ones, returned, index)
+    elif of_hidden is not None:
+        returned = gather_backward(of_hidden.to(hidden.dtype), index, 0, hidden.shape[0])
     return returned, of_weight, of_bias.to(weight.dtype)
 
 

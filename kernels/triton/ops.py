@@ -81,7 +81,7 @@ def _masked_loss_fake(*args: Any) -> tuple[Tensor, ...]:
     "cggr_triton::masked_loss_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad, {_TENSORS}, Tensor divisor, Tensor log_total, Tensor missed, {_OPTIONS}, bool[3] wanted) "
+        f"(Tensor grad, {_TENSORS}, Tensor total_weight, Tensor log_total, Tensor missed, {_OPTIONS}, bool[3] wanted) "
         "-> (Tensor, Tensor, Tensor)"
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from cggr_compile.kernels import ops, reference
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.operator_schemas import get_signature_for_torch_op
 from torch.library import opcheck
 
 IGNORED = -100
@@ -154,3 +156,14 @@ def test_opcheck_of_the_backward(wanted: list[bool], transposed: bool) -> None:
         hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
     args = (torch.tensor(0.7), hidden, weight, bias, target, weights().detach())
     opcheck(ops.masked_loss_backward, (*args, wanted, 2.0, 3.0, 5.0, IGNORED, "mean"))
+
+
+def test_every_operator_has_a_signature_that_inductor_can_bind() -> None:
+    pytest.importorskip("triton")
+    importlib.import_module("cggr_compile.kernels.triton.ops")
+    names = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith(("cggr::", "cggr_triton::"))}
+    assert {"cggr::draw", "cggr_triton::masked_loss_backward"} <= names
+    for name in names:
+        namespace, operator = name.split("::")
+        # Raises for an argument named twice, as a list of inputs and an option can be.
+        assert get_signature_for_torch_op(getattr(getattr(torch.ops, namespace), operator).default)

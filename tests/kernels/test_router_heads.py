@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
@@ -60,12 +61,12 @@ def test_any_shape_and_option(
     sampled=st.integers(1, 8),
     seed=st.integers(0, 2**20),
 )
-def test_columns_are_the_most_frequent_and_then_those_of_least_noise(
+def test_columns_are_the_most_frequent_and_then_a_systematic_sample(
     classes: int, targets: list[int], frequent: int, sampled: int, seed: int
 ) -> None:
     targets = [label if 0 <= label < classes else IGNORED for label in targets]
-    noise = torch.rand(classes, generator=torch.Generator().manual_seed(seed))
-    columns, weight = ops.sample_columns(torch.tensor(targets, dtype=torch.int64), noise, frequent, sampled)
+    noise = torch.rand(1, generator=torch.Generator().manual_seed(seed))
+    columns, weight = ops.sample_columns(torch.tensor(targets, dtype=torch.int64), noise, classes, frequent, sampled)
     assert columns.dtype == torch.int64
     assert weight.dtype == torch.float32
     if frequent + sampled >= classes:
@@ -74,16 +75,17 @@ def test_columns_are_the_most_frequent_and_then_those_of_least_noise(
         return
     counts = Counter(targets)
     top = sorted(range(classes), key=lambda label: (-counts[label], label))[:frequent]
-    rest = sorted(set(range(classes)) - set(top), key=lambda label: noise[label].item())[:sampled]
-    assert columns[:frequent].tolist() == top
-    assert sorted(columns[frequent:].tolist()) == sorted(rest)
+    rest = sorted(set(range(classes)) - set(top))
+    step, start = Fraction(classes - frequent, sampled), Fraction(noise.item())
+    assert columns[:frequent].tolist() == sorted(top)
+    assert columns[frequent:].tolist() == [rest[math.floor((j + start) * step)] for j in range(sampled)]
     torch.testing.assert_close(weight, torch.tensor([1.0] * frequent + [(classes - frequent) / sampled] * sampled))
 
 
 def test_every_column_makes_the_sample_exact() -> None:
     args = operands()
     args[3][4] = IGNORED
-    everything = ops.sample_columns(args[3], torch.rand(13), 5, 8)
+    everything = ops.sample_columns(args[3], torch.rand(1), 13, 5, 8)
     torch.testing.assert_close(ops.sampled_score(*args, *everything, SAMPLED), ops.score(*args, SAMPLED))
 
 
@@ -96,7 +98,7 @@ def test_z_is_unbiased_over_samples(frequent: int, sampled: int) -> None:
     generator = torch.Generator().manual_seed(0)
     draws = []
     for _ in range(500):
-        columns = router_heads.sample_columns(target, torch.rand(29, generator=generator), frequent, sampled)
+        columns = router_heads.sample_columns(target, torch.rand(1, generator=generator), 29, frequent, sampled)
         nll = router_heads.sampled_score(*args, *columns, ["nll"])[0].double()
         draws.append((nll + own).exp())
     samples = torch.stack(draws)
@@ -107,7 +109,7 @@ def test_z_is_unbiased_over_samples(frequent: int, sampled: int) -> None:
 
 def test_nll_of_a_sample_is_never_negative() -> None:
     hidden, weight, _, target = operands(rows=40, classes=200)
-    columns = ops.sample_columns(target, torch.rand(200), 3, 3)
+    columns = ops.sample_columns(target, torch.rand(1), 200, 3, 3)
     assert (ops.sampled_score(20 * hidden, weight, None, target, *columns, ["nll"]) >= 0).all()
 
 
@@ -179,7 +181,7 @@ def test_fp8_error_is_bounded_by_its_operands() -> None:
 
 def calls(args: tuple, quantities: list[str] = SAMPLED) -> dict[str, Tensor]:
     """Every head on the same operands."""
-    columns = ops.sample_columns(args[3], torch.rand(13, generator=torch.Generator().manual_seed(0)), 4, 5)
+    columns = ops.sample_columns(args[3], torch.rand(1, generator=torch.Generator().manual_seed(0)), 13, 4, 5)
     return {
         "sampled_score": ops.sampled_score(*args, *columns, quantities),
         "low_rank_score": ops.low_rank_score(*args, orthonormal(8, 3), quantities)[0],
@@ -218,7 +220,7 @@ def test_autocast_casts_the_operands(head: str) -> None:
 def test_the_lowered_reference_agrees_under_autocast(head: str) -> None:
     args = operands()
     between = {
-        "sampled_score": ops.sample_columns(args[3], torch.rand(13), 4, 5),
+        "sampled_score": ops.sample_columns(args[3], torch.rand(1), 13, 4, 5),
         "low_rank_score": (orthonormal(8, 3),),
         "fp8_score": (),
     }[head]
@@ -237,9 +239,9 @@ def test_opcheck(bias: bool, options: tuple) -> None:
     hidden, weight, offset, target = operands()
     target[1] = 1
     leaves = (hidden.requires_grad_(), weight.requires_grad_(), offset if bias else None, target)
-    noise = torch.rand(13)
-    columns = ops.sample_columns(target, noise, 4, 5)
-    opcheck(router_head_ops.sample_columns, (target, noise, 4, 5))
+    drawn = (target, torch.rand(1), 13, 4, 5)
+    columns = ops.sample_columns(*drawn)
+    opcheck(router_head_ops.sample_columns, drawn)
     opcheck(router_head_ops.sampled_score, (*leaves, *columns, SAMPLED, *options))
     opcheck(router_head_ops.low_rank_score, (*leaves, orthonormal(8, 3), QUANTITIES, *options))
     opcheck(router_head_ops.fp8_score, (*leaves, QUANTITIES, *options))
@@ -249,8 +251,8 @@ def test_opcheck(bias: bool, options: tuple) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda a: ops.sample_columns(a[3], torch.rand(13), 4, 0), ValueError, "sampled is 0"),
-        (lambda a: ops.sample_columns(a[3].float(), torch.rand(13), 4, 1), TypeError, "target is torch.float32"),
+        (lambda a: ops.sample_columns(a[3], torch.rand(1), 13, 4, 0), ValueError, "sampled is 0"),
+        (lambda a: ops.sample_columns(a[3].float(), torch.rand(1), 13, 4, 1), TypeError, "target is torch.float32"),
         (
             lambda a: ops.sampled_score(*a, torch.arange(3), torch.ones(2), ["nll"]),
             ValueError,

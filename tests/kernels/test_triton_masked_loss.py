@@ -164,14 +164,16 @@ def test_int64_offsets_beyond_32_bits_on_cuda(algorithm: str, monkeypatch: pytes
     error = (double(found["hidden"][sample]) - expected).abs()
     assert (error <= ROUNDINGS * HALF_UNIT[torch.bfloat16] * truth.terms["hidden"] + 1e-6 * truth.sizes["hidden"]).all()
     with torch.no_grad():
-        total, by_bias = 0.0, torch.zeros(classes, device=DEVICE, dtype=torch.float64)
+        total, (by_bias, terms) = 0.0, torch.zeros((2, classes), device=DEVICE, dtype=torch.float64)
         for part in range(0, rows, 1024):
             x = case.hidden[part : part + 1024].float() @ case.weight.float().T + case.bias.float()
             target = case.target[part : part + 1024]
             total += F.cross_entropy(x, target, reduction="sum").item()
-            by_bias += x.softmax(-1).sum(0, dtype=torch.float64) - torch.bincount(target, minlength=classes)
+            mass, hits = x.softmax(-1).sum(0, dtype=torch.float64), torch.bincount(target, minlength=classes)
+            by_bias, terms = by_bias + mass - hits, terms + mass + hits
     assert found["loss"].item() == pytest.approx(total, rel=1e-5)
-    torch.testing.assert_close(found["bias"].double(), by_bias, rtol=2**-7, atol=2**-7 * by_bias.abs().mean().item())
+    error = (found["bias"].double() - by_bias).abs()
+    assert (error <= ROUNDINGS * HALF_UNIT[torch.bfloat16] * terms + 1e-6 * terms.amax()).all()
 
 
 # Precision.
@@ -497,8 +499,8 @@ def test_expanded_inputs(algorithm: str) -> None:
         target=case.target[:1].expand(11),
         row_weight=case.row_weight[:1].expand(11),
     )
-    whole = Case(*(None if x is None else x.contiguous() for x in expanded))
-    assert_same(steps(algorithm, expanded), steps(algorithm, whole))
+    # Not bit for bit that of contiguous ones: a stride of 0 compiles to another order of summation.
+    check(algorithm, expanded, roundings=ROUNDINGS)
 
 
 @both
