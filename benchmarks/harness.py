@@ -114,7 +114,7 @@ def work(question: str, shape: Shape) -> tuple[int, int]:
 
 
 def measure(call: Callable[[], Tensor], leaves: tuple[Tensor, ...], device: torch.device, most_steps: int) -> Record:
-    """Milliseconds of each timed call, peak bytes of each (CUDA only), and seconds of the first call.
+    """Milliseconds and peak bytes of each timed call, one call's kernel time (CUDA only), seconds of the first call.
 
     Gradients of `leaves` are cleared, untimed, before each call and after the last. At least 5 calls are timed, and
     then as many as fit into half a second, up to `most_steps`.
@@ -135,8 +135,20 @@ def measure(call: Callable[[], Tensor], leaves: tuple[Tensor, ...], device: torc
     steps = max(LEAST_STEPS, min(most_steps, int(SECONDS_PER_MEASUREMENT / warm_up[-1])))
     timed = _steps_on_cuda if device.type == "cuda" else _steps_on_cpu
     milliseconds, peaks = timed(call, clear, steps)
+    record = {"first_seconds": warm_up[0], "milliseconds": milliseconds, "peak_bytes": peaks}
+    if device.type == "cuda":
+        record["kernel_milliseconds"] = _kernel_milliseconds(call, clear)
     clear()
-    return {"first_seconds": warm_up[0], "milliseconds": milliseconds, "peak_bytes": peaks}
+    return record
+
+
+def _kernel_milliseconds(call: Callable[[], Tensor], clear: Callable[[], None]) -> float:
+    """Time in kernels and copies of one call: what is left of a call when the host does not hold it up."""
+    clear()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1000
 
 
 def _synchronize(device: torch.device) -> None:
@@ -245,6 +257,7 @@ def summarise(records: list[Record], peers: tuple[str, ...]) -> list[Record]:
     for (arm, question, shape), runs in groups.items():
         times = [sample for run in runs for sample in run["milliseconds"]]
         peaks = [peak for run in runs for peak in run["peak_bytes"]]
+        kernels = [run["kernel_milliseconds"] for run in runs if "kernel_milliseconds" in run]
         low, median, high = statistics.quantiles(times, n=4, method="inclusive")
         flops, least_bytes = work(question, Shape.parse(shape))
         entries.append(
@@ -252,6 +265,7 @@ def summarise(records: list[Record], peers: tuple[str, ...]) -> list[Record]:
                 "arm": arm, "question": question, "shape": shape, "samples": len(times),
                 "median_ms": median, "min_ms": min(times), "max_ms": max(times), "iqr_ms": high - low,
                 "peak_mib": max(peaks) / 2**20 if peaks else None,
+                "kernel_ms": min(kernels, default=None),
                 "flops": flops, "least_bytes": least_bytes, "tflops_per_second": flops / median / 1e9,
             }
         )  # fmt: skip
@@ -305,8 +319,8 @@ def render(report: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     header = (
         f"{report['device']}, commit {report['commit']}, {versions}; data {report['options']['data']}.\n\n"
-        "Cells: median ms (min to max), MiB above the inputs at the peak, time relative to the best peer's, achieved "
-        "share of the `matmul` arm's FLOP rate, counting no recomputation. "
+        "Cells: median ms (min to max), summed kernel time of one call, MiB above the inputs at the peak, time "
+        "relative to the best peer's, achieved share of the `matmul` arm's FLOP rate, counting no recomputation. "
         "Error: relative to the norm of a float64 truth at one small shape. "
         "Deviation: of the loss and the norms at the timed shapes from the median arm's, at most.\n"
     )
@@ -350,6 +364,8 @@ def _cell(entry: Record) -> str:
     parts = [f"{entry['median_ms']:.2f} ({entry['min_ms']:.2f} to {entry['max_ms']:.2f}) ms"]
     if entry["peak_mib"] is not None:
         parts.append(f"{entry['peak_mib']:.0f} MiB")
+    if entry["kernel_ms"] is not None:
+        parts.insert(1, f"kernels {entry['kernel_ms']:.2f} ms")
     if entry["ratio_to_best_peer"] is not None:
         parts.append(f"×{entry['ratio_to_best_peer']:.2f}")
     if entry["share_of_matmul_rate"] is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from cggr_compile.kernels import reference, router_heads, selection_ops
 
-LONGEST_SELECT = 2**16
+LONGEST_SELECT = 2**17
 """Rows longer than this are left to the reference, whose sorts use the whole device where one program of the Triton
 `select` ranks a row. With many rows the limit errs towards the reference."""
 
@@ -106,7 +106,7 @@ def _interpreted(place: Place) -> str | None:
 
 def _long_row(place: Place) -> str | None:
     if place.length is not None and place.length > LONGEST_SELECT:
-        return f"a sort is faster from {LONGEST_SELECT} entries on"
+        return f"a sort is faster on more than {LONGEST_SELECT} entries (benchmarks/results/selection-h100.md)"
     return _interpreted(place)
 
 
