@@ -112,8 +112,12 @@ class Layers:
 
 @dataclass(frozen=True)
 class Routing:
-    """Nodes inserted by the passes; None until the pass that inserts each has run."""
+    """Nodes inserted by the passes; None until the pass that inserts each has run.
 
+    `causal_attentions` counts the attentions that lost their mask to `is_causal`.
+    """
+
+    causal_attentions: int = 0
     router_layers: int = 0
     router_hidden: fx.Node | None = None
     token_scores: fx.Node | None = None

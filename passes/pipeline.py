@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from cggr_compile.kernels.selection import RULES
 from cggr_compile.passes.build_router import build_router
+from cggr_compile.passes.elide_causal_masks import elide_causal_masks
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.gather_rows import gather_rows
@@ -26,14 +27,14 @@ from cggr_compile.program import Program, Snapshot
 Pass = Callable[[Program, RoutingConfig], Program]
 
 # Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
-UNROUTED: tuple[Pass, ...] = (find_loss, mask_loss, lower_kernels)
+UNROUTED: tuple[Pass, ...] = (elide_causal_masks, find_loss, mask_loss, lower_kernels)
 
 
 def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
     """The passes of the configured route. A selection that needs no scores needs no layers and no router."""
     scored: tuple[Pass, ...] = (find_layers, build_router, score_rows)
     middle = scored if RULES[config.selection].needs_scores else ()
-    return (find_loss, *middle, select_rows, gather_rows, mask_loss, lower_kernels)
+    return (elide_causal_masks, find_loss, *middle, select_rows, gather_rows, mask_loss, lower_kernels)
 
 
 def run(program: Program, config: RoutingConfig, passes: Sequence[Pass]) -> Program:

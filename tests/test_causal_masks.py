@@ -1,0 +1,186 @@
+"""Masks proved causal: index functions against the tensors themselves, the pass against transformers in eager mode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy
+import oracle
+import pytest
+import sympy
+import torch
+from architectures import build, token_batch
+from cggr_compile.passes.elide_causal_masks import argument, is_causal
+from cggr_compile.passes.index_functions import IndexFunction, IndexFunctions, axis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import cggr_compile as cggr
+
+Mask = Callable[[Tensor], Tensor]
+SIZES = ((1, 1), (2, 1), (1, 4), (2, 5), (3, 7))
+
+
+def index_function(mask: Mask) -> IndexFunction | None:
+    """The index function of what `mask` returns, traced once with symbolic sizes."""
+    traced = make_fx(mask, tracing_mode="symbolic", pre_dispatch=True)(torch.empty(4, 6))
+    (placeholder,) = traced.graph.find_nodes(op="placeholder")
+    (result,) = next(iter(traced.graph.find_nodes(op="output"))).all_input_nodes
+    return IndexFunctions(placeholder.meta["val"].shape[0].node.shape_env).of(result)
+
+
+def indices(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch [B, 1, 1, 1], query [1, 1, S, 1] and key [1, 1, 1, S], as transformers makes them."""
+    batch, length = x.shape
+    return (
+        torch.arange(batch)[:, None, None, None],
+        torch.arange(length)[None, None, :, None],
+        torch.arange(length)[None, None, None, :],
+    )
+
+
+@st.composite
+def numbers(draw: st.DrawFn, depth: int = 2) -> Mask:
+    """A tensor of integers that depends on indices."""
+    kind = draw(
+        st.sampled_from(["leaf", "leaf", "add", "sub", "scale", "diff", "read", "cumsum"] if depth else ["leaf"])
+    )
+    if kind == "leaf":
+        which = draw(st.integers(0, 2))
+        return lambda x: indices(x)[which]
+    c = draw(st.integers(-3, 3))
+    inner = draw(numbers(depth - 1))
+    if kind == "add":
+        return lambda x: inner(x) + c
+    if kind == "sub":
+        other = draw(numbers(depth - 1))
+        return lambda x: inner(x) - other(x)
+    if kind == "scale":
+        return lambda x: c * inner(x)
+    if kind == "diff":
+        step = draw(st.sampled_from([1, 1, 2]))
+        return lambda x: (
+            torch.diff(positions(x), prepend=positions(x)[:, :1] - step, dim=-1)[:, None, None, :] + inner(x)
+        )
+    if kind == "cumsum":
+        wanted = draw(st.sampled_from([1, 1, 2]))
+        return lambda x: (torch.diff(positions(x), prepend=positions(x)[:, :1] - 1) != wanted).cumsum(-1)[
+            :, None, None, :
+        ]
+    along = draw(st.integers(1, 2))
+    return lambda x: positions(x)[indices(x)[0], indices(x)[along]] + inner(x)
+
+
+def positions(x: Tensor) -> Tensor:
+    """Position ids [B, S] as transformers makes them where none are given."""
+    return (torch.arange(x.shape[1]) + 0).unsqueeze(0).expand(x.shape[0], -1)
+
+
+@st.composite
+def masks(draw: st.DrawFn, depth: int = 3) -> Mask:
+    """A boolean tensor that depends on indices."""
+    kind = draw(st.sampled_from(["compare", "causal", "causal", "and", "and", "or", "not", "cast", "tril"]))
+    if kind == "causal" or not depth:
+        c = draw(st.sampled_from([0, 0, 0, 1, -1]))
+        return lambda x: indices(x)[2] <= indices(x)[1] + c
+    if kind == "compare":
+        relation = draw(st.sampled_from([torch.le, torch.lt, torch.ge, torch.gt, torch.eq, torch.ne]))
+        left, right = draw(numbers()), draw(numbers() | st.integers(-3, 3).map(lambda c: lambda x: c))
+        return lambda x: relation(left(x), right(x))
+    inner = draw(masks(depth - 1))
+    if kind == "not":
+        return lambda x: ~inner(x)
+    if kind == "cast":
+        return lambda x: x.new_ones((), dtype=torch.bool) & inner(x).to(dtype=torch.bool)
+    if kind == "tril":
+        side, diagonal = draw(st.sampled_from([torch.tril, torch.triu])), draw(st.integers(-2, 2))
+        return lambda x: side(inner(x).expand(x.shape[0], 1, x.shape[1], x.shape[1]), diagonal)
+    other = draw(masks(depth - 1))
+    return (lambda x: inner(x) & other(x)) if kind == "and" else (lambda x: inner(x) | other(x))
+
+
+def whole(mask: Mask) -> Mask:
+    return lambda x: mask(x).expand(x.shape[0], 1, x.shape[1], x.shape[1])
+
+
+def elements(function: IndexFunction, shape: torch.Size) -> Tensor:
+    """The tensor that a function describes."""
+    places = [axis(dim) for dim in range(len(shape))]
+    found = sympy.lambdify(places, function.element, "numpy")(*numpy.indices(shape))
+    return torch.from_numpy(numpy.array(numpy.broadcast_to(found, shape), dtype=bool))
+
+
+@settings(max_examples=12)
+@given(mask=masks())
+def test_an_index_function_is_the_mask_at_every_size(mask: Mask) -> None:
+    function = index_function(whole(mask))
+    assert function is not None
+    for sizes in SIZES:
+        actual = whole(mask)(torch.empty(sizes))
+        assert torch.equal(elements(function, actual.shape), actual), (function, sizes)
+    # A mask called causal is; the sizes exceed every constant that the strategy draws.
+    tril = torch.ones(23, 23, dtype=torch.bool).tril()
+    if is_causal(function):
+        assert torch.equal(whole(mask)(torch.empty(2, 23)), tril.expand(2, 1, 23, 23))
+
+
+@settings(max_examples=12)
+@given(bounds=st.lists(st.tuples(st.booleans(), st.integers(-2, 30)), min_size=1, max_size=4), swapped=st.booleans())
+def test_conditions_on_the_distance_are_decided_exactly(bounds: list[tuple[bool, int]], swapped: bool) -> None:
+    def mask(x: Tensor) -> Tensor:
+        _, query, key = indices(x)
+        result = torch.ones((), dtype=torch.bool)
+        for ahead, c in bounds:
+            near = (query >= key - c if swapped else key <= query + c) if ahead else query - key < c
+            result = result & near
+        return result
+
+    function = index_function(whole(mask))
+    assert function is not None
+    length = 40
+    expected = torch.ones(length, length, dtype=torch.bool).tril().expand(2, 1, length, length)
+    assert is_causal(function) == torch.equal(whole(mask)(torch.empty(2, length)), expected)
+
+
+def test_what_is_not_known_stays_unknown() -> None:
+    def of_data(x: Tensor) -> Tensor:
+        return (indices(x)[2] <= indices(x)[1]) & (x > 0)[:, None, None, :]
+
+    def chunked(x: Tensor) -> Tensor:
+        return indices(x)[2] // 3 == indices(x)[1] // 3
+
+    def out_of_range(x: Tensor) -> Tensor:
+        return positions(x)[indices(x)[0], indices(x)[2] - 1] <= indices(x)[1]
+
+    for mask in (of_data, chunked, out_of_range):
+        assert index_function(whole(mask)) is None
+
+
+def test_causality_needs_no_batch_and_no_head() -> None:
+    batch, query, key = axis(0), axis(2), axis(3)
+    sizes = (2, 1, 5, 5)
+    assert is_causal(IndexFunction(sizes, key <= query))
+    assert not is_causal(IndexFunction(sizes, key <= query + batch))
+    assert not is_causal(IndexFunction(sizes, key < query))
+
+
+@pytest.mark.parametrize(("name", "padded"), [("llama", False), ("llama", True), ("gemma3", False), ("bert", False)])
+def test_attention_without_a_mask_is_that_of_transformers_in_eager_mode(name: str, padded: bool) -> None:
+    model = build(name)
+    eager = copy.deepcopy(model)
+    batch = token_batch(masked=padded)
+    cggr.optimize(model, ratio=0.5, selection="random", seed=0)
+    loss, gradients = oracle.step(model, batch)
+    program = model.cggr.runtime.plans[0].program
+    operator = torch.ops.aten.scaled_dot_product_attention.default
+    attentions = program.graph.find_nodes(op="call_function", target=operator)
+    causal = [node for node in attentions if argument(node, "is_causal")]
+    assert program.routing.causal_attentions == len(causal)
+    assert all(argument(node, "attn_mask") is None and argument(node, "enable_gqa") for node in causal)
+    # Every layer of the tiny Gemma 3 has a window.
+    assert (len(causal), len(attentions)) == (3 if name == "llama" and not padded else 0, 3)
+    rows = oracle.rows_of(batch, model.cggr.selected)
+    oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows))
