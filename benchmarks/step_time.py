@@ -1,31 +1,40 @@
-"""How long a training step takes: plain eager, torch.compile, routed, random rows; each in a process of its own.
+"""How long a training step takes: peers, the routed step, and what it could be at best; each in a process of its own.
 
     python benchmarks/step_time.py --device cuda --output benchmarks/results/step_time-h100.json
-    python benchmarks/step_time.py --quick        # tiny shapes on the CPU
+    python benchmarks/step_time.py --device cuda --model Qwen2.5-0.5B --batch 16 --arm compile --arm routed
+    python benchmarks/step_time.py --quick        # a tiny model on the CPU
 
-Forward and backward, random weights and ids. Every round runs each arm once; the median over all steps is
-quoted, and every sample is kept.
+Forward and backward (with `--optimizer`, fused AdamW too), random weights and ids, bf16 on CUDA. Every round runs each
+arm once, one after another; before the first, all arms compile side by side, so that caches on disk are warm. Medians
+over all steps are quoted, every sample is kept.
+
+Arms: `eager` and `compile` are transformers, all rows. `all` is this package with ratio=1, `random` with random rows, `routed`
+with scored rows and the exact head, `sampled` with the sampled head. `floor` is `all` on a batch of just the kept rows.
+`liger`, `liger_compile`, `original`, `original_compile` are Liger's kernels and CGGR 0.5.0, which must be installed.
+An arm followed by `+graphs` runs under `cuda_graphs=True`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import transformers
 import typer
-from harness import environment
+from harness import environment, first_line
 
 import cggr_compile as cggr
 
-ARMS = ("eager", "compile", "routed", "random")
+GRAPHS = "+graphs"
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,19 @@ class Shape:
     vocabulary: int
     batch: int
     sequence: int
+    tied: bool = True
 
 
-SMOLLM = Shape("SmolLM2-135M 32x1024", 576, 1536, 30, 9, 3, 49152, 32, 1024)
-TINY = Shape("tiny 8x32", 64, 96, 4, 4, 2, 257, 8, 32)
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("SmolLM-135M", 576, 1536, 30, 9, 3, 49152, 32, 1024),
+        Shape("SmolLM-360M", 960, 2560, 32, 15, 5, 49152, 32, 1024),
+        Shape("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 151936, 16, 1024),
+        Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256, 16, 1024),
+        Shape("tiny", 64, 96, 4, 4, 2, 257, 8, 32),
+    )
+}
 
 
 def build(shape: Shape, device: str) -> torch.nn.Module:
@@ -57,79 +75,212 @@ def build(shape: Shape, device: str) -> torch.nn.Module:
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
         max_position_embeddings=shape.sequence,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         use_cache=False,
     )
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return transformers.LlamaForCausalLM(config).to(device, dtype).train()
+    with torch.device(device):
+        return transformers.LlamaForCausalLM(config).to(dtype).train()
 
 
-def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int) -> dict:
-    """Seconds of each step after two warm-up steps, seconds of the first step and peak memory in bytes."""
+def _ours(**options: Any) -> Callable[..., Any]:
+    def make(model: torch.nn.Module, ratio: float, graphs: bool) -> Callable[..., Any]:
+        return cggr.optimize(model, **{"ratio": ratio, **options}, cuda_graphs=graphs)
+
+    return make
+
+
+def _liger(model: torch.nn.Module, *_: Any) -> torch.nn.Module:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(model=model)
+    return model
+
+
+def _original(model: torch.nn.Module, ratio: float, _: bool) -> torch.nn.Module:
+    from cggr import CGGRModel, create_truncated_router
+
+    router = create_truncated_router(model, num_layers=2)
+    return CGGRModel(model, router=router, min_tokens_ratio=ratio, warmup_steps=0, dynamic_threshold=False)
+
+
+def _original_compiled(model: torch.nn.Module, ratio: float, _: bool) -> torch.nn.Module:
+    routed = _original(model, ratio, False)
+    routed.model, routed.router = torch.compile(routed.model), torch.compile(routed.router)
+    routed.scorer.router = routed.router
+    return routed
+
+
+ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
+    "eager": lambda model, *_: model,
+    "compile": lambda model, *_: torch.compile(model),
+    "all": _ours(ratio=1.0),
+    "floor": _ours(ratio=1.0),
+    "random": _ours(selection="random"),
+    "routed": _ours(),
+    "sampled": _ours(router_head="sampled"),
+    "liger": _liger,
+    "liger_compile": lambda model, *_: torch.compile(_liger(model)),
+    "original": _original,
+    "original_compile": _original_compiled,
+}
+DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
+
+
+def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optimizer: bool) -> dict[str, Any]:
+    """Seconds of each step after three warm-up steps, seconds of the first step, peak memory in bytes, and of one step
+    on CUDA the milliseconds in kernels and their number."""
+    name, graphs = arm.removesuffix(GRAPHS), arm.endswith(GRAPHS)
     model = build(shape, device)
-    step = model
-    if arm == "compile":
-        step = torch.compile(model)
-    elif arm in ("routed", "random"):
-        cggr.optimize(model, ratio=ratio, selection="topk" if arm == "routed" else "random")
-    ids = torch.randint(0, shape.vocabulary, (shape.batch, shape.sequence), device=device)
+    step = ARMS[name](model, ratio, graphs)
+    rows = max(1, math.ceil(ratio * shape.batch)) if name == "floor" else shape.batch
+    ids = torch.randint(0, shape.vocabulary, (rows, shape.sequence), device=device)
+    update = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda") if optimizer else None
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def one_step() -> None:
+        model.zero_grad(set_to_none=True)
+        outputs = step(input_ids=ids, labels=ids)
+        (outputs if isinstance(outputs, torch.Tensor) else outputs.loss).backward()
+        if update is not None:
+            update.step()
+
     seconds = []
-    for index in range(steps + 2):
-        if index == 2 and device == "cuda":
+    for index in range(steps + 3):
+        if index == 3 and device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         sync()
         start = time.perf_counter()
-        model.zero_grad(set_to_none=True)
-        step(input_ids=ids, labels=ids).loss.backward()
+        one_step()
         sync()
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    return {"first": seconds[0], "steps": seconds[2:], "peak_bytes": peak}
+    record: dict[str, Any] = {"first": seconds[0], "steps": seconds[3:]}
+    if device == "cuda":
+        record["peak_bytes"] = torch.cuda.max_memory_allocated()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+            one_step()
+            sync()
+        events = [event for event in profile.key_averages() if event.self_device_time_total]
+        record["kernel_milliseconds"] = sum(event.self_device_time_total for event in events) / 1000
+        record["kernels"] = sum(event.count for event in events)
+    return record
+
+
+def table(report: dict[str, Any]) -> str:
+    """Medians over all rounds, a row an arm."""
+    shape = report["shape"]
+    medians = {
+        arm: statistics.median(s for run in runs for s in run["steps"])
+        for arm, runs in report["samples"].items()
+        if all("steps" in run for run in runs)
+    }
+    best = {name: medians.get(name) for name in ("compile", "floor", "all")}
+    best["floor"] = min((medians[a] for a in ("floor", "floor" + GRAPHS) if a in medians), default=None)
+
+    def against(seconds: float, name: str, share: float = 1.0) -> str:
+        return f"{seconds / (share * best[name]):.2f}" if best[name] else ""
+
+    lines = [
+        f"{report['device']}, commit {report['commit']}, torch {report['versions']['torch']}, transformers "
+        f"{report['versions']['transformers']}: {shape['name']}'s shape, {shape['batch']} × {shape['sequence']}, "
+        f"r = {report['ratio']}, forward and backward{' and fused AdamW' if report['optimizer'] else ''}.\n",
+        "| arm | ms (min to max) | of compile | of the floor | of r × all | kernels, ms | number | peak GiB | first step, s |",
+        "| --- " * 9 + "|",
+    ]
+    for arm, runs in report["samples"].items():
+        if arm not in medians:
+            lines.append(f"| {arm} | {next(run['failed'] for run in runs if 'failed' in run)} |" + " |" * 7)
+            continue
+        every = [1000 * s for run in runs for s in run["steps"]]
+        cells = [
+            arm,
+            f"{1000 * medians[arm]:.1f} ({min(every):.1f} to {max(every):.1f})",
+            against(medians[arm], "compile"),
+            against(medians[arm], "floor"),
+            against(medians[arm], "all", report["ratio"]),
+        ]
+        if "kernels" in runs[0]:
+            cells += [f"{runs[0]['kernel_milliseconds']:.1f}", f"{runs[0]['kernels']}"]
+            cells.append(f"{max(run['peak_bytes'] for run in runs) / 2**30:.1f}")
+        else:
+            cells += [""] * 3
+        cells.append(" / ".join(f"{run['first']:.0f}" for run in runs))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
+    """What the process printed last, or why it failed."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"failed": f"not done in {timeout:.0f} s"}
+    if process.returncode != 0:
+        return {"failed": first_line("\n".join(reversed(err.splitlines())))}
+    return json.loads(out.splitlines()[-1])
 
 
 def main(
-    device: str = "cpu",
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    model: Annotated[str, typer.Option(help=" or ".join(SHAPES))] = "SmolLM-135M",
+    batch: Annotated[int | None, typer.Option(help="rows, the model's default if not given")] = None,
+    sequence: Annotated[int | None, typer.Option(help="tokens a row")] = None,
     ratio: float = 0.25,
-    steps: int = 6,
+    steps: int = 10,
     rounds: int = 2,
-    quick: bool = False,
-    output: Path | None = None,
-    commit: str | None = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="repeatable: " + ", ".join(ARMS) + f", each also {GRAPHS}")
+    ] = None,
+    optimizer: Annotated[bool, typer.Option(help="with a step of fused AdamW")] = False,
+    side_by_side: Annotated[
+        int, typer.Option(help="processes that compile at once before the first round; 0: none")
+    ] = 4,
+    timeout: Annotated[float, typer.Option(help="seconds after which a process is stopped")] = 300,
+    quick: Annotated[bool, typer.Option(help="the tiny model, one round")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON; the table goes beside it")] = None,
+    commit: Annotated[str | None, typer.Option(help="the commit measured, where there is no checkout")] = None,
     only: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measures every arm and writes JSON; prints a markdown table."""
-    shape = TINY if quick else SMOLLM
+    """Measures every arm and writes JSON and a markdown table."""
+    if quick:
+        model, rounds, steps, side_by_side = "tiny", 1, 3, 0
+    given = {"batch": batch, "sequence": sequence}
+    shape = replace(SHAPES[model], **{name: size for name, size in given.items() if size is not None})
     if only is not None:
-        print(json.dumps(measure(only, shape, device, ratio, steps)))
+        print(json.dumps(measure(only, shape, device, ratio, steps, optimizer)))
         return
-    results: dict[str, list[dict]] = {arm: [] for arm in ARMS}
-    arguments = ["--device", device, "--ratio", str(ratio), "--steps", str(steps)] + ["--quick"] * quick
+    arms = list(arm or DEFAULT_ARMS)
+    unknown = [name for name in arms if name.removesuffix(GRAPHS) not in ARMS]
+    if unknown:
+        raise typer.BadParameter(f"arm: got {', '.join(unknown)}; known are {', '.join(ARMS)}, each also {GRAPHS}")
+    command = [sys.executable, __file__, "--device", device, "--model", model, "--ratio", str(ratio)]
+    command += ["--batch", str(shape.batch), "--sequence", str(shape.sequence)] + ["--optimizer"] * optimizer
+    waiting = list(arms) if side_by_side else []
+    while waiting:
+        now, waiting = waiting[:side_by_side], waiting[side_by_side:]
+        compiling = [start([*command, "--steps", "0", "--only", name]) for name in now]
+        for name, process in zip(now, compiling, strict=True):
+            print(f"compiled {name}: {outcome(process, timeout)}", file=sys.stderr, flush=True)
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    report = {
+        **environment(torch.device(device), commit),
+        "shape": asdict(shape), "ratio": ratio, "optimizer": optimizer, "samples": samples,
+    }  # fmt: skip
     for _ in range(rounds):
-        for arm in ARMS:
-            command = [sys.executable, __file__, "--only", arm, *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise typer.BadParameter(f"arm {arm} failed:\n{done.stderr[-2000:]}")
-            results[arm].append(json.loads(done.stdout.splitlines()[-1]))
-    medians = {arm: statistics.median(s for run in runs for s in run["steps"]) for arm, runs in results.items()}
-    print(f"| {shape.name}, r = {ratio} | ms | against compile | first step s | peak GiB |")
-    print("| --- | --- | --- | --- | --- |")
-    for arm, runs in results.items():
-        peak = max(run["peak_bytes"] or 0 for run in runs) / 2**30
-        first = statistics.median(run["first"] for run in runs)
-        ratio_to_compile = medians[arm] / medians["compile"]
-        memory = f"{peak:.1f}" if peak else "not measured"
-        print(f"| {arm} | {medians[arm] * 1000:.1f} | {ratio_to_compile:.2f} | {first:.1f} | {memory} |")
-    if output is not None:
-        record = {
-            **environment(torch.device(device), commit),
-            "shape": asdict(shape),
-            "ratio": ratio,
-            "samples": results,
-        }
-        output.write_text(json.dumps(record, indent=1))
+        for name in arms:
+            samples[name].append(outcome(start([*command, "--steps", str(steps), "--only", name]), timeout))
+            print(f"{name}: {samples[name][-1]}", file=sys.stderr, flush=True)
+            if output is not None:
+                output.write_text(json.dumps(report, indent=1) + "\n")
+                output.with_suffix(".md").write_text(table(report))
+    print(table(report))
 
 
 if __name__ == "__main__":

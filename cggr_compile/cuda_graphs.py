@@ -1,0 +1,217 @@
+"""CUDA graphs: a compiled step's forward and backward, recorded once for each batch shape and replayed.
+
+A small model at a small ratio launches kernels more slowly than the device runs them; a replay launches all of them at
+once. A recording has fixed memory, so what must not be confused is kept apart here:
+
+* Inputs are copied into the recording's own; parameters are used where they are, and a parameter that has moved causes a
+  new recording. Results and gradients are copied out, so that those of two micro-batches add up, and a loss that
+  is kept stays what it was.
+* Activations live from a forward to its backward. A forward that comes while another one still waits for its backward is
+  not replayed but run; a backward whose activations are gone raises.
+* Recording runs the step a few times. It takes the random-number state back afterwards, and refuses steps that change
+  their inputs, which such runs would change too.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+WARM_UP = 2
+"""Runs before a recording: libraries and Triton allocate and compile in the first."""
+
+
+class Pool:
+    """What the recordings of one model share: memory, and the turn of the forward that waits for its backward."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self._open: weakref.ReferenceType[_Turn] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a replayed forward still waits for its backward: its loss is alive and was not differentiated."""
+        turn = None if self._open is None else self._open()
+        return turn is not None and not turn.over
+
+    def open(self, turn: _Turn) -> None:
+        """Hands the memory for activations to a forward."""
+        self._open = weakref.ref(turn)
+
+
+class _Turn:
+    """One replayed forward, kept alive by its autograd node."""
+
+    over = False
+
+
+class Replayed:
+    """A compiled step that is recorded at its second call and replayed from then on.
+
+    `run` takes tensors and ints and returns a tuple of tensors and None. Where it cannot be recorded it is run as it is;
+    `obstacle` says why, and a warning does once.
+    """
+
+    def __init__(self, run: Callable[..., Sequence[Any]], pool: Pool, obstacle: str | None) -> None:
+        self.run = run
+        self.pool = pool
+        self.obstacle = obstacle
+        self.recordings = 0
+        self._called = False
+        self._recording: _Recording | None = None
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        # A shape that comes once, as the last batch of an epoch may, is not worth a recording.
+        if not self._called or self.obstacle is not None or self.pool.busy:
+            self._called = True
+            return tuple(self.run(*inputs))
+        if self._recording is None or not self._recording.fits(inputs):
+            self._record(inputs)
+        return tuple(self.run(*inputs)) if self._recording is None else self._recording(inputs)
+
+    def _record(self, inputs: tuple[Any, ...]) -> None:
+        self._recording = None
+        self.obstacle = _unrecordable(inputs)
+        if self.obstacle is None:
+            try:
+                # A failed capture leaves its stream current; this one comes back whatever happens.
+                with torch.cuda.stream(torch.cuda.current_stream()):
+                    self._recording = _Recording(self.run, inputs, self.pool)
+                self.recordings += 1
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.obstacle = f"recording failed: {str(error).splitlines()[0]}"
+        if self.obstacle is not None:
+            warnings.warn(f"running without CUDA graphs: {self.obstacle}", RuntimeWarning, stacklevel=4)
+
+
+def obstacle_of(module: fx.GraphModule, device: torch.device) -> str | None:
+    """Why a step on `device` cannot be recorded, or None as far as its graph tells."""
+    if device.type != "cuda":
+        return f"they need CUDA, the model is on {device.type}"
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for given, parameter in zip(node.args, schema.arguments, strict=False):
+            written = parameter.alias_info is not None and parameter.alias_info.is_write
+            if written and isinstance(given, fx.Node) and given.op == "placeholder":
+                return f"the step changes its input {given.name}"
+    return None
+
+
+def _unrecordable(inputs: tuple[Any, ...]) -> str | None:
+    elsewhere = [x for x in inputs if isinstance(x, Tensor) and x.device.type != "cuda"]
+    return f"an input of shape {tuple(elsewhere[0].shape)} is on {elsewhere[0].device}" if elsewhere else None
+
+
+class _Recording:
+    """Forward and backward of `run` at fixed addresses."""
+
+    def __init__(self, run: Callable[..., Sequence[Any]], inputs: tuple[Any, ...], pool: Pool) -> None:
+        self.pool = pool
+        self._leaves = [_leaf(x) for x in inputs]
+        self._copied = [place for place, x in enumerate(inputs) if isinstance(x, Tensor) and not _stays(x)]
+        self._places = [place for place, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
+        self._addresses = self._addresses_of(inputs)
+        sources = [self._leaves[place] for place in self._places]
+
+        def gradients(outputs: Sequence[Any], of_outputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(_differentiable(outputs), sources, of_outputs, allow_unused=True)
+
+        state = torch.cuda.get_rng_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                outputs = run(*self._leaves)
+                gradients(outputs, [torch.ones_like(x) for x in _differentiable(outputs)])
+        torch.cuda.current_stream().wait_stream(side)
+        del outputs
+        torch.cuda.set_rng_state(state)
+
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward, pool=pool.handle):
+            outputs = run(*self._leaves)
+        self._of_outputs = [torch.zeros_like(x) for x in _differentiable(outputs)]
+        with torch.cuda.graph(self._backward, pool=pool.handle):
+            self._gradients = gradients(outputs, self._of_outputs)
+        self._outputs = [x.detach() if isinstance(x, Tensor) else x for x in outputs]
+        self._differentiable = [isinstance(x, Tensor) and x.requires_grad for x in outputs]
+
+    def _addresses_of(self, inputs: tuple[Any, ...]) -> list[int]:
+        return [x.data_ptr() for x in inputs if isinstance(x, Tensor) and _stays(x)]
+
+    def fits(self, inputs: tuple[Any, ...]) -> bool:
+        """Whether the parameters are where they were."""
+        return self._addresses_of(inputs) == self._addresses
+
+    def __call__(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        found = iter(_Replay.apply(self, inputs, *(inputs[place] for place in self._places)))
+        return tuple(next(found) if isinstance(x, Tensor) else x for x in self._outputs)
+
+    def forward(self, inputs: tuple[Any, ...]) -> list[Tensor]:
+        """Replays the forward; copies of its tensors."""
+        for place in self._copied:
+            self._leaves[place].detach().copy_(inputs[place])
+        self._forward.replay()
+        return [x.clone() for x in self._outputs if isinstance(x, Tensor)]
+
+    @property
+    def constants(self) -> list[bool]:
+        """For each tensor among the outputs, whether it has no gradient."""
+        pairs = zip(self._outputs, self._differentiable, strict=True)
+        return [not differs for x, differs in pairs if isinstance(x, Tensor)]
+
+    def backward(self, of_outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Replays the backward; copies of the gradients."""
+        torch._foreach_copy_(self._of_outputs, list(of_outputs))
+        self._backward.replay()
+        return [None if x is None else x.clone() for x in self._gradients]
+
+
+class _Replay(torch.autograd.Function):
+    """A recording's outputs as differentiable functions of its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, inputs: tuple[Any, ...], *sources: Tensor) -> tuple[Tensor, ...]:
+        ctx.recording, ctx.turn = recording, _Turn()
+        recording.pool.open(ctx.turn)
+        found = recording.forward(inputs)
+        ctx.constants = recording.constants
+        ctx.mark_non_differentiable(*(x for x, constant in zip(found, ctx.constants, strict=True) if constant))
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.turn.over:
+            raise RuntimeError(
+                "the backward of a step under CUDA graphs ran twice, and its activations are gone; "
+                "use cuda_graphs=False to differentiate a loss more than once"
+            )
+        wanted = [grad for grad, constant in zip(grads, ctx.constants, strict=True) if not constant]
+        found = ctx.recording.backward(wanted)
+        ctx.turn.over = True
+        return (None, None, *found)
+
+
+def _stays(x: Tensor) -> bool:
+    """Whether an input keeps its address from step to step."""
+    return isinstance(x, torch.nn.Parameter)
+
+
+def _leaf(x: Any) -> Any:
+    """What a recording computes with: parameters' own memory, copies of other tensors, without their hooks."""
+    if not isinstance(x, Tensor):
+        return x
+    return (x.detach() if _stays(x) else x.detach().clone()).requires_grad_(x.requires_grad)
+
+
+def _differentiable(outputs: Sequence[Any]) -> list[Tensor]:
+    return [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
