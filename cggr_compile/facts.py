@@ -89,6 +89,8 @@ class Report:
     """Facts of the latest capture; `str()` for people, `to_dict()` and `to_json()` for programs.
 
     Attributes:
+        config: the options; a selection that is a function of the user's is its name.
+        follows_confidence: whether the dynamic threshold moves k.
         routed: False where the captured batch has one row, which is trained as it is.
         stack: None where no stack was found, which only a selection without scores allows.
         router: None where the selection needs no scores.
@@ -104,6 +106,7 @@ class Report:
     """
 
     config: dict[str, Any]
+    follows_confidence: bool
     routed: bool
     sizes: Sizes
     stack: Stack | None
@@ -136,7 +139,8 @@ class Report:
         predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
         batch = _hint(program.batch)
         return cls(
-            config=dataclasses.asdict(config),
+            config=config.to_dict(),
+            follows_confidence=config.follows_confidence,
             routed=plan.symbolic_batch,
             sizes=Sizes(batch, _hint(program.sequence), config.kept_rows(batch, config.warmup_steps)),
             stack=_stack(plan, analysed),
@@ -252,7 +256,8 @@ class Report:
     def _kept(self) -> str:
         ratio, warmup = self.config["ratio"], self.config["warmup_steps"]
         text = f"k = ceil({ratio:g} · B) = {self.sizes.kept} of {self.sizes.batch} rows"
-        return f"{text}, after {warmup} warm-up steps" if warmup else text
+        text = f"{text}, after {warmup} warm-up steps" if warmup else text
+        return f"{text}; more while the router is unsure" if self.follows_confidence else text
 
     def _cost(self) -> list[tuple[str, str]]:
         c = self.cost

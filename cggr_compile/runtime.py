@@ -1,7 +1,7 @@
 """What happens at each step: how many rows are kept, which compiled variant runs, what is remembered for the user.
 
-Nothing here reads a tensor back to the CPU. The number of rows comes from shapes, the curriculum from a Python
-counter; selections and scores stay on the device until somebody asks.
+The number of rows comes from shapes, the curriculum from a Python counter; selections and scores stay on the device
+until somebody asks. Only the dynamic threshold reads a tensor back, one number of the step before (`confidence`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
+from cggr_compile.metrics import Gradients
 from cggr_compile.passes.lower_regions import lower_regions
 from cggr_compile.passes.pipeline import UNROUTED, passes_for, run
 from cggr_compile.program import Program, value
@@ -22,18 +24,21 @@ from cggr_compile.router_head import Basis
 # Distinct (batch, sequence, k) for which the inner backend keeps compiled code; the oldest is dropped beyond.
 MAX_SPECIALIZATIONS = 64
 
-EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts", "basis_image")
+EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts", "basis_image", "confidence")
 
 
 class Runtime:
-    """State of one optimised model: configuration, optimiser steps done, last selection, router head, plans so far."""
+    """State of one optimised model: configuration, optimiser steps done, last selection and confidence, router head,
+    plans so far."""
 
     def __init__(self, config: RoutingConfig) -> None:
         self.config = config
         self.steps = 0
         self.plans: list[Plan] = []
         self.passive: list[str] = []
-        self.last: dict[str, torch.Tensor | int | None] = {}
+        self.last: dict[str, torch.Tensor | float | None] = {}
+        self.confidence = Confidence()
+        self.gradients = Gradients()
         self.basis = Basis(config.router_head_refresh)
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, torch.Tensor] = {}
@@ -54,23 +59,25 @@ class Runtime:
         return self._generators[device]
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, generators and basis: tensors and numbers only."""
+        """Steps, generators, basis and confidence: tensors and numbers only."""
         states = {str(device): generator.get_state() for device, generator in self._generators.items()}
         return {
             "steps": self.steps,
             "generators": {**self._generator_states, **states},
             "basis": self.basis.state_dict(),
+            "confidence": self.confidence.last(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave; ValueError for other entries."""
-        expected = {"steps", "generators", "basis"}
+        expected = {"steps", "generators", "basis", "confidence"}
         if set(state) != expected:
             raise ValueError(f"the state of a routed model has entries {sorted(expected)}, got {sorted(state)}")
         self.steps = state["steps"]
         self._generators = {}
         self._generator_states = dict(state["generators"])
         self.basis.load_state_dict(state["basis"])
+        self.confidence = Confidence(state["confidence"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration and state; compiled plans are rebuilt by the first step of the copy."""
@@ -116,17 +123,24 @@ class Plan:
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         rows = inputs[self._ids].shape[0]
-        kept = self.runtime.config.kept_rows(rows, self.runtime.steps)
-        outputs = self.unrouted(*inputs) if kept >= rows else self._routed(*inputs, *self._added(rows, kept))
+        config, steps = self.runtime.config, self.runtime.steps
+        confidence = self.runtime.confidence.last() if config.follows_confidence else None
+        kept = min(config.kept_rows(rows, steps, confidence), rows)
+        # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
+        plain = config.kept_rows(rows, steps) >= rows
+        outputs = self.unrouted(*inputs) if plain else self._routed(*inputs, *self._added(rows, kept))
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,
-            "kept": min(kept, rows),
+            "kept": kept,
+            "fraction": config.kept_fraction(steps, confidence),
             **dict(zip(EXTRA_OUTPUTS, extra, strict=True)),
         }
-        image = self.runtime.last.pop("basis_image")
+        image, measured = self.runtime.last.pop("basis_image"), self.runtime.last["confidence"]
         if isinstance(image, torch.Tensor):
             self.runtime.basis.update(image)
+        if isinstance(measured, torch.Tensor):
+            self.runtime.confidence.measured(measured)
         if self.runtime.last["rows"] is None:
             self.runtime.last["rows"] = torch.arange(rows, device=self.device)
         return outputs[: -len(EXTRA_OUTPUTS)]
