@@ -1,9 +1,10 @@
 """The figures of a routed step: what each means (`METRICS`), and how they come from what the step left behind.
 
 Every figure is a 0-d tensor on the model's device, computed when it is asked for and read back by nobody here; none is
-NaN unless the model is. There is no time of the router: router and main pass are one compiled graph, in which the inner
-backend orders and fuses kernels as it likes, so no two points of it enclose the router alone. `report()` predicts its
-share of the FLOPs.
+NaN where scores and weights are finite.
+
+There is no time of the router: router and main pass are one compiled graph, in which the inner backend orders and fuses
+kernels as it likes, so no two points of it enclose the router alone. `report()` predicts its share of the FLOPs.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ METRICS: dict[str, str] = {
     "score_mean": "mean score of the rows with counted tokens; 0 where there is none; needs a selection by scores, as "
     "what follows",
     "score_selected_mean": "mean score of the rows that trained",
-    "score_cv": "standard deviation of the scores over their mean, over the rows with counted tokens; 0 where the mean "
-    "is; what importance sampling can gain grows with it",
+    "score_cv": "standard deviation over mean of the scores of the rows with counted tokens; 0 where the mean is",
     "mean_confidence": "mean over the counted tokens of the router's largest probability, with dynamic_threshold only",
 }
 """Every metric by name."""

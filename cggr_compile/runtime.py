@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cggr_compile import compat
 from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
 from cggr_compile.metrics import Gradients
@@ -128,7 +129,8 @@ class Plan:
         kept = min(config.kept_rows(rows, steps, confidence), rows)
         # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
         plain = config.kept_rows(rows, steps) >= rows
-        outputs = self.unrouted(*inputs) if plain else self._routed(*inputs, *self._added(rows, kept))
+        with compat.modes_kept(self.device.type):
+            outputs = self.unrouted(*inputs) if plain else self._routed(*inputs, *self._added(rows, kept))
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,

@@ -136,9 +136,18 @@ def test_a_users_function_selects_and_weighs_as_one_operator_for_any_k() -> None
 
 
 def test_what_a_function_returns_is_checked_while_training() -> None:
-    model = cggr.optimize(Toy().train(), selection=middling, selection_options={"skip": 9}, router_layers=2)
+    """By the other front end, whose runtimes are kept by their config; the error leaves no mode of the router's on."""
+    options = {"selection": middling, "selection_options": {"skip": 9}, "router_layers": 2}
+    model = torch.compile(Toy().train(), backend="cggr", options=options)
     with pytest.raises(TypeError, match=r"selection rule 'middling' returned index of torch\.float32, expected"):
         model(**toy_batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match="'middling' returned"):
+            model(**toy_batch())
+        assert torch.is_grad_enabled()
+        assert torch.is_autocast_cache_enabled()
+        assert torch.autocast_increment_nesting() == 2
+        assert torch.autocast_decrement_nesting() == 1
 
 
 def test_a_config_holds_the_function_itself() -> None:
