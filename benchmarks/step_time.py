@@ -8,8 +8,9 @@ Forward and backward (with `--optimizer`, fused AdamW too), random weights and i
 arm once, one after another; before the first, all arms compile side by side, so that caches on disk are warm. Medians
 over all steps are quoted, every sample is kept.
 
-Arms: `eager` and `compile` are transformers, all rows. `all` is this package with ratio=1, `random` with random rows, `routed`
-with scored rows and the exact head, `sampled` with the sampled head. `floor` is `all` on a batch of just the kept rows.
+Arms: `eager` and `compile` are transformers, all rows. `all` is this package with ratio=1, `random` with random rows,
+`routed` with scored rows and the exact head, `sampled` with the sampled head. `floor` is `all` on a batch of just the
+kept rows.
 `liger`, `liger_compile`, `original`, `original_compile` are Liger's kernels and CGGR 0.5.0, which must be installed.
 An arm followed by `+graphs` runs under `cuda_graphs=True`.
 """
@@ -185,7 +186,7 @@ def table(report: dict[str, Any]) -> str:
         f"{report['device']}, commit {report['commit']}, torch {report['versions']['torch']}, transformers "
         f"{report['versions']['transformers']}: {shape['name']}'s shape, {shape['batch']} × {shape['sequence']}, "
         f"r = {report['ratio']}, forward and backward{' and fused AdamW' if report['optimizer'] else ''}.\n",
-        "| arm | ms (min to max) | of compile | of the floor | of r × all | kernels, ms | number | peak GiB | first step, s |",
+        "| arm | ms (min to max) | of compile | of the floor | of r × all | kernels, ms | number | GiB | first, s |",
         "| --- " * 9 + "|",
     ]
     for arm, runs in report["samples"].items():
@@ -239,9 +240,7 @@ def main(
         list[str] | None, typer.Option(help="repeatable: " + ", ".join(ARMS) + f", each also {GRAPHS}")
     ] = None,
     optimizer: Annotated[bool, typer.Option(help="with a step of fused AdamW")] = False,
-    side_by_side: Annotated[
-        int, typer.Option(help="processes that compile at once before the first round; 0: none")
-    ] = 4,
+    side_by_side: Annotated[int, typer.Option(help="processes that compile at once before round 1")] = 4,
     timeout: Annotated[float, typer.Option(help="seconds after which a process is stopped")] = 300,
     quick: Annotated[bool, typer.Option(help="the tiny model, one round")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON; the table goes beside it")] = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,6 +43,31 @@ def captured_module() -> nn.Module | None:
         return None
     modules = [local for local in translator.output.root_tx.f_locals.values() if isinstance(local, nn.Module)]
     return modules[0] if modules else None
+
+
+@contextlib.contextmanager
+def modes_kept(device_type: str) -> Iterator[None]:
+    """Puts gradient mode and autocast back where an error leaves a graph between the nodes that switch them."""
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        if not torch.amp.is_autocast_available(device_type):
+            yield
+            return
+        enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+        cached, depth = torch.is_autocast_cache_enabled(), _autocast_depth()
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled(device_type, enabled)
+            torch.set_autocast_dtype(device_type, dtype)
+            torch.set_autocast_cache_enabled(cached)
+            while _autocast_depth() > depth:
+                if torch.autocast_decrement_nesting() == 0:
+                    torch.clear_autocast_cache()
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def graph_break_of(gm: fx.GraphModule) -> Any:

@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cggr_compile.kernels.providers import PROVIDERS
-from cggr_compile.kernels.selection_ops import DRAWING, options_of
+from cggr_compile.kernels.selection import RULES, RuleFunction, is_number, options_of, rule_name
 
 ROUTES = ("sequence",)
 SCORINGS = ("loss", "entropy", "margin", "combined")
-SELECTIONS = ("topk", "random", *DRAWING)
 ROUTER_HEADS = ("exact", "sampled", "low_rank", "fp8")
 FALLBACKS = ("raise", "eager")
 
-# Warm-up moves the kept fraction on this many equal rungs between 1 and `ratio`, so that a curriculum costs at
-# most LADDER_RUNGS + 1 compilations of the inner backend for each batch shape.
+# Warm-up and dynamic threshold move the kept fraction on this many equal rungs between 1 and `ratio`, so that either
+# costs at most LADDER_RUNGS + 1 compilations of the inner backend for each batch shape.
 LADDER_RUNGS = 8
+
+# Rules that mean nothing on a route: why, and what to use there.
+_MEANINGLESS: Mapping[str, Mapping[str, str]] = {
+    "sequence": {
+        "sequence_aware": "it shares tokens out among sequences, and this route keeps or drops whole sequences; "
+        "use 'topk', or 'stratified' for a selection of easy and hard ones"
+    },
+}
 
 
 class ConfigError(ValueError):
@@ -32,14 +41,19 @@ class ConfigError(ValueError):
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """`did you mean 'x'?` or an empty string."""
+    """`, did you mean 'x'?` or an empty string."""
     close = difflib.get_close_matches(name, names, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def _what_is_valid(name: object, names: list[str], what: str) -> str:
+    """The end of a sentence about an unknown name: the nearest one, if any, and all of them."""
+    return f"{nearest(str(name), names) or ';'} valid {what}: {', '.join(names) or 'none'}"
+
+
 @dataclass(frozen=True)
 class RoutingConfig:
-    """Options of the rewrite; immutable, compared by value.
+    """Options of the rewrite; immutable, compared by value (a function of yours by identity).
 
     Attributes:
         route: what is routed. `"sequence"`: whole rows of the batch.
@@ -54,13 +68,31 @@ class RoutingConfig:
         router_head_rank: low-rank head: directions of the hidden space that are kept, at most all.
         router_head_refresh: low-rank head: routed steps between refreshes of these directions; the first refreshes
             come after 1, 2, 4, 8, … steps.
-        selection: `"topk"` (hardest rows), `"random"` (uniform rows; no router is run), or a rule that draws by the
-            scores (`kernels/selection.py`): `"trimmed"` (top-k without outliers, and a uniform share),
-            `"stratified"` (uniform within strata by score; the loss is the stratified estimate of the batch's) or
-            `"importance"` (rows with probability by score; the loss is an unbiased estimate of the batch's).
-        selection_options: options of that rule, e.g. `{"tau": 0.05}`; None for its defaults.
+        selection: `"topk"` (hardest rows), `"fixed_quota"` (the same, of a k that the dynamic threshold leaves alone),
+            `"random"` (uniform rows; no router is run), or a rule that draws by the scores (`kernels/selection.py`):
+            `"trimmed"` (top-k without outliers, and a uniform share), `"stratified"` (uniform within strata by score;
+            the loss is the stratified estimate of the batch's) or `"importance"` (rows with probability by score; the
+            loss is an unbiased estimate of the batch's). `"sequence_aware"` selects tokens, which no route does yet.
+            Or a function `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N]
+            (rows with a counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and
+            float32 weights [k]. A row of weight 0 only fills up; the loss is Σ w·l / Σ w over the kept rows' counted
+            tokens, so weights of 1 are a plain mean. The function runs at every step as one operator that compilers do
+            not look into, and nothing is read back unless it does; what it returns is checked by type and shape.
+        selection_options: options of that rule, e.g. `{"tau": 0.05}`; None for its defaults. Of a function: its
+            keyword parameters beyond the four whose default is a number, None or missing; whole numbers arrive as int
+            unless the default is a float.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
+        dynamic_threshold: keep more rows while the router is unsure: the fraction is that of the warm-up times
+            1 + (1 - mean confidence) · `threshold_sensitivity`, at most 1, raised to the next of the LADDER_RUNGS + 1
+            fractions that the warm-up uses. The mean confidence is that of the last routed call, the router's largest
+            probability over its counted tokens (0 where none is); the first call uses the plain fraction. On CUDA it
+            travels to the host by itself and the next call waits for it, so the host is at most one call ahead of
+            the device.
+        threshold_sensitivity: how far, in [0, 1].
         inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
+        cuda_graphs: record the compiled step for each batch shape and replay it (`cuda_graphs.py`), which helps where
+            the host launches kernels more slowly than the device runs them. Costs memory for a copy of the gradients.
+            Where a step cannot be recorded it runs as it is, with a warning, and the report says why.
         kernels: implementations of the operators: `"auto"` (the best that can run), the name of a provider for every
             operator that has it (`"triton"`, `"reference"`), or a mapping from operators to providers, e.g.
             `{"masked_loss": "triton_recompute"}`. One that cannot run raises `CannotOptimize`.
@@ -79,11 +111,15 @@ class RoutingConfig:
     router_head_sampled: int = 1024
     router_head_rank: int = 128
     router_head_refresh: int = 100
-    selection: str = "topk"
-    selection_options: Mapping[str, float] | None = None
+    selection: str | RuleFunction = field(default="topk", hash=False)
+    selection_options: Mapping[str, float] | None = field(default=None, hash=False)
     warmup_steps: int = 0
+    dynamic_threshold: bool = False
+    threshold_sensitivity: float = 0.5
     inner: str = "auto"
-    kernels: str | Mapping[str, str] = "auto"
+    cuda_graphs: bool = False
+    # What a dict or a callable object may lack is a hash; equal configs have equal hashes without them.
+    kernels: str | Mapping[str, str] = field(default="auto", hash=False)
     keep_logits: bool = False
     fallback: str = "raise"
     seed: int | None = None
@@ -92,10 +128,9 @@ class RoutingConfig:
         _choice("route", self.route, ROUTES)
         _choice("scoring", self.scoring, SCORINGS)
         _choice("router_head", self.router_head, ROUTER_HEADS)
-        _choice("selection", self.selection, SELECTIONS)
-        self._check_selection_options()
+        self._check_selection()
         _choice("fallback", self.fallback, FALLBACKS)
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
+        if not is_number(self.ratio) or not 0 < self.ratio <= 1:
             raise ConfigError(f"ratio={self.ratio!r} is not in (0, 1]; give the fraction of rows to keep, e.g. 0.25")
         if self.router_layers != "auto" and not _is_int(self.router_layers, 1):
             raise ConfigError(
@@ -105,11 +140,13 @@ class RoutingConfig:
         self._check_router_head()
         if not _is_int(self.warmup_steps, 0):
             raise ConfigError(f"warmup_steps={self.warmup_steps!r} is not a non-negative integer")
+        self._check_threshold()
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
         self._check_kernels()
-        if not isinstance(self.keep_logits, bool):
-            raise ConfigError(f"keep_logits={self.keep_logits!r} is not a bool")
+        for name in ("keep_logits", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
         if self.seed is not None and not _is_int(self.seed, 0):
             raise ConfigError(f"seed={self.seed!r} is neither None nor a non-negative integer")
 
@@ -124,21 +161,43 @@ class RoutingConfig:
                 "those of the vocabulary; use router_head='low_rank', 'fp8' or 'exact', or scoring='loss' or 'entropy'"
             )
 
-    def _check_selection_options(self) -> None:
-        given = self.selection_options
-        if given is None:
+    def _check_threshold(self) -> None:
+        if not isinstance(self.dynamic_threshold, bool):
+            raise ConfigError(f"dynamic_threshold={self.dynamic_threshold!r} is not a bool")
+        sensitivity = self.threshold_sensitivity
+        if not is_number(sensitivity) or not 0 <= sensitivity <= 1:
+            raise ConfigError(f"threshold_sensitivity={sensitivity!r} is not in [0, 1]")
+        if not self.follows_confidence:
             return
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"selection_options={given!r} is neither None nor a mapping from names to numbers")
-        known = options_of(self.selection) if self.selection in DRAWING else {}
-        for name, value in given.items():
-            if name not in known:
-                raise ConfigError(
-                    f"selection_options: {self.selection!r} has no option {name!r}{nearest(str(name), list(known))} "
-                    f"valid options: {', '.join(known) or 'none'}"
-                )
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"selection_options[{name!r}]={value!r} is not a number")
+        if self.selection == "random":
+            raise ConfigError(
+                "dynamic_threshold=True with selection='random': no router runs, so there is no confidence; "
+                "leave it out, or use a selection by scores, e.g. 'topk'"
+            )
+        if self.router_head == "sampled":
+            raise ConfigError(
+                "dynamic_threshold=True with router_head='sampled': the largest probability of a sample is not that of "
+                "the vocabulary; use router_head='low_rank', 'fp8' or 'exact'"
+            )
+
+    def _check_selection(self) -> None:
+        rule, options = self.selection, {} if self.selection_options is None else self.selection_options
+        if not callable(rule):
+            meaningless = _MEANINGLESS.get(self.route, {})
+            if isinstance(rule, str) and rule in meaningless:
+                raise ConfigError(f"selection={rule!r} has no meaning with route={self.route!r}: {meaningless[rule]}")
+            known = tuple(name for name in RULES if name not in meaningless)
+            _choice("selection", rule, known, " or a function (scores, valid, k, noise)")
+            _check_options(rule, options)
+            return
+        signature = _signature(rule)
+        _check_options(rule, options)
+        try:
+            signature.bind("scores", "valid", "k", "noise", **options)
+        except TypeError as error:
+            raise ConfigError(
+                f"selection={rule_name(rule)} cannot be called as (scores, valid, k, noise, **options): {error}"
+            ) from error
 
     def _check_kernels(self) -> None:
         names = sorted({name for providers in PROVIDERS.values() for name in providers})
@@ -161,27 +220,65 @@ class RoutingConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
-                raise ConfigError(
-                    f"unknown option {name!r}{nearest(str(name), names)} valid options: {', '.join(names)}"
-                )
+                raise ConfigError(f"unknown option {name!r}{_what_is_valid(name, names, 'options')}")
         return cls(**options)
 
-    def kept_fraction(self, step: int) -> float:
-        """Fraction of rows kept at optimiser step `step`: `ratio` after the warm-up, on the ladder before."""
-        if step >= self.warmup_steps:
-            return self.ratio
-        rung = math.floor(LADDER_RUNGS * step / self.warmup_steps)
-        return 1 - (1 - self.ratio) * rung / LADDER_RUNGS
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain data, for reports: `selection` is the name of the rule."""
+        given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+        return {**plain, "selection": rule_name(self.selection)}
 
-    def kept_rows(self, rows: int, step: int) -> int:
+    @property
+    def follows_confidence(self) -> bool:
+        """Whether the dynamic threshold moves k, so that the router has to tell its confidence."""
+        return self.dynamic_threshold and self.selection != "fixed_quota"
+
+    def kept_fraction(self, step: int, confidence: float | None = None) -> float:
+        """Fraction of rows kept at optimiser step `step`: `ratio` after the warm-up, on the ladder before; higher on
+        the ladder where the dynamic threshold is on and `confidence`, the router's mean in [0, 1], is known."""
+        rung = LADDER_RUNGS if step >= self.warmup_steps else LADDER_RUNGS * step // self.warmup_steps
+        if self.follows_confidence and confidence is not None and self.ratio < 1:
+            raised = self._on_rung(rung) * (1 + (1 - confidence) * self.threshold_sensitivity)
+            # The lowest rung that is not below; what rounding adds to a fraction on a rung is no step up.
+            reached = math.floor(LADDER_RUNGS * (1 - raised) / (1 - self.ratio) + 1e-9)
+            rung = max(0, min(rung, reached))
+        return self._on_rung(rung)
+
+    def _on_rung(self, rung: int) -> float:
+        return self.ratio if rung == LADDER_RUNGS else 1 - (1 - self.ratio) * rung / LADDER_RUNGS
+
+    def kept_rows(self, rows: int, step: int, confidence: float | None = None) -> int:
         """k = max(1, ceil(fraction * rows)), exact for fractions such as 0.1 that floats cannot represent."""
-        return max(1, math.ceil(round(self.kept_fraction(step) * rows, 9)))
+        return max(1, math.ceil(round(self.kept_fraction(step, confidence) * rows, 9)))
 
 
 def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+def _choice(name: str, value: object, valid: tuple[str, ...], more: str = "") -> None:
     if value not in valid:
-        raise ConfigError(f"{name}={value!r}{nearest(str(value), list(valid))} valid values: {', '.join(valid)}")
+        raise ConfigError(f"{name}={value!r}{_what_is_valid(value, list(valid), 'values')}{more}")
+
+
+def _signature(function: RuleFunction) -> inspect.Signature:
+    try:
+        weakref.ref(function)  # what `kernels.selection_ops` keeps of it
+        return inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"selection={rule_name(function)}: {error}; wrap it in a function of your own") from error
+
+
+def _check_options(rule: str | RuleFunction, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"selection_options={given!r} is neither None nor a mapping from names to numbers")
+    known = options_of(rule)
+    for name, value in given.items():
+        if name not in known:
+            valid = _what_is_valid(name, list(known), "options")
+            raise ConfigError(f"selection_options: {rule_name(rule)!r} has no option {name!r}{valid}")
+        if not is_number(value):
+            raise ConfigError(f"selection_options[{name!r}]={value!r} is not a number")
+        if isinstance(known[name], int) and not float(value).is_integer():
+            raise ConfigError(f"selection_options[{name!r}]={value!r} is not an integer")

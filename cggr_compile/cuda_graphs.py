@@ -3,11 +3,11 @@
 A small model at a small ratio launches kernels more slowly than the device runs them; a replay launches all of them at
 once. A recording has fixed memory, so what must not be confused is kept apart here:
 
-* Inputs are copied into the recording's own; parameters are used where they are, and a parameter that has moved causes a
-  new recording. Results and gradients are copied out, so that those of two micro-batches add up, and a loss that
-  is kept stays what it was.
-* Activations live from a forward to its backward. A forward that comes while another one still waits for its backward is
-  not replayed but run; a backward whose activations are gone raises.
+* Inputs are copied into the recording's own; parameters are used where they are, and one that has moved causes a new
+  recording. Results and gradients are copied out, so that those of two micro-batches add up, and a loss that is kept
+  stays what it was.
+* Activations live from a forward to its backward. A forward that comes while another one still waits for its backward
+  is not replayed but run; a backward whose activations are gone raises.
 * Recording runs the step a few times. It takes the random-number state back afterwards, and refuses steps that change
   their inputs, which such runs would change too.
 """
@@ -53,8 +53,8 @@ class _Turn:
 class Replayed:
     """A compiled step that is recorded at its second call and replayed from then on.
 
-    `run` takes tensors and ints and returns a tuple of tensors and None. Where it cannot be recorded it is run as it is;
-    `obstacle` says why, and a warning does once.
+    `run` takes tensors and ints and returns a tuple of tensors and None. Where it cannot be recorded it is run as it
+    is; `obstacle` says why, and a warning does once.
     """
 
     def __init__(self, run: Callable[..., Sequence[Any]], pool: Pool, obstacle: str | None) -> None:
@@ -91,10 +91,8 @@ class Replayed:
             warnings.warn(f"running without CUDA graphs: {self.obstacle}", RuntimeWarning, stacklevel=4)
 
 
-def obstacle_of(module: fx.GraphModule, device: torch.device) -> str | None:
-    """Why a step on `device` cannot be recorded, or None as far as its graph tells."""
-    if device.type != "cuda":
-        return f"they need CUDA, the model is on {device.type}"
+def obstacle_of(module: fx.GraphModule) -> str | None:
+    """Why a step cannot be recorded, or None as far as its graph tells."""
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:

@@ -19,6 +19,7 @@ from torch import fx
 
 from cggr_compile.facts import Report, analyse, latest_plan, layer_range, tail_text
 from cggr_compile.graph_text import GraphText, Line, operator_counts
+from cggr_compile.kernels.selection import rule_name
 from cggr_compile.passes.subgraph import descendants
 from cggr_compile.program import value
 from cggr_compile.runtime import Plan, Runtime
@@ -119,7 +120,8 @@ class Diff:
             yield f"+ score: {config.scoring}, {self.report.router.head}, fp32, mean over counted tokens"
         if routing.kept is not None:
             warmup = f", from B over {config.warmup_steps} warm-up steps" if config.warmup_steps else ""
-            yield f"+ select: {config.selection}, k = ceil({config.ratio:g} · B){warmup}"
+            unsure = ", more while the router is unsure" if config.follows_confidence else ""
+            yield f"+ select: {rule_name(config.selection)}, k = ceil({config.ratio:g} · B){warmup}{unsure}"
             by_dim: defaultdict[int, list[str]] = defaultdict(list)
             for path, dim in routing.gathered:
                 by_dim[dim].append(path)

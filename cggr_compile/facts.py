@@ -24,7 +24,7 @@ from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.subgraph import ancestors, descendants
 from cggr_compile.program import REGION, Program, is_tensor, value
 from cggr_compile.router_head import describe
-from cggr_compile.runtime import Plan, Runtime
+from cggr_compile.runtime import Plan, Runtime, Variant
 
 aten = torch.ops.aten
 
@@ -89,6 +89,8 @@ class Report:
     """Facts of the latest capture; `str()` for people, `to_dict()` and `to_json()` for programs.
 
     Attributes:
+        config: the options; a selection that is a function of the user's is its name.
+        follows_confidence: whether the dynamic threshold moves k.
         routed: False where the captured batch has one row, which is trained as it is.
         stack: None where no stack was found, which only a selection without scores allows.
         router: None where the selection needs no scores.
@@ -99,11 +101,14 @@ class Report:
         passed_over: for operators left to the reference, the other providers and why they cannot run.
         passes: in order of execution.
         captures: training graphs captured so far.
+        causal_attentions: attentions whose mask was proved causal and dropped.
+        cuda_graphs: "off", or how many steps were recorded, and why others could not be.
         compilations: specialised programs the inner backend compiled for the latest capture.
         passive: why calls were not routed, with the number of graphs.
     """
 
     config: dict[str, Any]
+    follows_confidence: bool
     routed: bool
     sizes: Sizes
     stack: Stack | None
@@ -117,6 +122,8 @@ class Report:
     inner: str
     passes: tuple[str, ...]
     captures: int
+    causal_attentions: int
+    cuda_graphs: str
     compilations: dict[str, int]
     passive: dict[str, int]
     cost: Cost
@@ -136,7 +143,8 @@ class Report:
         predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
         batch = _hint(program.batch)
         return cls(
-            config=dataclasses.asdict(config),
+            config=config.to_dict(),
+            follows_confidence=config.follows_confidence,
             routed=plan.symbolic_batch,
             sizes=Sizes(batch, _hint(program.sequence), config.kept_rows(batch, config.warmup_steps)),
             stack=_stack(plan, analysed),
@@ -150,6 +158,8 @@ class Report:
             inner=plan.inner,
             passes=tuple(snapshot.name for snapshot in program.snapshots[1:]),
             captures=len(runtime.plans),
+            causal_attentions=program.routing.causal_attentions,
+            cuda_graphs=_cuda_graphs(plan),
             compilations=_compilations(plan),
             passive=dict(Counter(runtime.passive)),
             cost=predicted,
@@ -209,11 +219,13 @@ class Report:
             pairs.append(("selection", f"{self.config['selection']}, {self._kept()}"))
             pairs.append(("inputs B → k", ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"))
         pairs += [
+            ("causal masks", f"{self.causal_attentions} dropped: proved to be key <= query for every size"),
             ("inserted", self._inserted()),
             ("nodes", ", ".join(f"{part} {count}" for part, count in self.parts.items())),
             ("providers", ", ".join(f"{name}: {provider}" for name, provider in self.providers.items()) or "none"),
             *(("passed over", f"for {names}: {reason}") for reason, names in self._passed_over()),
             ("inner backend", self.inner),
+            ("CUDA graphs", self.cuda_graphs),
             ("passes", " → ".join(self.passes)),
             ("captures", f"{self.captures}; compiled: {_listing(self.compilations)}"),
         ]
@@ -252,7 +264,8 @@ class Report:
     def _kept(self) -> str:
         ratio, warmup = self.config["ratio"], self.config["warmup_steps"]
         text = f"k = ceil({ratio:g} · B) = {self.sizes.kept} of {self.sizes.batch} rows"
-        return f"{text}, after {warmup} warm-up steps" if warmup else text
+        text = f"{text}, after {warmup} warm-up steps" if warmup else text
+        return f"{text}; more while the router is unsure" if self.follows_confidence else text
 
     def _cost(self) -> list[tuple[str, str]]:
         c = self.cost
@@ -390,10 +403,23 @@ def _head(analysed: Program) -> HeadFacts:
 
 
 def _compilations(plan: Plan) -> dict[str, int]:
+    return {name: variant.compilations for name, variant in _variants(plan).items()}
+
+
+def _variants(plan: Plan) -> dict[str, Variant]:
     variants = {"routed": plan._routed} if plan.symbolic_batch else {}
     if plan._unrouted is not None:
         variants["unrouted"] = plan._unrouted
-    return {name: variant.compilations for name, variant in variants.items()}
+    return variants
+
+
+def _cuda_graphs(plan: Plan) -> str:
+    if not plan.runtime.config.cuda_graphs:
+        return "off"
+    variants = _variants(plan).values()
+    obstacles = dict.fromkeys(text for variant in variants for text in variant.obstacles)
+    recorded = f"{sum(variant.recordings for variant in variants)} recorded"
+    return "; ".join([recorded, *(f"not recorded: {text}" for text in obstacles)])
 
 
 def _listing(counts: dict[str, int]) -> str:

@@ -17,6 +17,7 @@ from cggr_compile.backend import Backend
 from cggr_compile.capture import batch_dims
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, PlanComplete
+from cggr_compile.metrics import metrics_of
 from cggr_compile.report import Diff, Report
 from cggr_compile.runtime import Runtime
 
@@ -61,11 +62,14 @@ class Handle:
         return len(self.runtime.plans)
 
     def step(self) -> None:
-        """Counts one optimiser step; call it after `optimizer.step()` when `warmup_steps` is used."""
+        """Counts one optimiser step; call it after `optimizer.step()` when `warmup_steps` is used, and before
+        `zero_grad()` for the metric `parameters_without_gradient`."""
         self.runtime.steps += 1
+        self._without_gradient()
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the model's own `state_dict`: step, generators, a low-rank router head's basis.
+        """What resuming needs beside the model's own `state_dict`: step, generators, a low-rank router head's basis,
+        and the confidence that the dynamic threshold goes by.
 
         Tensors and numbers only, so `torch.save` and `torch.load(weights_only=True)` take it.
         """
@@ -80,30 +84,12 @@ class Handle:
         self.runtime.load_state_dict(state)
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """Figures of the last routed step, as tensors on the device (nothing is read back); empty before the first.
+        """Figures of the last training step by name (`cggr_compile.metrics.METRICS` says what each is), as 0-d tensors
+        on the device: computed by this call, read back by nobody; empty before the first."""
+        return metrics_of(self.runtime.last, self._without_gradient())
 
-        `rows_total`, `rows_selected`, `kept_ratio`; with scores also `score_mean`, `score_selected_mean`; with labels
-        counted also `tokens_total`, `tokens_selected`.
-        """
-        last = self.runtime.last
-        rows = last.get("rows")
-        if not isinstance(rows, torch.Tensor):
-            return {}
-        weights = last["weights"] if isinstance(last["weights"], torch.Tensor) else torch.ones_like(rows)
-        selected = (weights > 0).sum()
-        found = {
-            "rows_total": torch.tensor(last["total"], device=rows.device),
-            "rows_selected": selected,
-            "kept_ratio": selected / last["total"],
-        }
-        scores, counts = last["scores"], last["counts"]
-        if isinstance(counts, torch.Tensor):
-            found["tokens_total"] = counts.sum()
-            found["tokens_selected"] = (counts[rows] * (weights > 0)).sum()
-        if isinstance(scores, torch.Tensor) and isinstance(counts, torch.Tensor):
-            found["score_mean"] = scores.where(counts > 0, torch.nan).nanmean()
-            found["score_selected_mean"] = scores[rows].where(weights > 0, torch.nan).nanmean()
-        return found
+    def _without_gradient(self) -> int | None:
+        return self.runtime.gradients.seen(self.model, self.captures)
 
     def report(self) -> Report:
         """What was found, inserted and chosen, and the predicted cost, for the latest capture."""

@@ -125,6 +125,7 @@ class Routing:
     scores: fx.Node | None = None
     valid: fx.Node | None = None
     counts: fx.Node | None = None
+    confidence: fx.Node | None = None
     kept: fx.Node | None = None
     rows: fx.Node | None = None
     weights: fx.Node | None = None

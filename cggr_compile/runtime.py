@@ -1,11 +1,12 @@
 """What happens at each step: how many rows are kept, which compiled variant runs, what is remembered for the user.
 
-Nothing here reads a tensor back to the CPU. The number of rows comes from shapes, the curriculum from a Python
-counter; selections and scores stay on the device until somebody asks.
+The number of rows comes from shapes, the curriculum from a Python counter; selections and scores stay on the device
+until somebody asks. Only the dynamic threshold reads a tensor back, one number of the step before (`confidence`).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from cggr_compile import compat
+from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
+from cggr_compile.cuda_graphs import Pool, Replayed, obstacle_of
+from cggr_compile.metrics import Gradients
 from cggr_compile.passes.lower_regions import lower_regions
 from cggr_compile.passes.pipeline import UNROUTED, passes_for, run
 from cggr_compile.program import Program, value
@@ -22,19 +27,23 @@ from cggr_compile.router_head import Basis
 # Distinct (batch, sequence, k) for which the inner backend keeps compiled code; the oldest is dropped beyond.
 MAX_SPECIALIZATIONS = 64
 
-EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts", "basis_image")
+EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts", "basis_image", "confidence")
 
 
 class Runtime:
-    """State of one optimised model: configuration, optimiser steps done, last selection, router head, plans so far."""
+    """State of one optimised model: configuration, optimiser steps done, last selection and confidence, router head,
+    plans so far."""
 
     def __init__(self, config: RoutingConfig) -> None:
         self.config = config
         self.steps = 0
         self.plans: list[Plan] = []
         self.passive: list[str] = []
-        self.last: dict[str, torch.Tensor | int | None] = {}
+        self.last: dict[str, torch.Tensor | float | None] = {}
+        self.confidence = Confidence()
+        self.gradients = Gradients()
         self.basis = Basis(config.router_head_refresh)
+        self.pool: Pool | None = None
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, torch.Tensor] = {}
 
@@ -53,24 +62,37 @@ class Runtime:
             self._generators[device] = generator
         return self._generators[device]
 
+    def graphs_on(self, device: torch.device) -> Pool | None:
+        """The memory that this model's CUDA graphs share, or None where they are off or there is no CUDA."""
+        if self.config.cuda_graphs and self.pool is None:
+            if device.type == "cuda":
+                self.pool = Pool()
+            else:
+                warnings.warn(
+                    f"running without CUDA graphs: the model is on {device.type}", RuntimeWarning, stacklevel=2
+                )
+        return self.pool
+
     def state_dict(self) -> dict[str, Any]:
-        """Steps, generators and basis: tensors and numbers only."""
+        """Steps, generators, basis and confidence: tensors and numbers only."""
         states = {str(device): generator.get_state() for device, generator in self._generators.items()}
         return {
             "steps": self.steps,
             "generators": {**self._generator_states, **states},
             "basis": self.basis.state_dict(),
+            "confidence": self.confidence.last(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave; ValueError for other entries."""
-        expected = {"steps", "generators", "basis"}
+        expected = {"steps", "generators", "basis", "confidence"}
         if set(state) != expected:
             raise ValueError(f"the state of a routed model has entries {sorted(expected)}, got {sorted(state)}")
         self.steps = state["steps"]
         self._generators = {}
         self._generator_states = dict(state["generators"])
         self.basis.load_state_dict(state["basis"])
+        self.confidence = Confidence(state["confidence"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration and state; compiled plans are rebuilt by the first step of the copy."""
@@ -96,7 +118,7 @@ class Plan:
         self.inner = resolve_inner(config.inner, self.device)
         inputs = zip(self.program.placeholders, self.program.inputs, strict=True)
         self._inputs_of_passes = [(entry.name, value(node)) for node, entry in inputs if entry.kind == "added"]
-        self._routed = Variant(self.program, self.inner)
+        self._routed = Variant(self.program, self.inner, runtime.graphs_on(self.device))
         self._unrouted: Variant | None = None if self.symbolic_batch else self._routed
         self._ids = next(
             index
@@ -111,22 +133,31 @@ class Plan:
     def unrouted(self) -> Variant:
         """The program without router and selection, built when a step first keeps every row."""
         if self._unrouted is None:
-            self._unrouted = Variant(run(self.captured, self.runtime.config, UNROUTED), self.inner)
+            plain = run(self.captured, self.runtime.config, UNROUTED)
+            self._unrouted = Variant(plain, self.inner, self.runtime.graphs_on(self.device))
         return self._unrouted
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         rows = inputs[self._ids].shape[0]
-        kept = self.runtime.config.kept_rows(rows, self.runtime.steps)
-        outputs = self.unrouted(*inputs) if kept >= rows else self._routed(*inputs, *self._added(rows, kept))
+        config, steps = self.runtime.config, self.runtime.steps
+        confidence = self.runtime.confidence.last() if config.follows_confidence else None
+        kept = min(config.kept_rows(rows, steps, confidence), rows)
+        # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
+        plain = config.kept_rows(rows, steps) >= rows
+        with compat.modes_kept(self.device.type):
+            outputs = self.unrouted(*inputs) if plain else self._routed(*inputs, *self._added(rows, kept))
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,
-            "kept": min(kept, rows),
+            "kept": kept,
+            "fraction": config.kept_fraction(steps, confidence),
             **dict(zip(EXTRA_OUTPUTS, extra, strict=True)),
         }
-        image = self.runtime.last.pop("basis_image")
+        image, measured = self.runtime.last.pop("basis_image"), self.runtime.last["confidence"]
         if isinstance(image, torch.Tensor):
             self.runtime.basis.update(image)
+        if isinstance(measured, torch.Tensor):
+            self.runtime.confidence.measured(measured)
         if self.runtime.last["rows"] is None:
             self.runtime.last["rows"] = torch.arange(rows, device=self.device)
         return outputs[: -len(EXTRA_OUTPUTS)]
@@ -153,21 +184,39 @@ def resolve_inner(inner: str, device: torch.device) -> str:
 class Variant:
     """One lowered program and its compiled code for each concrete (batch, sequence, k)."""
 
-    def __init__(self, program: Program, inner: str) -> None:
+    def __init__(self, program: Program, inner: str, pool: Pool | None = None) -> None:
         self.inner = inner
+        self.pool = pool
         self.module = lower_regions(program, checkpoints=inner == "eager")
         self.specialized: OrderedDict[tuple[int, ...], Callable[..., Any]] = OrderedDict()
         self.compilations = 0
-        self._run = self.module if inner == "eager" else self._specialized
+        self._run = self.module if inner == "eager" and pool is None else self._specialized
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         return self._run(*inputs)
+
+    @property
+    def _replayed(self) -> list[Replayed]:
+        return [compiled for compiled in self.specialized.values() if isinstance(compiled, Replayed)]
+
+    @property
+    def recordings(self) -> int:
+        """CUDA graphs recorded, for the specialisations that are kept."""
+        return sum(compiled.recordings for compiled in self._replayed)
+
+    @property
+    def obstacles(self) -> list[str]:
+        """Why specialisations could not be recorded."""
+        return [compiled.obstacle for compiled in self._replayed if compiled.obstacle is not None]
 
     def _specialized(self, *inputs: Any) -> tuple[Any, ...]:
         key = (*(size for size in inputs if isinstance(size, int)), *_shapes(inputs))
         if key not in self.specialized:
             self.compilations += 1
-            self.specialized[key] = compile_static(self.module, list(inputs), self.inner)
+            compiled = compile_static(self.module, list(inputs), self.inner)
+            if self.pool is not None:
+                compiled = Replayed(compiled, self.pool, obstacle_of(self.module))
+            self.specialized[key] = compiled
             if len(self.specialized) > MAX_SPECIALIZATIONS:
                 self.specialized.popitem(last=False)
         self.specialized.move_to_end(key)

@@ -160,7 +160,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         ),
         **_reference(reference.masked_loss),
     },
-    "draw": _reference(selection_ops.drawn),
+    "draw": _reference(selection_ops.opaquely_drawn),
     "sample_columns": _reference(router_heads.sample_columns),
     "sampled_score": {
         "triton": Provider("triton", _without_head_kernels, _triton("sampled_score"), _interpreted),

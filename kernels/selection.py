@@ -15,6 +15,7 @@ callers whose k is known to the device only: the selection is then the mask `pla
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ RuleFunction = Callable[..., tuple[Tensor, Tensor]]
 # Inclusion probabilities are integers over 2**30, so that they add up to k exactly.
 _UNIT = 2**30
 
+# scores, valid, k and noise, which a rule takes by position.
+_OPERANDS = 4
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -41,6 +45,7 @@ class Rule:
         needs_noise: whether it raises where `noise` is None.
         weighting: how the weights w of the selected rows estimate the mean of l over the M selectable ones: `"none"`
             (they only say which rows count), `"share"` (Σ w·l / Σ w) or `"inverse"` (Σ w·l).
+        ranking: the ranking of `reference.select` that the rule is, None for a rule that is more than one.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Rule:
     needs_scores: bool
     needs_noise: bool
     weighting: str = "none"
+    ranking: str | None = None
 
 
 def draw_noise(scores: Tensor, generator: torch.Generator) -> Tensor:
@@ -226,9 +232,9 @@ def fraction_of(ratio: float | Tensor, count: Tensor) -> Tensor:
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule("topk", topk, needs_scores=True, needs_noise=False),
-        Rule("fixed_quota", topk, needs_scores=True, needs_noise=False),
-        Rule("random", random, needs_scores=False, needs_noise=True),
+        Rule("topk", topk, needs_scores=True, needs_noise=False, ranking="topk"),
+        Rule("fixed_quota", topk, needs_scores=True, needs_noise=False, ranking="topk"),
+        Rule("random", random, needs_scores=False, needs_noise=True, ranking="random"),
         Rule("stratified", stratified, needs_scores=True, needs_noise=True, weighting="share"),
         Rule("sequence_aware", sequence_aware, needs_scores=True, needs_noise=False),
         Rule("trimmed", trimmed, needs_scores=True, needs_noise=True),
@@ -242,8 +248,9 @@ def rule_of(rule: str | RuleFunction) -> Rule:
     """The registered rule of a name, or a rule that calls a user's function and checks what it returns.
 
     The function has the signature of this module and always gets noise. Its results' types, dtypes and shapes are
-    checked at each call, from shapes alone; what it selects is its own affair. Raises ValueError for an unknown name
-    and TypeError for what is neither a name nor callable.
+    checked at each call, from shapes alone; what it selects is its own affair. Its weights are shares: weights that
+    are all equal weigh nothing. Raises ValueError for an unknown name and TypeError for what is neither a name nor
+    callable.
     """
     if isinstance(rule, str):
         if rule not in RULES:
@@ -251,7 +258,7 @@ def rule_of(rule: str | RuleFunction) -> Rule:
         return RULES[rule]
     if not callable(rule):
         raise TypeError(f"rule: got {type(rule).__name__}, expected one of {list(RULES)} or a function")
-    name = getattr(rule, "__name__", type(rule).__name__)
+    name = rule_name(rule)
 
     def checked(
         scores: Tensor, valid: Tensor, k: int, noise: Tensor | None = None, **options: Any
@@ -271,7 +278,36 @@ def rule_of(rule: str | RuleFunction) -> Rule:
                 )
         return result
 
-    return Rule(name, checked, needs_scores=True, needs_noise=True)
+    return Rule(name, checked, needs_scores=True, needs_noise=True, weighting="share")
+
+
+def rule_name(rule: str | RuleFunction) -> str:
+    """What reports and errors call a rule: its name, a function's `__name__`, or the class of another callable."""
+    return rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
+
+
+def options_of(rule: str | RuleFunction) -> dict[str, int | float | None]:
+    """The options of a registered rule or of a user's function, with their defaults.
+
+    An option is a keyword parameter behind the four positional ones whose default is a number, None or missing, which
+    both read None here. Raises ValueError for a function whose signature Python cannot tell.
+    """
+    function = RULES[rule].function if isinstance(rule, str) else rule
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = 0
+    found: dict[str, int | float | None] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        default = None if parameter.default is inspect.Parameter.empty else parameter.default
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY and positional < _OPERANDS:
+            positional += 1
+        elif parameter.kind in kinds and (default is None or is_number(default)):
+            found[parameter.name] = default
+    return found
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an int or a float; True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check(rule: str, scores: Tensor, valid: Tensor, k: int, noise: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
 import torch
-from cggr_compile.kernels.selection import RULES
+from cggr_compile.kernels.selection import rule_of
 from cggr_compile.passes.gather_rows import main_roots
 from cggr_compile.passes.score_rows import head_parameters, rows_of
 from cggr_compile.passes.subgraph import clone
@@ -29,8 +29,8 @@ aten = torch.ops.aten
 
 def mask_loss(program: Program, config: RoutingConfig) -> Program:
     """Inserts `cggr::masked_loss` and the outputs of the rewritten graph: the model's own, of which only scalars (and,
-    with `keep_logits`, everything) survive, then rows, weights, scores, counts and a low-rank router head's
-    image."""
+    with `keep_logits`, everything) survive, then rows, weights, scores, counts, a low-rank router head's image and the
+    mean confidence."""
     assert program.head is not None
     head, routing = program.head, program.routing
     builder = Builder(program)
@@ -45,7 +45,7 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
     if routing.weights is not None:
         target = _without_fillers(builder, target, builder.env[routing.weights])
     row_weight, reduction, num_items = None, head.reduction, None
-    weighting = "none" if routing.weights is None else RULES[config.selection].weighting
+    weighting = "none" if routing.weights is None else rule_of(config.selection).weighting
     if weighting != "none":
         row_weight = _by_token(builder, target, builder.env[routing.weights])
     if weighting == "inverse":
@@ -78,7 +78,14 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
     env = clone(builder, roots, {**env, head.loss: loss})
     builder.env.update(env)
-    extra = (routing.rows, routing.weights, routing.scores, routing.counts, routing.basis_image)
+    extra = (
+        routing.rows,
+        routing.weights,
+        routing.scores,
+        routing.counts,
+        routing.basis_image,
+        routing.confidence,
+    )
     builder.output(
         tuple(None if out is None else builder.env[out] for out in outputs)
         + tuple(None if node is None else builder.env[node] for node in extra)

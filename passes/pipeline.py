@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from cggr_compile.kernels.selection import RULES
+from cggr_compile.kernels.selection import rule_of
 from cggr_compile.passes.build_router import build_router
 from cggr_compile.passes.elide_causal_masks import elide_causal_masks
 from cggr_compile.passes.find_layers import find_layers
@@ -33,7 +33,7 @@ UNROUTED: tuple[Pass, ...] = (elide_causal_masks, find_loss, mask_loss, lower_ke
 def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
     """The passes of the configured route. A selection that needs no scores needs no layers and no router."""
     scored: tuple[Pass, ...] = (find_layers, build_router, score_rows)
-    middle = scored if RULES[config.selection].needs_scores else ()
+    middle = scored if rule_of(config.selection).needs_scores else ()
     return (elide_causal_masks, find_loss, *middle, select_rows, gather_rows, mask_loss, lower_kernels)
 
 

@@ -29,7 +29,7 @@ QUANTITIES = {
 
 def score_rows(program: Program, config: RoutingConfig) -> Program:
     """Inserts the router's head (`score_head`) and the mean over tokens; sets `routing.token_scores` [N],
-    `.scores` [B], `.valid` [B], `.counts` [B] and `.basis_image`.
+    `.scores` [B], `.valid` [B], `.counts` [B], `.basis_image` and, where k follows it, `.confidence` (0-d).
 
     A row without counted tokens scores 0 and is not valid. Everything is fp32 and without gradient.
     """
@@ -45,8 +45,13 @@ def score_rows(program: Program, config: RoutingConfig) -> Program:
     target = clone(builder, [head.target], inputs)[head.target]
     weight, bias = head_parameters(builder, head, inputs)
     options = (head.scale, head.divisor, head.softcap, head.ignore_index)
-    call = HeadCall((hidden, weight, bias, target), QUANTITIES[config.scoring], options)
-    statistics, image = score_head(builder, config, call)
+    quantities, confidence = QUANTITIES[config.scoring], None
+    measured = (*quantities, "confidence") if config.follows_confidence else quantities
+    statistics, image = score_head(builder, config, HeadCall((hidden, weight, bias, target), measured, options))
+    if config.follows_confidence:
+        of_tokens = builder.call(aten.select.int, statistics, 0, len(quantities))
+        confidence = _mean_over_counted(builder, of_tokens, builder.call(aten.ne.Scalar, target, head.ignore_index))
+        statistics = builder.call(aten.slice.Tensor, statistics, 0, 0, len(quantities))
     tokens = builder.call(aten.sum.dim_IntList, statistics, [0])
     by_row = builder.call(aten.view.default, tokens, [batch_size(builder), -1])
     totals = builder.call(aten.sum.dim_IntList, by_row, [1])
@@ -54,7 +59,9 @@ def score_rows(program: Program, config: RoutingConfig) -> Program:
     scores = builder.call(aten.div.Tensor, totals, builder.call(aten.clamp_min.default, counts, 1))
     valid = builder.call(aten.gt.Scalar, counts, 0)
     builder.copy_rest()
-    routing = builder.routing(token_scores=tokens, basis_image=image, scores=scores, valid=valid, counts=counts)
+    routing = builder.routing(
+        token_scores=tokens, basis_image=image, scores=scores, valid=valid, counts=counts, confidence=confidence
+    )
     return builder.finish("score_rows", routing=routing)
 
 
@@ -63,6 +70,16 @@ def count_by_row(builder: Builder, head: Head, target: fx.Node) -> fx.Node:
     counted = builder.call(aten.ne.Scalar, target, head.ignore_index)
     by_row = builder.call(aten.view.default, counted, [batch_size(builder), -1])
     return builder.call(aten.sum.dim_IntList, by_row, [1])
+
+
+def _mean_over_counted(builder: Builder, of_tokens: fx.Node, counted: fx.Node) -> fx.Node:
+    """0-d: the mean over the counted tokens whose value is not NaN; 0 where there is none."""
+    known = builder.call(aten.logical_not.default, builder.call(aten.isnan.default, of_tokens))
+    counted = builder.call(aten.logical_and.default, counted, known)
+    total = builder.call(aten.sum.default, builder.call(aten.nan_to_num.default, of_tokens, 0.0))
+    return builder.call(
+        aten.div.Tensor, total, builder.call(aten.clamp_min.default, builder.call(aten.sum.default, counted), 1)
+    )
 
 
 def rows_of(builder: Builder, head: Head, hidden: fx.Node) -> fx.Node:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from operator import getitem
 
-import cggr_compile.kernels.ops
-import cggr_compile.kernels.selection_ops  # noqa: F401  registers torch.ops.cggr
+import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
 import torch
-from cggr_compile.kernels.selection import RULES
+from cggr_compile.kernels.selection import rule_of
+from cggr_compile.kernels.selection_ops import register
 from cggr_compile.passes.build_router import quiet_region
 from cggr_compile.passes.score_rows import count_by_row
 from cggr_compile.passes.subgraph import clone
@@ -38,7 +38,7 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
     kept = builder.placeholder("kept", _kept_symbol(program))
     builder.copy_parts("router", "score")
     builder.part, builder.region = "select", quiet_region(program)
-    rule = RULES[config.selection]
+    rule = rule_of(config.selection)
     noise = None
     if rule.needs_noise:
         with program.fake_mode:
@@ -46,19 +46,21 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
         noise = builder.placeholder("noise", fake)
     if rule.needs_scores:
         routing = builder.routing()
+        ranked = routing.scores
     else:
         inputs = {node: builder.env[node] for node in program.placeholders}
         target = clone(builder, [head.target], inputs)[head.target]
         counts = count_by_row(builder, head, target)
         valid = builder.call(aten.gt.Scalar, counts, 0)
-        routing = builder.routing(scores=noise, valid=valid, counts=counts)
-    operands = (routing.scores, routing.valid, kept, config.selection, noise)
-    if rule.needs_scores and rule.needs_noise:
+        routing = builder.routing(valid=valid, counts=counts)
+        ranked = noise
+    if rule.ranking is not None:
+        chosen = builder.call(torch.ops.cggr.select.default, ranked, routing.valid, kept, rule.ranking, noise)
+    else:
         options = config.selection_options or {}
         names, values = list(options), [float(number) for number in options.values()]
+        operands = (ranked, routing.valid, kept, register(config.selection), noise)
         chosen = builder.call(torch.ops.cggr.draw.default, *operands, names, values)
-    else:
-        chosen = builder.call(torch.ops.cggr.select.default, *operands)
     rows, weights = (builder.call(getitem, chosen, index) for index in (0, 1))
     if rule.weighting == "inverse":
         # 1 / (M·π) of M rows becomes 1 / π, for a sum instead of a mean over rows.

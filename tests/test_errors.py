@@ -12,39 +12,10 @@ import torch.nn.functional as F
 import transformers
 from architectures import GROUPED, build, token_batch
 from torch import nn
+from toys import WIDTH, WORDS, Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile import CannotOptimize, ConfigError, RoutingConfig
-
-WIDTH, WORDS = 16, 31
-
-
-class Toy(nn.Module):
-    """A small language model with a replaceable middle, head and loss."""
-
-    def __init__(self, layers: int = 3) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(WORDS, WIDTH)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
-        self.head = nn.Linear(WIDTH, WORDS)
-
-    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            hidden = hidden + layer(hidden).tanh()
-        return hidden
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.head(hidden)
-
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-        return F.cross_entropy(logits.reshape(-1, WORDS), labels.reshape(-1))
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> tuple:
-        logits = self.logits(self.middle(self.embed(input_ids)))
-        if labels is None:
-            return (logits,)
-        return (self.loss(logits, labels), logits)
 
 
 class Exchange(nn.Module):
@@ -102,11 +73,6 @@ class RandomRouter(Toy):
 class Smoothed(Toy):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits.reshape(-1, WORDS), labels.reshape(-1), label_smoothing=0.1)
-
-
-def toy_batch() -> dict[str, torch.Tensor]:
-    ids = torch.randint(1, WORDS, (4, 6), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "labels": ids.clone()}
 
 
 @pytest.mark.parametrize(
@@ -198,8 +164,12 @@ def test_models_refused_at_once_stay_untouched() -> None:
         ({"ratio": True}, r"ratio=True is not in \(0, 1\]"),
         ({"ratio": float("nan")}, r"ratio=nan is not in \(0, 1\]"),
         ({"scoring": "entropie"}, "scoring='entropie', did you mean 'entropy'\\? valid values: loss, entropy"),
-        ({"selection": "best"}, "selection='best' valid values: topk, random"),
-        ({"route": "token"}, "route='token' valid values: sequence"),
+        (
+            {"selection": "best"},
+            "selection='best'; valid values: topk, fixed_quota, random, .* or a function",
+        ),
+        ({"route": "token"}, "route='token'; valid values: sequence"),
+        ({"foo": 9}, "unknown option 'foo'; valid options: route, ratio"),
         ({"router_layers": 0}, "router_layers=0 is neither 'auto' nor a positive integer"),
         ({"warmup_steps": -1}, "warmup_steps=-1 is not a non-negative integer"),
         ({"fallback": "ignore"}, "fallback='ignore'"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
 from typing import Any
 
 import oracle
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, build, token_batch
 from cggr_compile.kernels import selection
+from toys import Toy, route, row_losses, toy_batch
 
 import cggr_compile as cggr
 
@@ -95,17 +98,100 @@ def test_every_label_ignored_is_a_connected_zero() -> None:
     assert all(gradient is not None and gradient.count_nonzero() == 0 for gradient in gradients.values())
 
 
+def middling(
+    scores: torch.Tensor, valid: torch.Tensor, k: int, noise: torch.Tensor, *, skip: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The easiest valid rows but some, the easiest with the largest weight; on the host, as nothing traced could."""
+    if skip == 9:
+        return scores, valid
+    rows = [row for row in scores.argsort().tolist() if valid[row].item()][skip : skip + k]
+    return torch.tensor(rows), torch.arange(k, 0, -1.0)
+
+
+def test_a_users_function_selects_and_weighs_as_one_operator_for_any_k() -> None:
+    torch.manual_seed(0)
+    eager = Toy().train()
+    options = {"selection": middling, "selection_options": {"skip": 1}, "ratio": RATIO, "router_layers": 2}
+    model = cggr.optimize(copy.deepcopy(eager), inner="aot_eager", **options)
+    for rows in (7, 10):
+        batch = toy_batch(rows, seed=rows, ignored=0.3)
+        k, routed = -(-rows // 2), route(eager, batch)
+        order = [row for row in routed.scores.argsort().tolist() if routed.counts[row]][1 : 1 + k]
+        for trained in (model, eager):
+            trained.zero_grad(set_to_none=True)
+        loss = model(**batch)[0]
+        loss.backward()
+        assert model.cggr.selected.tolist() == sorted(order)
+        weights = torch.arange(k, 0, -1.0)
+        expected = (weights * row_losses(eager, batch)[order]).sum() / (weights * routed.counts[order]).sum()
+        expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        oracle.assert_same_gradients(oracle.gradients(model), oracle.gradients(eager), rtol=1e-4, atol=1e-6)
+    assert model.cggr.captures == 1
+    report = model.cggr.report()
+    assert report.to_dict()["config"]["selection"] == "middling"
+    assert "selection       middling, k = ceil(0.5 · B)" in str(report)
+    assert "+ select: middling, k" in model.cggr.diff().summary()
+    assert pickle.loads(pickle.dumps(model)).cggr.config == model.cggr.config
+
+
+def test_what_a_function_returns_is_checked_while_training() -> None:
+    """By the other front end, whose runtimes are kept by their config; the error leaves no mode of the router's on."""
+    options = {"selection": middling, "selection_options": {"skip": 9}, "router_layers": 2}
+    model = torch.compile(Toy().train(), backend="cggr", options=options)
+    with pytest.raises(TypeError, match=r"selection rule 'middling' returned index of torch\.float32, expected"):
+        model(**toy_batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match="'middling' returned"):
+            model(**toy_batch())
+        assert torch.is_grad_enabled()
+        assert torch.is_autocast_cache_enabled()
+        assert torch.autocast_increment_nesting() == 2
+        assert torch.autocast_decrement_nesting() == 1
+
+
+def test_a_config_holds_the_function_itself() -> None:
+    config = cggr.RoutingConfig(selection=middling, selection_options={"skip": 2})
+    twins = [pickle.loads(pickle.dumps(config)), copy.deepcopy(config), cggr.RoutingConfig(**vars(config))]
+    assert all(twin == config and hash(twin) == hash(config) for twin in twins)
+    assert all(twin.selection is middling for twin in twins)
+    assert config != cggr.RoutingConfig(selection=functools.partial(middling), selection_options={"skip": 2})
+    assert config.to_dict()["selection"] == "middling"
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(cggr.RoutingConfig(selection=lambda scores, valid, k, noise: (scores, valid)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"selection": "trimed"}, "did you mean 'trimmed'"),
         ({"selection": "trimmed", "selection_options": {"taw": 1}}, "has no option 'taw', did you mean 'tau'"),
-        ({"selection": "topk", "selection_options": {"tau": 1}}, "'topk' has no option 'tau' valid options: none"),
+        ({"selection": "topk", "selection_options": {"tau": 1}}, "'topk' has no option 'tau'; valid options: none"),
         (
             {"selection": "trimmed", "selection_options": {"tau": "a"}},
             r"selection_options\['tau'\]='a' is not a number",
         ),
         ({"selection": "trimmed", "selection_options": 3}, "neither None nor a mapping"),
+        ({"selection": "stratified", "selection_options": {"num_strata": 2.5}}, "=2.5 is not an integer"),
+        ({"selection": "fixed_quotta"}, "did you mean 'fixed_quota'"),
+        (
+            {"selection": "sequence_aware"},
+            "no meaning with route='sequence': it shares tokens out among sequences.*use 'topk', or 'stratified'",
+        ),
+        (
+            {"selection": middling, "selection_options": {"skp": 1}},
+            r"'middling' has no option 'skp', did you mean 'skip'\? valid options: skip",
+        ),
+        (
+            {"selection": middling, "selection_options": {"skip": True}},
+            "=True is not a number",
+        ),
+        (
+            {"selection": lambda scores, valid, k: 0},
+            "selection=<lambda> cannot be called as .*too many",
+        ),
+        ({"selection": lambda s, v, k, n, *, tau: 0}, "cannot be called as .*missing a required argument: 'tau'"),
+        ({"selection": min}, "selection=min: no signature found.*; wrap it in a function of your own"),
     ],
 )
 def test_bad_options_name_the_valid_ones(options: dict, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_state_round_trip_and_what_it_refuses() -> None:
         model(**token_batch(6, 16))
         drawn.append(model.cggr.selected)
     assert torch.equal(*drawn)
-    with pytest.raises(ValueError, match=r"entries \['basis', 'generators', 'steps'\], got \['steps'\]"):
+    with pytest.raises(ValueError, match=r"entries \['basis', 'confidence', 'generators', 'steps'\], got \['steps'\]"):
         second.cggr.load_state_dict({"steps": 3})
 
 
@@ -134,6 +135,9 @@ def test_trainer_counts_logs_evaluates_plainly_and_resumes_bit_for_bit(tmp_path:
     assert whole.model.cggr.runtime.steps == 6
     logs = whole.state.log_history
     losses = [entry["loss"] for entry in logs if "loss" in entry]
+    # Trainer clears the gradients before it logs.
+    assert [entry["cggr/parameters_without_gradient"] for entry in logs if "loss" in entry] == [0] * 6
+    assert all(math.isfinite(x) for entry in logs for name, x in entry.items() if name.startswith("cggr/"))
     kept = [entry["cggr/rows_selected"] for entry in logs if "loss" in entry]
     assert losses[-1] < losses[0]
     assert kept[0] == 6

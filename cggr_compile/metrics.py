@@ -1,0 +1,116 @@
+"""The figures of a routed step: what each means (`METRICS`), and how they come from what the step left behind.
+
+Every figure is a 0-d tensor on the model's device, computed when it is asked for and read back by nobody here; none is
+NaN where scores and weights are finite.
+
+There is no time of the router: router and main pass are one compiled graph, in which the inner backend orders and fuses
+kernels as it likes, so no two points of it enclose the router alone. `report()` predicts its share of the FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+METRICS: dict[str, str] = {
+    "rows_total": "rows of the batch",
+    "rows_selected": "rows that trained, without those that only fill up",
+    "kept_ratio": "rows_selected / rows_total",
+    "ratio_target": "the fraction that k was computed from: ratio, or where warm-up and dynamic threshold have it",
+    "effective_sample_size": "(Σw)² / Σw² of the selected rows' weights; rows_selected where all weigh the same",
+    "weight_max": "the largest weight of a selected row",
+    "parameters_without_gradient": "trainable parameters that the last backward left without a gradient; absent "
+    "before the first, and while all gradients are cleared unless step() saw them",
+    "tokens_total": "counted tokens of the batch; absent, as what follows, where every row is kept unrouted",
+    "tokens_selected": "counted tokens of the rows that trained",
+    "selection_rate_short": "share that was selected of the rows with fewer counted tokens than the median row; rows "
+    "without any are left out; 0 where there is none",
+    "selection_rate_long": "the same of the rows with at least as many as the median row",
+    "score_mean": "mean score of the rows with counted tokens; 0 where there is none; needs a selection by scores, as "
+    "what follows",
+    "score_selected_mean": "mean score of the rows that trained",
+    "score_cv": "standard deviation over mean of the scores of the rows with counted tokens; 0 where the mean is",
+    "mean_confidence": "mean over the counted tokens of the router's largest probability, with dynamic_threshold only",
+}
+"""Every metric by name."""
+
+
+def metrics_of(last: Mapping[str, Any], without_gradient: int | None) -> dict[str, Tensor]:
+    """The metrics of a step, of those in `METRICS` that it has; empty before the first step.
+
+    Args:
+        last: what the step left (`Runtime.last`).
+        without_gradient: number of trainable parameters without a gradient, None where it is not known.
+    """
+    rows = last.get("rows")
+    if not isinstance(rows, Tensor):
+        return {}
+    weights = last["weights"] if isinstance(last["weights"], Tensor) else torch.ones_like(rows, dtype=torch.float32)
+    trained = weights > 0
+
+    def number(value: float) -> Tensor:
+        # Filled by the device: torch.tensor would copy from the host and wait.
+        return torch.full((), value, device=rows.device)
+
+    found = {
+        "rows_total": number(last["total"]),
+        "rows_selected": trained.sum(),
+        "kept_ratio": trained.sum() / last["total"],
+        "ratio_target": number(last["fraction"]),
+        "effective_sample_size": _over(weights.sum() ** 2, (weights**2).sum()),
+        "weight_max": weights.max(),
+    }
+    if without_gradient is not None:
+        found["parameters_without_gradient"] = number(without_gradient)
+    scores, counts = last["scores"], last["counts"]
+    if isinstance(counts, Tensor):
+        selected = torch.zeros_like(counts).index_add(0, rows, trained.long()) > 0
+        found["tokens_total"] = counts.sum()
+        found["tokens_selected"] = (counts * selected).sum()
+        counted = counts > 0
+        median = counts.float().where(counted, torch.nan).nanquantile(0.5)
+        found["selection_rate_short"] = _mean(selected, counted & (counts < median))
+        found["selection_rate_long"] = _mean(selected, counted & (counts >= median))
+        if isinstance(scores, Tensor):
+            known = counted & ~scores.isnan()
+            found["score_mean"] = _mean(scores, known)
+            found["score_selected_mean"] = _mean(scores, known & selected)
+            spread = _mean((scores - found["score_mean"]) ** 2, known).sqrt()
+            found["score_cv"] = _over(spread, found["score_mean"].abs())
+    if isinstance(last["confidence"], Tensor):
+        found["mean_confidence"] = last["confidence"]
+    return found
+
+
+def _over(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole == 0, 0.0, part / torch.where(whole == 0, 1.0, whole))
+
+
+def _mean(values: Tensor, of: Tensor) -> Tensor:
+    return values.float().where(of, 0.0).sum() / of.sum().clamp(min=1)
+
+
+class Gradients:
+    """How many trainable parameters the last backward left without a gradient.
+
+    Gradients are gone soon after the optimiser's step, so `seen` counts them there; of parameters listed once for each
+    capture, because finding them takes a walk over the modules.
+    """
+
+    def __init__(self) -> None:
+        self._parameters: list[nn.Parameter] = []
+        self._captures = -1
+        self._seen: int | None = None
+
+    def seen(self, model: nn.Module, captures: int) -> int | None:
+        """The number; where no parameter has a gradient (none yet, or cleared), the number before, None at first."""
+        if captures != self._captures:
+            self._parameters, self._captures = list(model.parameters()), captures
+        trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
+        without = sum(parameter.grad is None for parameter in trainable)
+        if without < len(trainable):
+            self._seen = without
+        return self._seen

@@ -1,0 +1,133 @@
+"""CUDA graphs: replayed steps are the run ones, whatever happens between forward and backward."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from architectures import build, token_batch
+from torch import fx
+
+import cggr_compile as cggr
+from cggr_compile.cuda_graphs import obstacle_of
+
+OPTIONS = {"ratio": 0.5, "router_layers": 1, "inner": "aot_eager", "seed": 0}
+
+
+def test_without_cuda_the_step_runs_and_says_why() -> None:
+    model = build("llama")
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs: the model is on cpu"):
+        cggr.optimize(model, ratio=0.5, selection="random", cuda_graphs=True)(**token_batch()).loss.backward()
+    assert "0 recorded" in str(model.cggr.report())
+
+
+def test_a_step_that_changes_an_input_is_not_recorded() -> None:
+    graph = fx.Graph()
+    buffer, x = graph.placeholder("running_mean"), graph.placeholder("x")
+    graph.output(graph.call_function(torch.ops.aten.copy_.default, (buffer, x)))
+    assert obstacle_of(fx.GraphModule({}, graph)) == "the step changes its input running_mean"
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (x, x)))
+    assert obstacle_of(fx.GraphModule({}, graph)) is None
+
+
+def pair(**options: object) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same model twice, replayed and run."""
+    models = [build("llama").cuda() for _ in range(2)]
+    return tuple(
+        cggr.optimize(model, **{**OPTIONS, **options}, cuda_graphs=graphs)
+        for model, graphs in zip(models, (True, False), strict=True)
+    )
+
+
+def batches(count: int, batch: int = 6) -> list[dict[str, torch.Tensor]]:
+    return [{name: x.cuda() for name, x in token_batch(batch, seed=seed).items()} for seed in range(count)]
+
+
+def assert_same(replayed: torch.nn.Module, plain: torch.nn.Module) -> None:
+    # Up to the order in which attention and embedding kernels add.
+    for (name, a), b in zip(replayed.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"d {name}: {m}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"selection": "importance"}, {"inner": "inductor", "router_head": "sampled"}])
+def test_training_is_the_same(options: dict) -> None:
+    replayed, plain = pair(**options)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (replayed, plain)]
+    losses: list[list[torch.Tensor]] = [[], []]
+    for batch in batches(6):
+        for kept, model, optimizer in zip(losses, (replayed, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            kept.append(loss)
+        assert torch.equal(replayed.cggr.selected, plain.cggr.selected)
+        assert_same(replayed, plain)
+    # Losses that are kept stay what they were.
+    torch.testing.assert_close(torch.stack(losses[0]), torch.stack(losses[1]), rtol=1e-5, atol=0)
+    assert "1 recorded" in replayed.cggr.report().cuda_graphs
+
+
+@pytest.mark.gpu
+def test_micro_batches_add_up_and_sizes_alternate() -> None:
+    replayed, plain = pair()
+    for batch in (*batches(4), *batches(2, batch=4), *batches(3)):
+        for model in (replayed, plain):
+            model(**batch).loss.backward()
+        assert_same(replayed, plain)
+    assert "2 recorded" in replayed.cggr.report().cuda_graphs
+
+
+@pytest.mark.gpu
+def test_forwards_before_their_backwards_are_not_confused() -> None:
+    replayed, plain = pair()
+    for first, second in zip(batches(4)[:2], batches(4)[2:], strict=True):
+        for model in (replayed, plain):
+            losses = [model(**batch).loss for batch in (first, second, first)]
+            sum(losses).backward()
+        assert_same(replayed, plain)
+    # A loss that is dropped frees the recording.
+    replayed(**first)
+    plain(**first)
+    for model in (replayed, plain):
+        model(**second).loss.backward()
+    assert_same(replayed, plain)
+
+
+@pytest.mark.gpu
+def test_a_second_backward_raises() -> None:
+    replayed, _ = pair()
+    for batch in batches(3):
+        loss = replayed(**batch).loss
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"ran twice.*cuda_graphs=False"):
+        loss.backward()
+
+
+@pytest.mark.gpu
+def test_parameters_that_moved_are_recorded_anew() -> None:
+    replayed, plain = pair()
+    for batch in batches(6):
+        for model in (replayed, plain):
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+            model(**batch).loss.backward()
+        assert_same(replayed, plain)
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_does_not_synchronise() -> None:
+    replayed, _ = pair()
+    for index, batch in enumerate(batches(6)):
+        torch.cuda.set_sync_debug_mode("error" if index > 2 else "default")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                replayed(**batch).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,103 @@
+"""Metrics against Python's statistics, over any step; and that they are there, as 0-d tensors that are not NaN."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import Toy, toy_batch
+
+import cggr_compile as cggr
+from cggr_compile.metrics import METRICS, metrics_of
+
+WITHOUT_ROUTER = {"score_mean", "score_selected_mean", "score_cv", "mean_confidence"}
+OF_TOKENS = {"tokens_total", "tokens_selected", "selection_rate_short", "selection_rate_long"}
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> dict[str, Any]:
+    """Rows with counts and scores, and a selection of the counted ones, filled up with a repetition of weight 0."""
+    counts = draw(st.lists(st.integers(0, 5), min_size=1, max_size=12))
+    scores = [draw(st.integers(-3, 9)) / 2 if count else 0.0 for count in counts]
+    counted = [row for row, count in enumerate(counts) if count]
+    selected = sorted(draw(st.sets(st.sampled_from(counted)))) if counted else []
+    weights = [draw(st.sampled_from([0.25, 1.0, 3.0])) for _ in selected]
+    fillers = draw(st.integers(0 if selected else 1, 2))
+    rows = [*selected, *[selected[-1] if selected else 0] * fillers]
+    return {
+        "total": len(counts),
+        "fraction": draw(st.floats(0.1, 1)),
+        "rows": torch.tensor(rows),
+        "weights": torch.tensor([*weights, *[0.0] * fillers]),
+        "scores": torch.tensor(scores),
+        "counts": torch.tensor(counts),
+        "confidence": None,
+    }
+
+
+def mean(values: list[float]) -> float:
+    return statistics.fmean(values) if values else 0.0
+
+
+@given(step=steps())
+def test_figures_of_a_step(step: dict[str, Any]) -> None:
+    counts, scores, weights = (step[name].tolist() for name in ("counts", "scores", "weights"))
+    selected = {row for row, weight in zip(step["rows"].tolist(), weights, strict=True) if weight}
+    counted = [row for row, count in enumerate(counts) if count]
+    median = statistics.median([counts[row] for row in counted]) if counted else 0
+    of_counted = [scores[row] for row in counted]
+    expected = {
+        "rows_total": len(counts),
+        "rows_selected": len(selected),
+        "kept_ratio": len(selected) / len(counts),
+        "ratio_target": step["fraction"],
+        "effective_sample_size": sum(weights) ** 2 / sum(w * w for w in weights) if selected else 0,
+        "weight_max": max(weights),
+        "tokens_total": sum(counts),
+        "tokens_selected": sum(counts[row] for row in selected),
+        "selection_rate_short": mean([row in selected for row in counted if counts[row] < median]),
+        "selection_rate_long": mean([row in selected for row in counted if counts[row] >= median]),
+        "score_mean": mean(of_counted),
+        "score_selected_mean": mean([scores[row] for row in selected]),
+        "score_cv": statistics.pstdev(of_counted) / abs(mean(of_counted)) if mean(of_counted) else 0,
+    }
+    found = metrics_of(step, None)
+    assert all(figure.shape == () for figure in found.values())
+    assert {name: figure.item() for name, figure in found.items()} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_every_metric_is_documented_and_computed() -> None:
+    """Parameters without a gradient: one that nothing reads, one that is frozen (and does not count)."""
+    model = Toy().train()
+    model.unread = torch.nn.Linear(2, 2, bias=False)
+    model.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    cggr.optimize(model, router_layers=2, dynamic_threshold=True)
+    assert model.cggr.metrics() == {}
+    loss = model(**toy_batch(ignored=0.3))[0]
+    assert set(METRICS) - set(model.cggr.metrics()) == {"parameters_without_gradient"}
+    loss.backward()
+    found = model.cggr.metrics()
+    assert set(found) == set(METRICS)
+    assert found["parameters_without_gradient"] == 1
+    model.zero_grad(set_to_none=True)
+    assert model.cggr.metrics()["parameters_without_gradient"] == 1
+    model.unread.requires_grad_(False)
+    model(**toy_batch(ignored=0.3))[0].backward()
+    model.cggr.step()
+    model.zero_grad(set_to_none=True)
+    found = model.cggr.metrics()
+    assert found["parameters_without_gradient"] == 0
+    assert all(figure.shape == () and figure.isfinite() for figure in found.values())
+    ones = cggr.optimize(model, ratio=1.0)
+    ones(**toy_batch())
+    assert set(METRICS) - set(ones.cggr.metrics()) == WITHOUT_ROUTER | OF_TOKENS | {"parameters_without_gradient"}
+
+
+def test_without_a_router_there_are_no_scores() -> None:
+    model = cggr.optimize(Toy().train(), selection="random")
+    model(**toy_batch())
+    assert set(METRICS) - set(model.cggr.metrics()) == WITHOUT_ROUTER | {"parameters_without_gradient"}
