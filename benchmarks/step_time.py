@@ -261,7 +261,7 @@ def main(
         raise typer.BadParameter(f"arm: got {', '.join(unknown)}; known are {', '.join(ARMS)}, each also {GRAPHS}")
     command = [sys.executable, __file__, "--device", device, "--model", model, "--ratio", str(ratio)]
     command += ["--batch", str(shape.batch), "--sequence", str(shape.sequence)] + ["--optimizer"] * optimizer
-    waiting = list(arms) if side_by_side else []
+    waiting = list(dict.fromkeys(name.removesuffix(GRAPHS) for name in arms)) if side_by_side else []
     while waiting:
         now, waiting = waiting[:side_by_side], waiting[side_by_side:]
         compiling = [start([*command, "--steps", "0", "--only", name]) for name in now]

@@ -32,6 +32,10 @@ class Pool:
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle()
         self._open: weakref.ReferenceType[_Turn] | None = None
+        # A pool whose last graph is gone cannot be recorded into again; this one stays.
+        self._keeper = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._keeper, pool=self.handle):
+            torch.zeros(1, device="cuda")
 
     @property
     def busy(self) -> bool:

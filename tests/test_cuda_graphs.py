@@ -118,6 +118,7 @@ def test_parameters_that_moved_are_recorded_anew() -> None:
                 parameter.data = parameter.data.clone()
             model(**batch).loss.backward()
         assert_same(replayed, plain)
+    assert replayed.cggr.report().cuda_graphs == "5 recorded"
 
 
 @pytest.mark.gpu
