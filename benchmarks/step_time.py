@@ -174,7 +174,7 @@ def table(report: dict[str, Any]) -> str:
     medians = {
         arm: statistics.median(s for run in runs for s in run["steps"])
         for arm, runs in report["samples"].items()
-        if all("steps" in run for run in runs)
+        if runs and all("steps" in run for run in runs)
     }
     best = {name: medians.get(name) for name in ("compile", "floor", "all")}
     best["floor"] = min((medians[a] for a in ("floor", "floor" + GRAPHS) if a in medians), default=None)
@@ -190,6 +190,8 @@ def table(report: dict[str, Any]) -> str:
         "| --- " * 9 + "|",
     ]
     for arm, runs in report["samples"].items():
+        if not runs:
+            continue
         if arm not in medians:
             lines.append(f"| {arm} | {next(run['failed'] for run in runs if 'failed' in run)} |" + " |" * 7)
             continue
