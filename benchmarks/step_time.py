@@ -158,7 +158,8 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
         seconds.append(time.perf_counter() - start)
     record: dict[str, Any] = {"first": seconds[0], "steps": seconds[3:]}
     if device == "cuda":
-        record["peak_bytes"] = torch.cuda.max_memory_allocated()
+        # What a CUDA graph holds is reserved, not allocated.
+        record["peak_bytes"] = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             one_step()
             sync()
