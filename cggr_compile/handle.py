@@ -210,7 +210,8 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     for name, dims in batch_dims(tensors).items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
-        return compiled(arguments)
+        with compat.whole_graphs():
+            return compiled(arguments)
     except BackendCompilerFailed as error:
         cause = error.inner_exception
         if isinstance(cause, (CannotOptimize, PlanComplete)):

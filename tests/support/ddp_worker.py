@@ -20,7 +20,7 @@ def routed_rank(rank: int, ranks: int, folder: str) -> None:
         eager = oracle.truncated(build("gpt2"), ARCHITECTURES["gpt2"], 2)
         model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner="eager")
         batch = token_batch(6, 12, seed=rank)
-        # Buckets of 10 KiB: Dynamo would split the graph of a model that fills several.
+        # Dynamo splits the graph of a model that fills several buckets; buckets as small as this model's it rejects.
         wrapper = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)
         wrapper(**batch).loss.backward()
         _, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
