@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import dataclasses
 
 import oracle
 import pytest
@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from architectures import ARCHITECTURES, VOCABULARY, build
 
 import cggr_compile as cggr
+from cggr_compile.runtime import Runtime
 
 ROWS, LENGTH, MICRO = 16, 10, 4
 RATIO = 0.75
+
+
+def two_layers() -> torch.nn.Module:
+    return oracle.truncated(build("gpt2"), ARCHITECTURES["gpt2"], 2)
 
 
 def batch_of(rows: int) -> dict[str, torch.Tensor]:
@@ -30,58 +35,64 @@ def by_difficulty(eager: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tor
     return oracle.token_scores(logits, batch["labels"], "loss", True).sum(1).argsort(descending=True)
 
 
-@pytest.mark.parametrize(
-    ("rule", "options", "places", "weights"),
-    [
-        ("topk", None, (0, 1, 2), (1.0, 1.0, 1.0)),
-        ("random", None, (0, 1, 2), (1.0, 1.0, 1.0)),
-        ("trimmed", {"tau": 0.25, "epsilon": 0.0}, (1, 2, 3), (1.0, 1.0, 1.0)),
-        ("stratified", {"num_strata": 2}, (0, 1, 2), (0.75, 0.75, 1.5)),
-    ],
-)
-def test_micro_batches_add_up_to_the_batch(
-    rule: str, options: Any, places: tuple[int, ...], weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+# Rule, options, the places (of four, by difficulty) that it selects, and their weights.
+RULES: list[tuple[str, dict[str, float] | None, tuple[int, ...], tuple[float, ...]]] = [
+    ("topk", None, (0, 1, 2), (1.0, 1.0, 1.0)),
+    ("random", None, (0, 1, 2), (1.0, 1.0, 1.0)),
+    ("trimmed", {"tau": 0.25, "epsilon": 0.0}, (1, 2, 3), (1.0, 1.0, 1.0)),
+    ("stratified", {"num_strata": 2}, (0, 1, 2), (0.75, 0.75, 1.5)),
+]
+
+
+def apply_rule(model: torch.nn.Module, rule: str, options: dict[str, float] | None) -> None:
+    """The model's one capture under another rule, which only runs the passes anew."""
+    (plan,) = model.cggr.runtime.plans
+    config = dataclasses.replace(model.cggr.config, selection=rule, selection_options=options)
+    runtime = Runtime(config)
+    runtime.plans.append(plan)
+    plan.__init__(plan.captured, runtime)
+    model.cggr.runtime = runtime
+
+
+def test_micro_batches_add_up_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row j of each quarter by difficulty makes micro-batch j, and noise falls with difficulty; so every rule selects
-    the same quarters of the batch as of a micro-batch: `places`. Stratified: of two halves all of the harder and half
-    of the easier, hence the weights (1/2) / (2/3) and (1/2) / (1/3)."""
-    eager = build("gpt2")
-    model = cggr.optimize(
-        copy.deepcopy(eager),
-        ratio=RATIO,
-        router_layers=1,
-        inner="eager",
-        selection=rule,
-        selection_options=options,
-    )
+    the same quarters of the batch as of a micro-batch. Stratified: of two halves all of the harder and half of the
+    easier, hence the weights (1/2) / (2/3) and (1/2) / (1/3)."""
+    eager = two_layers()
+    model = cggr.optimize(copy.deepcopy(eager), ratio=RATIO, router_layers=1, inner="eager")
     drawn = torch.linspace(0.9, 0.1, ROWS)
-    monkeypatch.setattr(model.cggr.runtime, "noise", lambda size, device: drawn[:: ROWS // size])
+    monkeypatch.setattr(Runtime, "noise", lambda runtime, size, device: drawn[:: ROWS // size])
     batch = batch_of(ROWS)
     batch = oracle.rows_of(batch, by_difficulty(eager, batch))
     items = torch.tensor(ROWS * (LENGTH - 1))
+    model(**batch, num_items_in_batch=items)
 
-    whole, gradients = oracle.step(model, {**batch, "num_items_in_batch": items})
-    expected_rows = [place * MICRO + row for place in places for row in range(MICRO)]
-    assert model.cggr.selected.tolist() == expected_rows
+    for rule, options, places, weights in RULES:
+        apply_rule(model, rule, options)
+        whole, gradients = oracle.step(model, {**batch, "num_items_in_batch": items})
+        expected_rows = [place * MICRO + row for place in places for row in range(MICRO)]
+        assert model.cggr.selected.tolist() == expected_rows, rule
 
-    model.zero_grad(set_to_none=True)
-    total = torch.zeros(())
-    for row in range(MICRO):
-        micro = {name: tensor[row::MICRO] for name, tensor in batch.items()}
-        loss = model(**micro, num_items_in_batch=items).loss
-        assert model.cggr.selected.tolist() == list(places)
-        loss.backward()
-        total += loss.detach()
-    accumulated = oracle.gradients(model)
+        model.zero_grad(set_to_none=True)
+        total = torch.zeros(())
+        for row in range(MICRO):
+            micro = {name: tensor[row::MICRO].contiguous() for name, tensor in batch.items()}
+            loss = model(**micro, num_items_in_batch=items).loss
+            assert model.cggr.selected.tolist() == list(places), rule
+            loss.backward()
+            total += loss.detach()
+        accumulated = oracle.gradients(model)
 
-    logits = eager(batch["input_ids"][expected_rows]).logits[:, :-1]
-    labels = batch["labels"][expected_rows][:, 1:]
-    token_losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-    row_weight = torch.tensor(weights).repeat_interleave(MICRO)
-    expected = (row_weight * token_losses.mean(1)).sum() / row_weight.sum()
-    expected.backward()
-    for loss, actual in ((whole, gradients), (total, accumulated)):
-        oracle.assert_same_step(loss, actual, expected.detach(), oracle.gradients(eager), rtol=1e-4, atol=1e-6)
+        eager.zero_grad(set_to_none=True)
+        logits = eager(batch["input_ids"][expected_rows]).logits[:, :-1]
+        labels = batch["labels"][expected_rows][:, 1:]
+        token_losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+        row_weight = torch.tensor(weights).repeat_interleave(MICRO)
+        expected = (row_weight * token_losses.mean(1)).sum() / row_weight.sum()
+        expected.backward()
+        for loss, actual in ((whole, gradients), (total, accumulated)):
+            oracle.assert_same_step(loss, actual, expected.detach(), oracle.gradients(eager), rtol=1e-4, atol=1e-6)
+    assert model.cggr.captures == 1
 
 
 def inclusion(scores: torch.Tensor, k: int, floor: float) -> torch.Tensor:
@@ -99,7 +110,7 @@ def test_importance_is_unbiased_over_all_draws(monkeypatch: pytest.MonkeyPatch) 
     step from each interval by its length integrates loss and gradient exactly. Of the batch and of each half of it,
     divided by the batch's tokens: so two micro-batches add up to the plain gradient, in expectation."""
     floor = 0.3
-    eager = build("gpt2")
+    eager = two_layers()
     model = cggr.optimize(
         copy.deepcopy(eager),
         ratio=0.5,
@@ -144,7 +155,7 @@ def test_importance_is_unbiased_over_all_draws(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_auxiliary_loss_is_of_the_selected_rows_and_not_scaled() -> None:
     """`num_items_in_batch` divides the tokens' sum, which is scaled to the batch's; the experts' balance is a mean."""
-    eager = build("mixtral")
+    eager = oracle.truncated(build("mixtral"), ARCHITECTURES["mixtral"], 2)
     model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner="eager")
     batch = batch_of(6)
     batch["attention_mask"] = torch.ones_like(batch["labels"])
