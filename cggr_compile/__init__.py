@@ -17,6 +17,7 @@ __all__ = [
     "CannotOptimize",
     "ConfigError",
     "Handle",
+    "ModelLossMixin",
     "RoutingConfig",
     "TruncatedRouter",
     "VerificationError",
@@ -31,9 +32,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    # Its base class is that of transformers' Trainer, whose import takes seconds that most programs never need.
-    if name == "CGGRCallback":
-        from cggr_compile.callback import CGGRCallback
+    # They need transformers' Trainer, whose import takes seconds that most programs never need.
+    if name in ("CGGRCallback", "ModelLossMixin"):
+        from cggr_compile import callback
 
-        return CGGRCallback
+        return getattr(callback, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

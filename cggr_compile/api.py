@@ -12,13 +12,16 @@ from torch import fx, nn
 from cggr_compile.backend import Backend, runtimes_of
 from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.errors import CannotOptimize, PlanComplete
+from cggr_compile.guard import watch
 from cggr_compile.handle import (
     Handle,
     RoutedForward,
     call_compiled,
     check_arguments,
     compiled_forward,
+    optimized_parts,
     prepare,
+    refuse_nested,
 )
 from cggr_compile.report import Explanation
 from cggr_compile.runtime import Runtime
@@ -53,6 +56,7 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
         handle.undo["forward"] = vars(model)["forward"]
     vars(model)["cggr"] = handle
     vars(model)["forward"] = RoutedForward(handle)
+    handle.undo["hooks"] = watch(handle)
     return model
 
 
@@ -71,6 +75,8 @@ def restore(model: M) -> M:
             "undo that patch first (for Accelerate: accelerator.unwrap_model(model))"
         )
     del vars(model)["forward"], vars(model)["cggr"]
+    for hook in handle.undo["hooks"]:
+        hook.remove()
     if "forward" in handle.undo:
         vars(model)["forward"] = handle.undo["forward"]
     if handle.undo.get("pinned_loss"):
@@ -79,14 +85,15 @@ def restore(model: M) -> M:
 
 
 def handle(model: nn.Module) -> Handle:
-    """The handle of a model optimised by `optimize` or compiled with `backend="cggr"` (after its first step).
+    """The handle of a model optimised by `optimize`, or of a wrapper around one (PEFT, DistributedDataParallel), or of
+    a model compiled with `backend="cggr"` (after its first step).
 
     Raises:
-        CannotOptimize: the model is neither.
+        CannotOptimize: the model is none of these.
     """
     inner = getattr(model, "_orig_mod", model)
-    if "cggr" in vars(inner):
-        return vars(inner)["cggr"]
+    for _, part in optimized_parts(inner):
+        return vars(part)["cggr"]
     runtimes = runtimes_of(model)
     if not runtimes:
         raise CannotOptimize(
@@ -178,9 +185,11 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} is an encoder-decoder model: two layer stacks, of which none is the model",
             hint="only decoder-only and encoder-only language models are routed",
         )
+    refuse_nested(model)
     parameters = inspect.signature(model.forward).parameters
     if "labels" not in parameters:
         raise CannotOptimize(
             f"{type(model).__name__}.forward takes no labels, so there is no loss in its graph",
-            hint="use the model class with a language-model head (…ForCausalLM or …ForMaskedLM)",
+            hint="use the model class with a language-model head (…ForCausalLM or …ForMaskedLM); "
+            "of a wrapper, optimize the model inside (PEFT: or give its config a task_type)",
         )

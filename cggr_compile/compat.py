@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def source_name(source: Any) -> str:
@@ -45,7 +46,7 @@ def captured_module() -> nn.Module | None:
     return modules[0] if modules else None
 
 
-@contextlib.contextmanager
+@contextmanager
 def modes_kept(device_type: str) -> Iterator[None]:
     """Puts gradient mode and autocast back where an error leaves a graph between the nodes that switch them."""
     with torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -74,6 +75,20 @@ def graph_break_of(gm: fx.GraphModule) -> Any:
     """Why Dynamo ended this graph before its frame returned, as `(reason, user_stack)`; None where it did not."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return reason if reason is not None and reason.graph_break else None
+
+
+@contextmanager
+def whole_graphs() -> Iterator[None]:
+    """Keeps Dynamo from splitting graphs at the gradient buckets of the DistributedDataParallel that calls the model.
+
+    `torch._dynamo.config.patch(optimize_ddp=False)` says the same, but defines a class at every call.
+    """
+    active = DistributedDataParallel._active_ddp_module
+    DistributedDataParallel._active_ddp_module = None
+    try:
+        yield
+    finally:
+        DistributedDataParallel._active_ddp_module = active
 
 
 def install_output_hooks(model: nn.Module) -> None:

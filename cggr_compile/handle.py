@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,15 +32,16 @@ class Handle:
         self.model = model
         self.runtime = runtime
         self.undo: dict[str, Any] = {}
+        self.calls = 0
         self._compiled: Callable[..., Any] | None = None
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "runtime": self.runtime, "undo": self.undo}
+        return {"model": self.model, "runtime": self.runtime, "undo": self.undo, "calls": self.calls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["model"], state["runtime"])  # type: ignore[misc]
-        self.undo = state["undo"]
+        self.undo, self.calls = state["undo"], state["calls"]
 
     @property
     def config(self) -> RoutingConfig:
@@ -114,21 +115,27 @@ class Handle:
         arguments = _named_arguments(original, args, kwargs)
         if arguments.get("labels") is None:
             return original(*args, **kwargs)
+        self.calls += 1
         try:
             return self._routed(arguments)
         except CannotOptimize as error:
-            if self.config.fallback == "raise":
-                raise
-            if not self._warned:
-                warnings.warn(f"training without routing: {error}", RuntimeWarning, stacklevel=3)
-                self._warned = True
-            if str(error) not in self.runtime.passive:
-                self.runtime.passive.append(str(error))
+            self.refuse(error)
             return original(*args, **kwargs)
+
+    def refuse(self, error: CannotOptimize) -> None:
+        """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing."""
+        if self.config.fallback == "raise":
+            raise error
+        if not self._warned:
+            warnings.warn(f"training without routing: {error}", RuntimeWarning, stacklevel=4)
+            self._warned = True
+        if str(error) not in self.runtime.passive:
+            self.runtime.passive.append(str(error))
 
     def _routed(self, arguments: dict[str, Any]) -> Any:
         check_arguments(arguments)
         if self._compiled is None:
+            refuse_nested(self.model)
             self._compiled = compiled_forward(self.original(), Backend(self.runtime))
         return call_compiled(self._compiled, arguments)
 
@@ -155,6 +162,21 @@ class RoutedForward:
         return self.handle.call(*args, **kwargs)
 
 
+def optimized_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the optimised models in a module: itself, named "", and submodules."""
+    return (part for part in model.named_modules() if "cggr" in vars(part[1]))
+
+
+def refuse_nested(model: nn.Module) -> None:
+    """Raises `CannotOptimize` where a part of the model is optimised: only one of the two can route the step."""
+    for name, part in optimized_parts(model):
+        if part is not model:
+            raise CannotOptimize(
+                f"{type(model).__name__} holds a model that is optimized itself: {type(part).__name__} at {name}",
+                hint="optimize one of the two: cggr.restore the other first",
+            )
+
+
 def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
     """torch.compile over a forward, with a code object of its own.
 
@@ -174,7 +196,8 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     for name, dims in batch_dims(tensors).items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
-        return compiled(arguments)
+        with compat.whole_graphs():
+            return compiled(arguments)
     except BackendCompilerFailed as error:
         cause = error.inner_exception
         if isinstance(cause, (CannotOptimize, PlanComplete)):

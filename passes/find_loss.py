@@ -196,6 +196,12 @@ def _executed_shift(program: Program, head: Head) -> int | Mismatch:
             head.target,
             "pass labels of the shape of input_ids",
         )
+    if value(head.hidden).dim() == 3 and not program.same_size(value(head.hidden).shape[1], program.sequence):
+        return Mismatch(
+            f"the head sees {value(head.hidden).shape[1]} positions where the call has {program.sequence} token ids",
+            head.hidden,
+            "add no positions in front of the head (prompt tuning does; prefix tuning and LoRA do not)",
+        )
     sizes = {"batch": batch, "sequence": length}
     positions = torch.arange(batch * length).view(batch, length)
     wide = value(head.linear).shape[-1]

@@ -137,7 +137,9 @@ ARCHITECTURES = {
         Architecture(
             "qwen3_moe",
             lambda: T.Qwen3MoeForCausalLM(
-                T.Qwen3MoeConfig(**_experts(num_experts=4), head_dim=8, moe_intermediate_size=16)
+                T.Qwen3MoeConfig(
+                    **_experts(num_experts=4), head_dim=8, moe_intermediate_size=16, output_router_logits=True
+                )
             ),
             "model.layers",
         ),

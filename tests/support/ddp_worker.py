@@ -1,0 +1,33 @@
+"""One rank of a DistributedDataParallel step on the CPU; a module of its own, because spawned processes import it."""
+
+from __future__ import annotations
+
+import copy
+
+import oracle
+import torch
+import torch.distributed as dist
+from architectures import ARCHITECTURES, build, token_batch
+
+import cggr_compile as cggr
+
+
+def routed_rank(rank: int, ranks: int, folder: str) -> None:
+    """Fails where the routed gradients are not the mean over the ranks of eager's on each rank's selected rows."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        eager = oracle.truncated(build("gpt2"), ARCHITECTURES["gpt2"], 2)
+        model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner="eager")
+        batch = token_batch(6, 12, seed=rank)
+        # Dynamo splits the graph of a model that fills several buckets; buckets as small as this model's it rejects.
+        wrapper = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)
+        wrapper(**batch).loss.backward()
+        _, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
+        for gradient in expected.values():
+            dist.all_reduce(gradient)
+            gradient /= ranks
+        oracle.assert_same_gradients(oracle.gradients(model), expected, rtol=1e-6, atol=1e-8)
+        assert cggr.handle(wrapper) is model.cggr
+    finally:
+        dist.destroy_process_group()

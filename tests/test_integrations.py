@@ -1,0 +1,316 @@
+"""Libraries around a routed model: TRL, PEFT, Accelerate, DistributedDataParallel; and the guard against bypasses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from architectures import ARCHITECTURES, VOCABULARY, build, token_batch
+from ddp_worker import routed_rank
+from documents import examples
+
+import cggr_compile as cggr
+
+accelerate, datasets, peft, tokenizers, trl = map(
+    pytest.importorskip, ("accelerate", "datasets", "peft", "tokenizers", "trl")
+)
+
+PAGE = "integrations.md"
+COMPLETION = 5
+OPTIONS: dict[str, Any] = {"ratio": 0.5, "router_layers": 1, "inner": "eager", "seed": 5}
+
+
+def two_layers() -> torch.nn.Module:
+    return oracle.truncated(build("llama"), ARCHITECTURES["llama"], 2)
+
+
+def adapted(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 2, "target_modules": ["q_proj"], **options})
+    return peft.get_peft_model(model, config).train()
+
+
+def fill_adapters(model: torch.nn.Module) -> None:
+    """B starts at zero, where neither A's gradient nor the adapter's part in the scores could be wrong."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=token_batch(3, 8)["input_ids"]).logits
+
+
+def test_adapters_first_is_exact_and_saves_and_merges_as_ever(tmp_path: Path) -> None:
+    names = examples(PAGE, "adapters_first")
+    torch.manual_seed(0)
+    model = names["adapters_first"](two_layers())
+    fill_adapters(model)
+    eager = cggr.restore(copy.deepcopy(model))
+    batch = token_batch(6, 16)
+    model(**batch)  # captured, which draws numbers
+    torch.manual_seed(7)
+    loss, gradients = oracle.step(model, batch)
+    rows = model.cggr.selected
+    inside = dataclasses.replace(ARCHITECTURES["llama"], layers="base_model.model.model.layers")
+    assert torch.equal(rows, oracle.expected_rows(eager, inside, batch, 0.5, 1))
+    torch.manual_seed(7)
+    oracle.assert_same_step(loss, gradients, *oracle.step(eager, oracle.rows_of(batch, rows)))
+    assert {name for name, gradient in gradients.items() if gradient is not None} == {
+        name for name in gradients if "lora_" in name
+    }
+
+    for each in (model, eager):
+        torch.optim.SGD(each.parameters(), lr=0.5).step()
+        each.save_pretrained(tmp_path / str(each is model))
+    files = [sorted(path.name for path in (tmp_path / side).iterdir()) for side in ("True", "False")]
+    assert files[0] == files[1]
+    saved = [safetensors.torch.load_file(tmp_path / side / "adapter_model.safetensors") for side in ("True", "False")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
+    expected = logits_of(eager)
+    assert torch.equal(logits_of(model), expected)
+    merged = model.merge_and_unload()
+    assert "cggr" not in vars(merged)
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_routing_first_is_exact_with_a_trained_copy_of_the_head() -> None:
+    names = examples(PAGE, "routing_first")
+    names["lora"].modules_to_save = ["lm_head"]
+    names["lora"].lora_dropout = 0.0
+    base = two_layers()
+    eager = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(names["lora"])).train()
+    model = names["routing_first"](base).train()
+    for each in (model, eager):
+        fill_adapters(each)
+    eager.load_state_dict(model.state_dict())
+    batch = token_batch(6, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    cggr.attach(model, optimizer)
+    loss, gradients = oracle.step(model, batch)
+    assert cggr.handle(model) is base.cggr
+    oracle.assert_same_step(loss, gradients, *oracle.step(eager, oracle.rows_of(batch, base.cggr.selected)))
+    trained = {name for name, gradient in gradients.items() if gradient is not None}
+    assert any("lm_head" in name for name in trained)
+    assert all("lora_" in name or "lm_head.modules_to_save" in name for name in trained)
+    optimizer.step()
+    assert base.cggr.runtime.steps == 1
+    expected = logits_of(model)
+    merged = model.merge_and_unload()
+    assert merged is base
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["lm_head"]}, r"unsupported head: only linear.*lora_B.*no adapter"),
+        ({"use_dora": True}, r"breaks Dynamo's graph .*peft"),
+    ],
+)
+def test_adapters_that_cannot_be_routed_are_refused(options: dict[str, Any], message: str) -> None:
+    model = cggr.optimize(adapted(two_layers(), **options), **OPTIONS)
+    with pytest.raises(cggr.CannotOptimize, match=message):
+        model(**token_batch())
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_prompt_tuning_is_refused(outside: bool) -> None:
+    base = two_layers() if outside else cggr.optimize(two_layers(), **OPTIONS)
+    model = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).train()
+    expected = "the call has no input_ids, only inputs_embeds"
+    if outside:
+        cggr.optimize(model, **OPTIONS)
+        expected = r"positions where the call has \w+ token ids.*prompt tuning"
+    with pytest.raises(cggr.CannotOptimize, match=expected):
+        model(**token_batch())
+
+
+def test_two_routings_of_one_step_are_refused() -> None:
+    inner = cggr.optimize(two_layers(), **OPTIONS)
+    wrapper = adapted(inner)
+    with pytest.raises(cggr.CannotOptimize, match=r"holds a model that is optimized itself: Llama\w+ at base_model"):
+        cggr.optimize(wrapper, **OPTIONS)
+    cggr.restore(inner)
+    cggr.optimize(wrapper, **OPTIONS)
+    cggr.optimize(inner, **OPTIONS)
+    with pytest.raises(cggr.CannotOptimize, match="holds a model that is optimized itself"):
+        wrapper(**token_batch())
+
+
+def test_a_wrapper_without_labels_in_its_signature_is_told_what_to_do() -> None:
+    wrapper = peft.get_peft_model(two_layers(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(cggr.CannotOptimize, match=r"takes no labels.*optimize the model inside"):
+        cggr.optimize(wrapper)
+
+
+def sft_trainer(kind: type, model: torch.nn.Module, folder: Path, **options: Any) -> Any:
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{token}": token for token in range(3, VOCABULARY)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    rows = [
+        {"prompt": "w3 " * (1 + row % 3), "completion": " ".join(f"w{5 + row + at}" for at in range(COMPLETION))}
+        for row in range(12)
+    ]
+    peft_config = options.pop("peft_config", None)
+    return kind(
+        model=model,
+        args=trl.SFTConfig(
+            output_dir=str(folder),
+            max_steps=3,
+            per_device_train_batch_size=6,
+            gradient_accumulation_steps=2,
+            learning_rate=3e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            seed=1,
+            **options,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        eval_dataset=datasets.Dataset.from_list(rows),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        ),
+        peft_config=peft_config,
+    )
+
+
+def test_sft_trainer_trains_on_the_routed_loss_and_evaluates_as_ever(tmp_path: Path) -> None:
+    """LoRA by `peft_config`, completion-only labels, two micro-batches a step."""
+    model = cggr.optimize(two_layers(), **OPTIONS)
+    routed_trainer = examples(PAGE, "RoutedSFTTrainer")["RoutedSFTTrainer"]
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+    trainer = sft_trainer(routed_trainer, model, tmp_path, peft_config=lora)
+    cggr.CGGRCallback.first_in(trainer)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["cggr/rows_selected"] for entry in logs] == [3, 3, 3]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert model.cggr.runtime.steps == 3
+    assert model.cggr.calls == 6
+    assert model.cggr.metrics()["tokens_total"] == 6 * (COMPLETION + 1)  # with the end of text, without the prompt
+    plain = copy.deepcopy(trainer.model)
+    expected = sft_trainer(trl.SFTTrainer, plain, tmp_path).evaluate()
+    evaluated = trainer.evaluate()
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert evaluated[name] == expected[name], name
+
+
+def test_a_trainer_that_passes_the_routed_forward_by_is_refused(tmp_path: Path) -> None:
+    trainer = sft_trainer(trl.SFTTrainer, cggr.optimize(two_layers(), **OPTIONS), tmp_path)
+    with pytest.raises(
+        cggr.CannotOptimize, match=r"patched by one that .*utils\.py:\d+: _fused_forward.*ModelLossMixin"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "dft"}, "loss_type='dft' is a loss of Routed's own"),
+        ({"packing": True, "max_length": 16}, "padding_free batches are one row"),
+        ({"label_smoothing_factor": 0.1}, "never called the routed model with labels; drop"),
+    ],
+)
+def test_losses_that_the_mixin_cannot_give_are_refused(options: dict, message: str, tmp_path: Path) -> None:
+    class Routed(cggr.ModelLossMixin, trl.SFTTrainer):
+        pass
+
+    trainer = sft_trainer(Routed, cggr.optimize(two_layers(), **OPTIONS), tmp_path, **options)
+    with pytest.raises(cggr.CannotOptimize, match=message):
+        trainer.train()
+
+
+def bypass(self: torch.nn.Module, **kwargs: Any) -> str:
+    return "computed elsewhere"
+
+
+def test_the_guard_sees_a_forward_that_is_passed_by_and_only_that() -> None:
+    model = cggr.optimize(two_layers(), **OPTIONS)
+    model.forward = types.MethodType(bypass, model)
+    batch = token_batch()
+    with pytest.raises(cggr.CannotOptimize, match=r"patched by one .*test_integrations\.py:\d+: bypass"):
+        model(**batch)
+    assert model(input_ids=batch["input_ids"]) == "computed elsewhere"
+    with torch.no_grad():
+        assert model(**batch) == "computed elsewhere"
+    assert model.eval()(**batch) == "computed elsewhere"
+
+
+def test_the_guard_heeds_the_fallback_and_leaves_with_restore() -> None:
+    model = two_layers()
+    plain = model.__dict__.keys() | model._forward_hooks.keys() | model._forward_pre_hooks.keys()
+    cggr.optimize(model, fallback="eager", **OPTIONS)
+    routed = vars(model)["forward"]
+    model.forward = types.MethodType(bypass, model)
+    with pytest.warns(RuntimeWarning, match="training without routing: .*bypass"):
+        assert model(**token_batch()) == "computed elsewhere"
+    assert "bypass" in model.cggr.runtime.passive[0]
+    model.forward = routed
+    cggr.restore(model)
+    assert model.__dict__.keys() | model._forward_hooks.keys() | model._forward_pre_hooks.keys() == plain
+
+
+def test_a_data_parallel_replica_is_refused() -> None:
+    replica = cggr.optimize(two_layers(), **OPTIONS)._replicate_for_data_parallel()
+    with pytest.raises(cggr.CannotOptimize, match=r"replica of torch\.nn\.DataParallel"):
+        replica(**token_batch())
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps precision, devices and the data loader in progress in state of the process."""
+
+    def reset() -> None:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_accelerate_accumulates_in_bfloat16() -> None:
+    eager = two_layers()
+    model = cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, "selection": "random"})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    cggr.attach(model, optimizer)
+    for seed in (1, 2):
+        batch = token_batch(6, 16, seed=seed)
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert model.cggr.runtime.steps == seed - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = eager(**oracle.rows_of(batch, model.cggr.selected)).loss
+        (loss / 2).backward()
+    before = two_layers()
+    for name, parameter in eager.named_parameters():
+        moved = before.get_parameter(name) - model.get_parameter(name)
+        error = (moved - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 5e-2, f"{name}: relative error {error:.3f}"
+
+
+def test_distributed_data_parallel_averages_the_routed_gradients(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(routed_rank, args=(2, str(tmp_path)), nprocs=2)
