@@ -18,7 +18,7 @@ from cggr_compile.kernels.selection_ops import DRAWING, options_of
 
 ROUTES = ("sequence",)
 SCORINGS = ("loss", "entropy", "margin", "combined")
-SELECTIONS = ("topk", "random", *DRAWING)
+SELECTIONS = ("topk", "random", *DRAWING, "auto")
 ROUTER_HEADS = ("exact", "sampled", "low_rank", "fp8")
 FALLBACKS = ("raise", "eager")
 
@@ -57,8 +57,11 @@ class RoutingConfig:
         selection: `"topk"` (hardest rows), `"random"` (uniform rows; no router is run), or a rule that draws by the
             scores (`kernels/selection.py`): `"trimmed"` (top-k without outliers, and a uniform share),
             `"stratified"` (uniform within strata by score; the loss is the stratified estimate of the batch's) or
-            `"importance"` (rows with probability by score; the loss is an unbiased estimate of the batch's).
-        selection_options: options of that rule, e.g. `{"tau": 0.05}`; None for its defaults.
+            `"importance"` (rows with probability by score; the loss is an unbiased estimate of the batch's). `"auto"`
+            is `"random"` until a probe finds that scores pay for the router, then `"trimmed"`; it may switch back.
+        selection_options: options of that rule (of trimmed, for `"auto"`), e.g. `{"tau": 0.05}`; None for its
+            defaults.
+        probe_every: auto: optimiser steps between two probes; the first comes after as many, but not in the warm-up.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
         inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
         kernels: implementations of the operators: `"auto"` (the best that can run), the name of a provider for every
@@ -81,6 +84,7 @@ class RoutingConfig:
     router_head_refresh: int = 100
     selection: str = "topk"
     selection_options: Mapping[str, float] | None = None
+    probe_every: int = 200
     warmup_steps: int = 0
     inner: str = "auto"
     kernels: str | Mapping[str, str] = "auto"
@@ -105,6 +109,8 @@ class RoutingConfig:
         self._check_router_head()
         if not _is_int(self.warmup_steps, 0):
             raise ConfigError(f"warmup_steps={self.warmup_steps!r} is not a non-negative integer")
+        if not _is_int(self.probe_every, 1):
+            raise ConfigError(f"probe_every={self.probe_every!r} is not a positive integer")
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
         self._check_kernels()
@@ -130,7 +136,8 @@ class RoutingConfig:
             return
         if not isinstance(given, Mapping):
             raise ConfigError(f"selection_options={given!r} is neither None nor a mapping from names to numbers")
-        known = options_of(self.selection) if self.selection in DRAWING else {}
+        rule = "trimmed" if self.selection == "auto" else self.selection
+        known = options_of(rule) if rule in DRAWING else {}
         for name, value in given.items():
             if name not in known:
                 raise ConfigError(

@@ -90,6 +90,8 @@ class Report:
 
     Attributes:
         routed: False where the captured batch has one row, which is trained as it is.
+        selection: the rule in force, which `config["selection"]` names unless that is `"auto"`.
+        auto: for `"auto"`, which rule is in force and why.
         stack: None where no stack was found, which only a selection without scores allows.
         router: None where the selection needs no scores.
         inserted: operators of the rewritten graph that the captured one lacks, and how many.
@@ -106,6 +108,8 @@ class Report:
     config: dict[str, Any]
     routed: bool
     sizes: Sizes
+    selection: str
+    auto: str | None
     stack: Stack | None
     router: Router | None
     head: HeadFacts
@@ -139,6 +143,8 @@ class Report:
             config=dataclasses.asdict(config),
             routed=plan.symbolic_batch,
             sizes=Sizes(batch, _hint(program.sequence), config.kept_rows(batch, config.warmup_steps)),
+            selection=runtime.in_force.selection,
+            auto=None if runtime.probe is None else str(runtime.probe),
             stack=_stack(plan, analysed),
             router=_router(plan, analysed, predicted),
             head=_head(analysed),
@@ -206,7 +212,8 @@ class Report:
         pairs = [] if self.routed else [("routing", "none: the captured batch has one row and is trained as it is")]
         pairs += self._router_lines()
         if self.routed:
-            pairs.append(("selection", f"{self.config['selection']}, {self._kept()}"))
+            pairs.append(("selection", f"{self.selection}, {self._kept()}"))
+            pairs += [("auto", self.auto)] if self.auto is not None else []
             pairs.append(("inputs B → k", ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"))
         pairs += [
             ("inserted", self._inserted()),
@@ -229,7 +236,7 @@ class Report:
 
     def _router_lines(self) -> list[tuple[str, str]]:
         if self.router is None:
-            return [("router", f"none: {self.config['selection']!r} needs no scores")] if self.routed else []
+            return [("router", f"none: {self.selection!r} needs no scores")] if self.routed else []
         router = self.router
         assert self.stack is not None
         return [
@@ -390,7 +397,9 @@ def _head(analysed: Program) -> HeadFacts:
 
 
 def _compilations(plan: Plan) -> dict[str, int]:
-    variants = {"routed": plan._routed} if plan.symbolic_batch else {}
+    auto = plan.runtime.probe is not None
+    routes = {name if auto else "routed": route for name, route in plan.routes.items()}
+    variants = {name: route.variant for name, route in routes.items()} if plan.symbolic_batch else {}
     if plan._unrouted is not None:
         variants["unrouted"] = plan._unrouted
     return {name: variant.compilations for name, variant in variants.items()}

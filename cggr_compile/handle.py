@@ -61,13 +61,14 @@ class Handle:
         return len(self.runtime.plans)
 
     def step(self) -> None:
-        """Counts one optimiser step; call it after `optimizer.step()` when `warmup_steps` is used."""
+        """Counts one optimiser step, for `warmup_steps` and `selection="auto"`; call it after `optimizer.step()`."""
         self.runtime.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the model's own `state_dict`: step, generators, a low-rank router head's basis.
+        """What resuming needs beside the model's own `state_dict`: step, generators, a low-rank router head's basis,
+        the findings of `selection="auto"`.
 
-        Tensors and numbers only, so `torch.save` and `torch.load(weights_only=True)` take it.
+        Tensors, numbers and strings only, so `torch.save` and `torch.load(weights_only=True)` take it.
         """
         return self.runtime.state_dict()
 
@@ -83,7 +84,7 @@ class Handle:
         """Figures of the last routed step, as tensors on the device (nothing is read back); empty before the first.
 
         `rows_total`, `rows_selected`, `kept_ratio`; with scores also `score_mean`, `score_selected_mean`; with labels
-        counted also `tokens_total`, `tokens_selected`.
+        counted also `tokens_total`, `tokens_selected`; with `selection="auto"` those of `Probe.metrics`.
         """
         last = self.runtime.last
         rows = last.get("rows")
@@ -103,6 +104,8 @@ class Handle:
         if isinstance(scores, torch.Tensor) and isinstance(counts, torch.Tensor):
             found["score_mean"] = scores.where(counts > 0, torch.nan).nanmean()
             found["score_selected_mean"] = scores[rows].where(weights > 0, torch.nan).nanmean()
+        if self.runtime.probe is not None:
+            found.update(self.runtime.probe.metrics(rows.device))
         return found
 
     def report(self) -> Report:
