@@ -266,8 +266,10 @@ def test_it_switches_where_most_rows_are_learnt_and_resumes_bit_for_bit() -> Non
         ids = learnt_rows(16, generator)
         learnt(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    options = {"selection": "auto", "probe_every": 1, "router_layers": 1, "router_head": "low_rank"}
-    model = optimized(learnt, router_head_rank=8, selection_options={"tau": 0.0, "epsilon": 0.0}, **options)
+    # An inner backend that counts as a compiler.
+    options = {"selection": "auto", "probe_every": 1, "router_layers": 1, "inner": "eager_noexcept"}
+    options |= {"router_head": "low_rank", "router_head_rank": 8, "selection_options": {"tau": 0.0, "epsilon": 0.0}}
+    model = optimized(learnt, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     handle = model.cggr
 
@@ -295,6 +297,7 @@ def test_it_switches_where_most_rows_are_learnt_and_resumes_bit_for_bit() -> Non
     report = handle.report()
     assert (report.selection, report.router.layers) == ("trimmed", 1)
     assert report.auto.startswith("trimmed in force; mean cosines")
+    assert report.compilations == {"random": 1, "trimmed": 1, "router scores": 1, "main losses": 1}
     assert "+ select: trimmed" in handle.diff().summary()
     new = learnt_and_new(len(whole) - 1)["input_ids"][:, 0] == 60
     assert new[handle.selected].all()
