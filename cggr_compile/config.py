@@ -72,15 +72,17 @@ class RoutingConfig:
             `"random"` (uniform rows; no router is run), or a rule that draws by the scores (`kernels/selection.py`):
             `"trimmed"` (top-k without outliers, and a uniform share), `"stratified"` (uniform within strata by score;
             the loss is the stratified estimate of the batch's) or `"importance"` (rows with probability by score; the
-            loss is an unbiased estimate of the batch's). `"sequence_aware"` selects tokens, which no route does yet.
+            loss is an unbiased estimate of the batch's). `"auto"` is `"random"` until a probe finds that scores pay
+            for the router, then `"trimmed"`; it may switch back. `"sequence_aware"` shares tokens out among sequences.
             Or a function `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N]
             (rows with a counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and
             float32 weights [k]. A row of weight 0 only fills up; the loss is Σ w·l / Σ w over the kept rows' counted
             tokens, so weights of 1 are a plain mean. The function runs at every step as one operator that compilers do
             not look into, and nothing is read back unless it does; what it returns is checked by type and shape.
-        selection_options: options of that rule, e.g. `{"tau": 0.05}`; None for its defaults. Of a function: its
-            keyword parameters beyond the four whose default is a number, None or missing; whole numbers arrive as int
+        selection_options: options of that rule, e.g. `{"tau": 0.05}` (of trimmed, for `"auto"`); None for its defaults. Of a
+            function: its keyword parameters beyond the four whose default is a number, None or missing; whole numbers arrive as int
             unless the default is a float.
+        probe_every: auto: optimiser steps between two probes; the first comes after as many, but not in the warm-up.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
         dynamic_threshold: keep more rows while the router is unsure: the fraction is that of the warm-up times
             1 + (1 - mean confidence) · `threshold_sensitivity`, at most 1, raised to the next of the LADDER_RUNGS + 1
@@ -113,6 +115,7 @@ class RoutingConfig:
     router_head_refresh: int = 100
     selection: str | RuleFunction = field(default="topk", hash=False)
     selection_options: Mapping[str, float] | None = field(default=None, hash=False)
+    probe_every: int = 200
     warmup_steps: int = 0
     dynamic_threshold: bool = False
     threshold_sensitivity: float = 0.5
@@ -141,6 +144,8 @@ class RoutingConfig:
         if not _is_int(self.warmup_steps, 0):
             raise ConfigError(f"warmup_steps={self.warmup_steps!r} is not a non-negative integer")
         self._check_threshold()
+        if not _is_int(self.probe_every, 1):
+            raise ConfigError(f"probe_every={self.probe_every!r} is not a positive integer")
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
         self._check_kernels()
@@ -169,9 +174,9 @@ class RoutingConfig:
             raise ConfigError(f"threshold_sensitivity={sensitivity!r} is not in [0, 1]")
         if not self.follows_confidence:
             return
-        if self.selection == "random":
+        if self.selection in ("random", "auto"):
             raise ConfigError(
-                "dynamic_threshold=True with selection='random': no router runs, so there is no confidence; "
+                f"dynamic_threshold=True with selection={self.selection!r}: no router runs, so there is no confidence; "
                 "leave it out, or use a selection by scores, e.g. 'topk'"
             )
         if self.router_head == "sampled":
@@ -186,9 +191,9 @@ class RoutingConfig:
             meaningless = _MEANINGLESS.get(self.route, {})
             if isinstance(rule, str) and rule in meaningless:
                 raise ConfigError(f"selection={rule!r} has no meaning with route={self.route!r}: {meaningless[rule]}")
-            known = tuple(name for name in RULES if name not in meaningless)
+            known = (*(name for name in RULES if name not in meaningless), "auto")
             _choice("selection", rule, known, " or a function (scores, valid, k, noise)")
-            _check_options(rule, options)
+            _check_options("trimmed" if rule == "auto" else rule, options)
             return
         signature = _signature(rule)
         _check_options(rule, options)

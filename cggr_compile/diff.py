@@ -106,7 +106,7 @@ class Diff:
         return "\n".join(lines)
 
     def _added(self) -> Iterator[str]:
-        config, program = self.plan.runtime.config, self.plan.program
+        config, program = self.plan.runtime.in_force, self.plan.program
         routing = program.routing
         if routing.router_layers:
             analysed = self._analysed

@@ -19,6 +19,7 @@ from cggr_compile import cost
 from cggr_compile.cost import Cost
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.graph_text import GraphText, module_of, operator_counts, part_sizes
+from cggr_compile.kernels.selection import rule_name
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.subgraph import ancestors, descendants
@@ -92,6 +93,8 @@ class Report:
         config: the options; a selection that is a function of the user's is its name.
         follows_confidence: whether the dynamic threshold moves k.
         routed: False where the captured batch has one row, which is trained as it is.
+        selection: the rule in force, which `config["selection"]` names unless that is `"auto"`.
+        auto: for `"auto"`, which rule is in force and why.
         stack: None where no stack was found, which only a selection without scores allows.
         router: None where the selection needs no scores.
         inserted: operators of the rewritten graph that the captured one lacks, and how many.
@@ -111,6 +114,8 @@ class Report:
     follows_confidence: bool
     routed: bool
     sizes: Sizes
+    selection: str
+    auto: str | None
     stack: Stack | None
     router: Router | None
     head: HeadFacts
@@ -147,6 +152,8 @@ class Report:
             follows_confidence=config.follows_confidence,
             routed=plan.symbolic_batch,
             sizes=Sizes(batch, _hint(program.sequence), config.kept_rows(batch, config.warmup_steps)),
+            selection=rule_name(runtime.in_force.selection),
+            auto=None if runtime.probe is None else str(runtime.probe),
             stack=_stack(plan, analysed),
             router=_router(plan, analysed, predicted),
             head=_head(analysed),
@@ -216,7 +223,8 @@ class Report:
         pairs = [] if self.routed else [("routing", "none: the captured batch has one row and is trained as it is")]
         pairs += self._router_lines()
         if self.routed:
-            pairs.append(("selection", f"{self.config['selection']}, {self._kept()}"))
+            pairs.append(("selection", f"{self.selection}, {self._kept()}"))
+            pairs += [("auto", self.auto)] if self.auto is not None else []
             pairs.append(("inputs B → k", ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"))
         pairs += [
             ("causal masks", f"{self.causal_attentions} dropped: proved to be key <= query for every size"),
@@ -241,7 +249,7 @@ class Report:
 
     def _router_lines(self) -> list[tuple[str, str]]:
         if self.router is None:
-            return [("router", f"none: {self.config['selection']!r} needs no scores")] if self.routed else []
+            return [("router", f"none: {self.selection!r} needs no scores")] if self.routed else []
         router = self.router
         assert self.stack is not None
         return [
@@ -407,7 +415,9 @@ def _compilations(plan: Plan) -> dict[str, int]:
 
 
 def _variants(plan: Plan) -> dict[str, Variant]:
-    variants = {"routed": plan._routed} if plan.symbolic_batch else {}
+    auto = plan.runtime.probe is not None
+    routes = {name if auto else "routed": route for name, route in plan.routes.items()}
+    variants = {name: route.variant for name, route in routes.items()} if plan.symbolic_batch else {}
     if plan._unrouted is not None:
         variants["unrouted"] = plan._unrouted
     return variants

@@ -45,12 +45,12 @@ def figure(report: Report) -> str:
         drawn = [batch, main, loss, _arrow("M112 131 H206 V201 H298"), _arrow("M562 201 H604")]
         return _svg("One row: the step is not routed", drawn)
     gather = _box(150, _BOTTOM, 110, "gather", [f"B → k = {sizes.kept}", "every input"], "pick")
-    select = _box(606, _TOP, 146, f"select: {config['selection']}", [_kept_text(report), "sorted row indices"], "pick")
+    select = _box(606, _TOP, 146, f"select: {report.selection}", [_kept_text(report), "sorted row indices"], "pick")
     drawn = [batch, gather, main, loss]
     drawn += [_arrow("M60 168 V201 H148"), _arrow("M260 201 H298"), _arrow("M562 201 H604")]
     drawn += [select, _arrow("M679 98 V131 H205 V162"), _text(442, 125, "rows [k]", "small")]
     if report.router is None:
-        return _svg(f"Rewrite: {config['selection']} rows", [*drawn, _arrow("M60 94 V61 H604")])
+        return _svg(f"Rewrite: {report.selection} rows", [*drawn, _arrow("M60 94 V61 H604")])
     router = report.router
     drawn += [
         _box(150, _TOP, 230, "router", [f"{layer_range(router.layers)} of {layers}, head; no gradient"], "quiet"),

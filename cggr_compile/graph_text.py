@@ -13,7 +13,7 @@ import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -24,7 +24,9 @@ from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.lower_kernels import PROVIDER
 from cggr_compile.program import PART, REGION, Program, value
-from cggr_compile.runtime import Plan
+
+if TYPE_CHECKING:
+    from cggr_compile.runtime import Plan
 
 aten = torch.ops.aten
 

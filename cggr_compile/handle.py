@@ -63,16 +63,16 @@ class Handle:
         return len(self.runtime.plans)
 
     def step(self) -> None:
-        """Counts one optimiser step; call it after `optimizer.step()` when `warmup_steps` is used, and before
-        `zero_grad()` for the metric `parameters_without_gradient`."""
+        """Counts one optimiser step, for `warmup_steps` and `selection="auto"`; call it after `optimizer.step()`, and
+        before `zero_grad()` for the metric `parameters_without_gradient`."""
         self.runtime.steps += 1
         self._without_gradient()
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the model's own `state_dict`: step, generators, a low-rank router head's basis,
-        and the confidence that the dynamic threshold goes by.
+        the confidence that the dynamic threshold goes by, the findings of `selection="auto"`.
 
-        Tensors and numbers only, so `torch.save` and `torch.load(weights_only=True)` take it.
+        Tensors, numbers and strings only, so `torch.save` and `torch.load(weights_only=True)` take it.
         """
         return self.runtime.state_dict()
 
@@ -86,8 +86,12 @@ class Handle:
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Figures of the last training step by name (`cggr_compile.metrics.METRICS` says what each is), as 0-d tensors
-        on the device: computed by this call, read back by nobody; empty before the first."""
-        return metrics_of(self.runtime.last, self._without_gradient())
+        on the device: computed by this call, read back by nobody; empty before the first. With `selection="auto"` also
+        those of `Probe.metrics`."""
+        found = metrics_of(self.runtime.last, self._without_gradient())
+        if found and self.runtime.probe is not None:
+            found.update(self.runtime.probe.metrics(found["rows_total"].device))
+        return found
 
     def _without_gradient(self) -> int | None:
         return self.runtime.gradients.seen(self.model, self.captures)

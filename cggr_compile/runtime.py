@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from cggr_compile import compat
 from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
 from cggr_compile.cuda_graphs import Pool, Replayed, obstacle_of
+from cggr_compile.kernels.selection import rule_name
 from cggr_compile.metrics import Gradients
 from cggr_compile.passes.lower_regions import lower_regions
-from cggr_compile.passes.pipeline import UNROUTED, passes_for, run
+from cggr_compile.passes.pipeline import UNROUTED, Pass, passes_for, run
+from cggr_compile.probe import Probe, break_even
 from cggr_compile.program import Program, value
 from cggr_compile.router_head import Basis
 
@@ -44,12 +47,14 @@ class Runtime:
         self.gradients = Gradients()
         self.basis = Basis(config.router_head_refresh)
         self.pool: Pool | None = None
+        self.probe = Probe(config) if config.selection == "auto" else None
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, torch.Tensor] = {}
 
-    def noise(self, size: int, device: torch.device) -> torch.Tensor:
-        """Uniform fp32 noise [size] from this model's own generator on the device."""
-        return torch.rand(size, device=device, generator=self.generator(device))
+    @property
+    def in_force(self) -> RoutingConfig:
+        """The configuration that steps run under: `config`, with the selection that `"auto"` stands for."""
+        return self.config if self.probe is None else self.probe.in_force
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of selections and router heads, seeded by `config.seed` or from torch's global seed."""
@@ -81,11 +86,12 @@ class Runtime:
             "generators": {**self._generator_states, **states},
             "basis": self.basis.state_dict(),
             "confidence": self.confidence.last(),
+            **({} if self.probe is None else {"probe": self.probe.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave; ValueError for other entries."""
-        expected = {"steps", "generators", "basis", "confidence"}
+        expected = {"steps", "generators", "basis", "confidence"} | ({"probe"} if self.probe is not None else set())
         if set(state) != expected:
             raise ValueError(f"the state of a routed model has entries {sorted(expected)}, got {sorted(state)}")
         self.steps = state["steps"]
@@ -93,6 +99,8 @@ class Runtime:
         self._generator_states = dict(state["generators"])
         self.basis.load_state_dict(state["basis"])
         self.confidence = Confidence(state["confidence"])
+        if self.probe is not None:
+            self.probe.load_state_dict(state["probe"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration and state; compiled plans are rebuilt by the first step of the copy."""
@@ -104,22 +112,19 @@ class Runtime:
 
 
 class Plan:
-    """One capture: the routed program, the unrouted one, and the code that runs them. Called by Dynamo's frame."""
+    """One capture: its routed programs, the unrouted one, and the code that runs them. Called by Dynamo's frame."""
 
     def __init__(self, captured: Program, runtime: Runtime) -> None:
         self.captured = captured
         self.runtime = runtime
         self.symbolic_batch = isinstance(captured.batch, torch.SymInt)
-        config = runtime.config
-        passes = passes_for(config) if self.symbolic_batch else UNROUTED
-        self.program = run(captured, config, passes)
-        assert self.program.head is not None
-        self.device = value(self.program.head.weight).device
-        self.inner = resolve_inner(config.inner, self.device)
-        inputs = zip(self.program.placeholders, self.program.inputs, strict=True)
-        self._inputs_of_passes = [(entry.name, value(node)) for node, entry in inputs if entry.kind == "added"]
-        self._routed = Variant(self.program, self.inner, runtime.graphs_on(self.device))
-        self._unrouted: Variant | None = None if self.symbolic_batch else self._routed
+        self.routes: dict[str, Route] = {}
+        if runtime.probe is not None:
+            # Both now: what cannot be routed by scores is refused at once, and passes read the caller's autocast.
+            for config in runtime.probe.choices:
+                self.routed(config)
+        self.device, self.inner = self.route.device, self.route.variant.inner
+        self._unrouted: Variant | None = None if self.symbolic_batch else self.route.variant
         self._ids = next(
             index
             for index, node in enumerate(captured.placeholders)
@@ -130,6 +135,27 @@ class Plan:
         )
 
     @property
+    def route(self) -> Route:
+        """The routed program in force."""
+        return self.routed(self.runtime.in_force)
+
+    @property
+    def program(self) -> Program:
+        """The rewritten program in force."""
+        return self.route.program
+
+    def routed(self, config: RoutingConfig) -> Route:
+        """The program that trains under a configuration; it is the unrouted one where the batch has one row."""
+        passes = passes_for(config) if self.symbolic_batch else UNROUTED
+        return self.derive(rule_name(config.selection), config, passes)
+
+    def derive(self, name: str, config: RoutingConfig, passes: Sequence[Pass]) -> Route:
+        """What the passes make of this capture, built when `name` is first asked for."""
+        if name not in self.routes:
+            self.routes[name] = Route(run(self.captured, config, passes), self.runtime)
+        return self.routes[name]
+
+    @property
     def unrouted(self) -> Variant:
         """The program without router and selection, built when a step first keeps every row."""
         if self._unrouted is None:
@@ -137,15 +163,26 @@ class Plan:
             self._unrouted = Variant(plain, self.inner, self.runtime.graphs_on(self.device))
         return self._unrouted
 
+    @cached_property
+    def break_even(self) -> float:
+        """ω: what a step on rows chosen by score must be worth, in steps on equally many random rows."""
+        return break_even(self)
+
+    def batch_rows(self, inputs: Sequence[Any]) -> int:
+        """The batch size of a call."""
+        return inputs[self._ids].shape[0]
+
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        rows = inputs[self._ids].shape[0]
+        if self.runtime.probe is not None:
+            self.runtime.probe.before_step(self, inputs)
+        rows = self.batch_rows(inputs)
         config, steps = self.runtime.config, self.runtime.steps
         confidence = self.runtime.confidence.last() if config.follows_confidence else None
         kept = min(config.kept_rows(rows, steps, confidence), rows)
         # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
         plain = config.kept_rows(rows, steps) >= rows
         with compat.modes_kept(self.device.type):
-            outputs = self.unrouted(*inputs) if plain else self._routed(*inputs, *self._added(rows, kept))
+            outputs = self.unrouted(*inputs) if plain else self._run_routed(inputs, rows, kept)
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,
@@ -162,16 +199,34 @@ class Plan:
             self.runtime.last["rows"] = torch.arange(rows, device=self.device)
         return outputs[: -len(EXTRA_OUTPUTS)]
 
-    def _added(self, rows: int, kept: int) -> Iterator[Any]:
-        """What the passes' own inputs get in this step, in their order."""
-        for name, fake in self._inputs_of_passes:
+    def _run_routed(self, inputs: Sequence[Any], rows: int, kept: int) -> tuple[Any, ...]:
+        added = self.route.added_inputs(rows, kept, self.runtime.basis, self.runtime.generator(self.device))
+        return self.route.variant(*inputs, *added)
+
+
+class Route:
+    """One program made of a capture, and the code that runs it."""
+
+    def __init__(self, program: Program, runtime: Runtime) -> None:
+        assert program.head is not None
+        self.program = program
+        self.device = value(program.head.weight).device
+        inner = resolve_inner(runtime.config.inner, self.device)
+        self.variant = Variant(program, inner, runtime.graphs_on(self.device))
+        inputs = zip(program.placeholders, program.inputs, strict=True)
+        self._added = [(entry.name, value(node)) for node, entry in inputs if entry.kind == "added"]
+
+    def added_inputs(self, rows: int, kept: int, basis: Basis, generator: torch.Generator) -> Iterator[Any]:
+        """What the passes' own inputs get in one step, in their order; noise is uniform fp32 from the generator."""
+        for name, fake in self._added:
             if name == "kept":
                 yield kept
             elif name == "basis":
                 width, rank = fake.shape
-                yield self.runtime.basis.on(width, rank, self.runtime.generator(self.device))
+                yield basis.on(width, rank, generator)
             else:
-                yield self.runtime.noise(rows if name == "noise" else fake.shape[0], self.device)
+                size = rows if name == "noise" else fake.shape[0]
+                yield torch.rand(size, device=self.device, generator=generator)
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:

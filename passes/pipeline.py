@@ -15,6 +15,7 @@ from cggr_compile.passes.elide_causal_masks import elide_causal_masks
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.gather_rows import gather_rows
+from cggr_compile.passes.keep_scores import keep_scores
 from cggr_compile.passes.lower_kernels import lower_kernels
 from cggr_compile.passes.mask_loss import mask_loss
 from cggr_compile.passes.score_rows import score_rows
@@ -28,6 +29,9 @@ Pass = Callable[[Program, RoutingConfig], Program]
 
 # Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
 UNROUTED: tuple[Pass, ...] = (elide_causal_masks, find_loss, mask_loss, lower_kernels)
+
+# Only the scores of the rows: what a probe reads.
+SCORES: tuple[Pass, ...] = (find_loss, find_layers, build_router, score_rows, keep_scores, lower_kernels)
 
 
 def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:

@@ -168,9 +168,9 @@ def test_runtime_state_is_pickled() -> None:
     assert torch.equal(clone.basis.directions, twin.basis.directions)
     assert not torch.equal(clone.basis.directions, runtime.basis.directions)
     cpu = torch.device("cpu")
-    expected = runtime.noise(4, cpu)
-    assert torch.equal(twin.noise(4, cpu), expected)
-    assert torch.equal(clone.noise(4, cpu), expected)
+    expected = torch.rand(4, generator=runtime.generator(cpu))
+    assert torch.equal(torch.rand(4, generator=twin.generator(cpu)), expected)
+    assert torch.equal(torch.rand(4, generator=clone.generator(cpu)), expected)
 
 
 def test_a_head_that_reads_everything_is_the_exact_one() -> None:
