@@ -79,9 +79,9 @@ class RoutingConfig:
             float32 weights [k]. A row of weight 0 only fills up; the loss is Σ w·l / Σ w over the kept rows' counted
             tokens, so weights of 1 are a plain mean. The function runs at every step as one operator that compilers do
             not look into, and nothing is read back unless it does; what it returns is checked by type and shape.
-        selection_options: options of that rule, e.g. `{"tau": 0.05}` (of trimmed, for `"auto"`); None for its defaults. Of a
-            function: its keyword parameters beyond the four whose default is a number, None or missing; whole numbers arrive as int
-            unless the default is a float.
+        selection_options: options of that rule, e.g. `{"tau": 0.05}` (of trimmed, for `"auto"`); None for its defaults.
+            Of a function: its keyword parameters beyond the four whose default is a number, None or missing; whole
+            numbers arrive as int unless the default is a float.
         probe_every: auto: optimiser steps between two probes; the first comes after as many, but not in the warm-up.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
         dynamic_threshold: keep more rows while the router is unsure: the fraction is that of the warm-up times
