@@ -77,7 +77,8 @@ def is_causal(mask: IndexFunction) -> bool:
     query, key = axis(rank - 2), axis(rank - 1)
     conditions = mask.element.args if isinstance(mask.element, sympy.And) else (mask.element,)
     bounds = [_bound(condition, query, key) for condition in conditions]
-    return None not in bounds and min(bounds, default=None) == 0
+    known = [bound for bound in bounds if bound is not None]
+    return len(known) == len(bounds) and min(known, default=None) == 0
 
 
 def _bound(condition: Expression, query: sympy.Symbol, key: sympy.Symbol) -> int | None:
