@@ -17,6 +17,7 @@ from cggr_compile.backend import Backend
 from cggr_compile.capture import batch_dims
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, PlanComplete
+from cggr_compile.kernels.selection import rule_of
 from cggr_compile.metrics import metrics_of
 from cggr_compile.report import Diff, Report
 from cggr_compile.runtime import Runtime
@@ -88,10 +89,21 @@ class Handle:
         """Figures of the last training step by name (`cggr_compile.metrics.METRICS` says what each is), as 0-d tensors
         on the device: computed by this call, read back by nobody; empty before the first. With `selection="auto"` also
         those of `Probe.metrics`."""
-        found = metrics_of(self.runtime.last, self._without_gradient())
+        found = metrics_of(self.runtime.last, self._without_gradient(), self.runtime.router_time.seconds)
         if found and self.runtime.probe is not None:
             found.update(self.runtime.probe.metrics(found["rows_total"].device))
         return found
+
+    def time_router(self) -> None:
+        """Lets the next training step run the router by itself too; `metrics()` has `router_seconds` from then on.
+
+        Raises:
+            ValueError: the selection in force runs no router.
+        """
+        rule = rule_of(self.runtime.in_force.selection)
+        if not rule.needs_scores:
+            raise ValueError(f"selection={rule.name!r} runs no router; choose a selection by scores to time one")
+        self.runtime.router_time.ask()
 
     def _without_gradient(self) -> int | None:
         return self.runtime.gradients.seen(self.model, self.captures)

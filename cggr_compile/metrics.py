@@ -2,9 +2,6 @@
 
 Every figure is a 0-d tensor on the model's device, computed when it is asked for and read back by nobody here; none is
 NaN where scores and weights are finite.
-
-There is no time of the router: router and main pass are one compiled graph, in which the inner backend orders and fuses
-kernels as it likes, so no two points of it enclose the router alone. `report()` predicts its share of the FLOPs.
 """
 
 from __future__ import annotations
@@ -33,17 +30,21 @@ METRICS: dict[str, str] = {
     "what follows",
     "score_selected_mean": "mean score of the rows that trained",
     "score_cv": "standard deviation over mean of the scores of the rows with counted tokens; 0 where the mean is",
+    "router_seconds": "median time of the router by itself on one batch; absent before `Handle.time_router()`",
     "mean_confidence": "mean over the counted tokens of the router's largest probability, with dynamic_threshold only",
 }
 """Every metric by name."""
 
 
-def metrics_of(last: Mapping[str, Any], without_gradient: int | None) -> dict[str, Tensor]:
+def metrics_of(
+    last: Mapping[str, Any], without_gradient: int | None, router_seconds: float | None = None
+) -> dict[str, Tensor]:
     """The metrics of a step, of those in `METRICS` that it has; empty before the first step.
 
     Args:
         last: what the step left (`Runtime.last`).
         without_gradient: number of trainable parameters without a gradient, None where it is not known.
+        router_seconds: time of the router by itself, None where it was not measured.
     """
     rows = last.get("rows")
     if not isinstance(rows, Tensor):
@@ -65,6 +66,8 @@ def metrics_of(last: Mapping[str, Any], without_gradient: int | None) -> dict[st
     }
     if without_gradient is not None:
         found["parameters_without_gradient"] = number(without_gradient)
+    if router_seconds is not None:
+        found["router_seconds"] = number(router_seconds)
     scores, counts = last["scores"], last["counts"]
     if isinstance(counts, Tensor):
         selected = torch.zeros_like(counts).index_add(0, rows, trained.long()) > 0

@@ -26,6 +26,7 @@ from cggr_compile.passes.pipeline import UNROUTED, Pass, passes_for, run
 from cggr_compile.probe import Probe, break_even
 from cggr_compile.program import Program, value
 from cggr_compile.router_head import Basis
+from cggr_compile.router_time import RouterTime
 
 # Distinct (batch, sequence, k) for which the inner backend keeps compiled code; the oldest is dropped beyond.
 MAX_SPECIALIZATIONS = 64
@@ -45,6 +46,7 @@ class Runtime:
         self.last: dict[str, torch.Tensor | float | None] = {}
         self.confidence = Confidence()
         self.gradients = Gradients()
+        self.router_time = RouterTime()
         self.basis = Basis(config.router_head_refresh)
         self.pool: Pool | None = None
         self.probe = Probe(config) if config.selection == "auto" else None
@@ -175,6 +177,7 @@ class Plan:
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         if self.runtime.probe is not None:
             self.runtime.probe.before_step(self, inputs)
+        self.runtime.router_time.before_step(self, inputs, self.runtime.in_force)
         rows = self.batch_rows(inputs)
         config, steps = self.runtime.config, self.runtime.steps
         confidence = self.runtime.confidence.last() if config.follows_confidence else None

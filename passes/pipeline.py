@@ -31,7 +31,15 @@ Pass = Callable[[Program, RoutingConfig], Program]
 UNROUTED: tuple[Pass, ...] = (elide_causal_masks, find_loss, mask_loss, lower_kernels)
 
 # Only the scores of the rows: what a probe reads.
-SCORES: tuple[Pass, ...] = (find_loss, find_layers, build_router, score_rows, keep_scores, lower_kernels)
+SCORES: tuple[Pass, ...] = (
+    elide_causal_masks,
+    find_loss,
+    find_layers,
+    build_router,
+    score_rows,
+    keep_scores,
+    lower_kernels,
+)
 
 
 def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:

@@ -70,6 +70,9 @@ def test_figures_of_a_step(step: dict[str, Any]) -> None:
     assert {name: figure.item() for name, figure in found.items()} == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+UNSEEN = {"parameters_without_gradient", "router_seconds"}
+
+
 def test_every_metric_is_documented_and_computed() -> None:
     """Parameters without a gradient: one that nothing reads, one that is frozen (and does not count)."""
     model = Toy().train()
@@ -78,10 +81,13 @@ def test_every_metric_is_documented_and_computed() -> None:
     cggr.optimize(model, router_layers=2, dynamic_threshold=True)
     assert model.cggr.metrics() == {}
     loss = model(**toy_batch(ignored=0.3))[0]
-    assert set(METRICS) - set(model.cggr.metrics()) == {"parameters_without_gradient"}
+    assert set(METRICS) - set(model.cggr.metrics()) == {"parameters_without_gradient", "router_seconds"}
     loss.backward()
+    model.cggr.time_router()
+    model(**toy_batch(ignored=0.3))
     found = model.cggr.metrics()
     assert set(found) == set(METRICS)
+    assert found["router_seconds"] > 0
     assert found["parameters_without_gradient"] == 1
     model.zero_grad(set_to_none=True)
     assert model.cggr.metrics()["parameters_without_gradient"] == 1
@@ -94,10 +100,29 @@ def test_every_metric_is_documented_and_computed() -> None:
     assert all(figure.shape == () and figure.isfinite() for figure in found.values())
     ones = cggr.optimize(model, ratio=1.0)
     ones(**toy_batch())
-    assert set(METRICS) - set(ones.cggr.metrics()) == WITHOUT_ROUTER | OF_TOKENS | {"parameters_without_gradient"}
+    assert set(METRICS) - set(ones.cggr.metrics()) == WITHOUT_ROUTER | OF_TOKENS | UNSEEN
 
 
 def test_without_a_router_there_are_no_scores() -> None:
     model = cggr.optimize(Toy().train(), selection="random")
     model(**toy_batch())
-    assert set(METRICS) - set(model.cggr.metrics()) == WITHOUT_ROUTER | {"parameters_without_gradient"}
+    assert set(METRICS) - set(model.cggr.metrics()) == WITHOUT_ROUTER | UNSEEN
+    with pytest.raises(ValueError, match="selection='random' runs no router"):
+        model.cggr.time_router()
+
+
+@pytest.mark.parametrize("router_head", ["sampled", "low_rank"])
+def test_timing_the_router_leaves_training_as_it_is(router_head: str) -> None:
+    gradients = []
+    for timed in (False, True):
+        torch.manual_seed(0)
+        model = cggr.optimize(
+            Toy().train(), router_layers=2, router_head=router_head, router_head_frequent=1, router_head_sampled=2,
+            router_head_rank=2, router_head_refresh=1, seed=0,
+        )  # fmt: skip
+        for step in range(4):
+            if timed and step in (0, 2):
+                model.cggr.time_router()
+            model(**toy_batch())[0].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
