@@ -1,0 +1,159 @@
+"""Examines architectures in processes of their own, under limits of time and memory; results survive interruption.
+
+A worker that raises, crashes, hangs or runs out of memory costs its class only: what it printed last is the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import IO, Any
+
+from cggr_compile.architectures import Candidate, Record, examine
+
+Results = dict[Candidate, Record]
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+# Folders above an installed package say where this was run, not what went wrong.
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s:'\"]+/)?(?=(?:torch|transformers|cggr_compile|passes|kernels)/)")
+
+
+def run(
+    todo: Sequence[Candidate], jobs: int, time_limit: float, memory_limit: float, done: Callable[[Record], None]
+) -> None:
+    """Examines each candidate in a process of its own and passes its record to `done`.
+
+    Args:
+        todo: the candidates.
+        jobs: processes at a time.
+        time_limit: seconds for each.
+        memory_limit: GiB of data for each.
+        done: called in this process, in the order of completion.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cggr_compile.warm_worker"])
+    waiting = list(todo)
+    running: list[_Worker] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(_Worker(context, waiting.pop(0), time_limit, memory_limit))
+            wait([worker.process.sentinel for worker in running], timeout=0.2)
+            for worker in [worker for worker in running if worker.ended()]:
+                running.remove(worker)
+                done(worker.record())
+    finally:
+        for worker in running:
+            worker.kill()
+
+
+class _Worker:
+    """One process, its pipe, what it prints on stderr, and its deadline."""
+
+    def __init__(self, context: Any, candidate: Candidate, time_limit: float, memory_limit: float) -> None:
+        self.candidate = candidate
+        self.time_limit = time_limit
+        self.errors: IO[str] = tempfile.NamedTemporaryFile("r", suffix=".err", errors="replace")  # noqa: SIM115
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=_work, args=(candidate, sender, self.errors.name, int(memory_limit * 2**30)), daemon=True
+        )
+        self.start = time.monotonic()
+        self.process.start()
+        sender.close()
+        self.late = False
+
+    def ended(self) -> bool:
+        """Whether the process is over; stops it where its time is."""
+        if self.process.is_alive() and time.monotonic() - self.start > self.time_limit:
+            self.late = True
+            self.kill()
+        return not self.process.is_alive()
+
+    def kill(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.join()
+
+    def record(self) -> Record:
+        """What the process sent, or how it ended."""
+        seconds = time.monotonic() - self.start
+        self.process.join()
+        messages = list(_received(self.receiver))
+        reason = last_error(self.errors.read())
+        self.errors.close()
+        if messages and isinstance(messages[-1], Record):
+            return replace(messages[-1], reason=_without_folders(messages[-1].reason))
+        if self.late:
+            reason = f"stopped after {self.time_limit:.0f} s"
+        elif not reason:
+            code = self.process.exitcode
+            reason = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
+        return Record(self.candidate, "failure" if messages else "not runnable", reason, seconds=seconds)
+
+
+def _received(receiver: Connection) -> Iterator[Any]:
+    """Everything that was sent before the other end closed."""
+    while receiver.poll():
+        try:
+            yield receiver.recv()
+        except EOFError:
+            return
+
+
+def _work(candidate: Candidate, sender: Connection, errors: str, memory_limit: int) -> None:
+    """The worker: sends "runs" once the model has trained in eager mode, and its record."""
+    os.dup2(os.open(errors, os.O_WRONLY), 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
+    sender.send(examine(candidate, runs=lambda: sender.send("runs")))
+
+
+def last_error(text: str) -> str:
+    """The first line of the last exception that a traceback in `text` ends with, and where it was raised; else ""."""
+    _, _, trace = text.rpartition("Traceback (most recent call last):")
+    lines = trace.splitlines()
+    message = next((line for line in lines if line and not line[0].isspace()), "")
+    frames = [_FRAME.search(line) for line in lines]
+    places = [match for match in frames if match]
+    if not message:
+        return ""
+    where = f" (at {places[-1]['file']}:{places[-1]['line']})" if places else ""
+    return _without_folders(message + where)
+
+
+def _without_folders(text: str) -> str:
+    return _FOLDERS.sub("", text)
+
+
+def load(path: Path) -> Results:
+    """The records of an earlier run; none where there is no file.
+
+    Raises:
+        ValueError: the file is not one that `save` wrote.
+    """
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["results"]
+        records = [Record(**{**entry, "candidate": Candidate(**entry["candidate"])}) for entry in entries]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no results of this command; choose another --output, or delete it") from error
+    return {record.candidate: record for record in records}
+
+
+def save(path: Path, results: Results, environment: dict[str, Any]) -> None:
+    """Writes all records, replacing the file at once, so that an interruption leaves the old one or the new."""
+    document = {"environment": environment, "results": [asdict(record) for record in results.values()]}
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
