@@ -98,12 +98,17 @@ def _by_metadata(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layer
         (path for path, found in members.items() if len(found) > 1 and found == set(range(len(found)))),
         key=lambda path: (-len(members[path]), len(path)),
     )
+    found: list[tuple[tuple[str, ...], tuple[fx.Node, ...]]] = []
     for path in stacks:
-        residuals = [cutting[path].get(index) for index in range(len(members[path]))]
-        ordered = [cut for cut in cuts if cut in residuals]
-        if None not in residuals and ordered == residuals:
-            name = ".".join(path)
-            return Layers(name, "metadata + single-residual cut", entry, tuple(ordered))
+        leaving = [cutting[path].get(index) for index in range(len(members[path]))]
+        ordered = [cut for cut in cuts if cut in leaving]
+        if None not in leaving and ordered == leaving:
+            found.append((path, tuple(ordered)))
+    if found:
+        # A model without layer modules keeps one list for each part of a layer; the last part ends the layer.
+        longest = [stack for stack in found if len(stack[1]) == len(found[0][1])]
+        path, residuals = max(longest, key=lambda stack: (cuts.index(stack[1][-1]), -len(stack[0])))
+        return Layers(".".join(path), "metadata + single-residual cut", entry, residuals)
     for path in stacks:
         _refuse_second_tensor(program, path, members[path], cutting[path])
     return None
