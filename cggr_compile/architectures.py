@@ -77,11 +77,12 @@ def build(candidate: Candidate) -> nn.Module:
     """
     config = tiny_config(CONFIG_MAPPING[candidate.model_type])
     auto = AutoModelForMaskedLM if candidate.objective == "masked" else AutoModelForCausalLM
-    config = _own_part(config, auto._model_mapping[type(config)])
+    model_class = auto._model_mapping[type(config)]
+    config = _own_part(config, model_class)
     if candidate.objective == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True
     torch.manual_seed(0)
-    model = auto._model_mapping[type(config)]._from_config(config, attn_implementation="eager")
+    model = model_class._from_config(config, attn_implementation="eager")
     model.config.use_cache = False
     return model.train()
 
@@ -135,11 +136,10 @@ def examine(candidate: Candidate, runs: Callable[[], Any]) -> Record:
     given = batches(model)
     for batch in given:
         eager_step(model, batch)
-    model.zero_grad(set_to_none=True)
     runs()
     start = time.perf_counter()
     try:
-        outcome = check(model, *given)
+        outcome = check(build(candidate), *given)
     except CannotOptimize as error:
         seconds = time.perf_counter() - start
         return Record(candidate, "refused", str(error), _reached_passes(error), seconds=seconds)

@@ -8,8 +8,9 @@ untouched model on those rows.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -179,53 +180,90 @@ def _router(model: nn.Module, batch: Batch, layers: int) -> Iterator[nn.Module]:
     model.eval()
     stack = layer_calls(model, batch)
     taken: list[torch.Tensor] = []
-    calls = 0
+
+    def place(call: int, output: torch.Tensor) -> torch.Tensor:
+        if call == layers - 1:
+            taken.append(output)
+        return taken[0] if call == len(stack) - 1 else output
+
+    try:
+        with _outputs_replaced(stack, place):
+            yield model
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _outputs_replaced(stack: list[nn.Module], place: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While it holds, the first tensor that the i-th call of the stack returns becomes `place(i, tensor)`."""
+    calls = itertools.count()
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == layers:
-            taken.append(_residual(output))
-        return _with_residual(output, taken[0]) if calls == len(stack) else None
+        own = _residual(output)
+        return None if own is None else _with_residual(output, place(next(calls), own))
 
     handles = [module.register_forward_hook(hook) for module in set(stack)]
     try:
-        yield model
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
 
 
 def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
     """The layers in the order in which they run; a layer that runs again is listed again.
 
-    The layer list is the indexed container (`layers.0`, `layers.1`, …) that holds most parameters among those whose
-    members run at least twice between them.
+    Candidates are the indexed containers (`layers.0`, `layers.1`, …) whose members run at least twice between them. A
+    stack of layers is one where the output of the first decides everything behind it: put in its place in a run on
+    other rows, it gives its own logits. Of several, the one with the most parameters, or else the last, is taken; where
+    there is none, the container with the most parameters.
+
+    Raises:
+        LayerStackNotFound: there is no candidate.
     """
+    inputs = _without_labels(batch)
     containers = {
-        child: path.rpartition(".")[0]
-        for path, child in model.named_modules()
-        if path.rpartition(".")[2].isdigit()
+        child: path.rpartition(".")[0] for path, child in model.named_modules() if path.rpartition(".")[2].isdigit()
     }
     calls: dict[str, list[nn.Module]] = {}
 
     def hook(module: nn.Module, _: Any, output: Any) -> None:
         if _residual(output) is not None:
-            calls.setdefault(containers[module], []).append(module)
+            run = calls.pop(containers[module], [])
+            calls[containers[module]] = [*run, module]  # containers in the order of their last calls
 
     handles = [module.register_forward_hook(hook) for module in containers]
     try:
         with torch.no_grad():
-            model(**_without_labels(batch))
+            model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-    found = [path for path, run in calls.items() if len(run) > 1]
-    if not found:
+    stacks = [run for run in calls.values() if len(run) > 1]
+    if not stacks:
         raise LayerStackNotFound(f"{type(model).__name__} runs no list of modules more than once")
-    sizes = {path: sum(p.numel() for m in set(calls[path]) for p in m.parameters()) for path in found}
-    return calls[max(found, key=lambda path: (sizes[path], -len(path)))]
+
+    def merit(position: int) -> tuple[bool, int, int]:
+        size = sum(parameter.numel() for module in set(stacks[position]) for parameter in module.parameters())
+        return _decides(model, inputs, stacks[position]), size, position
+
+    return stacks[max(range(len(stacks)), key=merit)]
+
+
+def _decides(model: nn.Module, inputs: Batch, stack: list[nn.Module]) -> bool:
+    """Whether the output of the stack's first call, put into a run on other ids, gives the logits it came from."""
+    taken: list[torch.Tensor] = []
+    others = {**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}
+
+    def take(call: int, output: torch.Tensor) -> torch.Tensor:
+        taken.append(output.clone())
+        return output
+
+    with torch.no_grad():
+        with _outputs_replaced(stack, take):
+            wanted = model(**inputs).logits
+        with _outputs_replaced(stack, lambda call, output: taken[0].clone() if call == 0 else output):
+            return torch.equal(model(**others).logits, wanted)
 
 
 def _residual(output: Any) -> Any:

@@ -21,6 +21,8 @@ from typing import IO, Any
 
 from cggr_compile.architectures import Candidate, Record, examine
 
+_STARTED, _RUNS = "started", "runs"
+
 Results = dict[Candidate, Record]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
@@ -68,17 +70,24 @@ class _Worker:
         self.process = context.Process(
             target=_work, args=(candidate, sender, self.errors.name, int(memory_limit * 2**30)), daemon=True
         )
-        self.start = time.monotonic()
+        self.messages: list[Any] = []
+        self.start: float | None = None
+        self.late = False
         self.process.start()
         sender.close()
-        self.late = False
 
     def ended(self) -> bool:
-        """Whether the process is over; stops it where its time is."""
-        if self.process.is_alive() and time.monotonic() - self.start > self.time_limit:
+        """Whether the process is over; stops it where its time is. The clock starts when the process does."""
+        self.messages += _received(self.receiver)
+        if self.start is None and self.messages:
+            self.start = time.monotonic()
+        if self.start is not None and self.process.is_alive() and self._seconds() > self.time_limit:
             self.late = True
             self.kill()
         return not self.process.is_alive()
+
+    def _seconds(self) -> float:
+        return 0.0 if self.start is None else time.monotonic() - self.start
 
     def kill(self) -> None:
         """Ends the process."""
@@ -87,9 +96,8 @@ class _Worker:
 
     def record(self) -> Record:
         """What the process sent, or how it ended."""
-        seconds = time.monotonic() - self.start
         self.process.join()
-        messages = list(_received(self.receiver))
+        messages = self.messages = [*self.messages, *_received(self.receiver)]
         reason = last_error(self.errors.read())
         self.errors.close()
         if messages and isinstance(messages[-1], Record):
@@ -99,7 +107,8 @@ class _Worker:
         elif not reason:
             code = self.process.exitcode
             reason = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
-        return Record(self.candidate, "failure" if messages else "not runnable", reason, seconds=seconds)
+        status = "failure" if _RUNS in messages else "not runnable"
+        return Record(self.candidate, status, reason, seconds=self._seconds())
 
 
 def _received(receiver: Connection) -> Iterator[Any]:
@@ -112,17 +121,20 @@ def _received(receiver: Connection) -> Iterator[Any]:
 
 
 def _work(candidate: Candidate, sender: Connection, errors: str, memory_limit: int) -> None:
-    """The worker: sends "runs" once the model has trained in eager mode, and its record."""
+    """The worker: says when it starts, when the model has trained in eager mode, and what its record is."""
+    sender.send(_STARTED)
     os.dup2(os.open(errors, os.O_WRONLY), 2)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
-    sender.send(examine(candidate, runs=lambda: sender.send("runs")))
+    sender.send(examine(candidate, runs=lambda: sender.send(_RUNS)))
 
 
 def last_error(text: str) -> str:
     """The first line of the last exception that a traceback in `text` ends with, and where it was raised; else ""."""
     _, _, trace = text.rpartition("Traceback (most recent call last):")
     lines = trace.splitlines()
-    message = next((line for line in lines if line and not line[0].isspace()), "")
+    spoken = [line for line in lines if line and not line[0].isspace()]
+    # An error that passes another one on names it on its second line.
+    message = " ".join(spoken[: 2 if spoken and spoken[0].endswith(":") else 1])
     frames = [_FRAME.search(line) for line in lines]
     places = [match for match in frames if match]
     if not message:

@@ -59,7 +59,7 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r".*(d_state|state_size)", _at_most(HEAD_DIM)),
     (r".*_rank|.*lowrank|.*per_layer_input|d_rel", _at_most(HEAD_DIM)),
     (r".*(ffn_dim|d_ff|intermediate_size|hidden_dim|ffn_hidden_size|feed_forward_size|dim_ff|dff|mlp_dim)", _at_most(96)),
-    (r".*(hidden_size|d_model|n_embd|emb_dim|out_hidden_size|lru_width|d_ssm).*|dim", _at_most(HIDDEN)),
+    (r".*(hidden_size|d_model|n_embd|emb_dim|out_hidden_size|lru_width|d_ssm|adapter_(in|out)_dim).*|dim", _at_most(HIDDEN)),
 )  # fmt: skip
 
 _SPECIAL = re.compile(r".*_token_(id|index)s?|.*_(token_)?index$")
@@ -78,8 +78,19 @@ _REQUIRED = {
 
 # Fields that follow from others by a rule of one class only, by the name of the class.
 _OVERRIDES: dict[str, dict[str, Any]] = {
-    # Read by the attention, declared by no field.
-    "DbrxAttentionConfig": {"rope_theta": 10000.0},
+    # Rotary parameters for each kind of layer, and sections that fill half a head; its default has neither.
+    "CohereCompassTextConfig": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+            for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    # Read by the attention, but declared by no field, or as optional.
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    # Shared experts are declared optional, but counted on.
+    "Dots1Config": {"n_shared_experts": 1},
+    # Positions are counted from the padding token.
+    "EsmConfig": {"pad_token_id": 0},
     # Layer kinds come from pairs of (pattern, repetitions).
     "GPTNeoConfig": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
     # The kinds of layer that its own field does not name, which leaves it None.
@@ -116,8 +127,11 @@ def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
     Raises:
         whatever the class raises where no tiny configuration satisfies it.
     """
-    sizes = tiny_fields(config_class)
-    return config_class(**sizes)
+    config = config_class(**tiny_fields(config_class))
+    for name, undeclared in _OVERRIDES.get(config_class.__name__, {}).items():
+        if not hasattr(config, name):
+            setattr(config, name, undeclared)
+    return config
 
 
 def tiny_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
@@ -140,14 +154,14 @@ def tiny_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
             tiny[name] = 0.0
         elif type(was) is int and name not in derived and not _SPECIAL.fullmatch(name):
             tiny[name] = _shrunk(name, standard.get(name, name), was, width)
-        elif was is None and standard.get(name, name) in _REQUIRED:
-            tiny[name] = _REQUIRED[standard.get(name, name)]
+        elif was is None and name in _REQUIRED:
+            tiny[name] = _REQUIRED[name]
         if name == "num_key_value_heads" and was in heads:
             tiny[name] = HEADS
     tiny.update(_special_tokens(fields))
     tiny.update(_sampled_layers(fields, standard, tiny))
     tiny.update(_OVERRIDES.get(config_class.__name__, {}))
-    return {name: size for name, size in tiny.items() if name not in fields or size != fields[name]}
+    return {name: size for name, size in tiny.items() if name in fields}
 
 
 def _shrunk(name: str, standard: str, was: int, width: int | None) -> int:
