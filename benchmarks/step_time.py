@@ -21,9 +21,9 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from harness import environment
 
 import cggr_compile as cggr
+from cggr_compile.environment import environment
 
 ARMS = ("eager", "compile", "routed", "random")
 

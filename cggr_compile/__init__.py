@@ -1,6 +1,7 @@
 """Confidence-gated gradient routing as a compiler pass: `model = cggr.optimize(model)`."""
 
 from cggr_compile.api import explain, handle, optimize, restore
+from cggr_compile.check import Check, LayerStackNotFound, check
 from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.errors import CannotOptimize, VerificationError
 from cggr_compile.handle import Handle
@@ -15,12 +16,15 @@ __all__ = [
     "CGGRModel",
     "CGGRScorer",
     "CannotOptimize",
+    "Check",
     "ConfigError",
     "Handle",
+    "LayerStackNotFound",
     "RoutingConfig",
     "TruncatedRouter",
     "VerificationError",
     "attach",
+    "check",
     "create_truncated_router",
     "explain",
     "handle",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -87,7 +87,7 @@ def build(candidate: Candidate) -> nn.Module:
     return model.train()
 
 
-def _own_part(config: PretrainedConfig, model_class: type) -> PretrainedConfig:
+def _own_part(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> PretrainedConfig:
     """The part of a composite configuration that the class is built from."""
     parts = [getattr(config, name) for name in config.sub_configs]
     return next((part for part in parts if type(part) is model_class.config_class), config)

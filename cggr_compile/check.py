@@ -1,8 +1,8 @@
 """`check`: whether routed training of one model equals eager training on the rows it selects.
 
-The eager side shares nothing with the compiler. It finds the layer stack by watching which modules run, makes the
-router by putting the output of layer n in the place of the last layer's, selects rows by their mean loss, and trains the
-untouched model on those rows.
+The eager side shares nothing with the compiler. It finds the layer stack by watching which modules run and exchanging
+their outputs, makes the router by putting the output of layer n in the place of the last layer's, selects rows by their
+mean loss, and trains the untouched model on those rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from cggr_compile.api import optimize
-from cggr_compile.errors import CannotOptimize
 
 Batch = Mapping[str, torch.Tensor]
 Step = tuple[torch.Tensor, dict[str, torch.Tensor | None]]
@@ -100,7 +99,9 @@ def check(model: nn.Module, *batches: Batch, ratio: float = 0.5, router_layers: 
         rows = routed.cggr.selected
         selected.append(tuple(rows.tolist()))
         expected.append(tuple(_expected_rows(eager, batch, len(rows), router_layers)))
-        differences.append(_difference(actual, eager_step(eager, {name: tensor[rows] for name, tensor in batch.items()})))
+        differences.append(
+            _difference(actual, eager_step(eager, {name: tensor[rows] for name, tensor in batch.items()}))
+        )
     stack = routed.cggr.runtime.plans[-1].program.layers
     return Check(*max(differences), tuple(selected), tuple(expected), len(stack), stack.path, stack.proof)
 
@@ -280,6 +281,3 @@ def _with_residual(output: Any, residual: torch.Tensor) -> Any:
         return residual
     place = next(index for index, part in enumerate(output) if isinstance(part, torch.Tensor))
     return type(output)((*output[:place], residual, *output[place + 1 :]))
-
-
-__all__ = ["CannotOptimize", "Check", "LayerStackNotFound", "check"]

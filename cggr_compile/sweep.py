@@ -14,12 +14,19 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
-from cggr_compile.architectures import Candidate, Record, examine
+import torch
+from rich.progress import Progress, TextColumn
+
+from cggr_compile.architecture_table import render
+from cggr_compile.architectures import Candidate, Record, candidates, examine
+from cggr_compile.config import nearest
+from cggr_compile.environment import environment
 
 _STARTED, _RUNS = "started", "runs"
 
@@ -113,11 +120,9 @@ class _Worker:
 
 def _received(receiver: Connection) -> Iterator[Any]:
     """Everything that was sent before the other end closed."""
-    while receiver.poll():
-        try:
+    with suppress(EOFError):
+        while receiver.poll():
             yield receiver.recv()
-        except EOFError:
-            return
 
 
 def _work(candidate: Candidate, sender: Connection, errors: str, memory_limit: int) -> None:
@@ -145,6 +150,49 @@ def last_error(text: str) -> str:
 
 def _without_folders(text: str) -> str:
     return _FOLDERS.sub("", text)
+
+
+class UnknownArchitecture(ValueError):
+    """A name that is neither a model type nor a model class of the two mappings."""
+
+
+def sweep(only: Sequence[str], jobs: int, time_limit: float, memory_limit: float, output: Path, page: Path) -> int:
+    """Examines every candidate that has no result in `output` yet, or those named by `only`; returns the failures.
+
+    After each class the results are saved to `output` (JSON), so that an interrupted run goes on where it was; at the
+    end the page is written from all of them.
+
+    Raises:
+        UnknownArchitecture: a name in `only` fits nothing.
+        ValueError: `output` is a file of something else.
+    """
+    every = candidates()
+    results = load(output)
+    todo = _named(every, only) if only else [candidate for candidate in every if candidate not in results]
+    surroundings = environment(torch.device("cpu"))
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[last]}")) as progress:
+        task = progress.add_task("architectures", total=len(todo), last="")
+
+        def done(record: Record) -> None:
+            results[record.candidate] = replace(record, commit=surroundings["commit"])
+            save(output, results, surroundings)
+            progress.update(task, advance=1, last=f"{record.candidate.model_class}: {record.status}")
+
+        run(todo, jobs, time_limit, memory_limit, done)
+    records = [results[candidate] for candidate in every if candidate in results]
+    page.write_text(render(records, [c for c in every if c not in results], surroundings), encoding="utf-8")
+    failures = [record for record in records if record.status == "failure"]
+    for record in failures:
+        print(f"{record.candidate.model_class} ({record.candidate.model_type}): {record.reason}")
+    return len(failures)
+
+
+def _named(every: list[Candidate], only: Sequence[str]) -> list[Candidate]:
+    for name in only:
+        if not any(name in (candidate.model_type, candidate.model_class) for candidate in every):
+            close = nearest(name, [candidate.model_type for candidate in every])
+            raise UnknownArchitecture(f"{name!r} is no model type or class of transformers' mappings{close}")
+    return [candidate for candidate in every if {candidate.model_type, candidate.model_class} & set(only)]
 
 
 def load(path: Path) -> Results:

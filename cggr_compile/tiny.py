@@ -1,6 +1,6 @@
 """Tiny configurations of any transformers configuration class, found by introspection.
 
-A field is shrunk by what its name says it counts (`_RULES`); what a field was in proportion to the hidden size, it stays.
+A field is shrunk by what its name says it counts (`_RULES`), else in proportion to the hidden size.
 Fields that the class derives from others (default None) are left to the class, lists with one entry a layer are
 sampled so that every kind of layer is kept, and special tokens move to the ends of the small vocabulary, out of the
 way of ordinary ids. `_OVERRIDES` holds the few that no rule gets right, each with its reason.
@@ -51,16 +51,24 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"index_topk|sliding_window_pattern", _at_most(4)),
     (r".*kernel.*", _at_most(10**9)),
     (r".*(num_key_value_heads|num_kv_heads|kv_n_heads|linear_num_key_heads|num_query_groups)", _at_most(2)),
-    (r".*(num|n|self|cross|decoder|encoder)_(self_|cross_|attention_|mamba_|linear_|value_|key_)*heads|attention_heads|n_head", _at_most(HEADS)),
-    (r".*qk_nope_head_dim|v_head_dim|.*(head_dim|headdim|d_head|dim_head|head_size)|kv_channels|d_kv", _exactly(HEAD_DIM)),
+    (
+        r"n_head|attention_heads|"
+        r".*(num|n|self|cross|decoder|encoder)_(self_|cross_|attention_|mamba_|linear_|value_|key_)*heads",
+        _at_most(HEADS),
+    ),
     (r"qk_rope_head_dim|rotary_dim", _exactly(HEAD_DIM // 2)),
-    (r".*window.*|local_attention|chunk_size|.*chunk_(size|length)|block_size|index_block_size|floor_scale", _at_most(4)),
-    (r".*position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_(source|target)_positions|model_max_length", _at_most(POSITIONS)),
+    (r".*(head_dim|headdim|d_head|dim_head|head_size)|kv_channels|d_kv", _exactly(HEAD_DIM)),
+    (r".*window.*|local_attention|.*chunk_(size|length)|(index_)?block_size|floor_scale", _at_most(4)),
+    (
+        r".*position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_(source|target)_positions|"
+        r"model_max_length",
+        _at_most(POSITIONS),
+    ),
     (r".*(d_state|state_size)", _at_most(HEAD_DIM)),
     (r".*_rank|.*lowrank|.*per_layer_input|d_rel", _at_most(HEAD_DIM)),
-    (r".*(ffn_dim|d_ff|intermediate_size|hidden_dim|ffn_hidden_size|feed_forward_size|dim_ff|dff|mlp_dim)", _at_most(96)),
-    (r".*(hidden_size|d_model|n_embd|emb_dim|out_hidden_size|lru_width|d_ssm|adapter_(in|out)_dim).*|dim", _at_most(HIDDEN)),
-)  # fmt: skip
+    (r".*(ffn_dim|d_?ff|intermediate_size|hidden_dim|ffn_hidden_size|feed_forward_size|dim_ff|mlp_dim)", _at_most(96)),
+    (r".*(hidden_size|d_model|n_embd|emb_dim|lru_width|d_ssm|adapter_(in|out)_dim).*|dim", _at_most(HIDDEN)),
+)
 
 _SPECIAL = re.compile(r".*_token_(id|index)s?|.*_(token_)?index$")
 _FIRST_SPECIAL = {"pad": 0, "bos": 1, "cls": 1, "eos": 2, "sep": 2, "decoder_start": 1, "forced_eos": 2}
