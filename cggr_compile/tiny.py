@@ -148,10 +148,10 @@ def tiny_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
     standard = {alias: name for name, alias in config_class.attribute_map.items()}
     fields = {
         field.name: vars(default)[field.name]
-        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+        for field in dataclasses.fields(config_class)
         if field.init and field.name in vars(default)
     }
-    derived = {field.name for field in dataclasses.fields(config_class) if field.default is None}  # type: ignore[arg-type]
+    derived = {field.name for field in dataclasses.fields(config_class) if field.default is None}
     heads = {fields[name] for name in fields if standard.get(name, name) == "num_attention_heads"}
     width = next((fields[name] for name in fields if standard.get(name, name) == "hidden_size"), None)
     tiny: dict[str, Any] = {}
