@@ -120,7 +120,7 @@ def architectures(
         list[str] | None, typer.Option(help="Model type or class (repeatable); examined again if it has a result.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
-    time_limit: Annotated[float, typer.Option(min=1, help="Seconds for each class.")] = 600,
+    time_limit: Annotated[float, typer.Option(min=1, help="Processor seconds for each class.")] = 300,
     memory_limit: Annotated[float, typer.Option(min=1, help="GiB of data for each class.")] = 8,
     output: Annotated[Path, typer.Option(help="Results; an earlier run's are kept and gone on with.")] = Path(
         "architectures.json"

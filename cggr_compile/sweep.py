@@ -28,6 +28,8 @@ from cggr_compile.architectures import Candidate, Record, candidates, examine
 from cggr_compile.config import nearest
 from cggr_compile.environment import environment
 
+PATIENCE = 20
+
 _STARTED, _RUNS = "started", "runs"
 
 Results = dict[Candidate, Record]
@@ -45,7 +47,8 @@ def run(
     Args:
         todo: the candidates.
         jobs: processes at a time.
-        time_limit: seconds for each.
+        time_limit: processor seconds for each, which do not depend on what else the machine does; a process that
+            waits for ever is stopped after `PATIENCE` times as many seconds of the clock.
         memory_limit: GiB of data for each.
         done: called in this process, in the order of completion.
     """
@@ -75,7 +78,9 @@ class _Worker:
         self.errors: IO[str] = tempfile.NamedTemporaryFile("r", suffix=".err", errors="replace")  # noqa: SIM115
         self.receiver, sender = context.Pipe(duplex=False)
         self.process = context.Process(
-            target=_work, args=(candidate, sender, self.errors.name, int(memory_limit * 2**30)), daemon=True
+            target=_work,
+            args=(candidate, sender, self.errors.name, int(time_limit), int(memory_limit * 2**30)),
+            daemon=True,
         )
         self.messages: list[Any] = []
         self.start: float | None = None
@@ -88,7 +93,7 @@ class _Worker:
         self.messages += _received(self.receiver)
         if self.start is None and self.messages:
             self.start = time.monotonic()
-        if self.start is not None and self.process.is_alive() and self._seconds() > self.time_limit:
+        if self.start is not None and self.process.is_alive() and self._seconds() > PATIENCE * self.time_limit:
             self.late = True
             self.kill()
         return not self.process.is_alive()
@@ -109,10 +114,10 @@ class _Worker:
         self.errors.close()
         if messages and isinstance(messages[-1], Record):
             return replace(messages[-1], reason=_without_folders(messages[-1].reason))
-        if self.late:
+        code = self.process.exitcode
+        if self.late or code == -signal.SIGXCPU:
             reason = f"stopped after {self.time_limit:.0f} s"
         elif not reason:
-            code = self.process.exitcode
             reason = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
         status = "failure" if _RUNS in messages else "not runnable"
         return Record(self.candidate, status, reason, seconds=self._seconds())
@@ -125,10 +130,12 @@ def _received(receiver: Connection) -> Iterator[Any]:
             yield receiver.recv()
 
 
-def _work(candidate: Candidate, sender: Connection, errors: str, memory_limit: int) -> None:
+def _work(candidate: Candidate, sender: Connection, errors: str, time_limit: int, memory_limit: int) -> None:
     """The worker: says when it starts, when the model has trained in eager mode, and what its record is."""
     sender.send(_STARTED)
     os.dup2(os.open(errors, os.O_WRONLY), 2)
+    used = int(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (used + time_limit, used + time_limit + 5))
     resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
     sender.send(examine(candidate, runs=lambda: sender.send(_RUNS)))
 
