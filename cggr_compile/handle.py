@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 import warnings
 from collections.abc import Callable
@@ -204,8 +205,9 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
 
 
 def _graph_break(error: Unsupported) -> CannotOptimize:
-    stack = getattr(error, "real_stack", None)
-    frame = stack[-1] if stack else None
+    stack = getattr(error, "real_stack", None) or []
+    inside_torch = os.path.dirname(torch.__file__)
+    frame = next((frame for frame in reversed(stack) if not frame.filename.startswith(inside_torch)), None)
     return CannotOptimize(
         f"the model breaks Dynamo's graph ({str(error).splitlines()[0]})",
         source=f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else None,

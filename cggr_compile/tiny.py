@@ -159,7 +159,7 @@ def tiny_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
         if isinstance(was, PretrainedConfig):
             tiny[name] = tiny_config(type(was))
         elif _RANDOMNESS.fullmatch(name) and isinstance(was, (int, float)) and not isinstance(was, bool):
-            tiny[name] = 0.0
+            tiny[name] = type(was)(0)
         elif type(was) is int and name not in derived and not _SPECIAL.fullmatch(name):
             tiny[name] = _shrunk(name, standard.get(name, name), was, width)
         elif was is None and name in _REQUIRED:

@@ -61,11 +61,13 @@ def _stream(program: Program, hidden: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
 
 
 def _carries_tokens(program: Program, node: fx.Node) -> bool:
-    """Whether the tensor is [batch, sequence, …] and floating."""
+    """Whether the tensor is floating and has a batch, a sequence and a further dimension, in any order."""
     if not is_tensor(node) or value(node).dim() < 3 or not value(node).is_floating_point():
         return False
-    batch, sequence = value(node).shape[:2]
-    return program.same_size(batch, program.batch) and program.same_size(sequence, program.sequence)
+    sizes = value(node).shape
+    batch = {dim for dim, size in enumerate(sizes) if program.same_size(size, program.batch)}
+    sequence = {dim for dim, size in enumerate(sizes) if program.same_size(size, program.sequence)}
+    return bool(batch) and bool(sequence - batch)
 
 
 def _modules(node: fx.Node) -> list[tuple[str, ...]]:
