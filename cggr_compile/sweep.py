@@ -11,12 +11,14 @@ import os
 import re
 import resource
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +42,13 @@ _FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s:'\"]+/)?(?=(?:torch|transformers|cggr
 
 
 def run(
-    todo: Sequence[Candidate], jobs: int, time_limit: float, memory_limit: float, done: Callable[[Record], None]
+    todo: Sequence[Candidate],
+    jobs: int,
+    time_limit: float,
+    memory_limit: float,
+    done: Callable[[Record], None],
+    work: Callable[[Candidate, Callable[[], None]], Record] = examine,
+    context: BaseContext | None = None,
 ) -> None:
     """Examines each candidate in a process of its own and passes its record to `done`.
 
@@ -51,15 +59,18 @@ def run(
             waits for ever is stopped after `PATIENCE` times as many seconds of the clock.
         memory_limit: GiB of data for each.
         done: called in this process, in the order of completion.
+        work: what a worker does with a candidate, given what to call once its model runs.
+        context: how workers are started; by a fork server with everything imported without one.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cggr_compile.warm_worker"])
+    if context is None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["cggr_compile.sweep", "cggr_compile.warm_worker"])
     waiting = list(todo)
     running: list[_Worker] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_Worker(context, waiting.pop(0), time_limit, memory_limit))
+                running.append(_Worker(context, work, waiting.pop(0), time_limit, memory_limit))
             wait([worker.process.sentinel for worker in running], timeout=0.2)
             for worker in [worker for worker in running if worker.ended()]:
                 running.remove(worker)
@@ -72,14 +83,16 @@ def run(
 class _Worker:
     """One process, its pipe, what it prints on stderr, and its deadline."""
 
-    def __init__(self, context: Any, candidate: Candidate, time_limit: float, memory_limit: float) -> None:
+    def __init__(
+        self, context: Any, work: Callable[..., Record], candidate: Candidate, time_limit: float, memory_limit: float
+    ) -> None:
         self.candidate = candidate
         self.time_limit = time_limit
         self.errors: IO[str] = tempfile.NamedTemporaryFile("r", suffix=".err", errors="replace")  # noqa: SIM115
         self.receiver, sender = context.Pipe(duplex=False)
         self.process = context.Process(
             target=_work,
-            args=(candidate, sender, self.errors.name, int(time_limit), int(memory_limit * 2**30)),
+            args=(work, candidate, sender, self.errors.name, int(time_limit), int(memory_limit * 2**30)),
             daemon=True,
         )
         self.messages: list[Any] = []
@@ -130,26 +143,34 @@ def _received(receiver: Connection) -> Iterator[Any]:
             yield receiver.recv()
 
 
-def _work(candidate: Candidate, sender: Connection, errors: str, time_limit: int, memory_limit: int) -> None:
+def _work(
+    work: Callable[..., Record],
+    candidate: Candidate,
+    sender: Connection,
+    errors: str,
+    time_limit: int,
+    memory_limit: int,
+) -> None:
     """The worker: says when it starts, when the model has trained in eager mode, and what its record is."""
     sender.send(_STARTED)
-    os.dup2(os.open(errors, os.O_WRONLY), 2)
+    sys.stderr = open(errors, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+    os.dup2(sys.stderr.fileno(), 2)
     used = int(time.process_time())
     resource.setrlimit(resource.RLIMIT_CPU, (used + time_limit, used + time_limit + 5))
     resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
-    sender.send(examine(candidate, runs=lambda: sender.send(_RUNS)))
+    sender.send(work(candidate, lambda: sender.send(_RUNS)))
 
 
 def last_error(text: str) -> str:
     """The first line of the last exception that a traceback in `text` ends with, and where it was raised; else ""."""
-    _, _, trace = text.rpartition("Traceback (most recent call last):")
+    _, raised, trace = text.rpartition("Traceback (most recent call last):")
     lines = trace.splitlines()
     spoken = [line for line in lines if line and not line[0].isspace()]
     # An error that passes another one on names it on its second line.
     message = " ".join(spoken[: 2 if spoken and spoken[0].endswith(":") else 1])
     frames = [_FRAME.search(line) for line in lines]
     places = [match for match in frames if match]
-    if not message:
+    if not raised or not message:
         return ""
     where = f" (at {places[-1]['file']}:{places[-1]['line']})" if places else ""
     return _without_folders(message + where)

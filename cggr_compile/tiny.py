@@ -206,14 +206,12 @@ def _sampled_layers(fields: dict[str, Any], standard: dict[str, str], tiny: dict
         return {}
     count = fields[count_name]
     sequences = {name: was for name, was in fields.items() if isinstance(was, (list, tuple))}
-    by_layer = {name: was for name, was in sequences.items() if len(was) == count and count > 1}
     chosen = {
         name: was
         for name, was in sequences.items()
-        if name not in by_layer
-        and _INDEX_LIST.fullmatch(name)
-        and all(type(index) is int and 0 <= index < count for index in was)
+        if _INDEX_LIST.fullmatch(name) and all(type(index) is int and 0 <= index < count for index in was)
     }
+    by_layer = {name: was for name, was in sequences.items() if name not in chosen and len(was) == count > 1}
     kinds = [
         tuple(str(was[layer]) for was in by_layer.values()) + tuple(layer in was for was in chosen.values())
         for layer in range(count)
