@@ -1,8 +1,8 @@
 """Confidence-gated gradient routing as a compiler pass: `model = cggr.optimize(model)`."""
 
 from cggr_compile.api import explain, handle, optimize, restore
-from cggr_compile.check import Check, LayerStackNotFound, check
 from cggr_compile.config import ConfigError, RoutingConfig
+from cggr_compile.contract import Check, LayerStackNotFound, check
 from cggr_compile.errors import CannotOptimize, VerificationError
 from cggr_compile.handle import Handle
 from cggr_compile.original import CGGRLoss, CGGRScorer

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from cggr_compile.check import IGNORED, check, eager_step
+from cggr_compile.contract import IGNORED, check, eager_step
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.tiny import FIRST_ID, LAST_ID, tiny_config
 
