@@ -269,15 +269,17 @@ def _decides(model: nn.Module, inputs: Batch, stack: list[nn.Module]) -> bool:
 
 def _residual(output: Any) -> Any:
     """The first tensor that a layer returns, None where it returns none."""
-    if isinstance(output, torch.Tensor):
-        return output
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
     if isinstance(output, (tuple, list)):
         return next((part for part in output if isinstance(part, torch.Tensor)), None)
-    return None
+    return output if isinstance(output, torch.Tensor) else None
 
 
 def _with_residual(output: Any, residual: torch.Tensor) -> Any:
     if isinstance(output, torch.Tensor):
         return residual
-    place = next(index for index, part in enumerate(output) if isinstance(part, torch.Tensor))
-    return type(output)((*output[:place], residual, *output[place + 1 :]))
+    items = list(output.items() if isinstance(output, Mapping) else enumerate(output))
+    place = next(key for key, part in items if isinstance(part, torch.Tensor))
+    changed = [(key, residual if key == place else part) for key, part in items]
+    return type(output)(changed if isinstance(output, Mapping) else (part for _, part in changed))

@@ -2,8 +2,10 @@
 
 The proof is dataflow and always the same: a tensor on *every* path from the token embedding to the head's input (a
 cut vertex) is all that crosses at that point; whatever else later layers read cannot depend on the activations, so it
-is loop-invariant (masks, rotary tables, sizes). Which cut vertices end a layer is read from module-stack metadata, or,
-where that is missing or names a single module, from repetition: the longest run of equal segments between cuts.
+is loop-invariant (masks, rotary tables, sizes). What is computed in front of the first layer and read by every layer
+(per-layer embeddings) is loop-invariant too: where module metadata names the layers, a tensor through which every path
+from *their* nodes leads is a cut as well. Which cut vertices end a layer is read from module-stack metadata, or, where
+that is missing or names a single module, from repetition: the longest run of equal segments between cuts.
 """
 
 from __future__ import annotations
@@ -88,32 +90,49 @@ def _layer_indices(node: fx.Node) -> dict[tuple[str, ...], int]:
 
 
 def _by_metadata(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layers | None:
-    members: dict[tuple[str, ...], set[int]] = defaultdict(set)
-    cutting: dict[tuple[str, ...], dict[int, fx.Node]] = defaultdict(dict)
-    for node in ancestors([cuts[-1]]):
-        for container, index in _layer_indices(node).items():
-            members[container].add(index)
-    for cut in cuts:
-        for container, index in _layer_indices(cut).items():
-            cutting[container][index] = cut
+    placed: dict[tuple[str, ...], dict[fx.Node, int]] = defaultdict(dict)
+    upstream = ancestors([cuts[-1]])
+    for node in program.graph.nodes:
+        if node in upstream:
+            for container, index in _layer_indices(node).items():
+                placed[container][node] = index
+    members = {path: set(found.values()) for path, found in placed.items()}
     stacks = sorted(
         (path for path, found in members.items() if len(found) > 1 and found == set(range(len(found)))),
         key=lambda path: (-len(members[path]), len(path)),
     )
-    found: list[tuple[tuple[str, ...], tuple[fx.Node, ...]]] = []
-    for path in stacks:
-        leaving = [cutting[path].get(index) for index in range(len(members[path]))]
-        ordered = [cut for cut in cuts if cut in leaving]
-        if None not in leaving and ordered == leaving:
-            found.append((path, tuple(ordered)))
+    found = {path: residuals for path in stacks if (residuals := _residuals(placed[path], cuts))}
+    if not found:
+        found = {
+            path: residuals
+            for path in stacks
+            if (residuals := _residuals(placed[path], _cuts_behind(program, placed[path], cuts[-1])))
+        }
     if found:
         # A model without layer modules keeps one list for each part of a layer; the last part ends the layer.
-        longest = [stack for stack in found if len(stack[1]) == len(found[0][1])]
-        path, residuals = max(longest, key=lambda stack: (cuts.index(stack[1][-1]), -len(stack[0])))
-        return Layers(".".join(path), "metadata + single-residual cut", entry, residuals)
+        order = {node: position for position, node in enumerate(program.graph.nodes)}
+        most = max(len(residuals) for residuals in found.values())
+        longest = [path for path, residuals in found.items() if len(residuals) == most]
+        path = max(longest, key=lambda path: (order[found[path][-1]], -len(path)))
+        return Layers(".".join(path), "metadata + single-residual cut", entry, found[path])
     for path in stacks:
-        _refuse_second_tensor(program, path, members[path], cutting[path])
+        cutting = {placed[path][cut]: cut for cut in cuts if cut in placed[path]}
+        _refuse_second_tensor(program, path, members[path], cutting)
     return None
+
+
+def _residuals(placed: dict[fx.Node, int], cuts: list[fx.Node]) -> tuple[fx.Node, ...]:
+    """The last cut in each member of a container; empty unless every member has one, in the members' order."""
+    last = {placed[cut]: cut for cut in cuts if cut in placed}
+    inside = list(dict.fromkeys(placed[cut] for cut in cuts if cut in placed))
+    count = len(set(placed.values()))
+    return tuple(last[index] for index in range(count)) if inside == list(range(count)) else ()
+
+
+def _cuts_behind(program: Program, placed: dict[fx.Node, int], hidden: fx.Node) -> list[fx.Node]:
+    """The cuts of every path from the members' nodes: what is computed in front of the first member does not count."""
+    inside = [node for node in placed if is_tensor(node) and node.op == "call_function"]
+    return [cut for cut in cut_vertices(inside, hidden) if _carries_tokens(program, cut)]
 
 
 def _refuse_second_tensor(
