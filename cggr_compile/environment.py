@@ -19,7 +19,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
     versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "command": " ".join(["python", *_program(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": " ".join(["python", *_program(Path(sys.argv[0])), *map(_without_folder, sys.argv[1:])]),
         "commit": commit or commit_of_checkout(),
         "device": name,
         "versions": versions,
@@ -31,6 +31,10 @@ def _program(path: Path) -> list[str]:
     if path.name == "__main__.py":
         return ["-m", path.parent.name]
     return [path.name if path.is_absolute() else str(path)]
+
+
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def commit_of_checkout() -> str:

@@ -118,6 +118,7 @@ def _by_metadata(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layer
     for path in stacks:
         cutting = {placed[path][cut]: cut for cut in cuts if cut in placed[path]}
         _refuse_second_tensor(program, path, members[path], cutting)
+        _refuse_uncut_majority(program, path, placed[path], upstream)
     return None
 
 
@@ -155,6 +156,25 @@ def _refuse_second_tensor(
             node=leaving[-1],
             hint="only stacks with one residual stream can be routed",
         )
+
+
+def _refuse_uncut_majority(
+    program: Program, path: tuple[str, ...], placed: dict[fx.Node, int], upstream: set[fx.Node]
+) -> None:
+    """Raises for numbered modules that run one after the other, read most parameters and are not cut: they are the
+    layers, and what repeats elsewhere is not."""
+    run = [placed[node] for node in program.graph.nodes if node in placed]
+    reading = [node for node in upstream if any(_is_state(program, source) for source in node.all_input_nodes)]
+    if run == sorted(run) and 2 * sum(node in placed for node in reading) > len(reading):
+        raise CannotOptimize(
+            f"no single tensor leaves each layer of {'.'.join(path)}",
+            node=next(node for node in placed if placed[node] == 1),
+            hint="only stacks with one residual stream can be routed",
+        )
+
+
+def _is_state(program: Program, node: fx.Node) -> bool:
+    return node.op == "placeholder" and program.kind(node) == "state"
 
 
 def _by_repetition(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layers | None:
