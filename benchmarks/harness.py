@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -18,7 +17,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -226,25 +224,6 @@ def _run_worker(command: list[str], timeout: float) -> tuple[list[Record], str |
         death = f"exit status {worker.returncode}: {first_line(''.join(reversed(err.splitlines(keepends=True))))}"
     lines = (line.removeprefix(LINE_MARK) for line in out.splitlines() if line.startswith(LINE_MARK))
     return [json.loads(line) for line in lines], death
-
-
-def environment(device: torch.device, commit: str | None) -> Record:
-    """The command, the commit ("-dirty" with changes, "unknown" outside a checkout), the device and the versions."""
-    if commit is None:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        commit = done.stdout.strip() or "unknown"
-    packages = ("torch", "transformers", "triton", "liger-kernel", "cut-cross-entropy")
-    versions = {"python": platform.python_version(), **{package: _version(package) for package in packages}}
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"command": " ".join(["python", *sys.argv]), "commit": commit, "device": name, "versions": versions}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
 
 
 def summarise(records: list[Record], peers: tuple[str, ...]) -> list[Record]:

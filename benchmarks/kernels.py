@@ -34,7 +34,6 @@ from harness import (
     Problem,
     Record,
     Shape,
-    environment,
     first_line,
     make_problem,
     measure,
@@ -45,6 +44,7 @@ from harness import (
 from torch import Tensor
 
 import cggr_compile as cggr
+from cggr_compile.environment import environment
 
 try:
     from triton.errors import TritonError

@@ -24,11 +24,11 @@ import cggr_compile.kernels.router_head_ops  # noqa: F401  registers torch.ops.c
 import torch
 import typer
 from cggr_compile.kernels.router_heads import refreshed
-from harness import environment
 from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.demo_data import Windows, load_pretrained, make_windows, read_text
+from cggr_compile.environment import environment
 from cggr_compile.router_head import cost_factor
 
 SAMPLES = ((64, 64), (256, 256), (512, 512), (1024, 1024), (2048, 2048))

@@ -31,9 +31,10 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from harness import environment, first_line
+from harness import first_line
 
 import cggr_compile as cggr
+from cggr_compile.environment import environment
 
 GRAPHS = "+graphs"
 

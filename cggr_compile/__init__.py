@@ -2,6 +2,7 @@
 
 from cggr_compile.api import explain, handle, optimize, restore
 from cggr_compile.config import ConfigError, RoutingConfig
+from cggr_compile.contract import Check, LayerStackNotFound, check
 from cggr_compile.errors import CannotOptimize, VerificationError
 from cggr_compile.handle import Handle
 from cggr_compile.original import CGGRLoss, CGGRScorer
@@ -15,13 +16,16 @@ __all__ = [
     "CGGRModel",
     "CGGRScorer",
     "CannotOptimize",
+    "Check",
     "ConfigError",
     "Handle",
+    "LayerStackNotFound",
     "ModelLossMixin",
     "RoutingConfig",
     "TruncatedRouter",
     "VerificationError",
     "attach",
+    "check",
     "create_truncated_router",
     "explain",
     "handle",

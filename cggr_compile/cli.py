@@ -1,4 +1,5 @@
-"""The command line: `explain` shows what routing does to a model, `demo` trains one with and without it.
+"""The command line: `explain` shows what routing does to a model, `demo` trains one with and without it,
+`architectures` proves the contract on every architecture of transformers.
 
 `explain` needs a configuration only. The model is built on the meta device, so nothing is downloaded but the
 configuration and no memory is taken by weights.
@@ -111,6 +112,30 @@ def demo(
         run(model, text, device, output, steps, ratio, batch_size, sequence_length, seed)
     except (CannotOptimize, ConfigError, OSError) as error:
         _fail(error)
+
+
+@app.command()
+def architectures(
+    only: Annotated[
+        list[str] | None, typer.Option(help="Model type or class (repeatable); examined again if it has a result.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    time_limit: Annotated[float, typer.Option(min=1, help="Processor seconds for each class.")] = 300,
+    memory_limit: Annotated[float, typer.Option(min=1, help="GiB of data for each class.")] = 8,
+    output: Annotated[Path, typer.Option(help="Results; an earlier run's are kept and gone on with.")] = Path(
+        "architectures.json"
+    ),
+    markdown: Annotated[Path | None, typer.Option(help="The page; beside the results without.")] = None,
+) -> None:
+    """Prove the contract on a tiny model of every architecture of transformers; exit 1 where one fails."""
+    from cggr_compile.sweep import UnknownArchitecture, sweep
+
+    try:
+        failed = sweep(only or [], jobs, time_limit, memory_limit, output, markdown or output.with_suffix(".md"))
+    except (UnknownArchitecture, OSError, ValueError) as error:
+        _fail(error)
+    if failed:
+        raise typer.Exit(1)
 
 
 def read_config(name: str) -> PretrainedConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError, Unsupported, UserError
 
 from cggr_compile import compat
 from cggr_compile.backend import Backend
@@ -219,7 +220,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
         if isinstance(cause, (CannotOptimize, PlanComplete)):
             raise cause from None
         raise
-    except Unsupported as error:
+    except (Unsupported, UserError) as error:
         raise _graph_break(error) from error
     except TorchRuntimeError as error:
         raise CannotOptimize(
@@ -228,9 +229,10 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
         ) from error
 
 
-def _graph_break(error: Unsupported) -> CannotOptimize:
-    stack = getattr(error, "real_stack", None)
-    frame = stack[-1] if stack else None
+def _graph_break(error: Unsupported | UserError) -> CannotOptimize:
+    stack = getattr(error, "real_stack", None) or []
+    inside_torch = os.path.dirname(torch.__file__)
+    frame = next((frame for frame in reversed(stack) if not frame.filename.startswith(inside_torch)), None)
     return CannotOptimize(
         f"the model breaks Dynamo's graph ({str(error).splitlines()[0]})",
         source=f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else None,

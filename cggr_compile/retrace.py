@@ -1,10 +1,12 @@
 """Dynamo's graph, traced once more into functional pre-dispatch ATen.
 
 Tracing in front of autograd and autocast yields the operators that eager runs, in eager's order; autograd derives the
-backward from whatever the passes make of them. Three constructs need care:
+backward from whatever the passes make of them. Four constructs need care:
 
 * a checkpointed body is inlined and its nodes tagged for recomputation, so that passes see every operator;
 * a `torch.autograd.Function` defines its own backward and stays one opaque node, bodies and all;
+* dropout in front of an in-place operator: functionalisation refuses to mutate its output, because where nothing is
+  dropped that is the input itself. So it is: the input where nothing is dropped, a fresh tensor otherwise;
 * a vmapped region is traced on its own, behind vmap: in front of it, batched tensors have no place in the graph.
 
 A graph without in-place operators is functional as it stands; only one that has some pays for functionalisation.
@@ -12,10 +14,12 @@ A graph without in-place operators is functional as it stands; only one that has
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
+import torch.nn.functional as F
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch import predispatch
@@ -38,6 +42,8 @@ from cggr_compile.errors import CannotOptimize
 
 aten = torch.ops.aten
 
+_DROPOUT = inspect.signature(F.dropout)
+
 
 def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
     """The functional ATen graph of Dynamo's `gm`; call it under the fake mode of `fakes`.
@@ -50,11 +56,15 @@ def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
     def run(*args: Any) -> Any:
         return _Inliner(gm).run(*args)
 
+    def run_with_mutable_dropout(*args: Any) -> Any:
+        return _MutableDropout(gm).run(*args)
+
     with fx_traceback.preserve_node_meta():
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)
         if any(_mutates(node) for node in traced.graph.nodes):
             with enable_python_dispatcher():
-                functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
+                mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+                functional = dispatch_functionalize(run_with_mutable_dropout, mode)
                 decompositions = {aten.copy.default: _copy}
                 traced = make_fx(functional, decompositions, pre_dispatch=True, tracing_mode="real")(*fakes)
     _refuse_escaped_values(traced)
@@ -79,6 +89,19 @@ class _Inliner(fx.Interpreter):
         if target is torch.ops.higher_order.autograd_function_apply:
             return _opaque(target, args, kwargs)
         return super().call_function(target, args, kwargs)
+
+
+class _MutableDropout(_Inliner):
+    """The same for functionalisation, with dropouts whose outputs may be mutated."""
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if target is not F.dropout:
+            return super().call_function(target, args, kwargs)
+        bound = _DROPOUT.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if not bound.arguments["training"] or bound.arguments["p"] == 0:
+            return bound.arguments["input"]
+        return super().call_function(target, args, kwargs).clone()
 
 
 def _opaque(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -2,8 +2,10 @@
 
 The proof is dataflow and always the same: a tensor on *every* path from the token embedding to the head's input (a
 cut vertex) is all that crosses at that point; whatever else later layers read cannot depend on the activations, so it
-is loop-invariant (masks, rotary tables, sizes). Which cut vertices end a layer is read from module-stack metadata, or,
-where that is missing or names a single module, from repetition: the longest run of equal segments between cuts.
+is loop-invariant (masks, rotary tables, sizes). What is computed in front of the first layer and read by every layer
+(per-layer embeddings) is loop-invariant too: where module metadata names the layers, a tensor through which every path
+from *their* nodes leads is a cut as well. Which cut vertices end a layer is read from module-stack metadata, or, where
+that is missing or names a single module, from repetition: the longest run of equal segments between cuts.
 """
 
 from __future__ import annotations
@@ -61,11 +63,13 @@ def _stream(program: Program, hidden: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
 
 
 def _carries_tokens(program: Program, node: fx.Node) -> bool:
-    """Whether the tensor is [batch, sequence, …] and floating."""
+    """Whether the tensor is floating and has a batch, a sequence and a further dimension, in any order."""
     if not is_tensor(node) or value(node).dim() < 3 or not value(node).is_floating_point():
         return False
-    batch, sequence = value(node).shape[:2]
-    return program.same_size(batch, program.batch) and program.same_size(sequence, program.sequence)
+    sizes = value(node).shape
+    batch = {dim for dim, size in enumerate(sizes) if program.same_size(size, program.batch)}
+    sequence = {dim for dim, size in enumerate(sizes) if program.same_size(size, program.sequence)}
+    return bool(batch) and bool(sequence - batch)
 
 
 def _modules(node: fx.Node) -> list[tuple[str, ...]]:
@@ -86,27 +90,50 @@ def _layer_indices(node: fx.Node) -> dict[tuple[str, ...], int]:
 
 
 def _by_metadata(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layers | None:
-    members: dict[tuple[str, ...], set[int]] = defaultdict(set)
-    cutting: dict[tuple[str, ...], dict[int, fx.Node]] = defaultdict(dict)
-    for node in ancestors([cuts[-1]]):
-        for container, index in _layer_indices(node).items():
-            members[container].add(index)
-    for cut in cuts:
-        for container, index in _layer_indices(cut).items():
-            cutting[container][index] = cut
+    placed: dict[tuple[str, ...], dict[fx.Node, int]] = defaultdict(dict)
+    upstream = ancestors([cuts[-1]])
+    for node in program.graph.nodes:
+        if node in upstream:
+            for container, index in _layer_indices(node).items():
+                placed[container][node] = index
+    members = {path: set(found.values()) for path, found in placed.items()}
     stacks = sorted(
         (path for path, found in members.items() if len(found) > 1 and found == set(range(len(found)))),
         key=lambda path: (-len(members[path]), len(path)),
     )
+    found = {path: residuals for path in stacks if (residuals := _residuals(placed[path], cuts))}
+    if not found:
+        found = {
+            path: residuals
+            for path in stacks
+            if (residuals := _residuals(placed[path], _cuts_behind(program, placed[path], cuts[-1])))
+        }
+    if found:
+        # A model without layer modules keeps one list for each part of a layer; the last part ends the layer.
+        order = {node: position for position, node in enumerate(program.graph.nodes)}
+        most = max(len(residuals) for residuals in found.values())
+        longest = [path for path, residuals in found.items() if len(residuals) == most]
+        path = max(longest, key=lambda path: (order[found[path][-1]], -len(path)))
+        return Layers(".".join(path), "metadata + single-residual cut", entry, found[path])
     for path in stacks:
-        residuals = [cutting[path].get(index) for index in range(len(members[path]))]
-        ordered = [cut for cut in cuts if cut in residuals]
-        if None not in residuals and ordered == residuals:
-            name = ".".join(path)
-            return Layers(name, "metadata + single-residual cut", entry, tuple(ordered))
-    for path in stacks:
-        _refuse_second_tensor(program, path, members[path], cutting[path])
+        cutting = {placed[path][cut]: cut for cut in cuts if cut in placed[path]}
+        _refuse_second_tensor(program, path, members[path], cutting)
+        _refuse_uncut_majority(program, path, placed[path], upstream)
     return None
+
+
+def _residuals(placed: dict[fx.Node, int], cuts: list[fx.Node]) -> tuple[fx.Node, ...]:
+    """The last cut in each member of a container; empty unless every member has one, in the members' order."""
+    last = {placed[cut]: cut for cut in cuts if cut in placed}
+    inside = list(dict.fromkeys(placed[cut] for cut in cuts if cut in placed))
+    count = len(set(placed.values()))
+    return tuple(last[index] for index in range(count)) if inside == list(range(count)) else ()
+
+
+def _cuts_behind(program: Program, placed: dict[fx.Node, int], hidden: fx.Node) -> list[fx.Node]:
+    """The cuts of every path from the members' nodes: what is computed in front of the first member does not count."""
+    inside = [node for node in placed if is_tensor(node) and node.op == "call_function"]
+    return [cut for cut in cut_vertices(inside, hidden) if _carries_tokens(program, cut)]
 
 
 def _refuse_second_tensor(
@@ -129,6 +156,25 @@ def _refuse_second_tensor(
             node=leaving[-1],
             hint="only stacks with one residual stream can be routed",
         )
+
+
+def _refuse_uncut_majority(
+    program: Program, path: tuple[str, ...], placed: dict[fx.Node, int], upstream: set[fx.Node]
+) -> None:
+    """Raises for numbered modules that run one after the other, read most parameters and are not cut: they are the
+    layers, and what repeats elsewhere is not."""
+    run = [placed[node] for node in program.graph.nodes if node in placed]
+    reading = [node for node in upstream if any(_is_state(program, source) for source in node.all_input_nodes)]
+    if run == sorted(run) and 2 * sum(node in placed for node in reading) > len(reading):
+        raise CannotOptimize(
+            f"no single tensor leaves each layer of {'.'.join(path)}",
+            node=next(node for node in placed if placed[node] == 1),
+            hint="only stacks with one residual stream can be routed",
+        )
+
+
+def _is_state(program: Program, node: fx.Node) -> bool:
+    return node.op == "placeholder" and program.kind(node) == "state"
 
 
 def _by_repetition(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layers | None:

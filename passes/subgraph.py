@@ -33,16 +33,18 @@ def descendants(roots: Iterable[fx.Node], through: Callable[[fx.Node], bool] = l
     return found
 
 
-def cut_vertices(source: fx.Node, target: fx.Node) -> list[fx.Node]:
+def cut_vertices(source: fx.Node | Collection[fx.Node], target: fx.Node) -> list[fx.Node]:
     """The tensors through which *every* path of activations from `source` to `target` passes, in execution order.
+
+    Of several sources, those that run before a tensor are meant: all their paths pass through it.
 
     In execution order a node lies on every path exactly if no edge of the paths jumps over it: if an edge did, the
     path through that edge would avoid the node; if none does, every path must step on it. One sweep that remembers
     the farthest edge so far therefore finds them all. Edges through sizes carry no activation and do not count.
     """
     upstream = ancestors([target])
-    downstream = descendants([source], _carries_activations)
-    paths = [node for node in source.graph.nodes if node in upstream and node in downstream]
+    downstream = descendants([source] if isinstance(source, fx.Node) else source, _carries_activations)
+    paths = [node for node in target.graph.nodes if node in upstream and node in downstream]
     position = {node: index for index, node in enumerate(paths)}
     cuts, farthest = [], 0
     for index, node in enumerate(paths):

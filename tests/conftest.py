@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=_SLOW)
 settings.register_profile("long", deadline=None, max_examples=1000, suppress_health_check=_SLOW)
+settings.register_profile("fuzz", deadline=None, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 transformers.logging.set_verbosity_error()

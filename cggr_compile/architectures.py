@@ -1,0 +1,167 @@
+"""One transformers architecture at a time: a tiny model of it, batches for it, and whether routing it is exact.
+
+`examine` runs in a process of its own (`sweep`), because a model may crash, hang or take all memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from cggr_compile.contract import IGNORED, check, eager_step
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.tiny import FIRST_ID, LAST_ID, tiny_config
+
+ROWS, LENGTH = 6, 12
+STATUSES = ("exact", "rounding", "refused", "not runnable", "failure")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An entry of transformers' causal-LM or masked-LM mapping: `objective` is "causal" or "masked"."""
+
+    objective: str
+    model_type: str
+    model_class: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one candidate.
+
+    `status` is one of `STATUSES`: loss and every gradient bitwise equal; equal within fp32 rounding; refused with
+    `CannotOptimize`; not runnable in eager training on the CPU; anything else. `difference` is that of `Check`, None
+    where nothing was compared. `captured`: whether the training step became a graph. `seconds`: processor time.
+    """
+
+    candidate: Candidate
+    status: str
+    reason: str = ""
+    captured: bool = False
+    layers: int = 0
+    path: str = ""
+    proof: str = ""
+    difference: float | None = None
+    seconds: float = 0.0
+    commit: str = field(default="", compare=False)
+
+
+def candidates() -> list[Candidate]:
+    """Every entry of the two mappings, causal first, in the mappings' order."""
+    mappings = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+    return [
+        Candidate(objective, model_type, name if isinstance(name, str) else name[0])
+        for objective, mapping in mappings.items()
+        for model_type, name in mapping.items()
+    ]
+
+
+def build(candidate: Candidate) -> nn.Module:
+    """A tiny model of the candidate in training mode, with reproducible weights and attention written out in torch.
+
+    Raises:
+        whatever transformers raises where it cannot be built.
+    """
+    config = tiny_config(CONFIG_MAPPING[candidate.model_type])
+    auto = AutoModelForMaskedLM if candidate.objective == "masked" else AutoModelForCausalLM
+    model_class = auto._model_mapping[type(config)]
+    config = _own_part(config, model_class)
+    if candidate.objective == "causal" and hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    torch.manual_seed(0)
+    model = model_class._from_config(config, attn_implementation="eager")
+    model.config.use_cache = False
+    return model.train()
+
+
+def _own_part(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> PretrainedConfig:
+    """The part of a composite configuration that the class is built from."""
+    parts = [getattr(config, name) for name in config.sub_configs]
+    return next((part for part in parts if type(part) is model_class.config_class), config)
+
+
+def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Two batches of ids [6, 12]: every row padded on one side or the other, and no row padded.
+
+    Labels are those of the model's positions, ignored where there is padding, in the whole of row 2 and at one more
+    place of the first batch. Models that take no `attention_mask` get none.
+    """
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(1)
+    last = min(LAST_ID, getattr(config, "vocab_size", LAST_ID))
+    ids = torch.randint(FIRST_ID, last, (ROWS, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(ROWS):
+        padding = 1 + row % 3
+        mask[row, slice(0, padding) if row % 2 else slice(LENGTH - padding, LENGTH)] = 0
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels[2] = IGNORED
+    labels[-1, LENGTH // 2] = IGNORED
+    given = [
+        {"input_ids": ids, "attention_mask": mask, "labels": labels},
+        {"input_ids": ids.flip(0), "attention_mask": torch.ones_like(ids), "labels": ids.flip(0).clone()},
+    ]
+    if "attention_mask" not in inspect.signature(model.forward).parameters:
+        for batch in given:
+            del batch["attention_mask"]
+    return given
+
+
+def examine(candidate: Candidate, runs: Callable[[], Any]) -> Record:
+    """Builds the candidate, runs it in eager training, and checks its routing.
+
+    Args:
+        candidate: which architecture.
+        runs: called once the model has trained in eager mode: an error before that is the model's.
+
+    Raises:
+        whatever the model, or the compiler against its promise, raises.
+    """
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    model = build(candidate)
+    given = batches(model)
+    for batch in given:
+        eager_step(model, batch)
+    runs()
+    start = time.process_time()
+    try:
+        outcome = check(build(candidate), *given)
+    except CannotOptimize as error:
+        seconds = time.process_time() - start
+        return Record(candidate, "refused", str(error), _reached_passes(error), seconds=seconds)
+    status = "exact" if outcome.exact else "rounding" if outcome.within_rounding else "failure"
+    return Record(
+        candidate,
+        status,
+        "" if outcome.exact else str(outcome),
+        True,
+        outcome.layers,
+        outcome.path,
+        outcome.proof,
+        outcome.difference,
+        time.process_time() - start,
+    )
+
+
+def _reached_passes(error: CannotOptimize) -> bool:
+    """Whether the passes were running: the capture was complete."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "cggr_compile.passes.pipeline":
+            return True
+        trace = trace.tb_next
+    return False

@@ -1,0 +1,214 @@
+"""Every architecture of transformers: tiny configurations, the check itself, the processes, the results, the page.
+
+The whole sweep is `python -m cggr_compile architectures`; here is a sample, one class a mechanism.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cggr_compile.passes import build_router as build_router_module
+from random_models import VOCABULARY, Layer, RandomModel, Spec
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from typer.testing import CliRunner
+
+import cggr_compile as cggr
+from cggr_compile.architecture_table import render
+from cggr_compile.architectures import Candidate, Record, batches, build, candidates, examine
+from cggr_compile.cli import app
+from cggr_compile.contract import layer_calls
+from cggr_compile.sweep import last_error, load, run, save
+from cggr_compile.tiny import VOCABULARY as TINY_VOCABULARY
+from cggr_compile.tiny import tiny_config
+
+ROOT = Path(__file__).parent.parent
+EVERY = candidates()
+RANDOMNESS = re.compile(r".*(drop|pdrop|jitter).*")
+
+
+def candidate(model_type: str, objective: str = "causal") -> Candidate:
+    return next(c for c in EVERY if (c.model_type, c.objective) == (model_type, objective))
+
+
+def test_every_configuration_is_small_and_keeps_every_kind_of_layer() -> None:
+    own_defaults_are_invalid = []
+    for model_type in dict.fromkeys(c.model_type for c in EVERY):
+        config_class = CONFIG_MAPPING[model_type]
+        try:
+            default = config_class()
+        except Exception:  # noqa: BLE001  the class's own defaults contradict each other
+            own_defaults_are_invalid.append(model_type)
+            continue
+        tiny = tiny_config(config_class)
+        for name, value in vars(tiny).items():
+            if RANDOMNESS.fullmatch(name) and isinstance(value, float) and "freq" not in name:
+                assert value == 0, (model_type, name)
+            if name.endswith("_token_id") and isinstance(value, int):
+                assert -1 <= value < TINY_VOCABULARY, (model_type, name)
+        assert (vars(tiny).get("vocab_size") or 0) <= TINY_VOCABULARY, model_type
+        assert (vars(tiny).get("num_hidden_layers") or 0) <= 16, model_type
+        kinds = vars(default).get("layer_types")
+        if isinstance(kinds, list) and isinstance(vars(tiny).get("layer_types"), list):
+            assert set(vars(tiny)["layer_types"]) == set(kinds), model_type
+    assert own_defaults_are_invalid == ["gemma4_assistant"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "objective", "layers"),
+    [
+        pytest.param("xlnet", "causal", "transformer.layer", id="sequence-first"),
+        pytest.param("xlm", "masked", "transformer.layer_norm2", id="lists-of-parts-and-mutated-dropout"),
+        pytest.param("albert", "masked", "", id="shared-layers"),
+    ],
+)
+def test_a_class_of_each_mechanism_is_exact(model_type: str, objective: str, layers: str) -> None:
+    ran = []
+    record = examine(candidate(model_type, objective), lambda: ran.append(True))
+    assert (record.status, record.reason, record.path, record.difference) == ("exact", "", layers, 0.0)
+    assert record.captured
+    assert ran
+
+
+def test_the_eager_side_finds_the_layers_by_itself() -> None:
+    """Albert runs one module twice; of XLM's four lists, the last part of a layer ends it."""
+    for model_type, path in (("albert", "albert.encoder.albert_layer_groups.0"), ("xlm", "transformer.layer_norm2.0")):
+        model = build(candidate(model_type, "masked")).eval()
+        calls = layer_calls(model, batches(model)[1])
+        assert len(calls) == 2
+        assert calls[0] is model.get_submodule(path)
+
+
+SPEC = Spec((Layer("pre", None, "none"),), 3, 1, 1, False, False, "none", "list", False, False, False, 0.0, 1.0)
+
+
+def random_ids(seed: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.randint(VOCABULARY, (14, 7), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def test_check_sees_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router that is one layer too deep selects other rows."""
+    right = build_router_module.router_layers
+    torch.manual_seed(0)
+    model = RandomModel(SPEC)
+    given = [random_ids(seed) for seed in range(3)]
+    assert cggr.check(model, *given).exact
+    torch._dynamo.reset()
+    monkeypatch.setattr(build_router_module, "router_layers", lambda *arguments: right(*arguments) + 1)
+    outcome = cggr.check(model, *given)
+    assert outcome.selected != outcome.expected
+    assert not outcome.within_rounding
+    assert str(outcome).endswith("by the eager router")
+
+
+def test_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slightly_wrong(model: torch.nn.Module, **options: object) -> torch.nn.Module:
+        model.out.weight.register_hook(lambda gradient: gradient * 1.01)
+        return cggr.optimize(model, **options)
+
+    monkeypatch.setattr("cggr_compile.contract.optimize", slightly_wrong)
+    outcome = cggr.check(RandomModel(SPEC), random_ids())
+    assert outcome.selected == outcome.expected
+    assert outcome.where == "out.weight"
+    assert not outcome.within_rounding
+
+
+def _stub(subject: Candidate, runs: Callable[[], None]) -> Record:
+    """A worker that behaves as the candidate's type says."""
+    if subject.model_type == "unbuildable":
+        raise ImportError("no such extension")
+    runs()
+    if subject.model_type == "crashes":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if subject.model_type == "hangs":
+        while True:
+            pass
+    if subject.model_type == "raises":
+        raise RuntimeError("first line\nsecond line")
+    if subject.model_type == "hungry":
+        torch.empty(2**32, dtype=torch.float32).fill_(1)
+    return Record(subject, "exact", captured=True, layers=2, difference=0.0)
+
+
+def test_workers_cost_only_their_own_class() -> None:
+    types = ("fine", "unbuildable", "crashes", "raises", "hungry", "hangs", "fine-too")
+    records: dict[str, Record] = {}
+    run(
+        [Candidate("causal", name, name) for name in types],
+        jobs=1,
+        time_limit=1,
+        memory_limit=4,
+        done=lambda record: records.update({record.candidate.model_type: record}),
+        work=_stub,
+        context=multiprocessing.get_context("fork"),
+    )
+    assert {name: record.status for name, record in records.items()} == {
+        "fine": "exact",
+        "unbuildable": "not runnable",
+        "crashes": "failure",
+        "raises": "failure",
+        "hungry": "failure",
+        "hangs": "failure",
+        "fine-too": "exact",
+    }
+    assert records["unbuildable"].reason.startswith("ImportError: no such extension (at ")
+    assert records["crashes"].reason == "killed by SIGKILL"
+    assert records["raises"].reason.startswith("RuntimeError: first line")
+    assert "memory" in records["hungry"].reason
+    assert records["hangs"].reason == "stopped after 1 s"
+
+
+def test_reasons_name_no_folder_of_the_machine() -> None:
+    text = (
+        "noise\nTraceback (most recent call last):\n"
+        '  File "/home/somebody/site-packages/transformers/models/x/modeling_x.py", line 7, in forward\n    f()\n'
+        "torch._dynamo.exc.BackendCompilerFailed: backend='cggr' raised:\nValueError: bad\n"
+    )
+    expected = "torch._dynamo.exc.BackendCompilerFailed: backend='cggr' raised: ValueError: bad"
+    assert last_error(text) == f"{expected} (at transformers/models/x/modeling_x.py:7)"
+    assert last_error("only a warning") == ""
+
+
+def test_results_are_kept_and_the_page_counts_them(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    records = [
+        Record(candidate("llama"), "exact", "", True, 2, "model.layers", "metadata", 0.0, 3.0, "abc"),
+        Record(candidate("ctrl"), "refused", "a | b", commit="abc"),
+        Record(candidate("git"), "not runnable", "ValueError: x", commit="abc"),
+    ]
+    assert load(path) == {}
+    surroundings = {"command": "python", "device": "cpu", "versions": {"torch": "2", "triton": "absent"}}
+    save(path, {record.candidate: record for record in records}, surroundings)
+    assert list(load(path).values()) == records
+    page = render(records, [candidate("bert")], surroundings)
+    assert "| causal | 1 | 0 | 1 | 1 | 0 | 1 | 1 of 2 (50.0%) |" in page
+    assert "| llama | LlamaForCausalLM | yes | 2 (model.layers) | metadata | exact | 0 | 3 |" in page
+    assert "* ctrl (CTRLLMHeadModel, refused): a \\| b" in page
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="holds no results of this command"):
+        load(path)
+
+
+def test_the_documented_table_is_that_of_the_committed_results() -> None:
+    path = ROOT / "benchmarks" / "results" / "architectures-cpu.json"
+    results = load(path)
+    records = [results[c] for c in EVERY if c in results]
+    missing = [c for c in EVERY if c not in results]
+    surroundings = json.loads(path.read_text(encoding="utf-8"))["environment"]
+    assert (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8") == render(records, missing, surroundings)
+    assert not re.search(r"/(home|work|usr|root)/", path.read_text(encoding="utf-8"))
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["architectures", "--only", "lama", "--output", str(tmp_path / "r.json")])
+    assert result.exit_code == 1
+    assert "'lama' is no model type or class of transformers' mappings" in result.output
+    assert "llama" in result.output
