@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from cggr_compile.passes import build_router as build_router_module
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from random_models import VOCABULARY, Layer, RandomModel, Spec
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
