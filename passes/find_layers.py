@@ -118,7 +118,7 @@ def _by_metadata(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layer
     for path in stacks:
         cutting = {placed[path][cut]: cut for cut in cuts if cut in placed[path]}
         _refuse_second_tensor(program, path, members[path], cutting)
-        _refuse_uncut_majority(program, path, placed[path], upstream)
+        _refuse_uncut_majority(program, path, placed[path], upstream, cuts)
     return None
 
 
@@ -159,16 +159,21 @@ def _refuse_second_tensor(
 
 
 def _refuse_uncut_majority(
-    program: Program, path: tuple[str, ...], placed: dict[fx.Node, int], upstream: set[fx.Node]
+    program: Program, path: tuple[str, ...], placed: dict[fx.Node, int], upstream: set[fx.Node], cuts: list[fx.Node]
 ) -> None:
-    """Raises for numbered modules that run one after the other, read most parameters and are not cut: they are the
-    layers, and what repeats elsewhere is not."""
-    run = [placed[node] for node in program.graph.nodes if node in placed]
+    """Raises for numbered modules that run one after the other, read most parameters and are cut neither inside nor
+    between two of them: they are the layers, and what repeats elsewhere is not."""
+    nodes = [node for node in program.graph.nodes if node in placed or node in cuts]
+    run = [placed[node] for node in nodes if node in placed]
     reading = [node for node in upstream if any(_is_state(program, source) for source in node.all_input_nodes)]
-    if run == sorted(run) and 2 * sum(node in placed for node in reading) > len(reading):
+    if run != sorted(run) or 2 * sum(node in placed for node in reading) <= len(reading):
+        return
+    starts = [nodes.index(next(node for node in nodes if placed.get(node) == index)) for index in dict.fromkeys(run)]
+    uncut = [nodes[there] for here, there in pairwise(starts) if not any(node in cuts for node in nodes[here:there])]
+    if uncut:
         raise CannotOptimize(
             f"no single tensor leaves each layer of {'.'.join(path)}",
-            node=next(node for node in placed if placed[node] == 1),
+            node=uncut[0],
             hint="only stacks with one residual stream can be routed",
         )
 
