@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cggr_compile.kernels.providers import PROVIDERS
+from cggr_compile.kernels.selection import RULES
 from cggr_compile.kernels.selection_ops import DRAWING, options_of
 
-ROUTES = ("sequence",)
+ROUTES = ("sequence", "token", "loss")
+COMPOSITIONS = (("sequence", "loss"), ("token", "loss"))
+RESAMPLES = ("block", "layer")
 SCORINGS = ("loss", "entropy", "margin", "combined")
 SELECTIONS = ("topk", "random", *DRAWING)
 ROUTER_HEADS = ("exact", "sampled", "low_rank", "fp8")
@@ -42,8 +45,11 @@ class RoutingConfig:
     """Options of the rewrite; immutable, compared by value.
 
     Attributes:
-        route: what is routed. `"sequence"`: whole rows of the batch.
-        ratio: fraction of rows kept, in (0, 1]; k = max(1, ceil(ratio * batch size)) rows are kept.
+        route: what is routed. `"sequence"`: whole rows of the batch; `"token"`: the middle layers run on k tokens of
+            each sequence, the others pass on the residual; `"loss"`: head and softmax run on k tokens of the batch. Two
+            of them as a tuple: `("sequence", "loss")` or `("token", "loss")`.
+        ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
+            (token) or both multiplied (loss).
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); a row's score is the mean over its counted tokens, in fp32.
@@ -60,6 +66,12 @@ class RoutingConfig:
             `"importance"` (rows with probability by score; the loss is an unbiased estimate of the batch's).
         selection_options: options of that rule, e.g. `{"tau": 0.05}`; None for its defaults.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
+        dense_after_steps: optimiser step from which everything is kept; the kept fraction rises to 1 from the end of the
+            warm-up until then, on the warm-up's rungs. None keeps `ratio`.
+        first_layers, last_layers: token route: layers at either end that run on every token, at least 1 and 0.
+        resample: token route: `"block"` selects once for all middle layers, `"layer"` for each of them.
+        allow_compressed_recurrence: token route: let convolutions, scans and shifts of the middle layers run on the
+            kept tokens as if these were neighbours; without it they raise `CannotOptimize`.
         inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
         kernels: implementations of the operators: `"auto"` (the best that can run), the name of a provider for every
             operator that has it (`"triton"`, `"reference"`), or a mapping from operators to providers, e.g.
@@ -70,7 +82,7 @@ class RoutingConfig:
             global seed.
     """
 
-    route: str = "sequence"
+    route: str | tuple[str, ...] = "sequence"
     ratio: float = 0.5
     router_layers: int | str = "auto"
     scoring: str = "loss"
@@ -82,6 +94,11 @@ class RoutingConfig:
     selection: str = "topk"
     selection_options: Mapping[str, float] | None = None
     warmup_steps: int = 0
+    dense_after_steps: int | None = None
+    first_layers: int = 1
+    last_layers: int = 1
+    resample: str = "block"
+    allow_compressed_recurrence: bool = False
     inner: str = "auto"
     kernels: str | Mapping[str, str] = "auto"
     keep_logits: bool = False
@@ -89,7 +106,7 @@ class RoutingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _choice("route", self.route, ROUTES)
+        self._check_route()
         _choice("scoring", self.scoring, SCORINGS)
         _choice("router_head", self.router_head, ROUTER_HEADS)
         _choice("selection", self.selection, SELECTIONS)
@@ -105,6 +122,12 @@ class RoutingConfig:
         self._check_router_head()
         if not _is_int(self.warmup_steps, 0):
             raise ConfigError(f"warmup_steps={self.warmup_steps!r} is not a non-negative integer")
+        if self.dense_after_steps is not None and not _is_int(self.dense_after_steps, self.warmup_steps + 1):
+            raise ConfigError(
+                f"dense_after_steps={self.dense_after_steps!r} is neither None nor an integer above "
+                f"warmup_steps={self.warmup_steps}"
+            )
+        self._check_token_route()
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
         self._check_kernels()
@@ -112,6 +135,42 @@ class RoutingConfig:
             raise ConfigError(f"keep_logits={self.keep_logits!r} is not a bool")
         if self.seed is not None and not _is_int(self.seed, 0):
             raise ConfigError(f"seed={self.seed!r} is neither None nor a non-negative integer")
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """`route` as a tuple."""
+        return (self.route,) if isinstance(self.route, str) else self.route
+
+    def _check_route(self) -> None:
+        if not isinstance(self.route, tuple):
+            _choice("route", self.route, ROUTES)
+        elif self.route not in COMPOSITIONS:
+            raise ConfigError(
+                f"route={self.route!r} is not a combination of routes; "
+                f"valid combinations: {', '.join(map(str, COMPOSITIONS))}"
+            )
+
+    def _check_token_route(self) -> None:
+        for name, least in (("first_layers", 1), ("last_layers", 0)):
+            if not _is_int(getattr(self, name), least):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not an integer of at least {least}")
+        _choice("resample", self.resample, RESAMPLES)
+        if not isinstance(self.allow_compressed_recurrence, bool):
+            raise ConfigError(f"allow_compressed_recurrence={self.allow_compressed_recurrence!r} is not a bool")
+        if "token" not in self.routes:
+            return
+        rule = RULES[self.selection]
+        if rule.weighting != "none":
+            valid = [name for name in SELECTIONS if RULES[name].weighting == "none"]
+            raise ConfigError(
+                f"selection={self.selection!r} weighs the loss of what it selects, and a token that skips layers keeps "
+                f"its loss; with route='token' valid selections: {', '.join(valid)}"
+            )
+        if self.resample == "layer" and not rule.needs_noise:
+            raise ConfigError(
+                f"resample='layer' with selection={self.selection!r} would select the same tokens for every layer; "
+                "use resample='block', or selection='random' or 'trimmed'"
+            )
 
     def _check_router_head(self) -> None:
         for name, least in (("frequent", 0), ("sampled", 1), ("rank", 1), ("refresh", 1)):
@@ -167,14 +226,19 @@ class RoutingConfig:
         return cls(**options)
 
     def kept_fraction(self, step: int) -> float:
-        """Fraction of rows kept at optimiser step `step`: `ratio` after the warm-up, on the ladder before."""
-        if step >= self.warmup_steps:
+        """Fraction kept at optimiser step `step`: `ratio`, and on the ladder before the warm-up's end and on the way to
+        `dense_after_steps`."""
+        if step < self.warmup_steps:
+            rung = math.floor(LADDER_RUNGS * step / self.warmup_steps)
+        elif self.dense_after_steps is None:
             return self.ratio
-        rung = math.floor(LADDER_RUNGS * step / self.warmup_steps)
-        return 1 - (1 - self.ratio) * rung / LADDER_RUNGS
+        else:
+            rising = self.dense_after_steps - self.warmup_steps
+            rung = max(0, LADDER_RUNGS - math.floor(LADDER_RUNGS * (step - self.warmup_steps) / rising))
+        return self.ratio if rung == LADDER_RUNGS else 1 - (1 - self.ratio) * rung / LADDER_RUNGS
 
     def kept_rows(self, rows: int, step: int) -> int:
-        """k = max(1, ceil(fraction * rows)), exact for fractions such as 0.1 that floats cannot represent."""
+        """k = max(1, ceil(fraction * rows)) of `rows` rows or tokens, exact for fractions such as 0.1 that floats cannot represent."""
         return max(1, math.ceil(round(self.kept_fraction(step) * rows, 9)))
 
 

@@ -97,7 +97,7 @@ class Diff:
 
     def summary(self) -> str:
         """The rewrite in the model's terms, a line for each change."""
-        lines = [] if self.plan.symbolic_batch else ["routing: none, the captured batch has one row"]
+        lines = [] if self.plan.routed else ["routing: none, the captured batch has one row"]
         lines += [*self._added(), *self._changed()]
         dropped = self._dropped_outputs()
         if dropped:
@@ -127,7 +127,7 @@ class Diff:
                 yield f"inputs gathered: {', '.join(paths)} (dim {dim}: B → k)"
 
     def _changed(self) -> Iterator[str]:
-        if self.plan.symbolic_batch:
+        if self.plan.routed:
             lines = self._text.lines(self.plan.program.graph)
             resized = sum(line.text != line.key for line in lines if line.part == "main")
             yield f"~ main pass: B → k in {resized:,} nodes"

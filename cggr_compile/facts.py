@@ -132,12 +132,12 @@ class Report:
         program, config = plan.program, runtime.config
         analysed = analyse(plan)
         before, after = operator_counts(plan.captured.graph), operator_counts(program.graph)
-        ratio = config.ratio if plan.symbolic_batch else 1.0
+        ratio = config.ratio if plan.routed else 1.0
         predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
         batch = _hint(program.batch)
         return cls(
             config=dataclasses.asdict(config),
-            routed=plan.symbolic_batch,
+            routed=plan.routed,
             sizes=Sizes(batch, _hint(program.sequence), config.kept_rows(batch, config.warmup_steps)),
             stack=_stack(plan, analysed),
             router=_router(plan, analysed, predicted),
@@ -390,7 +390,7 @@ def _head(analysed: Program) -> HeadFacts:
 
 
 def _compilations(plan: Plan) -> dict[str, int]:
-    variants = {"routed": plan._routed} if plan.symbolic_batch else {}
+    variants = {"routed": plan._routed} if plan.routed else {}
     if plan._unrouted is not None:
         variants["unrouted"] = plan._unrouted
     return {name: variant.compilations for name, variant in variants.items()}

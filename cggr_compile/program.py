@@ -28,6 +28,9 @@ from cggr_compile.errors import CannotOptimize
 REGION = "cggr_region"
 PART = "cggr_part"
 
+# The parts that autograd differentiates and whose side effects are the model's.
+TRAINED_PARTS = ("main", "middle")
+
 
 class Autocast(NamedTuple):
     """One `torch.autocast` entered by the model: its positional arguments."""
@@ -61,7 +64,7 @@ class Region(NamedTuple):
 class Input:
     """One placeholder: `name` in the graph, `path` for people (`model.layers.0.mlp.up_proj.weight`, `input_ids`) and
     `kind`: "size" (a SymInt), "state" (parameter or buffer of the model), "batch" (what the user passed) or "added"
-    (by a pass: `kept`, `noise`, `column_noise`, `basis`)."""
+    (by a pass: `kept`, `noise`, `kept_tokens`, `token_noise`, `kept_loss`, `loss_noise`, `column_noise`, `basis`)."""
 
     name: str
     path: str
@@ -111,8 +114,24 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class Shortened:
+    """A value that the middle layers read on the kept tokens only: `name` and `shape` of the captured value, the
+    dimensions it was gathered along (none where it was recomputed for k tokens), and why, in words."""
+
+    name: str
+    shape: str
+    dims: tuple[int, ...]
+    why: str
+
+
+@dataclass(frozen=True)
 class Routing:
-    """Nodes inserted by the passes; None until the pass that inserts each has run."""
+    """Nodes inserted by the passes; None until the pass that inserts each has run.
+
+    `kept` and `rows` are the sequence route's, `kept_tokens` and `positions` the token route's, `kept_loss`, `loss_rows`
+    and `loss_weights` the loss route's; `gathered` lists the inputs that the sequence route gathered, `shortened` what
+    the token route's middle layers read.
+    """
 
     router_layers: int = 0
     router_hidden: fx.Node | None = None
@@ -124,7 +143,13 @@ class Routing:
     kept: fx.Node | None = None
     rows: fx.Node | None = None
     weights: fx.Node | None = None
+    kept_tokens: fx.Node | None = None
+    positions: fx.Node | None = None
+    kept_loss: fx.Node | None = None
+    loss_rows: fx.Node | None = None
+    loss_weights: fx.Node | None = None
     gathered: tuple[tuple[str, int], ...] = ()
+    shortened: tuple[Shortened, ...] = ()
     providers: tuple[tuple[str, str], ...] = ()
     passed_over: tuple[tuple[str, str], ...] = ()
 
@@ -143,7 +168,8 @@ class Program:
 
     Attributes:
         graph: nodes in execution order; `meta["val"]` is a fake tensor or SymInt, `meta[REGION]` a `Region`,
-            `meta[PART]` the part a pass put the node in ("main", "router", "score", "select", "gather", "loss").
+            `meta[PART]` the part a pass put the node in ("main", "router", "score", "select", "gather", "middle",
+            "loss").
         root: owner of tensor constants and submodules named by `get_attr` nodes.
         inputs: the placeholders, in order.
         batch, sequence: symbolic sizes; `sequence` is None where the capture specialised it.
@@ -196,16 +222,17 @@ class Program:
 
     def same_size(self, size: Any, symbol: torch.SymInt | int) -> bool:
         """Whether a size is provably the symbol, by the shape environment's replacements; never guards."""
-        return self._expression(size) == self._expression(symbol)
+        return self.expression(size) == self.expression(symbol)
 
     def mentions(self, size: Any, symbol: torch.SymInt) -> bool:
         """Whether a size depends on the symbol."""
         if not isinstance(size, torch.SymInt):
             return False
-        wanted = self._expression(symbol)
-        return bool(free_symbols(self._expression(size)) & free_symbols(wanted))
+        wanted = self.expression(symbol)
+        return bool(free_symbols(self.expression(size)) & free_symbols(wanted))
 
-    def _expression(self, size: Any) -> Any:
+    def expression(self, size: Any) -> Any:
+        """A size as a simplified sympy expression, or the int that it is."""
         return self.shape_env.simplify(size.node.expr) if isinstance(size, torch.SymInt) else size
 
     def module(self) -> fx.GraphModule:
@@ -296,7 +323,8 @@ class Builder:
         args: tuple | None = None,
         kwargs: dict[str, Any] | None = None,
     ) -> fx.Node:
-        """Copies one call with arguments from `env`, in the builder's part, and computes its value afresh.
+        """Copies one call with arguments from `env` and computes its value afresh; in the builder's part, or, where that
+        is the main pass, in the original's.
 
         The copy runs under the original's region; where the builder's region disables gradients or adds an autocast,
         that holds too. `args` and `kwargs`, already mapped, replace the arguments.
@@ -309,7 +337,8 @@ class Builder:
         region = node.meta[REGION]
         grad = self.region.grad if self.region.grad is not None else region.grad
         new.meta[REGION] = Region(grad, self.region.autocasts + region.autocasts)
-        new.meta[PART] = self.part
+        # Within the main pass, the layers that run on fewer tokens stay a part of their own.
+        new.meta[PART] = node.meta[PART] if self.part == "main" else self.part
         unchanged = all(value(env[source]) is value(source) for source in node.all_input_nodes)
         if new.op == "call_function" and not (unchanged and args is None and kwargs is None):
             self.evaluate(new)

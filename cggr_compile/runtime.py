@@ -7,7 +7,7 @@ counter; selections and scores stay on the device until somebody asks.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,15 @@ from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.passes.lower_regions import lower_regions
-from cggr_compile.passes.pipeline import UNROUTED, passes_for, run
+from cggr_compile.passes.pipeline import UNROUTED, passes_for, routable, run
 from cggr_compile.program import Program, value
 from cggr_compile.router_head import Basis
+from cggr_compile.sizes import KEPT, Amount, amounts_of, concrete, sizes_of
 
 # Distinct (batch, sequence, k) for which the inner backend keeps compiled code; the oldest is dropped beyond.
 MAX_SPECIALIZATIONS = 64
 
-EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts", "basis_image")
+EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts", "basis_image", "positions", "loss_mask")
 
 
 class Runtime:
@@ -38,9 +39,9 @@ class Runtime:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, torch.Tensor] = {}
 
-    def noise(self, size: int, device: torch.device) -> torch.Tensor:
-        """Uniform fp32 noise [size] from this model's own generator on the device."""
-        return torch.rand(size, device=device, generator=self.generator(device))
+    def noise(self, size: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Uniform fp32 noise of a shape from this model's own generator on the device."""
+        return torch.rand(tuple(size), device=device, generator=self.generator(device))
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of selections and router heads, seeded by `config.seed` or from torch's global seed."""
@@ -87,9 +88,9 @@ class Plan:
     def __init__(self, captured: Program, runtime: Runtime) -> None:
         self.captured = captured
         self.runtime = runtime
-        self.symbolic_batch = isinstance(captured.batch, torch.SymInt)
         config = runtime.config
-        passes = passes_for(config) if self.symbolic_batch else UNROUTED
+        self.routed = routable(captured, config)
+        passes = passes_for(config) if self.routed else UNROUTED
         self.program = run(captured, config, passes)
         assert self.program.head is not None
         self.device = value(self.program.head.weight).device
@@ -97,7 +98,7 @@ class Plan:
         inputs = zip(self.program.placeholders, self.program.inputs, strict=True)
         self._inputs_of_passes = [(entry.name, value(node)) for node, entry in inputs if entry.kind == "added"]
         self._routed = Variant(self.program, self.inner)
-        self._unrouted: Variant | None = None if self.symbolic_batch else self._routed
+        self._unrouted: Variant | None = None if self.routed else self._routed
         self._ids = next(
             index
             for index, node in enumerate(captured.placeholders)
@@ -115,13 +116,15 @@ class Plan:
         return self._unrouted
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        rows = inputs[self._ids].shape[0]
-        kept = self.runtime.config.kept_rows(rows, self.runtime.steps)
-        outputs = self.unrouted(*inputs) if kept >= rows else self._routed(*inputs, *self._added(rows, kept))
+        rows, length = inputs[self._ids].shape
+        amounts = amounts_of(self.program, self.runtime.config, self.runtime.steps, rows, length)
+        whole = all(amount.kept >= amount.total for amount in amounts.values())
+        added = () if whole else self._added(sizes_of(self.program, rows, length, amounts), amounts)
+        outputs = self.unrouted(*inputs) if whole or not self.routed else self._routed(*inputs, *added)
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,
-            "kept": min(kept, rows),
+            "kept": min(amounts["sequence"].kept, rows) if "sequence" in amounts else rows,
             **dict(zip(EXTRA_OUTPUTS, extra, strict=True)),
         }
         image = self.runtime.last.pop("basis_image")
@@ -129,18 +132,21 @@ class Plan:
             self.runtime.basis.update(image)
         if self.runtime.last["rows"] is None:
             self.runtime.last["rows"] = torch.arange(rows, device=self.device)
+        if self.runtime.last["positions"] is None and "token" in amounts:
+            self.runtime.last["positions"] = torch.arange(length, device=self.device).expand(rows, length)
         return outputs[: -len(EXTRA_OUTPUTS)]
 
-    def _added(self, rows: int, kept: int) -> Iterator[Any]:
+    def _added(self, sizes: Mapping[Any, int], amounts: Mapping[str, Amount]) -> Iterator[Any]:
         """What the passes' own inputs get in this step, in their order."""
+        kept = {KEPT[route]: amount.kept for route, amount in amounts.items()}
         for name, fake in self._inputs_of_passes:
-            if name == "kept":
-                yield kept
+            if name in kept:
+                yield kept[name]
             elif name == "basis":
                 width, rank = fake.shape
                 yield self.runtime.basis.on(width, rank, self.runtime.generator(self.device))
             else:
-                yield self.runtime.noise(rows if name == "noise" else fake.shape[0], self.device)
+                yield self.runtime.noise([concrete(self.program, size, sizes) for size in fake.shape], self.device)
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:

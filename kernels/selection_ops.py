@@ -31,9 +31,9 @@ def drawn(
     names: Sequence[str] = (),
     values: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
-    """`selection.RULES[rule]` with options `names` of `values`: index int64 [k], sorted, and weight float32 [k].
+    """`selection.RULES[rule]` with options `names` of `values`: index int64 [..., k], sorted, and weight float32 [..., k].
 
-    `scores` and `noise` are float32 [N], `valid` is bool [N]. Raises ValueError by argument.
+    `scores` and `noise` are float32 [..., N], `valid` is bool [..., N]. Raises ValueError by argument.
     """
     defaults = options_of(rule)
     given = {name: type(defaults[name])(value) for name, value in zip(names, values, strict=True)}
@@ -41,11 +41,11 @@ def drawn(
 
 
 def _check(scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor, names: Sequence[str]) -> None:
-    ops._check_shape("draw", "scores", scores, (scores.numel(),), "[N]")
+    torch._check_value(scores.dim() >= 1, lambda: "cggr::draw: scores has shape (), expected [..., N]")
     ops._check_dtype("draw", "scores", scores, (torch.float32,))
-    ops._check_shape("draw", "valid", valid, scores.shape, "[N] as scores")
+    ops._check_shape("draw", "valid", valid, scores.shape, "[..., N] as scores")
     ops._check_dtype("draw", "valid", valid, (torch.bool,))
-    ops._check_shape("draw", "noise", noise, scores.shape, "[N] as scores")
+    ops._check_shape("draw", "noise", noise, scores.shape, "[..., N] as scores")
     ops._check_dtype("draw", "noise", noise, (torch.float32,))
     torch._check_value(rule in DRAWING, lambda: f"cggr::draw: rule is {rule!r}, expected one of {list(DRAWING)}")
     known = list(options_of(rule))
@@ -75,7 +75,8 @@ def _draw_fake(
     scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor, names: Sequence[str], values: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     _check(scores, valid, k, rule, noise, names)
-    return scores.new_empty(k, dtype=torch.int64), scores.new_empty(k)
+    shape = (*scores.shape[:-1], k)
+    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
 
 
 draw.register_autograd(ops._no_gradient_backward, setup_context=ops._no_gradient)
