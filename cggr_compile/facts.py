@@ -22,9 +22,11 @@ from cggr_compile.graph_text import GraphText, module_of, operator_counts, part_
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.subgraph import ancestors, descendants
-from cggr_compile.program import REGION, Program, is_tensor, value
+from cggr_compile.program import REGION, Program, Shortened, is_tensor, value
+from cggr_compile.route_text import kept_text, middle_text, schedule_text, score_text
 from cggr_compile.router_head import describe
 from cggr_compile.runtime import Plan, Runtime
+from cggr_compile.sizes import Amount, amounts_of
 
 aten = torch.ops.aten
 
@@ -94,7 +96,9 @@ class Report:
         router: None where the selection needs no scores.
         inserted: operators of the rewritten graph that the captured one lacks, and how many.
         parts: nodes of each part of the rewritten graph.
+        amounts: for each route, what it keeps of the captured batch once warm-up is over: kept, of how many.
         gathered: inputs reduced to the kept rows, with the dimension.
+        shortened: what the token route's middle layers read for the kept tokens, and how.
         providers: implementation chosen for each operator.
         passed_over: for operators left to the reference, the other providers and why they cannot run.
         passes: in order of execution.
@@ -111,7 +115,9 @@ class Report:
     head: HeadFacts
     inserted: dict[str, int]
     parts: dict[str, int]
+    amounts: dict[str, Amount]
     gathered: tuple[tuple[str, int], ...]
+    shortened: tuple[Shortened, ...]
     providers: dict[str, str]
     passed_over: dict[str, str]
     inner: str
@@ -134,17 +140,20 @@ class Report:
         before, after = operator_counts(plan.captured.graph), operator_counts(program.graph)
         ratio = config.ratio if plan.routed else 1.0
         predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
-        batch = _hint(program.batch)
+        batch, length = _hint(program.batch), _hint(program.sequence)
+        routes = amounts_of(program, config, config.warmup_steps, batch, length) if plan.routed else {}
         return cls(
             config=dataclasses.asdict(config),
             routed=plan.routed,
-            sizes=Sizes(batch, _hint(program.sequence), config.kept_rows(batch, config.warmup_steps)),
+            sizes=Sizes(batch, length, routes["sequence"].kept if "sequence" in routes else batch),
             stack=_stack(plan, analysed),
             router=_router(plan, analysed, predicted),
             head=_head(analysed),
             inserted={name: count for name, count in sorted((after - before).items()) if name not in before},
             parts=part_sizes(program.graph),
+            amounts=routes,
             gathered=program.routing.gathered,
+            shortened=program.routing.shortened,
             providers=dict(program.routing.providers),
             passed_over=dict(program.routing.passed_over),
             inner=plan.inner,
@@ -207,7 +216,11 @@ class Report:
         pairs += self._router_lines()
         if self.routed:
             pairs.append(("selection", f"{self.config['selection']}, {self._kept()}"))
+        if "sequence" in self.amounts:
             pairs.append(("inputs B → k", ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"))
+        if "token" in self.amounts:
+            pairs.append(("short layers", self._middle()))
+            pairs += [("read S → k", str(entry)) for entry in self.shortened]
         pairs += [
             ("inserted", self._inserted()),
             ("nodes", ", ".join(f"{part} {count}" for part, count in self.parts.items())),
@@ -239,7 +252,7 @@ class Report:
                 f"{layer_range(router.layers)} of {self.stack.layers}, {tail_text(router.tail)}head; "
                 f"{router.parameters:,} parameters, all shared; {router.flops_share:.1%} of a forward's FLOPs",
             ),
-            ("score", f"{self.config['scoring']}, {router.head}, fp32, mean over a row's counted tokens"),
+            ("score", f"{self.config['scoring']}, {router.head}, fp32, {score_text(self.config['route'])}"),
         ]
 
     def _passed_over(self) -> list[tuple[str, str]]:
@@ -250,9 +263,15 @@ class Report:
         return [(reason, ", ".join(operators)) for reason, operators in names.items()]
 
     def _kept(self) -> str:
-        ratio, warmup = self.config["ratio"], self.config["warmup_steps"]
-        text = f"k = ceil({ratio:g} · B) = {self.sizes.kept} of {self.sizes.batch} rows"
-        return f"{text}, after {warmup} warm-up steps" if warmup else text
+        ratio = self.config["ratio"]
+        text = "; ".join(kept_text(route, ratio, amount) for route, amount in self.amounts.items())
+        return text + schedule_text(self.config["warmup_steps"], self.config["dense_after_steps"])
+
+    def _middle(self) -> str:
+        assert self.stack is not None
+        each = ", each with a selection of its own" if self.config["resample"] == "layer" else ""
+        dense = self.config["first_layers"], self.config["last_layers"]
+        return f"{middle_text(*dense, self.stack.layers)}{each}; the other tokens pass on the residual"
 
     def _cost(self) -> list[tuple[str, str]]:
         c = self.cost
@@ -270,10 +289,10 @@ class Report:
             ),
             (
                 "routed step",
-                f"{c.step_ratio:.1%} of a plain step ({c.ratio:g} for the kept rows"
+                f"{c.step_ratio:.1%} of a plain step ({c.random_ratio:.4g} for what is kept"
                 + (f" + {c.router_share / (1 + cost.BACKWARD):.3f} for the router)" if self.router else ")"),
             ),
-            ("break-even", f"ω = 1 + c / (3 r (1 + η)) = {c.break_even:.3f}"),
+            ("break-even", f"ω = 1 + c / (3 m (1 + η)) = {c.break_even:.3f}"),
             ("", self.break_even_in_words()),
         ]
         if c.uncounted:
@@ -284,9 +303,10 @@ class Report:
         """What ω asks of the selected rows, in a sentence."""
         if self.router is None:
             return "Without a router a step costs what a smaller batch costs; nothing has to be earned back."
+        what = "rows" if list(self.amounts) == ["sequence"] else "tokens"
         return (
-            f"Scoring pays if a step on the selected rows is worth more than {self.cost.break_even:.2f} steps "
-            "on equally many random rows."
+            f"Scoring pays if a step on the selected {what} is worth more than {self.cost.break_even:.2f} steps "
+            f"on equally many random {what}."
         )
 
 

@@ -19,6 +19,7 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, PlanComplete
 from cggr_compile.report import Diff, Report
 from cggr_compile.runtime import Runtime
+from cggr_compile.selected import selected, token_metrics
 
 
 class Handle:
@@ -47,13 +48,14 @@ class Handle:
         return self.runtime.config
 
     @property
-    def selected(self) -> torch.Tensor | None:
-        """Sorted row indices [k], int64, of the last routed step, on the device; None before the first.
+    def selected(self) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        """What the last routed step kept, on the device; None before the first.
 
-        Where fewer than k rows were selectable, the rest repeats a selected row and counts for nothing.
+        Sequence route: sorted row indices [k], int64; where fewer than k rows were selectable, the rest repeats a
+        selected row and counts for nothing. Token route: sorted positions [B, k], int64, or [layers, B, k] with
+        `resample="layer"`. Loss route: bool [B, S], the positions whose logits entered the loss. Two routes: a tuple.
         """
-        rows = self.runtime.last.get("rows")
-        return rows if isinstance(rows, torch.Tensor) else None
+        return selected(self.config.routes, self.runtime.last)
 
     @property
     def captures(self) -> int:
@@ -83,7 +85,8 @@ class Handle:
         """Figures of the last routed step, as tensors on the device (nothing is read back); empty before the first.
 
         `rows_total`, `rows_selected`, `kept_ratio`; with scores also `score_mean`, `score_selected_mean`; with labels
-        counted also `tokens_total`, `tokens_selected`.
+        counted also `tokens_total`, `tokens_selected`; with the token or the loss route also `token_kept_ratio` or
+        `loss_kept_ratio`.
         """
         last = self.runtime.last
         rows = last.get("rows")
@@ -103,6 +106,7 @@ class Handle:
         if isinstance(scores, torch.Tensor) and isinstance(counts, torch.Tensor):
             found["score_mean"] = scores.where(counts > 0, torch.nan).nanmean()
             found["score_selected_mean"] = scores[rows].where(weights > 0, torch.nan).nanmean()
+        found.update(token_metrics(self.config.routes, last))
         return found
 
     def report(self) -> Report:

@@ -27,6 +27,7 @@ from cggr_compile.errors import CannotOptimize
 
 REGION = "cggr_region"
 PART = "cggr_part"
+ORIGIN = "cggr_origin"  # a captured node's name, which its copies cannot always keep
 
 # The parts that autograd differentiates and whose side effects are the model's.
 TRAINED_PARTS = ("main", "middle")
@@ -122,6 +123,10 @@ class Shortened:
     shape: str
     dims: tuple[int, ...]
     why: str
+
+    def __str__(self) -> str:
+        dims = f" (dim {', '.join(map(str, self.dims))})" if self.dims else ""
+        return f"{self.name} {self.shape}{dims}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -226,14 +231,14 @@ class Program:
 
     def mentions(self, size: Any, symbol: torch.SymInt) -> bool:
         """Whether a size depends on the symbol."""
-        if not isinstance(size, torch.SymInt):
+        if not isinstance(size, (torch.SymInt, torch.SymFloat)):
             return False
         wanted = self.expression(symbol)
         return bool(free_symbols(self.expression(size)) & free_symbols(wanted))
 
     def expression(self, size: Any) -> Any:
         """A size as a simplified sympy expression, or the int that it is."""
-        return self.shape_env.simplify(size.node.expr) if isinstance(size, torch.SymInt) else size
+        return self.shape_env.simplify(size.node.expr) if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
 
     def module(self) -> fx.GraphModule:
         """A GraphModule over the graph (regions and operators not lowered)."""

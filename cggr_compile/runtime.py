@@ -124,6 +124,7 @@ class Plan:
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,
+            "length": length,
             "kept": min(amounts["sequence"].kept, rows) if "sequence" in amounts else rows,
             **dict(zip(EXTRA_OUTPUTS, extra, strict=True)),
         }

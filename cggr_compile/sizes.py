@@ -31,7 +31,9 @@ def amounts_of(program: Program, config: RoutingConfig, step: int, rows: int, le
         if route == "loss":
             left = amounts["sequence"].kept if "sequence" in amounts else rows
             # A loss that slices its logits sees fewer rows than there are tokens.
-            seen = min(left * length, concrete(program, _rows_of_loss(program), sizes_of(program, rows, length, amounts)))
+            seen = min(
+                left * length, concrete(program, _rows_of_loss(program), sizes_of(program, rows, length, amounts))
+            )
             amounts[route] = Amount(min(config.kept_rows(left * length, step), seen), seen)
         else:
             total = rows if route == "sequence" else length

@@ -33,7 +33,7 @@ from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.program import PART, Builder, Program, Region, Shortened, is_tensor, value
+from cggr_compile.program import ORIGIN, PART, Builder, Program, Region, Shortened, is_tensor, value
 
 aten = torch.ops.aten
 
@@ -48,6 +48,8 @@ _INDEXING = {
     aten.index_add: 2,
     aten.take_along_dim: 1,
 }
+_VIEWS = {aten.view, aten.reshape, aten._unsafe_view}
+_BY_ROW = {*_VIEWS, aten.linear, aten.to, aten._to_copy}
 _COUNTERS = {aten.arange, aten.linspace}
 _CHECKPOINT_TAGS = ("recompute", "ac_graph_id")
 
@@ -63,9 +65,11 @@ class Span:
     members: frozenset[fx.Node]
     positions: fx.Node | None = None
     forms: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    """Captured node to its form for the kept tokens, where that does not depend on the reader."""
+    """What is computed on the kept tokens: captured node to copy."""
+    read: dict[tuple[fx.Node, bool], fx.Node] = field(default_factory=dict)
+    """What is read from elsewhere, in its form for the kept tokens; statistics read another one."""
     aligned: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
-    """The same for gathered values, by the dimensions that broadcasting adds in front."""
+    """What is gathered, by the dimensions that broadcasting adds in front."""
 
 
 def gather_tokens(program: Program, config: RoutingConfig) -> Program:
@@ -91,7 +95,7 @@ class _Rewrite:
         self.span_of = {node: span for span in self.spans for node in span.members}
         self.entries = {span.entry: span for span in self.spans}
         self.exits = {span.exit: span for span in self.spans}
-        self.short: dict[fx.Node, Span] = {}  # what exists for the kept tokens only
+        self.statistics = self._find_statistics()
         self.shortened: list[Shortened] = []
         self.positional: dict[fx.Node, bool] = {}
         self.sizes: dict[Any, fx.Node] = {}
@@ -118,18 +122,27 @@ class _Rewrite:
     # -- whole sequences -------------------------------------------------------------------------------------------
 
     def _span(self, node: fx.Node) -> Span | None:
-        """The span on whose kept tokens a node is computed: its own, or that of the tokens which it reads; None for all
-        others, and for sizes, which are known for the whole sequence too."""
-        if node in self.span_of or not carries_activations(node):
-            return self.span_of.get(node)
-        spans = {id(self.short[source]): self.short[source] for source in node.all_input_nodes if source in self.short}
-        if len(spans) > 1:
-            raise CannotOptimize(
-                "statistics of layers that run on different tokens come together",
-                node=node,
-                hint="use resample='block', or switch the auxiliary loss off (output_router_logits=False)",
-            )
-        return next(iter(spans.values()), None)
+        """The span on whose kept tokens a node is computed, or None for what is computed for the whole sequence."""
+        return self.span_of.get(node) or self.statistics.get(node)
+
+    def _find_statistics(self) -> dict[fx.Node, Span]:
+        """What the middle layers give out beside the residual and all that is computed from it, up to where the loss
+        joins: a mixture-of-experts' statistics. They are those of the kept tokens, in every layer that adds to them."""
+        assert self.program.head is not None
+        joined = descendants([self.program.head.loss])
+        found: dict[fx.Node, Span] = {}
+        for span in self.spans:
+            given = span.members - {span.exit}
+            readers = {user for node in given for user in node.users if user not in span.members}
+            roots = [user for user in readers if user.op != "output" and carries_activations(user)]
+            for node in descendants(roots, lambda user: user not in joined and user.op != "output"):
+                if found.setdefault(node, span) is not span:
+                    raise CannotOptimize(
+                        "statistics of layers that run on different tokens come together",
+                        node=node,
+                        hint="use resample='block', or switch the auxiliary loss off (output_router_logits=False)",
+                    )
+        return found
 
     def _copy_full(self, node: fx.Node) -> None:
         """Copies a node, after what it needs that stands later in the graph."""
@@ -143,13 +156,20 @@ class _Rewrite:
 
     def _ensure_full(self, node: fx.Node) -> None:
         """Copies a node ahead of its turn; it is in no checkpointed region then."""
+        if self._span(node) is not None and node not in self.builder.env:
+            raise CannotOptimize(
+                f"a value of shape {self._shape(node)}, which only the kept tokens have, is read for the whole sequence",
+                node=node,
+                hint="use route='sequence', or report it with this line",
+            )
         if node not in self.builder.env:
             self._copy_full(node)
             _untag(self.builder.env[node])
 
     def _output(self, node: fx.Node) -> fx.Node:
         """An output in the whole sequence's form, or, where only the kept tokens have it, in theirs."""
-        return self.builder.env[node] if node in self.builder.env else self.short[node].forms[node]
+        span = self._span(node)
+        return span.forms[node] if span is not None and node not in self.builder.env else self.builder.env[node]
 
     # -- into and out of the layers --------------------------------------------------------------------------------
 
@@ -167,7 +187,7 @@ class _Rewrite:
             if node in span.members:
                 for source in node.all_input_nodes:
                     if source not in span.members and source is not span.entry:
-                        self._form(source, node, span)
+                        self._form(source, node, span, False)
 
     def _leave(self, span: Span) -> None:
         builder = self.builder
@@ -185,40 +205,44 @@ class _Rewrite:
                 hint="on the kept tokens it would meet other neighbours; allow_compressed_recurrence=True means that, "
                 "or keep such layers dense (first_layers, last_layers), or use route='sequence'",
             )
-        self._copy(node, {source: self._form(source, node, span) for source in node.all_input_nodes}, span)
+        span.forms[node] = self._copied(node, self._sources(node, span, node in self.statistics))
         if not self._mentions_sequence(node):
             self.builder.env[node] = span.forms[node]
-        elif node is not span.exit:
-            self.short[node] = span
 
-    def _copy(self, node: fx.Node, sources: dict[fx.Node, fx.Node], span: Span) -> None:
+    def _copied(self, node: fx.Node, sources: dict[fx.Node, fx.Node]) -> fx.Node:
         self.builder.part, self.builder.region = "middle", Region()
-        span.forms[node] = self.builder.copy_call(node, sources)
-        span.forms[node].meta[PART] = "middle"
+        copy = self.builder.copy_call(node, sources)
+        copy.meta[PART] = "middle"
+        return copy
 
     # -- one value for the kept tokens -----------------------------------------------------------------------------
 
-    def _form(self, node: fx.Node, reader: fx.Node, span: Span) -> fx.Node:
-        """What `reader` reads in place of `node` on the kept tokens of a span."""
+    def _sources(self, node: fx.Node, span: Span, counted: bool) -> dict[fx.Node, fx.Node]:
+        return {source: self._form(source, node, span, counted) for source in node.all_input_nodes}
+
+    def _form(self, node: fx.Node, reader: fx.Node, span: Span, counted: bool) -> fx.Node:
+        """What `reader` reads in place of `node` on the kept tokens of a span; `counted` for statistics over tokens."""
         if node in span.forms:
             return span.forms[node]
+        if (node, counted) in span.read:
+            return span.read[node, counted]
         val = value(node)
         form: Any
-        if not self._mentions_sequence(node):
+        if not self._differs(node, counted):
             self._refuse_other_sizes(node)
             self._ensure_full(node)
             form = self.builder.env[node]
         elif isinstance(val, torch.SymInt):
             form = self._size(val, span)
         else:
-            lead = self._lead(node, reader) if self._has_positions(node) and self._only_sequence(node) else None
+            lead = self._lead(node, reader) if self._holds_tokens(node) else None
             if lead is not None:
                 self._refuse_places(node, reader)
                 return self._gathered(node, span, lead)
-            form = self._recomputed(node, span)
+            form = self._recomputed(node, span, counted)
             if reader in span.members:
                 self._record(node, (), "computed again for k tokens")
-        span.forms[node] = form
+        span.read[node, counted] = form
         return form
 
     def _gathered(self, node: fx.Node, span: Span, lead: int) -> fx.Node:
@@ -233,7 +257,7 @@ class _Rewrite:
             self._record(node, dims, f"{why} {_layers(span.layers)}")
         return span.aligned[node, lead]
 
-    def _recomputed(self, node: fx.Node, span: Span) -> fx.Node:
+    def _recomputed(self, node: fx.Node, span: Span, counted: bool) -> fx.Node:
         """The node again, on its sources' forms for the kept tokens."""
         makes_positions = _packet(node) in _COUNTERS and not self._counts_flattened(node)
         if node.op != "call_function" or makes_positions or order_dependence(self.program, node) is not None:
@@ -244,9 +268,59 @@ class _Rewrite:
                 hint="values with tokens must be [batch, …] with dimensions of the sequence's length; "
                 "use route='sequence', or report it with this line",
             )
-        self._copy(node, {source: self._form(source, node, span) for source in node.all_input_nodes}, span)
-        _untag(span.forms[node])
-        return span.forms[node]
+        gathered = self._flattened(node, span) or self._repeated(node, span)
+        if gathered is not None:
+            return gathered
+        form = self._copied(node, self._sources(node, span, counted))
+        _untag(form)
+        return form
+
+    def _flattened(self, node: fx.Node, span: Span) -> fx.Node | None:
+        """The form of a value [B · S, …] whose rows are the tokens of the batch in order."""
+        if not (self._has_positions(node) and self._is_flattened(node)):
+            return None
+        self._ensure_full(node)
+        builder = self.builder
+        builder.part, builder.region = "main", Region()
+        ids = builder.env[token_ids(self.program)]
+        sizes = [builder.call(aten.sym_size.int, ids, dim) for dim in (0, 1)]
+        rest = list(value(node).shape[1:])
+        by_sequence = builder.call(aten.view.default, builder.env[node], [*sizes, *rest])
+        builder.part = "middle"
+        target = torch.ops.cggr.gather_tokens.default
+        gathered = builder.call(target, by_sequence, span.positions, [1], 0)
+        self._record(node, (0,), f"tokens of the batch, read by {_layers(span.layers)}")
+        return builder.call(aten.flatten.using_ints, gathered, 0, 1)
+
+    def _is_flattened(self, node: fx.Node) -> bool:
+        """Whether rows are tokens in order: a view of [B, S, …] as [B · S, …], or what row by row is computed from one."""
+        if not is_tensor(node) or not node.args or not is_tensor(node.args[0]):
+            return False
+        source, shape, before = node.args[0], value(node).shape, value(node.args[0]).shape
+        if not shape or not self.program.same_size(shape[0], self.program.batch * self.sequence):
+            return False
+        if _packet(node) in _VIEWS and list(before) != list(shape):
+            batch_first = len(before) > 1 and self._is_batch(before[0]) and self._is_sequence(before[1])
+            return batch_first and list(before[2:]) == list(shape[1:])
+        by_row = _packet(node) in _BY_ROW or (len(node.all_input_nodes) == 1 and _is_pointwise(node))
+        return by_row and self._is_flattened(source)
+
+    def _repeated(self, node: fx.Node, span: Span) -> fx.Node | None:
+        """The form of a value without a batch that is repeated for every sequence, [c, …] to [B · c, …]: each sequence's
+        repetition holds its own tokens."""
+        if node.target != aten.repeat.default:
+            return None
+        source, times = node.args
+        assert isinstance(source, fx.Node) and isinstance(times, (list, tuple))  # noqa: PT018
+        factors = [value(factor) for factor in times]
+        once = len(factors) == value(source).dim() and all(factor == 1 for factor in factors[1:])
+        if not (once and self._is_batch(factors[0]) and self._holds_tokens(source)):
+            return None
+        if self._is_sequence(value(source).shape[0]):
+            return None
+        gathered = self._gathered(source, span, 1)
+        self.builder.part, self.builder.region = "middle", Region()
+        return self.builder.call(aten.flatten.using_ints, gathered, 0, 1)
 
     def _counts_flattened(self, node: fx.Node) -> bool:
         """Whether the node counts flattened tokens: unlike positions in the sequence, these are counted anew."""
@@ -258,12 +332,12 @@ class _Rewrite:
         shape = value(node).shape
         if self._is_batch(shape[0]):
             return 0
-        reads = torch.Tag.pointwise in getattr(reader.target, "tags", ()) or (
-            reader.target == aten.scaled_dot_product_attention.default and node not in reader.args[:3]
-        )
-        if not reads or not is_tensor(reader):
+        if _is_pointwise(reader):
+            result = value(reader).shape
+        elif reader.target == aten.scaled_dot_product_attention.default and node not in reader.args[:3]:
+            result = value(reader.args[0]).shape
+        else:
             return None
-        result = value(reader).shape if torch.Tag.pointwise in reader.target.tags else value(reader.args[0]).shape
         if not self._is_batch(result[0]):
             return None
         lead = len(result) - len(shape)
@@ -285,6 +359,11 @@ class _Rewrite:
                 hint="the token route cannot translate places; use route='sequence'",
             )
 
+    def _differs(self, node: fx.Node, counted: bool) -> bool:
+        """Whether a value is another one for the kept tokens: one with a size that depends on S and, among what is
+        counted over tokens, everything that is computed from tokens."""
+        return self._mentions_sequence(node) or (counted and carries_activations(node) and self._has_positions(node))
+
     def _refuse_other_sizes(self, node: fx.Node) -> None:
         """Refuses a tensor with a dimension of a dynamic size that is neither the batch's nor the sequence's."""
         for size in value(node).shape if is_tensor(node) else ():
@@ -295,6 +374,9 @@ class _Rewrite:
                     node=node,
                     hint="use route='sequence'",
                 )
+
+    def _holds_tokens(self, node: fx.Node) -> bool:
+        return self._only_sequence(node) and self._has_positions(node)
 
     def _has_positions(self, node: fx.Node) -> bool:
         """Whether the value may differ from token to token: it depends on the batch, on positions or on chance."""
@@ -351,13 +433,13 @@ class _Rewrite:
     def _only_sequence(self, node: fx.Node) -> bool:
         """Whether the value is a tensor whose dimensions of a size that depends on S are of size S itself."""
         dims = [size for size in _sizes(value(node)) if self.program.mentions(size, self.sequence)]
-        return is_tensor(node) and all(map(self._is_sequence, dims))
+        return is_tensor(node) and bool(dims) and all(map(self._is_sequence, dims))
 
     def _shape(self, node: fx.Node) -> str:
         return shape_text(self.program, value(node))
 
     def _record(self, node: fx.Node, dims: tuple[int, ...], why: str) -> None:
-        name = self.program.path(node) if node.op == "placeholder" else node.name
+        name = self.program.path(node) if node.op == "placeholder" else node.meta.get(ORIGIN, node.name)
         self.shortened.append(Shortened(name, self._shape(node), dims, why))
 
 
@@ -389,6 +471,10 @@ def _layers(layers: range) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
 
 
+def _is_pointwise(node: fx.Node) -> bool:
+    return is_tensor(node) and torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 def _packet(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", None)
 
@@ -396,7 +482,7 @@ def _packet(node: fx.Node) -> Any:
 def _sizes(val: Any) -> list[Any]:
     values = val if isinstance(val, (list, tuple)) else [val]
     shapes = [item.shape if isinstance(item, torch.Tensor) else [item] for item in values]
-    return [size for shape in shapes for size in shape if isinstance(size, (int, torch.SymInt))]
+    return [size for shape in shapes for size in shape if isinstance(size, (int, torch.SymInt, torch.SymFloat))]
 
 
 def _untag(node: fx.Node) -> None:

@@ -72,7 +72,7 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
     selects = routing.rows is not None or rows is not None
     if head.reduction == "sum" and selects and not unbiased:
         loss = _scaled_to_batch(builder, loss, kept, row_weight, _counted_in_batch(builder, target))
-    builder.region = Region(grad=False)
+    builder.part, builder.region = "select", Region(grad=False)
     mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
     builder.region, builder.part = Region(), "main"
     outputs = [out if _survives(out, config) else None for out in program.outputs]

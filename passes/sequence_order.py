@@ -65,7 +65,9 @@ def order_dependence(program: Program, node: fx.Node) -> str | None:
     if not tensors and not _has_sequence(program, node):
         return None
     if target.namespace not in _KNOWN_NAMESPACES:
-        exact = [d for source in (*tensors, node) for v in _tensors(source) for d in v.shape if _is_sequence(program, d)]
+        exact = [
+            d for source in (*tensors, node) for v in _tensors(source) for d in v.shape if _is_sequence(program, d)
+        ]
         return f"what {target} does along the sequence is not known" if exact else None
     packet = target.overloadpacket
     if packet in _STRIDES:
@@ -75,7 +77,9 @@ def order_dependence(program: Program, node: fx.Node) -> str | None:
     if packet in _WINDOWS:
         shape = value(node.args[0]).shape[-_WINDOWS[packet] :]
         kernel = value(node.args[1]).shape[2:] if is_tensor(node.args[1]) else ()
-        if any(program.mentions(size, _symbol(program)) for size in shape) and any(size != 1 for size in kernel or (0,)):
+        if any(program.mentions(size, _symbol(program)) for size in shape) and any(
+            size != 1 for size in kernel or (0,)
+        ):
             return f"{packet} reads neighbours along the sequence"
     if packet in _TRIANGLES and (node.args[1] if len(node.args) > 1 else 0) not in _TRIANGLES[packet]:
         return f"{packet} measures distances along the sequence"
@@ -88,7 +92,9 @@ def _runs_along(program: Program, node: fx.Node, place: int, default: Any) -> bo
     dims = given if isinstance(given, (list, tuple)) else range(value(first).dim()) if given is None else [given]
     shape = value(first).shape
     return bool(len(shape)) and any(
-        isinstance(dim, int) and program.mentions(shape[dim], _symbol(program)) and not _flattened(program, node, shape[dim])
+        isinstance(dim, int)
+        and program.mentions(shape[dim], _symbol(program))
+        and not _flattened(program, node, shape[dim])
         for dim in dims
     )
 
