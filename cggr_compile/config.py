@@ -66,8 +66,8 @@ class RoutingConfig:
             `"importance"` (rows with probability by score; the loss is an unbiased estimate of the batch's).
         selection_options: options of that rule, e.g. `{"tau": 0.05}`; None for its defaults.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
-        dense_after_steps: optimiser step from which everything is kept; the kept fraction rises to 1 from the end of the
-            warm-up until then, on the warm-up's rungs. None keeps `ratio`.
+        dense_after_steps: optimiser step from which everything is kept; the kept fraction rises to 1 from the end of
+            the warm-up until then, on the warm-up's rungs. None keeps `ratio`.
         first_layers, last_layers: token route: layers at either end that run on every token, at least 1 and 0.
         resample: token route: `"block"` selects once for all middle layers, `"layer"` for each of them.
         allow_compressed_recurrence: token route: let convolutions, scans and shifts of the middle layers run on the
@@ -238,7 +238,8 @@ class RoutingConfig:
         return self.ratio if rung == LADDER_RUNGS else 1 - (1 - self.ratio) * rung / LADDER_RUNGS
 
     def kept_rows(self, rows: int, step: int) -> int:
-        """k = max(1, ceil(fraction * rows)) of `rows` rows or tokens, exact for fractions such as 0.1 that floats cannot represent."""
+        """k = max(1, ceil(fraction * rows)) of `rows` rows or tokens, exact for fractions such as 0.1 that floats
+        cannot represent."""
         return max(1, math.ceil(round(self.kept_fraction(step) * rows, 9)))
 
 

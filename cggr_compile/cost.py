@@ -151,8 +151,9 @@ def _kappa(analysed: Program, config: RoutingConfig) -> float:
 
 
 def count(analysed: Program, sizes: Mapping[Any, int] | None = None) -> Flops:
-    """Counts one forward of a captured program, with `sizes` in place of the captured ones of some symbols; a node belongs to layer i if residual i is computed from it through
-    the stream of activations and residual i - 1 is not, to the head if it is the head's linear, else to the rest."""
+    """Counts one forward of a captured program, with `sizes` in place of the captured ones of some symbols; a node
+    belongs to layer i if residual i is computed from it through the stream of activations and residual i - 1 is not, to
+    the head if it is the head's linear, else to the rest."""
     assert analysed.head is not None
     counter = _Counter(analysed, sizes or {})
     layers = [0] * len(analysed.layers or ())

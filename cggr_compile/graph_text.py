@@ -2,9 +2,9 @@
 
 Passes copy nodes, and a copy in a graph that holds the router too cannot keep its name, so names alone would make every
 line of a diff differ. Nodes are therefore matched by value numbering: two nodes have the same number if they apply the
-same operator to arguments of the same numbers, where a gathered value counts as the value and k as the size that it stands for. A copy is printed
-under the name of the captured node it repeats, with its part in front (`%router.linear_3`) where it is not the main
-pass.
+same operator to arguments of the same numbers, where a gathered value counts as the value and k as the size that it
+stands for. A copy is printed under the name of the captured node it repeats, with its part in front
+(`%router.linear_3`) where it is not the main pass.
 """
 
 from __future__ import annotations

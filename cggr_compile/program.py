@@ -12,7 +12,7 @@ dataflow alone decides order: copying, reordering and dropping nodes cannot move
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -133,9 +133,9 @@ class Shortened:
 class Routing:
     """Nodes inserted by the passes; None until the pass that inserts each has run.
 
-    `kept` and `rows` are the sequence route's, `kept_tokens` and `positions` the token route's, `kept_loss`, `loss_rows`
-    and `loss_weights` the loss route's; `gathered` lists the inputs that the sequence route gathered, `shortened` what
-    the token route's middle layers read.
+    `kept` and `rows` are the sequence route's, `kept_tokens` and `positions` the token route's, `kept_loss`,
+    `loss_rows` and `loss_weights` the loss route's; `gathered` lists the inputs that the sequence route gathered,
+    `shortened` what the token route's middle layers read.
     """
 
     router_layers: int = 0
@@ -228,6 +228,10 @@ class Program:
     def same_size(self, size: Any, symbol: torch.SymInt | int) -> bool:
         """Whether a size is provably the symbol, by the shape environment's replacements; never guards."""
         return self.expression(size) == self.expression(symbol)
+
+    def same_shape(self, left: Sequence[Any], right: Sequence[Any]) -> bool:
+        """Whether two shapes are provably equal; never guards."""
+        return len(left) == len(right) and all(map(self.same_size, left, right))
 
     def mentions(self, size: Any, symbol: torch.SymInt) -> bool:
         """Whether a size depends on the symbol."""
@@ -328,8 +332,8 @@ class Builder:
         args: tuple | None = None,
         kwargs: dict[str, Any] | None = None,
     ) -> fx.Node:
-        """Copies one call with arguments from `env` and computes its value afresh; in the builder's part, or, where that
-        is the main pass, in the original's.
+        """Copies one call with arguments from `env` and computes its value afresh; in the builder's part, or, where
+        that is the main pass, in the original's.
 
         The copy runs under the original's region; where the builder's region disables gradients or adds an autocast,
         that holds too. `args` and `kwargs`, already mapped, replace the arguments.

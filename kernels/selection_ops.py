@@ -31,7 +31,8 @@ def drawn(
     names: Sequence[str] = (),
     values: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
-    """`selection.RULES[rule]` with options `names` of `values`: index int64 [..., k], sorted, and weight float32 [..., k].
+    """`selection.RULES[rule]` with options `names` of `values`: index int64 [..., k], sorted, and weight float32 [...,
+    k].
 
     `scores` and `noise` are float32 [..., N], `valid` is bool [..., N]. Raises ValueError by argument.
     """

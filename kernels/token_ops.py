@@ -36,7 +36,8 @@ def gather_tokens(x: Tensor, positions: Tensor, dims: Sequence[int], lead: int =
 
 
 def scatter_tokens(full: Tensor, part: Tensor, positions: Tensor) -> Tensor:
-    """`full` [B, S, ...] with its tokens `positions` [B, k] (int64, distinct, in [0, S)) replaced by `part` [B, k, ...].
+    """`full` [B, S, ...] with its tokens `positions` [B, k] (int64, distinct, in [0, S)) replaced by `part` [B, k,
+    ...].
 
     The result has the dtype of `part`.
     """
@@ -58,7 +59,7 @@ def _check_gather(x: Tensor, positions: Tensor, dims: Sequence[int], lead: int) 
     torch._check_value(
         bool(dims) and all((0 if lead else 1) <= dim < x.dim() for dim in dims) and len(set(dims)) == len(dims),
         lambda: (
-            f"cggr::gather_tokens: dims is {list(dims)} for x of shape {tuple(x.shape)} with {lead} dimensions in front, "
+            f"cggr::gather_tokens: dims is {list(dims)} for x of shape {tuple(x.shape)} with lead {lead}, "
             "expected distinct dimensions behind the batch"
         ),
     )
@@ -139,7 +140,7 @@ def _scatter_tokens_fake(full: Tensor, part: Tensor, positions: Tensor) -> Tenso
 
 
 def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    full, part, positions = inputs
+    full, _, positions = inputs
     ctx.dtype = full.dtype
     ctx.save_for_backward(positions)
 

@@ -1,19 +1,19 @@
 """Runs the middle layers on the selected tokens of each sequence; the others pass on the residual.
 
 What enters the layers is found by dataflow. `find_layers` proved that the residual is the only activation that crosses
-a cut; whatever else a middle layer reads (masks, rotary tables, position biases, sizes) is loop-invariant and is given to
-it *for the kept tokens*, by the symbols in its shape:
+a cut; whatever else a middle layer reads (masks, rotary tables, position biases, sizes) is loop-invariant and is given
+to it *for the kept tokens*, by the symbols in its shape:
 
 * a value with no dimension of the sequence's size S is the same for every subset and is read as it is;
 * a size is recomputed with k in place of S, from its symbolic expression;
-* a value with dimensions of size S is gathered along each of them, sequence by sequence. Its first dimension must be the
-  batch; where it has none, broadcasting with the activations says where the batch belongs;
+* a value with dimensions of size S is gathered along each of them, sequence by sequence. Its first dimension must be
+  the batch; where it has none, broadcasting with the activations says where the batch belongs;
 * a value that is the same at every token (zeros, an expanded parameter), or whose shape is derived from S (flattened
   tokens, heads folded into the batch), is computed again from what it is made of, down to values that can be gathered.
 
-Anything else is ambiguous and refused. Positions are thus those of the whole sequence, as in the original layers: rotary
-angles, windows and document boundaries of the kept tokens do not change. What middle layers give out beside the residual
-(a mixture-of-experts' statistics) continues on k tokens until no dimension depends on the sequence.
+Anything else is ambiguous and refused. Positions are thus those of the whole sequence, as in the original layers:
+rotary angles, windows and document boundaries of the kept tokens do not change. What middle layers give out beside the
+residual (a mixture-of-experts' statistics) continues on k tokens until no dimension depends on the sequence.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class _Rewrite:
         """Copies a node ahead of its turn; it is in no checkpointed region then."""
         if self._span(node) is not None and node not in self.builder.env:
             raise CannotOptimize(
-                f"a value of shape {self._shape(node)}, which only the kept tokens have, is read for the whole sequence",
+                f"a value of shape {self._shape(node)}, which only the kept tokens have, is read for every token",
                 node=node,
                 hint="use route='sequence', or report it with this line",
             )
@@ -293,21 +293,22 @@ class _Rewrite:
         return builder.call(aten.flatten.using_ints, gathered, 0, 1)
 
     def _is_flattened(self, node: fx.Node) -> bool:
-        """Whether rows are tokens in order: a view of [B, S, …] as [B · S, …], or what row by row is computed from one."""
+        """Whether rows are tokens in order: a view of [B, S, …] as [B · S, …], or what row by row is computed from
+        one."""
         if not is_tensor(node) or not node.args or not is_tensor(node.args[0]):
             return False
         source, shape, before = node.args[0], value(node).shape, value(node.args[0]).shape
         if not shape or not self.program.same_size(shape[0], self.program.batch * self.sequence):
             return False
-        if _packet(node) in _VIEWS and list(before) != list(shape):
+        if _packet(node) in _VIEWS and not self.program.same_shape(before, shape):
             batch_first = len(before) > 1 and self._is_batch(before[0]) and self._is_sequence(before[1])
-            return batch_first and list(before[2:]) == list(shape[1:])
+            return batch_first and self.program.same_shape(before[2:], shape[1:])
         by_row = _packet(node) in _BY_ROW or (len(node.all_input_nodes) == 1 and _is_pointwise(node))
         return by_row and self._is_flattened(source)
 
     def _repeated(self, node: fx.Node, span: Span) -> fx.Node | None:
-        """The form of a value without a batch that is repeated for every sequence, [c, …] to [B · c, …]: each sequence's
-        repetition holds its own tokens."""
+        """The form of a value without a batch that is repeated for every sequence, [c, …] to [B · c, …]: each
+        sequence's repetition holds its own tokens."""
         if node.target != aten.repeat.default:
             return None
         source, times = node.args
@@ -328,7 +329,8 @@ class _Rewrite:
         return is_token_count(self.program, size) and not self._is_sequence(size)
 
     def _lead(self, node: fx.Node, reader: fx.Node) -> int | None:
-        """How many dimensions broadcasting adds in front of a value to reach the batch; None where that is not known."""
+        """How many dimensions broadcasting adds in front of a value to reach the batch; None where that is not
+        known."""
         shape = value(node).shape
         if self._is_batch(shape[0]):
             return 0
@@ -346,15 +348,16 @@ class _Rewrite:
         return lead if lead > 0 else None
 
     def _refuse_places(self, node: fx.Node, reader: fx.Node) -> None:
-        """A gathered value holds the tokens' places in the whole sequence; as an index into the kept ones it is wrong."""
+        """A gathered value holds the tokens' places in the whole sequence; as an index into the kept ones it is
+        wrong."""
         packet = _packet(reader)
         if packet not in _INDEXING or not self._mentions_sequence(reader.args[0]):
             return
         indices = reader.args[_INDEXING[packet]]
         if node in (indices if isinstance(indices, (list, tuple)) else [indices]):
             raise CannotOptimize(
-                f"{packet} reads the sequence at places given by a value of shape {self._shape(node)}, which count in the "
-                "whole sequence",
+                f"{packet} reads the sequence at places given by a value of shape {self._shape(node)}, "
+                "which count in the whole sequence",
                 node=reader,
                 hint="the token route cannot translate places; use route='sequence'",
             )

@@ -1,9 +1,9 @@
 """Selects the tokens of the batch whose logits enter the loss.
 
 Tokens are the rows that the loss sees, over the whole batch; those whose label is ignored are not selectable. A rule
-whose weights only say what counts fills up with ignored tokens where fewer than k are selectable: they are ignored by the
-loss too, so no weight is needed and the loss is the mean over the others. Behind the sequence route, the batch is what
-that one kept.
+whose weights only say what counts fills up with ignored tokens where fewer than k are selectable: they are ignored by
+the loss too, so no weight is needed and the loss is the mean over the others. Behind the sequence route, the batch is
+what that one kept.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ aten = torch.ops.aten
 
 
 def select_loss(program: Program, config: RoutingConfig) -> Program:
-    """Adds the inputs `kept_loss` and, for rules that draw, `loss_noise` ([N] fp32, N the rows that the loss sees); sets
-    `routing.kept_loss`, `.loss_rows` ([k] int64, sorted, into those rows) and `.loss_weights` ([k] fp32, or None where
-    every selected row counts alike)."""
+    """Adds the inputs `kept_loss` and, for rules that draw, `loss_noise` ([N] fp32, N the rows that the loss sees);
+    sets `routing.kept_loss`, `.loss_rows` ([k] int64, sorted, into those rows) and `.loss_weights` ([k] fp32, or None
+    where every selected row counts alike)."""
     assert program.head is not None
     builder = Builder(program)
     builder.copy_inputs()

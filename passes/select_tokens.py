@@ -1,15 +1,17 @@
 """Selects the tokens of each sequence that the middle layers run on.
 
 A token is selectable if it is a real one (`attention_mask` is not 0 there), whether its label counts or not: a prompt
-token carries context. Its score is that of the prediction made at its position, and 0, the lowest of every scoring, where
-the label is ignored. Positions of one sequence must be distinct, or attention would see a key twice; so where a sequence
-has fewer than k real tokens, the selection is filled up with padding, which the gathered mask hides from the others.
+token carries context. Its score is that of the prediction made at its position, and 0, the lowest of every scoring,
+where the label is ignored. Positions of one sequence must be distinct, or attention would see a key twice; so where a
+sequence has fewer than k real tokens, the selection is filled up with padding, which the gathered mask hides from the
+others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from operator import getitem
+from typing import Any
 
 import cggr_compile.kernels.ops
 import cggr_compile.kernels.selection_ops  # noqa: F401  registers torch.ops.cggr
@@ -63,7 +65,7 @@ def select_tokens(program: Program, config: RoutingConfig) -> Program:
     builder.copy_parts("router", "score")
     builder.part, builder.region = "select", quiet_region(program)
     ids = token_ids(program)
-    shape = (value(ids).shape[0], program.sequence)
+    shape: tuple[Any, ...] = (value(ids).shape[0], program.sequence)
     if config.resample == "layer":
         shape = (len(layers), *shape)
     rule = RULES[config.selection]
@@ -82,7 +84,7 @@ def select_tokens(program: Program, config: RoutingConfig) -> Program:
     if rule.needs_scores and noise is not None:
         operands = (scores, real, kept, config.selection, noise)
         drawn = builder.call(torch.ops.cggr.draw.default, *operands, *selection_options(config))
-        scores = _preferred(builder, *(builder.call(getitem, drawn, place) for place in (0, 1)), real)
+        scores = _preferred(builder, builder.call(getitem, drawn, 0), builder.call(getitem, drawn, 1), real)
     else:
         # A real token without a score still comes before padding.
         scores = builder.call(aten.nan_to_num.default, scores, torch.finfo(torch.float32).min)

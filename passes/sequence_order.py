@@ -10,7 +10,7 @@ Causal attention and triangular masks depend on the order alone, which is kept.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -48,6 +48,28 @@ _WINDOWS = {
 }
 _STRIDES = {aten.as_strided, aten.unfold, aten._cudnn_rnn, aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu}
 _TRIANGLES = {aten.tril: (0, -1), aten.triu: (0, 1)}  # diagonals that say before or after, and nothing about how far
+_CUTS = {aten.slice, aten.narrow}
+# Operators that count places, with the argument that names the dimension (None: one index for each).
+_INDEXED: dict[Any, int | None] = {
+    aten.index: None,
+    aten.index_put: None,
+    aten.gather: 1,
+    aten.scatter: 1,
+    aten.scatter_add: 1,
+    aten.index_select: 1,
+    aten.index_add: 1,
+    aten.take_along_dim: 2,
+}
+_KEEPS_PLACES = {
+    aten.slice,
+    aten.softmax,
+    aten._softmax,
+    aten.log_softmax,
+    aten.to,
+    aten._to_copy,
+    aten.dropout,
+    aten.clone,
+}
 _KNOWN_NAMESPACES = ("aten", "prims")
 
 
@@ -70,6 +92,12 @@ def order_dependence(program: Program, node: fx.Node) -> str | None:
         ]
         return f"what {target} does along the sequence is not known" if exact else None
     packet = target.overloadpacket
+    if _padding(program, node) is not None:
+        return None
+    if packet in _CUTS and not _keeps_all(program, node):
+        return f"{packet} takes fixed places of the sequence"
+    if packet in _INDEXED and any(_is_sequence(program, size) for size in _indexed_sizes(node)):
+        return f"{packet} takes places of the sequence by their number"
     if packet in _STRIDES:
         return f"{packet} reads the sequence by place"
     if packet in _ALONG and _runs_along(program, node, *_ALONG[packet]):
@@ -84,6 +112,57 @@ def order_dependence(program: Program, node: fx.Node) -> str | None:
     if packet in _TRIANGLES and (node.args[1] if len(node.args) > 1 else 0) not in _TRIANGLES[packet]:
         return f"{packet} measures distances along the sequence"
     return _odd_size(program, node)
+
+
+class _Padded(NamedTuple):
+    """A dimension that holds the sequence and, in front or behind, constant places of no token (an attention sink)."""
+
+    dim: int
+    start: int
+
+
+def _padding(program: Program, node: fx.Node) -> _Padded | None:
+    """Where the sequence lies in a value that such places were joined to, also behind operators that keep places."""
+    if node.op != "call_function" or not is_tensor(node) or _odd_size(program, node) is None:
+        return None
+    packet, shape = getattr(node.target, "overloadpacket", None), value(node).shape
+    if packet == aten.cat:
+        parts = node.args[0]
+        dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(shape)
+        sizes = [value(part).shape[dim] for part in parts]
+        places = [index for index, size in enumerate(sizes) if _is_sequence(program, size)]
+        others = [size for size in sizes if isinstance(size, int)]
+        constant = len(places) == 1 and len(others) == len(sizes) - 1
+        return _Padded(dim, sum(sizes[: places[0]])) if constant else None
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()) and packet not in _KEEPS_PLACES:
+        return None
+    alike = [s for s in node.all_input_nodes if is_tensor(s) and program.same_shape(value(s).shape, shape)]
+    found = {_padding(program, source) for source in alike}
+    return found.pop() if len(found) == 1 else None
+
+
+def _keeps_all(program: Program, node: fx.Node) -> bool:
+    """Whether a slice leaves every dimension with tokens as it is, or takes the sequence out of a padded one."""
+    source, dim, start = (*node.args, 0, 0)[:3]
+    before, after = value(source).shape, value(node).shape
+    dim = dim % len(before)
+    if not program.mentions(before[dim], _symbol(program)) or program.same_size(before[dim], after[dim]):
+        return True
+    padded = _padding(program, source)
+    found = padded is not None and dim == padded.dim and start == padded.start
+    return found and _is_sequence(program, after[dim])
+
+
+def _indexed_sizes(node: fx.Node) -> list[Any]:
+    """Sizes of the dimensions that an indexing operator counts places in."""
+    shape = value(node.args[0]).shape
+    place = _INDEXED[node.target.overloadpacket]
+    if place is None:
+        indices = node.args[1]
+        assert isinstance(indices, (list, tuple))
+        return [size for size, index in zip(shape, indices, strict=False) if index is not None]
+    given = node.args[place] if len(node.args) > place else None
+    return [shape[given]] if isinstance(given, int) else list(shape)
 
 
 def _runs_along(program: Program, node: fx.Node, place: int, default: Any) -> bool:

@@ -199,7 +199,7 @@ def test_models_refused_at_once_stay_untouched() -> None:
         ({"ratio": float("nan")}, r"ratio=nan is not in \(0, 1\]"),
         ({"scoring": "entropie"}, "scoring='entropie', did you mean 'entropy'\\? valid values: loss, entropy"),
         ({"selection": "best"}, "selection='best' valid values: topk, random"),
-        ({"route": "token"}, "route='token' valid values: sequence"),
+        ({"route": "tokens"}, "route='tokens', did you mean 'token'\\? valid values: sequence, token, loss"),
         ({"router_layers": 0}, "router_layers=0 is neither 'auto' nor a positive integer"),
         ({"warmup_steps": -1}, "warmup_steps=-1 is not a non-negative integer"),
         ({"fallback": "ignore"}, "fallback='ignore'"),

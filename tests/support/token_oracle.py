@@ -1,13 +1,16 @@
 """The eager oracle of the token route: no graph, no operator and no helper of the compiler is used here.
 
 The middle layers of a copy of the model are wrapped: each takes the hidden states and everything else that it is given
-per token at chosen positions, runs as it is, and puts the result back. What is per token is known by the argument's name.
+per token at chosen positions, runs as it is, and puts the result back. What is per token is known by the argument's
+name.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -66,9 +69,10 @@ class Shortened(nn.Module):
             return getattr(self.layer, name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        names = list(inspect.signature(self.layer.forward).parameters)[1:]
+        positional = [_of_tokens(name, argument, self.positions) for name, argument in zip(names, args, strict=False)]
         named = {name: _of_tokens(name, argument, self.positions) for name, argument in kwargs.items()}
-        assert not any(isinstance(argument, torch.Tensor) for argument in args), "a positional tensor has no name"
-        output = self.layer(take(hidden_states, self.positions, 1), *args, **named)
+        output = self.layer(take(hidden_states, self.positions, 1), *positional, **named)
         if isinstance(output, tuple):
             return (put(hidden_states, output[0], self.positions), *output[1:])
         return put(hidden_states, output, self.positions)
@@ -85,13 +89,7 @@ def shortened(model: nn.Module, architecture: Architecture, middle: range, posit
 
 def renamed(gradients: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
     """Gradients of a shortened copy under the names of the original's parameters."""
-    return {name.replace(".layer.", ".", 1) if _wrapped(name) else name: g for name, g in gradients.items()}
-
-
-def _wrapped(name: str) -> bool:
-    """Whether a parameter's path goes through `Shortened.layer`, right behind the layer's index."""
-    parts = name.split(".")
-    return any(part.isdigit() and following == "layer" for part, following in zip(parts, parts[1:], strict=False))
+    return {re.sub(r"(\.\d+)\.layer\.", r"\1.", name): gradient for name, gradient in gradients.items()}
 
 
 def step(
