@@ -41,7 +41,7 @@ def cut_vertices(source: fx.Node, target: fx.Node) -> list[fx.Node]:
     the farthest edge so far therefore finds them all. Edges through sizes carry no activation and do not count.
     """
     upstream = ancestors([target])
-    downstream = descendants([source], _carries_activations)
+    downstream = descendants([source], carries_activations)
     paths = [node for node in source.graph.nodes if node in upstream and node in downstream]
     position = {node: index for index, node in enumerate(paths)}
     cuts, farthest = [], 0
@@ -52,7 +52,7 @@ def cut_vertices(source: fx.Node, target: fx.Node) -> list[fx.Node]:
     return cuts
 
 
-def _carries_activations(node: fx.Node) -> bool:
+def carries_activations(node: fx.Node) -> bool:
     """Whether a node passes activations on: tensors do, and lists of them (`split`, `topk`); sizes do not."""
     return is_tensor(node) or isinstance(value(node), (tuple, list))
 

@@ -13,9 +13,11 @@ from toys import Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile.metrics import METRICS, metrics_of
+from cggr_compile.selected import token_metrics
 
 WITHOUT_ROUTER = {"score_mean", "score_selected_mean", "score_cv", "mean_confidence"}
 OF_TOKENS = {"tokens_total", "tokens_selected", "selection_rate_short", "selection_rate_long"}
+OF_TOKEN_ROUTES = {"token_kept_ratio", "loss_kept_ratio"}
 
 
 @st.composite
@@ -78,10 +80,10 @@ def test_every_metric_is_documented_and_computed() -> None:
     cggr.optimize(model, router_layers=2, dynamic_threshold=True)
     assert model.cggr.metrics() == {}
     loss = model(**toy_batch(ignored=0.3))[0]
-    assert set(METRICS) - set(model.cggr.metrics()) == {"parameters_without_gradient"}
+    assert set(METRICS) - set(model.cggr.metrics()) == {"parameters_without_gradient"} | OF_TOKEN_ROUTES
     loss.backward()
     found = model.cggr.metrics()
-    assert set(found) == set(METRICS)
+    assert set(found) == set(METRICS) - OF_TOKEN_ROUTES
     assert found["parameters_without_gradient"] == 1
     model.zero_grad(set_to_none=True)
     assert model.cggr.metrics()["parameters_without_gradient"] == 1
@@ -94,10 +96,25 @@ def test_every_metric_is_documented_and_computed() -> None:
     assert all(figure.shape == () and figure.isfinite() for figure in found.values())
     ones = cggr.optimize(model, ratio=1.0)
     ones(**toy_batch())
-    assert set(METRICS) - set(ones.cggr.metrics()) == WITHOUT_ROUTER | OF_TOKENS | {"parameters_without_gradient"}
+    absent = {"parameters_without_gradient"} | OF_TOKEN_ROUTES
+    assert set(METRICS) - set(ones.cggr.metrics()) == WITHOUT_ROUTER | OF_TOKENS | absent
 
 
 def test_without_a_router_there_are_no_scores() -> None:
     model = cggr.optimize(Toy().train(), selection="random")
     model(**toy_batch())
-    assert set(METRICS) - set(model.cggr.metrics()) == WITHOUT_ROUTER | {"parameters_without_gradient"}
+    assert set(METRICS) - set(model.cggr.metrics()) == WITHOUT_ROUTER | OF_TOKEN_ROUTES | {
+        "parameters_without_gradient"
+    }
+
+
+@pytest.mark.parametrize("routes", [("sequence",), ("token",), ("loss",), ("token", "loss"), ("sequence", "loss")])
+def test_figures_of_the_token_and_loss_routes(routes: tuple[str, ...]) -> None:
+    mask = torch.tensor([[True, False, False, True], [False, True, False, False]])
+    last = {"positions": torch.tensor([[0, 2, 3], [0, 1, 2]]), "length": 4, "loss_mask": mask}
+    of_token, of_loss = {"token_kept_ratio": 0.75}, {"tokens_selected": 3, "loss_kept_ratio": 0.375}
+    expected = {**(of_token if "token" in routes else {}), **(of_loss if "loss" in routes else {})}
+    found = token_metrics(routes, last)
+    assert {name: figure.item() for name, figure in found.items()} == expected
+    assert all(figure.shape == () for figure in found.values())
+    assert set(found) <= set(METRICS)
