@@ -80,23 +80,24 @@ class RoutingConfig:
             `"trimmed"` (top-k without outliers, and a uniform share), `"stratified"` (uniform within strata by score;
             the loss is the stratified estimate of the batch's) or `"importance"` (rows with probability by score; the
             loss is an unbiased estimate of the batch's). `"auto"` is `"random"` until a probe finds that scores pay
-            for the router, then `"trimmed"`; it may switch back. `"sequence_aware"` shares tokens out among sequences.
-            Or a function `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N]
-            (rows with a counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and
-            float32 weights [k]. A row of weight 0 only fills up; the loss is Σ w·l / Σ w over the kept rows' counted
-            tokens, so weights of 1 are a plain mean. The function runs at every step as one operator that compilers do
-            not look into, and nothing is read back unless it does; what it returns is checked by type and shape.
+            for the router, then `"trimmed"`; it may switch back. Or a function
+            `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N] (rows with a
+            counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and float32 weights
+            [k]. `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the loss is
+            Σ w·l / Σ w over the kept rows' counted tokens, so weights of 1 are a plain mean. The function runs at every
+            step as one operator that compilers do not look into, and nothing is read back unless it does; what it
+            returns is checked by type and shape.
         selection_options: options of that rule, e.g. `{"tau": 0.05}` (of trimmed, for `"auto"`); None for its defaults.
             Of a function: its keyword parameters beyond the four whose default is a number, None or missing; whole
             numbers arrive as int unless the default is a float.
         probe_every: auto: optimiser steps between two probes; the first comes after as many, but not in the warm-up.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
-        dynamic_threshold: keep more rows while the router is unsure: the fraction is that of the warm-up times
-            1 + (1 - mean confidence) · `threshold_sensitivity`, at most 1, raised to the next of the LADDER_RUNGS + 1
-            fractions that the warm-up uses. The mean confidence is that of the last routed call, the router's largest
-            probability over its counted tokens (0 where none is); the first call uses the plain fraction. On CUDA it
-            travels to the host by itself and the next call waits for it, so the host is at most one call ahead of
-            the device.
+        dynamic_threshold: sequence route alone: keep more rows while the router is unsure. The fraction is that of the
+            step times 1 + (1 - mean confidence) · `threshold_sensitivity`, at most 1, raised to the next of the
+            LADDER_RUNGS + 1 fractions that the warm-up uses. The mean confidence is that of the last routed call, the
+            router's largest probability over its counted tokens (0 where none is); the first call uses the plain
+            fraction. On CUDA it travels to the host by itself and the next call waits for it, so the host is at most
+            one call ahead of the device.
         threshold_sensitivity: how far, in [0, 1].
         dense_after_steps: optimiser step from which everything is kept; the kept fraction rises to 1 from the end of
             the warm-up until then, on the warm-up's rungs. None keeps `ratio`.

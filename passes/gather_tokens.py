@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cggr_compile.kernels.token_ops  # noqa: F401  registers torch.ops.cggr
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.select_tokens import middle_layers
-from cggr_compile.passes.sequence_order import is_token_count, order_dependence
+from cggr_compile.passes.sequence_order import is_token_count, is_unrolled, order_dependence
 from cggr_compile.passes.sizes import emit_size
 from cggr_compile.passes.subgraph import ancestors, carries_activations, descendants
 from torch import fx
@@ -197,6 +197,12 @@ class _Rewrite:
         builder.env[span.exit] = builder.call(target, full, span.forms[span.exit], span.positions)
 
     def _copy_short(self, node: fx.Node, span: Span) -> None:
+        if is_unrolled(self.program, node):
+            raise CannotOptimize(
+                f"{_layers(span.layers)} read every n-th token, as a scan does that is unrolled for the whole sequence",
+                node=node,
+                hint="keep such layers dense (first_layers, last_layers), or use route='sequence'",
+            )
         reason = order_dependence(self.program, node)
         if reason is not None and not self.config.allow_compressed_recurrence:
             raise CannotOptimize(

@@ -114,6 +114,17 @@ def order_dependence(program: Program, node: fx.Node) -> str | None:
     return _odd_size(program, node)
 
 
+def is_unrolled(program: Program, node: fx.Node) -> bool:
+    """Whether the node reads every n-th token, as a scan does that is unrolled into one level for each power of two.
+
+    How many levels there are is the whole sequence's, so that k tokens cannot go through them.
+    """
+    if getattr(node.target, "overloadpacket", None) != aten.slice or len(node.args) < 5 or node.args[4] == 1:
+        return False
+    source, dim = node.args[:2]
+    return isinstance(dim, int) and program.mentions(value(source).shape[dim], _symbol(program))
+
+
 class _Padded(NamedTuple):
     """A dimension that holds the sequence and, in front or behind, constant places of no token (an attention sink)."""
 

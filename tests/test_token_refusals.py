@@ -105,6 +105,15 @@ def test_places_in_the_whole_sequence_are_no_index_into_the_kept_tokens() -> Non
         cggr.explain(model, {"input_ids": torch.randint(0, 31, (4, 7))}, **options)
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_unrolled_scans_are_refused_whatever_is_allowed(allowed: bool) -> None:
+    """Their number of levels belongs to the whole length."""
+    model = Layers(lambda x, _: x + x[:, ::2].sum(1, keepdim=True)).train()
+    options = {"route": "token", "selection": "random", "allow_compressed_recurrence": allowed}
+    with pytest.raises(cggr.CannotOptimize, match="layer 1 read every n-th token, as a scan does"):
+        cggr.explain(model, {"input_ids": torch.randint(0, 31, (4, 7))}, **options)
+
+
 def test_order_alone_is_no_place() -> None:
     """Triangles, sums over tokens and a sink beside the keys mean the same on the kept tokens."""
 

@@ -19,6 +19,7 @@ from torch import nn
 
 import cggr_compile as cggr
 from cggr_compile.program import Program
+from cggr_compile.report import Diff, Report
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "long"
 EXAMPLES = 200 if LONG else 8
@@ -33,7 +34,20 @@ WINDOWED = Architecture(
 
 # One of each kind that enters the layers: rotary tables, ALiBi folded into heads, two masks, a router's statistics.
 FAMILIES = ["llama", "bloom", "gemma3", "qwen3_moe"]
-OTHERS = ["qwen3", "phi3", "gptj", "gpt_neox", "falcon", "opt", "mixtral", "gpt_oss", "mistral", "gpt2", "bert"]
+OTHERS = [
+    "qwen3",
+    "phi3",
+    "gptj",
+    "gpt_neox",
+    "falcon",
+    "opt",
+    "mixtral",
+    "gpt_oss",
+    "mistral",
+    "gpt2",
+    "bert",
+    "modernbert",
+]
 
 
 def eager_of(architecture: Architecture) -> nn.Module:
@@ -66,9 +80,8 @@ def test_families(name: str, padded: bool) -> None:
         actual = oracle.step(model, batch)
         positions = token_oracle.expected_positions(eager, architecture, batch, 0.5, 2)
         assert torch.equal(model.cggr.selected, positions)
-        tolerance = {"rtol": 1e-4, "atol": 1e-6} if name == "falcon" and not padded else {}
         expected = token_oracle.step(eager, architecture, batch, range(1, 2), positions)
-        oracle.assert_same_step(*actual, *expected, **tolerance)
+        oracle.assert_same_step(*actual, *expected)
     assert model.cggr.captures == 1
 
 
@@ -85,7 +98,10 @@ def deep() -> tuple[nn.Module, Program]:
         (range(2, 5), {"first_layers": 2, "last_layers": 0}),
         (range(1, 4), {"selection": "random", "resample": "layer"}),
         (range(3, 4), {"first_layers": 3, "selection": "trimmed", "selection_options": {"epsilon": 0.5}}),
-        (range(1, 4), {"selection": "trimmed", "resample": "layer", "scoring": "entropy"}),
+        (
+            range(1, 4),
+            {"selection": "trimmed", "selection_options": {"epsilon": 0.5}, "resample": "layer", "scoring": "entropy"},
+        ),
     ],
 )
 def test_options(deep: tuple[nn.Module, Program], middle: range, options: dict[str, Any]) -> None:
@@ -150,6 +166,9 @@ def test_contract(
     assert torch.equal(real.gather(1, positions).sum(1), real.sum(1).clamp(max=kept))
     if selection == "topk" and kept < length:
         assert torch.equal(positions, token_oracle.expected_positions(eager, DEEP, batch, ratio, 2))
+    if not oracle.counted(batch["labels"], causal=True).any():
+        assert actual[0] == 0  # where eager says 0 / 0
+        return
     expected = token_oracle.step(eager, DEEP, batch, middle, positions)
     oracle.assert_same_step(*actual, *expected)
 
@@ -212,7 +231,7 @@ def test_schedule_ends_dense_with_a_bounded_number_of_sizes(deep: tuple[nn.Modul
 
 def test_report_and_diff_name_what_is_gathered(deep: tuple[nn.Module, Program]) -> None:
     routed = plans.Routed(*deep, route="token", ratio=0.25)
-    report, diff = cggr.Report.of(routed.runtime), cggr.Diff.of(routed.runtime)
+    report, diff = Report.of(routed.runtime), Diff.of(routed.runtime)
     text = str(report)
     assert "topk, k = ceil(0.25 · S) = 3 of 12 tokens of each sequence" in text
     assert "layers 1–3 of 5; the other tokens pass on the residual" in text

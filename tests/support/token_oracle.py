@@ -145,6 +145,6 @@ def expected_positions(
     kept = max(1, math.ceil(ratio * scores.shape[1] - 1e-9))
     rows = []
     for of_row, mask in zip(scores.tolist(), real.tolist(), strict=True):
-        order = sorted(range(len(of_row)), key=lambda place: (-mask[place], -of_row[place], place))
+        order = sorted(range(len(of_row)), key=lambda place: (-mask[place], -of_row[place] * mask[place], place))
         rows.append(sorted(order[:kept]))
     return torch.tensor(rows)
