@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from cggr_compile import compat
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.program import PART, REGION, Autocast, Input, Program, Region, Snapshot, value
+from cggr_compile.program import ORIGIN, PART, REGION, Autocast, Input, Program, Region, Snapshot, value
 from cggr_compile.retrace import functional_aten
 
 aten = torch.ops.aten
@@ -151,7 +151,7 @@ def _normalize(
         else:
             env[node] = graph.node_copy(node, lambda old: env[old])
         env[node].meta.update({REGION: region if node.op not in ("placeholder", "output") else Region()})
-        env[node].meta[PART] = "main"
+        env[node].meta.update({PART: "main", ORIGIN: env[node].name})
     output = next(iter(graph.find_nodes(op="output")))
     if isinstance(output.args[0], fx.Node):
         output.args = ((output.args[0],),)

@@ -117,3 +117,22 @@ def needs_pinned_loss(model: nn.Module) -> bool:
         and "_loss_function" not in vars(model)
         and getattr(model, "loss_type", None) not in LOSS_MAPPING
     )
+
+
+def _size_functions() -> dict[Any, Any]:
+    """torch's own functions in symbolic sizes, each with the Python function that it stands for."""
+    import operator
+
+    from torch.utils._sympy import functions
+
+    return {
+        functions.FloorDiv: operator.floordiv,
+        functions.CleanDiv: operator.floordiv,
+        functions.Mod: operator.mod,
+        functions.PythonMod: operator.mod,
+        functions.Max: torch.sym_max,
+        functions.Min: torch.sym_min,
+    }
+
+
+SIZE_FUNCTIONS = _size_functions()

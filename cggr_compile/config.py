@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cggr_compile.kernels.providers import PROVIDERS
-from cggr_compile.kernels.selection import RULES, RuleFunction, is_number, options_of, rule_name
+from cggr_compile.kernels.selection import RULES, RuleFunction, is_number, options_of, rule_name, rule_of
 
-ROUTES = ("sequence",)
+ROUTES = ("sequence", "token", "loss")
+COMPOSITIONS = (("sequence", "loss"), ("token", "loss"))
+RESAMPLES = ("block", "layer")
 SCORINGS = ("loss", "entropy", "margin", "combined")
 ROUTER_HEADS = ("exact", "sampled", "low_rank", "fp8")
 FALLBACKS = ("raise", "eager")
@@ -33,6 +35,8 @@ _MEANINGLESS: Mapping[str, Mapping[str, str]] = {
         "sequence_aware": "it shares tokens out among sequences, and this route keeps or drops whole sequences; "
         "use 'topk', or 'stratified' for a selection of easy and hard ones"
     },
+    "token": {"sequence_aware": "every sequence keeps equally many tokens; use 'topk'"},
+    "loss": {"sequence_aware": "the tokens of the batch are one list that knows no sequences; use 'topk'"},
 }
 
 
@@ -56,8 +60,11 @@ class RoutingConfig:
     """Options of the rewrite; immutable, compared by value (a function of yours by identity).
 
     Attributes:
-        route: what is routed. `"sequence"`: whole rows of the batch.
-        ratio: fraction of rows kept, in (0, 1]; k = max(1, ceil(ratio * batch size)) rows are kept.
+        route: what is routed. `"sequence"`: whole rows of the batch; `"token"`: the middle layers run on k tokens of
+            each sequence, the others pass on the residual; `"loss"`: head and softmax run on k tokens of the batch. Two
+            of them as a tuple: `("sequence", "loss")` or `("token", "loss")`.
+        ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
+            (token) or both multiplied (loss).
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); a row's score is the mean over its counted tokens, in fp32.
@@ -73,24 +80,31 @@ class RoutingConfig:
             `"trimmed"` (top-k without outliers, and a uniform share), `"stratified"` (uniform within strata by score;
             the loss is the stratified estimate of the batch's) or `"importance"` (rows with probability by score; the
             loss is an unbiased estimate of the batch's). `"auto"` is `"random"` until a probe finds that scores pay
-            for the router, then `"trimmed"`; it may switch back. `"sequence_aware"` shares tokens out among sequences.
-            Or a function `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N]
-            (rows with a counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and
-            float32 weights [k]. A row of weight 0 only fills up; the loss is Σ w·l / Σ w over the kept rows' counted
-            tokens, so weights of 1 are a plain mean. The function runs at every step as one operator that compilers do
-            not look into, and nothing is read back unless it does; what it returns is checked by type and shape.
+            for the router, then `"trimmed"`; it may switch back. Or a function
+            `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N] (rows with a
+            counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and float32 weights
+            [k]. `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the loss is
+            Σ w·l / Σ w over the kept rows' counted tokens, so weights of 1 are a plain mean. The function runs at every
+            step as one operator that compilers do not look into, and nothing is read back unless it does; what it
+            returns is checked by type and shape.
         selection_options: options of that rule, e.g. `{"tau": 0.05}` (of trimmed, for `"auto"`); None for its defaults.
             Of a function: its keyword parameters beyond the four whose default is a number, None or missing; whole
             numbers arrive as int unless the default is a float.
         probe_every: auto: optimiser steps between two probes; the first comes after as many, but not in the warm-up.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
-        dynamic_threshold: keep more rows while the router is unsure: the fraction is that of the warm-up times
-            1 + (1 - mean confidence) · `threshold_sensitivity`, at most 1, raised to the next of the LADDER_RUNGS + 1
-            fractions that the warm-up uses. The mean confidence is that of the last routed call, the router's largest
-            probability over its counted tokens (0 where none is); the first call uses the plain fraction. On CUDA it
-            travels to the host by itself and the next call waits for it, so the host is at most one call ahead of
-            the device.
+        dynamic_threshold: sequence route alone: keep more rows while the router is unsure. The fraction is that of the
+            step times 1 + (1 - mean confidence) · `threshold_sensitivity`, at most 1, raised to the next of the
+            LADDER_RUNGS + 1 fractions that the warm-up uses. The mean confidence is that of the last routed call, the
+            router's largest probability over its counted tokens (0 where none is); the first call uses the plain
+            fraction. On CUDA it travels to the host by itself and the next call waits for it, so the host is at most
+            one call ahead of the device.
         threshold_sensitivity: how far, in [0, 1].
+        dense_after_steps: optimiser step from which everything is kept; the kept fraction rises to 1 from the end of
+            the warm-up until then, on the warm-up's rungs. None keeps `ratio`.
+        first_layers, last_layers: token route: layers at either end that run on every token, at least 1 and 0.
+        resample: token route: `"block"` selects once for all middle layers, `"layer"` for each of them.
+        allow_compressed_recurrence: token route: let convolutions, scans and shifts of the middle layers run on the
+            kept tokens as if these were neighbours; without it they raise `CannotOptimize`.
         inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
         cuda_graphs: record the compiled step for each batch shape and replay it (`cuda_graphs.py`), which helps where
             the host launches kernels more slowly than the device runs them. Costs memory for a copy of the gradients.
@@ -104,7 +118,7 @@ class RoutingConfig:
             global seed.
     """
 
-    route: str = "sequence"
+    route: str | tuple[str, ...] = "sequence"
     ratio: float = 0.5
     router_layers: int | str = "auto"
     scoring: str = "loss"
@@ -119,6 +133,11 @@ class RoutingConfig:
     warmup_steps: int = 0
     dynamic_threshold: bool = False
     threshold_sensitivity: float = 0.5
+    dense_after_steps: int | None = None
+    first_layers: int = 1
+    last_layers: int = 1
+    resample: str = "block"
+    allow_compressed_recurrence: bool = False
     inner: str = "auto"
     cuda_graphs: bool = False
     # What a dict or a callable object may lack is a hash; equal configs have equal hashes without them.
@@ -128,7 +147,7 @@ class RoutingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _choice("route", self.route, ROUTES)
+        self._check_route()
         _choice("scoring", self.scoring, SCORINGS)
         _choice("router_head", self.router_head, ROUTER_HEADS)
         self._check_selection()
@@ -146,6 +165,13 @@ class RoutingConfig:
         self._check_threshold()
         if not _is_int(self.probe_every, 1):
             raise ConfigError(f"probe_every={self.probe_every!r} is not a positive integer")
+        if self.dense_after_steps is not None and not _is_int(self.dense_after_steps, self.warmup_steps + 1):
+            raise ConfigError(
+                f"dense_after_steps={self.dense_after_steps!r} is neither None nor an integer above "
+                f"warmup_steps={self.warmup_steps}"
+            )
+        self._check_whole_rows()
+        self._check_token_route()
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
         self._check_kernels()
@@ -154,6 +180,59 @@ class RoutingConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
         if self.seed is not None and not _is_int(self.seed, 0):
             raise ConfigError(f"seed={self.seed!r} is neither None nor a non-negative integer")
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """`route` as a tuple."""
+        return (self.route,) if isinstance(self.route, str) else self.route
+
+    def _check_route(self) -> None:
+        if not isinstance(self.route, tuple):
+            _choice("route", self.route, ROUTES)
+        elif self.route not in COMPOSITIONS:
+            raise ConfigError(
+                f"route={self.route!r} is not a combination of routes; "
+                f"valid combinations: {', '.join(map(str, COMPOSITIONS))}"
+            )
+
+    def _check_token_route(self) -> None:
+        for name, least in (("first_layers", 1), ("last_layers", 0)):
+            if not _is_int(getattr(self, name), least):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not an integer of at least {least}")
+        _choice("resample", self.resample, RESAMPLES)
+        if not isinstance(self.allow_compressed_recurrence, bool):
+            raise ConfigError(f"allow_compressed_recurrence={self.allow_compressed_recurrence!r} is not a bool")
+        if "token" not in self.routes:
+            return
+        rule = rule_of(self.selection)
+        if rule.weighting != "none":
+            valid = [name for name in RULES if RULES[name].weighting == "none" and name not in _MEANINGLESS["token"]]
+            raise ConfigError(
+                f"selection={self.selection!r} weighs the loss of what it selects, and a token that skips layers keeps "
+                f"its loss; with route='token' valid selections: {', '.join(valid)}"
+            )
+        if self.resample == "layer" and not rule.needs_noise:
+            raise ConfigError(
+                f"resample='layer' with selection={self.selection!r} would select the same tokens for every layer; "
+                "use resample='block', or selection='random' or 'trimmed'"
+            )
+
+    def _check_whole_rows(self) -> None:
+        """Refuses what is defined for whole rows only where tokens are routed."""
+        if self.routes == ("sequence",):
+            return
+        named = "name a rule, e.g. 'topk' or 'random'"
+        rows_only = {
+            "dynamic_threshold=True": (self.dynamic_threshold, "leave it out"),
+            "selection='auto'": (self.selection == "auto", named),
+            f"selection={rule_name(self.selection)}": (callable(self.selection), named),
+        }
+        for option, (given, instead) in rows_only.items():
+            if given:
+                raise ConfigError(
+                    f"{option} is for whole sequences and route={self.route!r} selects tokens; {instead}, "
+                    "or use route='sequence'"
+                )
 
     def _check_router_head(self) -> None:
         for name, least in (("frequent", 0), ("sampled", 1), ("rank", 1), ("refresh", 1)):
@@ -188,7 +267,7 @@ class RoutingConfig:
     def _check_selection(self) -> None:
         rule, options = self.selection, {} if self.selection_options is None else self.selection_options
         if not callable(rule):
-            meaningless = _MEANINGLESS.get(self.route, {})
+            meaningless = {name: why for route in self.routes for name, why in _MEANINGLESS[route].items()}
             if isinstance(rule, str) and rule in meaningless:
                 raise ConfigError(f"selection={rule!r} has no meaning with route={self.route!r}: {meaningless[rule]}")
             known = (*(name for name in RULES if name not in meaningless), "auto")
@@ -240,9 +319,10 @@ class RoutingConfig:
         return self.dynamic_threshold and self.selection != "fixed_quota"
 
     def kept_fraction(self, step: int, confidence: float | None = None) -> float:
-        """Fraction of rows kept at optimiser step `step`: `ratio` after the warm-up, on the ladder before; higher on
-        the ladder where the dynamic threshold is on and `confidence`, the router's mean in [0, 1], is known."""
-        rung = LADDER_RUNGS if step >= self.warmup_steps else LADDER_RUNGS * step // self.warmup_steps
+        """Fraction kept at optimiser step `step`: `ratio`, and on the ladder before the warm-up's end and on the way to
+        `dense_after_steps`; higher on the ladder where the dynamic threshold is on and `confidence`, the router's mean
+        in [0, 1], is known."""
+        rung = self._rung(step)
         if self.follows_confidence and confidence is not None and self.ratio < 1:
             raised = self._on_rung(rung) * (1 + (1 - confidence) * self.threshold_sensitivity)
             # The lowest rung that is not below; what rounding adds to a fraction on a rung is no step up.
@@ -250,11 +330,21 @@ class RoutingConfig:
             rung = max(0, min(rung, reached))
         return self._on_rung(rung)
 
+    def _rung(self, step: int) -> int:
+        """The rung of a step before the router's confidence counts: 0 keeps everything, LADDER_RUNGS keeps `ratio`."""
+        if step < self.warmup_steps:
+            return LADDER_RUNGS * step // self.warmup_steps
+        if self.dense_after_steps is None:
+            return LADDER_RUNGS
+        rising = self.dense_after_steps - self.warmup_steps
+        return max(0, LADDER_RUNGS - LADDER_RUNGS * (step - self.warmup_steps) // rising)
+
     def _on_rung(self, rung: int) -> float:
         return self.ratio if rung == LADDER_RUNGS else 1 - (1 - self.ratio) * rung / LADDER_RUNGS
 
     def kept_rows(self, rows: int, step: int, confidence: float | None = None) -> int:
-        """k = max(1, ceil(fraction * rows)), exact for fractions such as 0.1 that floats cannot represent."""
+        """k = max(1, ceil(fraction * rows)) of `rows` rows or tokens, exact for fractions such as 0.1 that floats
+        cannot represent."""
         return max(1, math.ceil(round(self.kept_fraction(step, confidence) * rows, 9)))
 
 

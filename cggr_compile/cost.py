@@ -7,14 +7,17 @@ matrix products instead of a fused kernel that the counter may not know, and ope
 under autocast only, run in fp32. What the counter does not know and is not plain ATen is listed, not taken for free.
 
 The cost model, with φ = n / L, η = head / body, κ = the router's head / the exact head and c = φ + κη: a plain step
-costs 3 (1 + η) bodies (backward = 2 × forward), a step on r of the rows r times that, and the router c more. So the
-router makes a step ω = 1 + c / (3 r (1 + η)) times as expensive as one on equally many random rows.
+costs 3 (1 + η) bodies (backward = 2 × forward), a routed one m times that, and the router c more. So the router makes a
+step ω = 1 + c / (3 m (1 + η)) times as expensive as one on equally many random rows or tokens. m is the fraction r of
+the rows (sequence route); what the forward costs with the middle layers counted at k tokens a sequence, attention's
+square included (token route); or with r of the head (loss route).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.graph_text import operator_of
+from cggr_compile.passes.select_tokens import middle_layers
 from cggr_compile.passes.subgraph import ancestors, descendants
 from cggr_compile.program import Program, is_tensor, value
 from cggr_compile.router_head import cost_factor
@@ -62,7 +66,7 @@ class Cost:
     """Predicted cost of a routed step; symbols as in the module's docstring.
 
     `router_share` is the router's part of one plain forward, `step_ratio` the routed step over the plain one and
-    `random_ratio` a step on equally many random rows over the plain one, all counted; `break_even` is ω.
+    `random_ratio` (m) a step on equally many random rows or tokens over the plain one, all counted; `break_even` is ω.
     """
 
     forward_flops: int
@@ -81,9 +85,9 @@ class Cost:
     uncounted: tuple[tuple[str, int], ...]
 
 
-def break_even(c: float, ratio: float, eta: float) -> float:
-    """ω = 1 + c / (3 r (1 + η))."""
-    return 1 + c / ((1 + BACKWARD) * ratio * (1 + eta))
+def break_even(c: float, main: float, eta: float) -> float:
+    """ω = 1 + c / (3 m (1 + η))."""
+    return 1 + c / ((1 + BACKWARD) * main * (1 + eta))
 
 
 def predict(analysed: Program, router_layers: int, ratio: float, config: RoutingConfig) -> Cost:
@@ -100,6 +104,7 @@ def predict(analysed: Program, router_layers: int, ratio: float, config: Routing
     share = 0.0
     if router_layers:
         share = (sum(flops.layers[:router_layers]) + kappa * flops.head + flops.rest) / max(flops.total, 1)
+    main = _main_share(analysed, flops, ratio, config)
     return Cost(
         forward_flops=flops.total,
         layer_flops=flops.layers,
@@ -111,11 +116,31 @@ def predict(analysed: Program, router_layers: int, ratio: float, config: Routing
         c=c,
         ratio=ratio,
         router_share=share,
-        step_ratio=ratio + share / (1 + BACKWARD),
-        random_ratio=ratio,
-        break_even=break_even(c, ratio, eta),
+        step_ratio=main + share / (1 + BACKWARD),
+        random_ratio=main,
+        break_even=break_even(c, main, eta),
         uncounted=flops.uncounted,
     )
+
+
+def _main_share(analysed: Program, flops: Flops, ratio: float, config: RoutingConfig) -> float:
+    """m: the routed forward, without the router, over the plain one."""
+    if not flops.total:
+        return ratio
+    body, head = float(flops.body), float(flops.head)
+    if "token" in config.routes and analysed.layers is not None:
+        assert isinstance(analysed.sequence, torch.SymInt)
+        length = _hint(analysed.sequence)
+        kept = max(1, math.ceil(round(ratio * length, 9)))
+        sizes = {analysed.expression(analysed.sequence): kept}
+        if isinstance(analysed.batch, torch.SymInt):
+            sizes[analysed.expression(analysed.batch)] = _hint(analysed.batch)
+        short = count(analysed, sizes).layers
+        body = sum(short[i] if i in middle_layers(analysed, config) else whole for i, whole in enumerate(flops.layers))
+    if "loss" in config.routes:
+        head *= ratio
+    share = (body + head + flops.rest) / flops.total
+    return share * ratio if "sequence" in config.routes else share
 
 
 def _kappa(analysed: Program, config: RoutingConfig) -> float:
@@ -125,11 +150,12 @@ def _kappa(analysed: Program, config: RoutingConfig) -> float:
     return cost_factor(config, _hint(rows), vocabulary, width)
 
 
-def count(analysed: Program) -> Flops:
-    """Counts one forward of a captured program; a node belongs to layer i if residual i is computed from it through
-    the stream of activations and residual i - 1 is not, to the head if it is the head's linear, else to the rest."""
+def count(analysed: Program, sizes: Mapping[Any, int] | None = None) -> Flops:
+    """Counts one forward of a captured program, with `sizes` in place of the captured ones of some symbols; a node
+    belongs to layer i if residual i is computed from it through the stream of activations and residual i - 1 is not, to
+    the head if it is the head's linear, else to the rest."""
     assert analysed.head is not None
-    counter = _Counter()
+    counter = _Counter(analysed, sizes or {})
     layers = [0] * len(analysed.layers or ())
     owner = _owners(analysed)
     head = rest = 0
@@ -166,13 +192,16 @@ def _is_activation(node: fx.Node) -> bool:
 class _Counter:
     """Counts nodes one by one, each distinct call once."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Program, sizes: Mapping[Any, int]) -> None:
+        self.program = program
+        self.sizes = sizes
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.known: dict[str, int] = {}
         self.uncounted: Counter[str] = Counter()
 
     def count(self, node: fx.Node) -> int:
-        key = f"{node.target} {fx.map_arg((node.args, node.kwargs), _Described)}"
+        described = fx.map_arg((node.args, node.kwargs), lambda source: _Described(source, self._number))
+        key = f"{node.target} {described}"
         if key not in self.known:
             self.known[key] = self._run(node)
         if self.known[key] < 0:
@@ -186,7 +215,7 @@ class _Counter:
         promoted = len(_floating_dtypes(node.all_input_nodes)) > 1
         try:
             with self.mode, FlopCounterMode(display=False) as counter, torch.no_grad():
-                args, kwargs = _on_meta((node.args, node.kwargs), promoted)
+                args, kwargs = self._on_meta((node.args, node.kwargs), promoted)
                 result = node.target(*args, **kwargs)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             return -1
@@ -195,21 +224,43 @@ class _Counter:
         flops = int(counter.get_total_flops())
         return flops if flops or node.target.namespace in ("aten", "prims") else -1
 
+    def _on_meta(self, arguments: Any, promoted: bool) -> Any:
+        """Arguments with the values of nodes in place of nodes, numbers in place of symbols, and the meta device."""
+
+        def one(item: Any) -> Any:
+            if isinstance(item, torch.device):
+                return _META
+            if not isinstance(item, torch.Tensor):
+                return self._number(item)
+            dtype = torch.float32 if promoted and item.is_floating_point() else item.dtype
+            shape, stride = ([self._number(size) for size in sizes] for sizes in (item.shape, item.stride()))
+            return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+
+        return tree_map(one, fx.map_arg(arguments, value))
+
+    def _number(self, size: Any) -> Any:
+        """A size's hint, or its value for the sizes asked for."""
+        if not self.sizes or not isinstance(size, torch.SymInt):
+            return _hint(size)
+        expression = self.program.expression(size)
+        return int(expression.xreplace(self.sizes)) if expression.free_symbols <= self.sizes.keys() else _hint(size)
+
 
 class _Described:
-    """A node inside a printed key: what its value looks like, not which node it is."""
+    """A node inside a printed key: what its value looks like, in numbers, not which node it is."""
 
-    def __init__(self, node: fx.Node) -> None:
+    def __init__(self, node: fx.Node, number: Callable[[Any], Any]) -> None:
         self.val = value(node)
+        self.number = number
 
     def __repr__(self) -> str:
-        return str(tree_map(_description, self.val))
+        return str(tree_map(self._one, self.val))
 
-
-def _description(val: Any) -> str:
-    if isinstance(val, torch.Tensor):
-        return f"{val.dtype}{[_hint(size) for size in val.shape]}{[_hint(size) for size in val.stride()]}"
-    return str(_hint(val))
+    def _one(self, val: Any) -> str:
+        if isinstance(val, torch.Tensor):
+            sizes = [[self.number(size) for size in sizes] for sizes in (val.shape, val.stride())]
+            return f"{val.dtype}{sizes[0]}{sizes[1]}"
+        return str(self.number(val))
 
 
 def _has_body(node: fx.Node) -> bool:
@@ -223,18 +274,3 @@ def _floating_dtypes(nodes: Iterable[fx.Node]) -> set[torch.dtype]:
 
 def _hint(size: Any) -> Any:
     return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
-
-
-def _on_meta(arguments: Any, promoted: bool) -> Any:
-    """Arguments with the values of nodes in place of nodes, hints in place of symbols, and the meta device."""
-
-    def one(item: Any) -> Any:
-        if isinstance(item, torch.device):
-            return _META
-        if not isinstance(item, torch.Tensor):
-            return _hint(item)
-        dtype = torch.float32 if promoted and item.is_floating_point() else item.dtype
-        shape, stride = ([_hint(size) for size in sizes] for sizes in (item.shape, item.stride()))
-        return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
-
-    return tree_map(one, fx.map_arg(arguments, value))

@@ -22,10 +22,12 @@ from cggr_compile.graph_text import GraphText, Line, operator_counts
 from cggr_compile.kernels.selection import rule_name
 from cggr_compile.passes.subgraph import descendants
 from cggr_compile.program import value
+from cggr_compile.route_text import formula, middle_text, schedule_text, score_text
 from cggr_compile.runtime import Plan, Runtime
 
 CONTEXT = 3
-LEGEND = "'-' captured, '+' rewritten, '~' the same node on k rows in place of B"
+LEGEND = "'-' captured, '+' rewritten, '~' the same node on k rows or tokens in place of all"
+_OF_ROUTE = {"sequence": "", "token": " tokens of each sequence", "loss": " tokens in the loss"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Diff:
 
     def summary(self) -> str:
         """The rewrite in the model's terms, a line for each change."""
-        lines = [] if self.plan.symbolic_batch else ["routing: none, the captured batch has one row"]
+        lines = [] if self.plan.routable else ["routing: none, the captured batch has one row"]
         lines += [*self._added(), *self._changed()]
         dropped = self._dropped_outputs()
         if dropped:
@@ -117,24 +119,33 @@ class Diff:
                 f"+ router: {layer_range(routing.router_layers)} of {len(analysed.layers)}{path}, "
                 f"{tail_text(self.report.router.tail)}head; shared weights, no gradient"
             )
-            yield f"+ score: {config.scoring}, {self.report.router.head}, fp32, mean over counted tokens"
-        if routing.kept is not None:
-            warmup = f", from B over {config.warmup_steps} warm-up steps" if config.warmup_steps else ""
-            unsure = ", more while the router is unsure" if config.follows_confidence else ""
-            yield f"+ select: {rule_name(config.selection)}, k = ceil({config.ratio:g} · B){warmup}{unsure}"
-            by_dim: defaultdict[int, list[str]] = defaultdict(list)
-            for path, dim in routing.gathered:
-                by_dim[dim].append(path)
-            for dim, paths in by_dim.items():
-                yield f"inputs gathered: {', '.join(paths)} (dim {dim}: B → k)"
+            yield f"+ score: {config.scoring}, {self.report.router.head}, fp32, {score_text(config.route)}"
+        unsure = ", more while the router is unsure" if config.follows_confidence else ""
+        for route in config.routes if self.plan.routable else ():
+            schedule = schedule_text(config.warmup_steps, config.dense_after_steps) + unsure
+            name = rule_name(config.selection)
+            yield f"+ select: {name}, {formula(route, config.ratio)}{_OF_ROUTE[route]}{schedule}"
+        by_dim: defaultdict[int, list[str]] = defaultdict(list)
+        for path, dim in routing.gathered:
+            by_dim[dim].append(path)
+        for dim, paths in by_dim.items():
+            yield f"inputs gathered: {', '.join(paths)} (dim {dim}: B → k)"
+        for entry in routing.shortened:
+            yield f"S → k: {entry}"
 
     def _changed(self) -> Iterator[str]:
-        if self.plan.symbolic_batch:
-            lines = self._text.lines(self.plan.program.graph)
+        lines = self._text.lines(self.plan.program.graph)
+        config = self.plan.runtime.config
+        if self.plan.program.routing.gathered:
             resized = sum(line.text != line.key for line in lines if line.part == "main")
             yield f"~ main pass: B → k in {resized:,} nodes"
-        logits = "logits kept" if self.plan.runtime.config.keep_logits else "no logits"
-        yield f"~ loss: cross-entropy over logits → cggr.masked_loss ({logits})"
+        if self.plan.program.routing.positions is not None:
+            resized = sum(line.text != line.key for line in lines if line.part == "middle")
+            layers = middle_text(config.first_layers, config.last_layers, len(self._analysed.layers))
+            yield f"~ {layers}: S → k in {resized:,} nodes; the other tokens pass on the residual"
+        logits = "logits kept" if config.keep_logits else "no logits"
+        rows = " on the kept tokens" if self.plan.program.routing.loss_rows is not None else ""
+        yield f"~ loss: cross-entropy over logits → cggr.masked_loss{rows} ({logits})"
 
     @cached_property
     def _analysed(self) -> Any:

@@ -23,9 +23,11 @@ from cggr_compile.kernels.selection import rule_name
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.subgraph import ancestors, descendants
-from cggr_compile.program import REGION, Program, is_tensor, value
+from cggr_compile.program import REGION, Program, Shortened, is_tensor, value
+from cggr_compile.route_text import kept_text, middle_text, schedule_text, score_text
 from cggr_compile.router_head import describe
 from cggr_compile.runtime import Plan, Runtime, Variant
+from cggr_compile.sizes import Amount, amounts_of
 
 aten = torch.ops.aten
 
@@ -99,7 +101,9 @@ class Report:
         router: None where the selection needs no scores.
         inserted: operators of the rewritten graph that the captured one lacks, and how many.
         parts: nodes of each part of the rewritten graph.
+        amounts: for each route, what it keeps of the captured batch once warm-up is over: kept, of how many.
         gathered: inputs reduced to the kept rows, with the dimension.
+        shortened: what the token route's middle layers read for the kept tokens, and how.
         providers: implementation chosen for each operator.
         passed_over: for operators left to the reference, the other providers and why they cannot run.
         passes: in order of execution.
@@ -121,7 +125,9 @@ class Report:
     head: HeadFacts
     inserted: dict[str, int]
     parts: dict[str, int]
+    amounts: dict[str, Amount]
     gathered: tuple[tuple[str, int], ...]
+    shortened: tuple[Shortened, ...]
     providers: dict[str, str]
     passed_over: dict[str, str]
     inner: str
@@ -144,14 +150,15 @@ class Report:
         program, config = plan.program, runtime.config
         analysed = analyse(plan)
         before, after = operator_counts(plan.captured.graph), operator_counts(program.graph)
-        ratio = config.ratio if plan.symbolic_batch else 1.0
+        ratio = config.ratio if plan.routable else 1.0
         predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
-        batch = _hint(program.batch)
+        batch, length = _hint(program.batch), _hint(program.sequence)
+        routes = amounts_of(program, config, config.warmup_steps, batch, length) if plan.routable else {}
         return cls(
             config=config.to_dict(),
             follows_confidence=config.follows_confidence,
-            routed=plan.symbolic_batch,
-            sizes=Sizes(batch, _hint(program.sequence), config.kept_rows(batch, config.warmup_steps)),
+            routed=plan.routable,
+            sizes=Sizes(batch, length, routes["sequence"].kept if "sequence" in routes else batch),
             selection=rule_name(runtime.in_force.selection),
             auto=None if runtime.probe is None else str(runtime.probe),
             stack=_stack(plan, analysed),
@@ -159,7 +166,9 @@ class Report:
             head=_head(analysed),
             inserted={name: count for name, count in sorted((after - before).items()) if name not in before},
             parts=part_sizes(program.graph),
+            amounts=routes,
             gathered=program.routing.gathered,
+            shortened=program.routing.shortened,
             providers=dict(program.routing.providers),
             passed_over=dict(program.routing.passed_over),
             inner=plan.inner,
@@ -225,7 +234,11 @@ class Report:
         if self.routed:
             pairs.append(("selection", f"{self.selection}, {self._kept()}"))
             pairs += [("auto", self.auto)] if self.auto is not None else []
+        if "sequence" in self.amounts:
             pairs.append(("inputs B → k", ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"))
+        if "token" in self.amounts:
+            pairs.append(("short layers", self._middle()))
+            pairs += [("read S → k", str(entry)) for entry in self.shortened]
         pairs += [
             ("causal masks", f"{self.causal_attentions} dropped: proved to be key <= query for every size"),
             ("inserted", self._inserted()),
@@ -259,7 +272,7 @@ class Report:
                 f"{layer_range(router.layers)} of {self.stack.layers}, {tail_text(router.tail)}head; "
                 f"{router.parameters:,} parameters, all shared; {router.flops_share:.1%} of a forward's FLOPs",
             ),
-            ("score", f"{self.config['scoring']}, {router.head}, fp32, mean over a row's counted tokens"),
+            ("score", f"{self.config['scoring']}, {router.head}, fp32, {score_text(self.config['route'])}"),
         ]
 
     def _passed_over(self) -> list[tuple[str, str]]:
@@ -270,10 +283,16 @@ class Report:
         return [(reason, ", ".join(operators)) for reason, operators in names.items()]
 
     def _kept(self) -> str:
-        ratio, warmup = self.config["ratio"], self.config["warmup_steps"]
-        text = f"k = ceil({ratio:g} · B) = {self.sizes.kept} of {self.sizes.batch} rows"
-        text = f"{text}, after {warmup} warm-up steps" if warmup else text
+        ratio = self.config["ratio"]
+        text = "; ".join(kept_text(route, ratio, amount) for route, amount in self.amounts.items())
+        text += schedule_text(self.config["warmup_steps"], self.config["dense_after_steps"])
         return f"{text}; more while the router is unsure" if self.follows_confidence else text
+
+    def _middle(self) -> str:
+        assert self.stack is not None
+        each = ", each with a selection of its own" if self.config["resample"] == "layer" else ""
+        dense = self.config["first_layers"], self.config["last_layers"]
+        return f"{middle_text(*dense, self.stack.layers)}{each}; the other tokens pass on the residual"
 
     def _cost(self) -> list[tuple[str, str]]:
         c = self.cost
@@ -291,10 +310,10 @@ class Report:
             ),
             (
                 "routed step",
-                f"{c.step_ratio:.1%} of a plain step ({c.ratio:g} for the kept rows"
+                f"{c.step_ratio:.1%} of a plain step ({c.random_ratio:.4g} for what is kept"
                 + (f" + {c.router_share / (1 + cost.BACKWARD):.3f} for the router)" if self.router else ")"),
             ),
-            ("break-even", f"ω = 1 + c / (3 r (1 + η)) = {c.break_even:.3f}"),
+            ("break-even", f"ω = 1 + c / (3 m (1 + η)) = {c.break_even:.3f}"),
             ("", self.break_even_in_words()),
         ]
         if c.uncounted:
@@ -305,9 +324,10 @@ class Report:
         """What ω asks of the selected rows, in a sentence."""
         if self.router is None:
             return "Without a router a step costs what a smaller batch costs; nothing has to be earned back."
+        what = "rows" if list(self.amounts) == ["sequence"] else "tokens"
         return (
-            f"Scoring pays if a step on the selected rows is worth more than {self.cost.break_even:.2f} steps "
-            "on equally many random rows."
+            f"Scoring pays if a step on the selected {what} is worth more than {self.cost.break_even:.2f} steps "
+            f"on equally many random {what}."
         )
 
 
@@ -417,7 +437,7 @@ def _compilations(plan: Plan) -> dict[str, int]:
 def _variants(plan: Plan) -> dict[str, Variant]:
     auto = plan.runtime.probe is not None
     routes = {name if auto else "routed": route for name, route in plan.routes.items()}
-    variants = {name: route.variant for name, route in routes.items()} if plan.symbolic_batch else {}
+    variants = {name: route.variant for name, route in routes.items()} if plan.routable else {}
     if plan._unrouted is not None:
         variants["unrouted"] = plan._unrouted
     return variants

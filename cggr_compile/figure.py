@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 from cggr_compile.facts import Report, layer_range
+from cggr_compile.route_text import middle_text
 
 STYLE = """
 .cggr{--box:#f6f8fa;--line:#8c959f;--ink:#1f2328;--dim:#59636e;--quiet:#8250df;--train:#1a7f37;--pick:#bc4c00}
@@ -25,6 +26,15 @@ STYLE = """
 WIDTH, HEIGHT = 760, 262
 _TOP, _BOTTOM, _TALL = 24, 164, 74
 _MOST_BARS = 40
+
+# Of each route: the box in front of the main pass, what the selection gives, and the two lines of that box.
+_ROUTES = {
+    "sequence": ("gather", "row indices [k]", "B → k = {k}", "every input"),
+    "token": ("gather", "positions [B, k]", "S → k = {k}", "middle layers"),
+    "loss": ("", "token indices [k]", "", ""),
+}
+_WHAT = {"sequence": "rows", "token": "tokens of each row", "loss": "tokens in the loss"}
+_SIZES = {"sequence": "B", "token": "S", "loss": "B·S"}
 
 
 def write_figure(report: Report, path: Path) -> None:
@@ -44,13 +54,18 @@ def figure(report: Report) -> str:
     if not report.routed:
         drawn = [batch, main, loss, _arrow("M112 131 H206 V201 H298"), _arrow("M562 201 H604")]
         return _svg("One row: the step is not routed", drawn)
-    gather = _box(150, _BOTTOM, 110, "gather", [f"B → k = {sizes.kept}", "every input"], "pick")
-    select = _box(606, _TOP, 146, f"select: {report.selection}", [_kept_text(report), "sorted row indices"], "pick")
-    drawn = [batch, gather, main, loss]
-    drawn += [_arrow("M60 168 V201 H148"), _arrow("M260 201 H298"), _arrow("M562 201 H604")]
-    drawn += [select, _arrow("M679 98 V131 H205 V162"), _text(442, 125, "rows [k]", "small")]
+    route, amount = next(iter(report.amounts.items()))
+    name, unit, changed, given = _ROUTES[route]
+    gather = _box(150, _BOTTOM, 110, name, [changed.format(k=amount.kept), given], "pick")
+    select = _box(606, _TOP, 146, f"select: {report.selection}", [_kept_text(report), f"sorted {unit}"], "pick")
+    drawn = [batch, main, loss, _arrow("M562 201 H604"), select]
+    if route == "loss":
+        drawn += [_arrow("M60 168 V201 H298"), _arrow("M679 98 V162"), _text(640, 134, unit, "small")]
+    else:
+        drawn += [gather, _arrow("M60 168 V201 H148"), _arrow("M260 201 H298")]
+        drawn += [_arrow("M679 98 V131 H205 V162"), _text(442, 125, unit, "small")]
     if report.router is None:
-        return _svg(f"Rewrite: {report.selection} rows", [*drawn, _arrow("M60 94 V61 H604")])
+        return _svg(f"Rewrite: {report.selection} {_WHAT[route]}", [*drawn, _arrow("M60 94 V61 H604")])
     router = report.router
     drawn += [
         _box(150, _TOP, 230, "router", [f"{layer_range(router.layers)} of {layers}, head; no gradient"], "quiet"),
@@ -60,16 +75,23 @@ def figure(report: Report) -> str:
         _arrow("M380 61 H422"),
         _arrow("M562 61 H604"),
     ]
-    return _svg(f"Rewrite: router of {router.layers} layers selects {sizes.kept} of {sizes.batch} rows", drawn)
+    kept = f"{amount.kept} of {amount.total} {_WHAT[route]}"
+    return _svg(f"Rewrite: router of {router.layers} layers selects {kept}", drawn)
 
 
 def _main_text(report: Report, layers: int) -> str:
     name = f"{layers} layers" if layers else "the whole model"
-    return f"{name} on k = {report.sizes.kept} rows" if report.routed else f"{name} on every row"
+    if "sequence" in report.amounts:
+        return f"{name} on k = {report.amounts['sequence'].kept} rows"
+    if "token" in report.amounts:
+        short = middle_text(report.config["first_layers"], report.config["last_layers"], layers)
+        return f"{short} on k = {report.amounts['token'].kept} tokens"
+    return f"{name} on every row"
 
 
 def _kept_text(report: Report) -> str:
-    return f"k = ⌈{report.config['ratio']:g} · B⌉ = {report.sizes.kept}"
+    route, amount = next(iter(report.amounts.items()))
+    return f"k = ⌈{report.config['ratio']:g} · {_SIZES[route]}⌉ = {amount.kept}"
 
 
 def _bars(x: float, count: int, of: int, width: float, kind: str = "") -> str:

@@ -2,9 +2,9 @@
 
 Passes copy nodes, and a copy in a graph that holds the router too cannot keep its name, so names alone would make every
 line of a diff differ. Nodes are therefore matched by value numbering: two nodes have the same number if they apply the
-same operator to arguments of the same numbers, where a gathered input counts as the input and k as B. A copy is printed
-under the name of the captured node it repeats, with its part in front (`%router.linear_3`) where it is not the main
-pass.
+same operator to arguments of the same numbers, where a gathered value counts as the value and k as the size that it
+stands for. A copy is printed under the name of the captured node it repeats, with its part in front
+(`%router.linear_3`) where it is not the main pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.lower_kernels import PROVIDER
-from cggr_compile.program import PART, REGION, Program, value
+from cggr_compile.program import PART, REGION, TRAINED_PARTS, Program, value
 
 if TYPE_CHECKING:
     from cggr_compile.runtime import Plan
@@ -38,8 +38,8 @@ _DROPOUTS = (aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.featur
 
 @dataclass(frozen=True)
 class Line:
-    """One printed line: `text`; `key`, the text with k written as B, equal for lines that differ only by the rows;
-    `part` the node is in ("inputs" for placeholders)."""
+    """One printed line: `text`; `key`, the text with k written as the size it stands for, equal for lines that differ
+    only by the rows or tokens; `part` the node is in ("inputs" for placeholders)."""
 
     text: str
     key: str
@@ -107,7 +107,7 @@ class GraphText:
             lines.append(
                 Line(
                     self._format(node, names, self._symbols),
-                    self._format(node, names, {**self._symbols, **self._rows_as_batch()}),
+                    self._format(node, names, self._as_captured()),
                     part,
                 )
             )
@@ -118,30 +118,38 @@ class GraphText:
         return _type(val, self.program, self._symbols)
 
     def _symbol_table(self) -> dict[sympy.Symbol, sympy.Symbol]:
-        kept = self.program.routing.kept
-        named = (
-            ("S", self.program.sequence),
-            ("B", self.program.batch),
-            ("k", value(kept) if kept is not None else None),
-        )
+        named = [("S", self.program.sequence), ("B", self.program.batch)]
+        # A second route's number of kept tokens is m.
+        named += zip(("k", "m"), map(value, self._kept()), strict=False)
         table = {}
         for name, size in named:
             if isinstance(size, torch.SymInt):
-                expression = self.program.shape_env.simplify(size.node.expr)
-                table[expression] = sympy.Symbol(name, positive=True, integer=True)
+                table[self.program.expression(size)] = sympy.Symbol(name, positive=True, integer=True)
         return table
 
-    def _rows_as_batch(self) -> dict[sympy.Symbol, sympy.Symbol]:
-        batch = sympy.Symbol("B", positive=True, integer=True)
-        return {symbol: batch for symbol, name in self._symbols.items() if str(name) == "k"}
+    def _kept(self) -> list[fx.Node]:
+        routing = self.program.routing
+        return [node for node in (routing.kept, routing.kept_tokens, routing.kept_loss) if node is not None]
+
+    def _captured_sizes(self) -> dict[sympy.Symbol, sympy.Expr]:
+        """The captured size in whose place each k stands."""
+        routing, program = self.program.routing, self.program
+        places = ((routing.kept, program.batch), (routing.kept_tokens, program.sequence))
+        return {program.expression(value(node)): program.expression(size) for node, size in places if node is not None}
+
+    def _as_captured(self) -> dict[sympy.Symbol, sympy.Symbol]:
+        """The symbols with k written as what it stands for."""
+        stands = {kept: self._symbols[size] for kept, size in self._captured_sizes().items()}
+        return {**self._symbols, **stands}
 
     # -- names -----------------------------------------------------------------------------------------------------
 
     def _number(self, node: fx.Node, numbers: dict[fx.Node, int]) -> str:
         """The key of a node's value number. Dropout is transparent, since the router leaves it out."""
+        if isinstance(value(node), torch.SymInt):
+            return f"size {self._expression(value(node))}"
         if node.op == "placeholder":
-            size = value(node)
-            return f"size {self._expression(size)}" if isinstance(size, torch.SymInt) else f"input {node.name}"
+            return f"input {node.name}"
         args, kwargs = node.args, dict(node.kwargs)
         if node.target == aten.scaled_dot_product_attention.default:
             args = args[:4]
@@ -150,10 +158,8 @@ class GraphText:
         return f"{node.target} {plain}"
 
     def _expression(self, size: torch.SymInt) -> sympy.Expr:
-        """A size in the captured symbols, k as B."""
-        kept = self.program.routing.kept
-        rows = self.program.batch if kept is not None and self.program.same_size(size, value(kept)) else size
-        return self.program.shape_env.simplify(rows.node.expr)
+        """A size in the captured symbols, k as what it stands for."""
+        return self.program.expression(size).xreplace(self._captured_sizes())
 
     def _enter(self, key: str) -> int:
         return self._numbers.setdefault(key, len(self._numbers))
@@ -188,6 +194,8 @@ class GraphText:
             operation = operator_of(node)
             if _is_dropout(node) or operation.startswith("cggr.gather"):
                 numbers[node] = read[node.args[0]]
+            elif operation.startswith("cggr.scatter_tokens"):
+                numbers[node] = read[node.args[1]]
             elif operation.startswith("cggr.masked_loss"):
                 numbers[node] = self._captured[self._analysed.head.loss]
             else:
@@ -214,7 +222,7 @@ class GraphText:
             originals = repeated.get((numbers[node], (part, node.target)))
             if originals:
                 plain = originals.popleft() if len(originals) > 1 else originals[0]
-                name = plain if part == "main" else f"{part}.{plain}"
+                name = plain if part in TRAINED_PARTS else f"{part}.{plain}"
             elif operator_of(node).startswith("cggr.gather"):
                 name = f"gather.{names[node.args[0]]}"
             else:

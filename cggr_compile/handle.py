@@ -22,6 +22,7 @@ from cggr_compile.kernels.selection import rule_of
 from cggr_compile.metrics import metrics_of
 from cggr_compile.report import Diff, Report
 from cggr_compile.runtime import Runtime
+from cggr_compile.selected import selected, token_metrics
 
 
 class Handle:
@@ -51,13 +52,14 @@ class Handle:
         return self.runtime.config
 
     @property
-    def selected(self) -> torch.Tensor | None:
-        """Sorted row indices [k], int64, of the last routed step, on the device; None before the first.
+    def selected(self) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        """What the last routed step kept, on the device; None before the first.
 
-        Where fewer than k rows were selectable, the rest repeats a selected row and counts for nothing.
+        Sequence route: sorted row indices [k], int64; where fewer than k rows were selectable, the rest repeats a
+        selected row and counts for nothing. Token route: sorted positions [B, k], int64, or [layers, B, k] with
+        `resample="layer"`. Loss route: bool [B, S], the positions whose logits entered the loss. Two routes: a tuple.
         """
-        rows = self.runtime.last.get("rows")
-        return rows if isinstance(rows, torch.Tensor) else None
+        return selected(self.config.routes, self.runtime.last)
 
     @property
     def captures(self) -> int:
@@ -91,6 +93,8 @@ class Handle:
         on the device: computed by this call, read back by nobody; empty before the first. With `selection="auto"` also
         those of `Probe.metrics`."""
         found = metrics_of(self.runtime.last, self._without_gradient(), self.runtime.router_time.seconds)
+        if found:
+            found.update(token_metrics(self.config.routes, self.runtime.last))
         if found and self.runtime.probe is not None:
             found.update(self.runtime.probe.metrics(found["rows_total"].device))
         return found

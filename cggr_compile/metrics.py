@@ -22,7 +22,7 @@ METRICS: dict[str, str] = {
     "parameters_without_gradient": "trainable parameters that the last backward left without a gradient; absent "
     "before the first, and while all gradients are cleared unless step() saw them",
     "tokens_total": "counted tokens of the batch; absent, as what follows, where every row is kept unrouted",
-    "tokens_selected": "counted tokens of the rows that trained",
+    "tokens_selected": "counted tokens of the rows that trained; with the loss route, tokens in the loss",
     "selection_rate_short": "share that was selected of the rows with fewer counted tokens than the median row; rows "
     "without any are left out; 0 where there is none",
     "selection_rate_long": "the same of the rows with at least as many as the median row",
@@ -32,6 +32,8 @@ METRICS: dict[str, str] = {
     "score_cv": "standard deviation over mean of the scores of the rows with counted tokens; 0 where the mean is",
     "router_seconds": "median time of the router by itself on one batch; absent before `Handle.time_router()`",
     "mean_confidence": "mean over the counted tokens of the router's largest probability, with dynamic_threshold only",
+    "token_kept_ratio": "share of each sequence's tokens that the middle layers ran on; token route only",
+    "loss_kept_ratio": "tokens in the loss over all positions of the batch; loss route only",
 }
 """Every metric by name."""
 

@@ -14,6 +14,7 @@ from string import Template
 
 from cggr_compile.diff import LEGEND, Diff, Row, count_lines, nearby
 from cggr_compile.figure import figure
+from cggr_compile.route_text import all_kept_text
 
 _KINDS = {" ": "same", "-": "gone", "+": "come", "~": "rows"}
 _GROUPS = {" ": "kept", "~": "kept", "-": "changed", "+": "changed"}
@@ -49,7 +50,7 @@ def _subtitle(diff: Diff) -> str:
     if not report.routed:
         return "The captured batch has one row, so the step is not routed."
     return (
-        f"{report.sizes.kept} of {report.sizes.batch} rows train; "
+        f"{all_kept_text(report.amounts)} train; "
         f"a step is predicted to cost {report.cost.step_ratio:.0%} of a plain one."
     )
 

@@ -318,7 +318,7 @@ def router_scores(plan: Plan, inputs: Sequence[Any], generator: torch.Generator)
     basis = plan.runtime.basis
     route = plan.derive("router scores", by_score(plan.runtime.config), SCORES)
     while True:
-        scores, counts, image = route.variant(*inputs, *route.added_inputs(0, 0, basis, generator))
+        scores, counts, image = route.variant(*inputs, *route.added_inputs({}, {}, basis, generator))
         fresh = basis.updates == 0
         if image is not None:
             basis.update(image)

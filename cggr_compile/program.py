@@ -12,7 +12,7 @@ dataflow alone decides order: copying, reordering and dropping nodes cannot move
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,6 +27,10 @@ from cggr_compile.errors import CannotOptimize
 
 REGION = "cggr_region"
 PART = "cggr_part"
+ORIGIN = "cggr_origin"  # a captured node's name, which its copies cannot always keep
+
+# The parts that autograd differentiates and whose side effects are the model's.
+TRAINED_PARTS = ("main", "middle")
 
 
 class Autocast(NamedTuple):
@@ -61,7 +65,7 @@ class Region(NamedTuple):
 class Input:
     """One placeholder: `name` in the graph, `path` for people (`model.layers.0.mlp.up_proj.weight`, `input_ids`) and
     `kind`: "size" (a SymInt), "state" (parameter or buffer of the model), "batch" (what the user passed) or "added"
-    (by a pass: `kept`, `noise`, `column_noise`, `basis`)."""
+    (by a pass: `kept`, `noise`, `kept_tokens`, `token_noise`, `kept_loss`, `loss_noise`, `column_noise`, `basis`)."""
 
     name: str
     path: str
@@ -111,8 +115,27 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class Shortened:
+    """A value that the middle layers read on the kept tokens only: `name` and `shape` of the captured value, the
+    dimensions it was gathered along (none where it was recomputed for k tokens), and why, in words."""
+
+    name: str
+    shape: str
+    dims: tuple[int, ...]
+    why: str
+
+    def __str__(self) -> str:
+        dims = f" (dim {', '.join(map(str, self.dims))})" if self.dims else ""
+        return f"{self.name} {self.shape}{dims}: {self.why}"
+
+
+@dataclass(frozen=True)
 class Routing:
     """Nodes inserted by the passes; None until the pass that inserts each has run.
+
+    `kept` and `rows` are the sequence route's, `kept_tokens` and `positions` the token route's, `kept_loss`,
+    `loss_rows` and `loss_weights` the loss route's; `gathered` lists the inputs that the sequence route gathered,
+    `shortened` what the token route's middle layers read.
 
     `causal_attentions` counts the attentions that lost their mask to `is_causal`.
     """
@@ -129,7 +152,13 @@ class Routing:
     kept: fx.Node | None = None
     rows: fx.Node | None = None
     weights: fx.Node | None = None
+    kept_tokens: fx.Node | None = None
+    positions: fx.Node | None = None
+    kept_loss: fx.Node | None = None
+    loss_rows: fx.Node | None = None
+    loss_weights: fx.Node | None = None
     gathered: tuple[tuple[str, int], ...] = ()
+    shortened: tuple[Shortened, ...] = ()
     providers: tuple[tuple[str, str], ...] = ()
     passed_over: tuple[tuple[str, str], ...] = ()
 
@@ -148,7 +177,8 @@ class Program:
 
     Attributes:
         graph: nodes in execution order; `meta["val"]` is a fake tensor or SymInt, `meta[REGION]` a `Region`,
-            `meta[PART]` the part a pass put the node in ("main", "router", "score", "select", "gather", "loss").
+            `meta[PART]` the part a pass put the node in ("main", "router", "score", "select", "gather", "middle",
+            "loss").
         root: owner of tensor constants and submodules named by `get_attr` nodes.
         inputs: the placeholders, in order.
         batch, sequence: symbolic sizes; `sequence` is None where the capture specialised it.
@@ -201,17 +231,22 @@ class Program:
 
     def same_size(self, size: Any, symbol: torch.SymInt | int) -> bool:
         """Whether a size is provably the symbol, by the shape environment's replacements; never guards."""
-        return self._expression(size) == self._expression(symbol)
+        return self.expression(size) == self.expression(symbol)
+
+    def same_shape(self, left: Sequence[Any], right: Sequence[Any]) -> bool:
+        """Whether two shapes are provably equal; never guards."""
+        return len(left) == len(right) and all(map(self.same_size, left, right))
 
     def mentions(self, size: Any, symbol: torch.SymInt) -> bool:
         """Whether a size depends on the symbol."""
-        if not isinstance(size, torch.SymInt):
+        if not isinstance(size, (torch.SymInt, torch.SymFloat)):
             return False
-        wanted = self._expression(symbol)
-        return bool(free_symbols(self._expression(size)) & free_symbols(wanted))
+        wanted = self.expression(symbol)
+        return bool(free_symbols(self.expression(size)) & free_symbols(wanted))
 
-    def _expression(self, size: Any) -> Any:
-        return self.shape_env.simplify(size.node.expr) if isinstance(size, torch.SymInt) else size
+    def expression(self, size: Any) -> Any:
+        """A size as a simplified sympy expression, or the int that it is."""
+        return self.shape_env.simplify(size.node.expr) if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
 
     def module(self) -> fx.GraphModule:
         """A GraphModule over the graph (regions and operators not lowered)."""
@@ -301,7 +336,8 @@ class Builder:
         args: tuple | None = None,
         kwargs: dict[str, Any] | None = None,
     ) -> fx.Node:
-        """Copies one call with arguments from `env`, in the builder's part, and computes its value afresh.
+        """Copies one call with arguments from `env` and computes its value afresh; in the builder's part, or, where
+        that is the main pass, in the original's.
 
         The copy runs under the original's region; where the builder's region disables gradients or adds an autocast,
         that holds too. `args` and `kwargs`, already mapped, replace the arguments.
@@ -314,7 +350,8 @@ class Builder:
         region = node.meta[REGION]
         grad = self.region.grad if self.region.grad is not None else region.grad
         new.meta[REGION] = Region(grad, self.region.autocasts + region.autocasts)
-        new.meta[PART] = self.part
+        # Within the main pass, the layers that run on fewer tokens stay a part of their own.
+        new.meta[PART] = node.meta[PART] if self.part == "main" else self.part
         unchanged = all(value(env[source]) is value(source) for source in node.all_input_nodes)
         if new.op == "call_function" and not (unchanged and args is None and kwargs is None):
             self.evaluate(new)

@@ -47,7 +47,7 @@ class RouterTime:
         basis = copy.deepcopy(plan.runtime.basis)
         spans = []
         for _ in range(1 + RUNS):
-            added = list(route.added_inputs(0, 0, basis, generator))
+            added = list(route.added_inputs({}, {}, basis, generator))
             start = _now(plan.device)
             route.variant(*inputs, *added)
             spans.append(_since(start))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,16 +22,17 @@ from cggr_compile.cuda_graphs import Pool, Replayed, obstacle_of
 from cggr_compile.kernels.selection import rule_name
 from cggr_compile.metrics import Gradients
 from cggr_compile.passes.lower_regions import lower_regions
-from cggr_compile.passes.pipeline import UNROUTED, Pass, passes_for, run
+from cggr_compile.passes.pipeline import UNROUTED, Pass, passes_for, routable, run
 from cggr_compile.probe import Probe, break_even
 from cggr_compile.program import Program, value
 from cggr_compile.router_head import Basis
 from cggr_compile.router_time import RouterTime
+from cggr_compile.sizes import KEPT, Amount, amounts_of, concrete, sizes_of
 
 # Distinct (batch, sequence, k) for which the inner backend keeps compiled code; the oldest is dropped beyond.
 MAX_SPECIALIZATIONS = 64
 
-EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts", "basis_image", "confidence")
+EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts", "basis_image", "confidence", "positions", "loss_mask")
 
 
 class Runtime:
@@ -119,14 +120,14 @@ class Plan:
     def __init__(self, captured: Program, runtime: Runtime) -> None:
         self.captured = captured
         self.runtime = runtime
-        self.symbolic_batch = isinstance(captured.batch, torch.SymInt)
+        self.routable = routable(captured, runtime.config)
         self.routes: dict[str, Route] = {}
         if runtime.probe is not None:
             # Both now: what cannot be routed by scores is refused at once, and passes read the caller's autocast.
             for config in runtime.probe.choices:
                 self.routed(config)
         self.device, self.inner = self.route.device, self.route.variant.inner
-        self._unrouted: Variant | None = None if self.symbolic_batch else self.route.variant
+        self._unrouted: Variant | None = None if self.routable else self.route.variant
         self._ids = next(
             index
             for index, node in enumerate(captured.placeholders)
@@ -148,7 +149,7 @@ class Plan:
 
     def routed(self, config: RoutingConfig) -> Route:
         """The program that trains under a configuration; it is the unrouted one where the batch has one row."""
-        passes = passes_for(config) if self.symbolic_batch else UNROUTED
+        passes = passes_for(config) if self.routable else UNROUTED
         return self.derive(rule_name(config.selection), config, passes)
 
     def derive(self, name: str, config: RoutingConfig, passes: Sequence[Pass]) -> Route:
@@ -178,18 +179,20 @@ class Plan:
         if self.runtime.probe is not None:
             self.runtime.probe.before_step(self, inputs)
         self.runtime.router_time.before_step(self, inputs, self.runtime.in_force)
-        rows = self.batch_rows(inputs)
+        rows, length = inputs[self._ids].shape
         config, steps = self.runtime.config, self.runtime.steps
         confidence = self.runtime.confidence.last() if config.follows_confidence else None
-        kept = min(config.kept_rows(rows, steps, confidence), rows)
+        amounts = amounts_of(self.program, config, steps, rows, length, confidence)
         # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
-        plain = config.kept_rows(rows, steps) >= rows
+        planned = amounts if confidence is None else amounts_of(self.program, config, steps, rows, length)
+        plain = not self.routable or all(amount.kept >= amount.total for amount in planned.values())
         with compat.modes_kept(self.device.type):
-            outputs = self.unrouted(*inputs) if plain else self._run_routed(inputs, rows, kept)
+            outputs = self.unrouted(*inputs) if plain else self._run_routed(inputs, rows, length, amounts)
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,
-            "kept": kept,
+            "length": length,
+            "kept": amounts["sequence"].kept if "sequence" in amounts else rows,
             "fraction": config.kept_fraction(steps, confidence),
             **dict(zip(EXTRA_OUTPUTS, extra, strict=True)),
         }
@@ -200,10 +203,15 @@ class Plan:
             self.runtime.confidence.measured(measured)
         if self.runtime.last["rows"] is None:
             self.runtime.last["rows"] = torch.arange(rows, device=self.device)
+        if self.runtime.last["positions"] is None and "token" in amounts:
+            self.runtime.last["positions"] = torch.arange(length, device=self.device).expand(rows, length)
         return outputs[: -len(EXTRA_OUTPUTS)]
 
-    def _run_routed(self, inputs: Sequence[Any], rows: int, kept: int) -> tuple[Any, ...]:
-        added = self.route.added_inputs(rows, kept, self.runtime.basis, self.runtime.generator(self.device))
+    def _run_routed(
+        self, inputs: Sequence[Any], rows: int, length: int, amounts: Mapping[str, Amount]
+    ) -> tuple[Any, ...]:
+        sizes = sizes_of(self.program, rows, length, amounts)
+        added = self.route.added_inputs(sizes, amounts, self.runtime.basis, self.runtime.generator(self.device))
         return self.route.variant(*inputs, *added)
 
 
@@ -219,17 +227,23 @@ class Route:
         inputs = zip(program.placeholders, program.inputs, strict=True)
         self._added = [(entry.name, value(node)) for node, entry in inputs if entry.kind == "added"]
 
-    def added_inputs(self, rows: int, kept: int, basis: Basis, generator: torch.Generator) -> Iterator[Any]:
-        """What the passes' own inputs get in one step, in their order; noise is uniform fp32 from the generator."""
+    def added_inputs(
+        self, sizes: Mapping[Any, int], amounts: Mapping[str, Amount], basis: Basis, generator: torch.Generator
+    ) -> Iterator[Any]:
+        """What the passes' own inputs get in one step, in their order; noise is uniform fp32 from the generator.
+
+        `sizes` are those of the program's symbols (`sizes_of`), `amounts` what each route keeps.
+        """
+        kept = {KEPT[route]: amount.kept for route, amount in amounts.items()}
         for name, fake in self._added:
-            if name == "kept":
-                yield kept
+            if name in kept:
+                yield kept[name]
             elif name == "basis":
                 width, rank = fake.shape
                 yield basis.on(width, rank, generator)
             else:
-                size = rows if name == "noise" else fake.shape[0]
-                yield torch.rand(size, device=self.device, generator=generator)
+                shape = [concrete(self.program, size, sizes) for size in fake.shape]
+                yield torch.rand(shape, device=self.device, generator=generator)
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cggr_compile.kernels import reference, router_heads, selection_ops
+from cggr_compile.kernels import reference, router_heads, selection_ops, token_ops
 
 LONGEST_SELECT = 2**17
 """Rows longer than this are left to the reference, whose sorts use the whole device where one program of the Triton
@@ -150,6 +150,8 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         "triton": Provider("triton", _without_triton, _triton("gather"), _integers),
         **_reference(reference.gather),
     },
+    "gather_tokens": _reference(token_ops.gather_tokens),
+    "scatter_tokens": _reference(token_ops.scatter_tokens),
     "masked_loss": {
         "triton": Provider("triton", _without_head_kernels, _triton("masked_loss"), _interpreted, _loss_algorithm),
         "triton_one_pass": Provider(

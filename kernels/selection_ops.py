@@ -47,11 +47,11 @@ def drawn(
     names: Sequence[str] = (),
     values: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
-    """The rule with options `names` of `values`: index int64 [k], sorted, and weight float32 [k].
+    """The rule with options `names` of `values`: index int64 [..., k], sorted, and weight float32 [..., k].
 
-    `scores` and `noise` are float32 [N], `valid` is bool [N]. A whole number is handed on as an int, except where the
-    option's default is a float. Raises ValueError by argument, and ValueError or TypeError that name a user's function
-    which returns anything else.
+    `scores` and `noise` are float32 [..., N], `valid` is bool [..., N]; a user's function takes [N] alone. A whole
+    number is handed on as an int, except where the option's default is a float. Raises ValueError by argument, and
+    ValueError or TypeError that name a user's function which returns anything else.
     """
     function = _rule(rule)
     defaults = selection.options_of(function)
@@ -86,11 +86,11 @@ def _rule(rule: str) -> str | selection.RuleFunction:
 
 
 def _check(scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor, names: Sequence[str]) -> None:
-    ops._check_shape("draw", "scores", scores, (scores.numel(),), "[N]")
+    torch._check_value(scores.dim() >= 1, lambda: "cggr::draw: scores has shape (), expected [..., N]")
     ops._check_dtype("draw", "scores", scores, (torch.float32,))
-    ops._check_shape("draw", "valid", valid, scores.shape, "[N] as scores")
+    ops._check_shape("draw", "valid", valid, scores.shape, "[..., N] as scores")
     ops._check_dtype("draw", "valid", valid, (torch.bool,))
-    ops._check_shape("draw", "noise", noise, scores.shape, "[N] as scores")
+    ops._check_shape("draw", "noise", noise, scores.shape, "[..., N] as scores")
     ops._check_dtype("draw", "noise", noise, (torch.float32,))
     torch._check_value(
         rule in DRAWING or rule in _FUNCTIONS,
@@ -123,7 +123,8 @@ def _draw_fake(
     scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor, names: Sequence[str], values: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     _check(scores, valid, k, rule, noise, names)
-    return scores.new_empty(k, dtype=torch.int64), scores.new_empty(k)
+    shape = (*scores.shape[:-1], k)
+    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
 
 
 draw.register_autograd(ops._no_gradient_backward, setup_context=ops._no_gradient)

@@ -13,7 +13,7 @@ from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.program import PART, Builder, Program, is_tensor, value
+from cggr_compile.program import PART, TRAINED_PARTS, Builder, Program, is_tensor, value
 
 
 def gather_rows(program: Program, config: RoutingConfig) -> Program:
@@ -53,7 +53,7 @@ def main_roots(program: Program) -> list[fx.Node]:
     effects = [
         node
         for node in program.graph.nodes
-        if node.op == "call_function" and node.meta[PART] == "main" and node.is_impure()
+        if node.op == "call_function" and node.meta[PART] in TRAINED_PARTS and node.is_impure()
     ]
     return outputs + effects
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from cggr_compile.program import PART, REGION, Autocast, Program, Region
+from cggr_compile.program import PART, REGION, TRAINED_PARTS, Autocast, Program, Region
 
 _enter_autocast = torch.amp.autocast_mode._enter_autocast
 _exit_autocast = torch.amp.autocast_mode._exit_autocast
@@ -54,7 +54,7 @@ def _attributes(program: Program) -> list[tuple[str, Any]]:
 
 def _checkpoint_id(node: fx.Node) -> int | None:
     """The checkpointed region of a node; the router keeps no activations, so its copies are in none."""
-    return node.meta.get("ac_graph_id") if node.meta[PART] == "main" else None
+    return node.meta.get("ac_graph_id") if node.meta[PART] in TRAINED_PARTS else None
 
 
 class _Writer:

@@ -17,7 +17,8 @@ import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.passes.gather_rows import main_roots
-from cggr_compile.passes.score_rows import head_parameters, rows_of
+from cggr_compile.passes.score_rows import by_position, head_parameters, rows_of, token_ids
+from cggr_compile.passes.select_rows import without_fillers
 from cggr_compile.passes.subgraph import clone
 from torch import fx
 
@@ -29,8 +30,7 @@ aten = torch.ops.aten
 
 def mask_loss(program: Program, config: RoutingConfig) -> Program:
     """Inserts `cggr::masked_loss` and the outputs of the rewritten graph: the model's own, of which only scalars (and,
-    with `keep_logits`, everything) survive, then rows, weights, scores, counts, a low-rank router head's image and the
-    mean confidence."""
+    with `keep_logits`, everything) survive, then `EXTRA_OUTPUTS` of `cggr_compile.runtime`."""
     assert program.head is not None
     head, routing = program.head, program.routing
     builder = Builder(program)
@@ -43,16 +43,14 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
     weight, bias = head_parameters(builder, head, env)
     target = env[head.target]
     if routing.weights is not None:
-        target = _without_fillers(builder, target, builder.env[routing.weights])
-    row_weight, reduction, num_items = None, head.reduction, None
-    weighting = "none" if routing.weights is None else rule_of(config.selection).weighting
-    if weighting != "none":
-        row_weight = _by_token(builder, target, builder.env[routing.weights])
-    if weighting == "inverse":
-        assert routing.counts is not None
-        if reduction == "mean":
-            counted = builder.call(aten.sum.default, builder.env[routing.counts])
-            reduction, num_items = "num_items", builder.call(aten.clamp_min.default, counted, 1)
+        target = without_fillers(builder, target, builder.env[routing.weights])
+    rows = None if routing.loss_rows is None else builder.env[routing.loss_rows]
+    kept = target if rows is None else builder.call(aten.index_select.default, target, 0, rows)
+    row_weight, reduction, num_items = _row_weight(builder, config, target), head.reduction, None
+    unbiased = row_weight is not None and rule_of(config.selection).weighting == "inverse"
+    if unbiased and reduction == "mean":
+        counted = _counted_in_batch(builder, target)
+        reduction, num_items = "num_items", builder.call(aten.clamp_min.default, counted, 1)
     builder.region = head.loss.meta["cggr_region"]
     loss = builder.call(
         torch.ops.cggr.masked_loss.default,
@@ -68,45 +66,87 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
         reduction,
         0.0,
         0.0,
-        None,
+        rows,
         num_items,
     )
-    if head.reduction == "sum" and weighting != "inverse" and routing.counts is not None:
-        loss = _scaled_to_batch(builder, loss, target, row_weight, builder.env[routing.counts])
+    selects = routing.rows is not None or rows is not None
+    if head.reduction == "sum" and selects and not unbiased:
+        loss = _scaled_to_batch(builder, loss, kept, row_weight, _counted_in_batch(builder, target))
+    builder.part, builder.region = "select", Region(grad=False)
+    mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
     builder.region, builder.part = Region(), "main"
     outputs = [out if _survives(out, config) else None for out in program.outputs]
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
     env = clone(builder, roots, {**env, head.loss: loss})
     builder.env.update(env)
-    extra = (
+    roles = (
         routing.rows,
         routing.weights,
         routing.scores,
         routing.counts,
         routing.basis_image,
         routing.confidence,
+        routing.positions,
     )
     builder.output(
         tuple(None if out is None else builder.env[out] for out in outputs)
-        + tuple(None if node is None else builder.env[node] for node in extra)
+        + tuple(None if node is None else builder.env[node] for node in roles)
+        + (mask,)
     )
     return builder.finish("mask_loss")
+
+
+def _row_weight(builder: Builder, config: RoutingConfig, target: fx.Node) -> fx.Node | None:
+    """The weight of each row that enters the loss, fp32, or None where all count alike: its sequence's, its own, or,
+    where both were selected by weight, the product."""
+    routing = builder.program.routing
+    if rule_of(config.selection).weighting == "none":
+        return None
+    found = None
+    if routing.weights is not None:
+        found = _by_token(builder, target, builder.env[routing.weights])
+    if routing.loss_rows is None or routing.loss_weights is None:
+        return found
+    own = builder.env[routing.loss_weights]
+    if found is None:
+        return own
+    of_sequence = builder.call(aten.index_select.default, found, 0, builder.env[routing.loss_rows])
+    return builder.call(aten.mul.Tensor, of_sequence, own)
+
+
+def _counted_in_batch(builder: Builder, target: fx.Node) -> fx.Node:
+    """How many targets of the whole batch are counted, int64 []."""
+    counts = builder.program.routing.counts
+    if counts is not None:
+        return builder.call(aten.sum.default, builder.env[counts])
+    assert builder.program.head is not None
+    return builder.call(aten.sum.default, builder.call(aten.ne.Scalar, target, builder.program.head.ignore_index))
+
+
+def _mask_of_loss(builder: Builder, target: fx.Node, rows: fx.Node | None) -> fx.Node:
+    """bool [B, S]: the positions whose logits enter the loss."""
+    program = builder.program
+    assert program.head is not None
+    mask = builder.call(aten.ne.Scalar, target, program.head.ignore_index)
+    if rows is not None:
+        nothing = builder.call(aten.zeros_like.default, mask)
+        mask = builder.call(aten.__and__.Tensor, mask, builder.call(aten.scatter.value, nothing, 0, rows, True))
+    ids = builder.env[token_ids(program)]
+    batch, sequence = (builder.call(aten.sym_size.int, ids, dim) for dim in (0, 1))
+    selected = program.routing.rows
+    if selected is None:
+        return by_position(builder, mask, False, (batch, sequence))
+    sequences = builder.env[selected]
+    mask = by_position(builder, mask, False, (builder.call(aten.sym_size.int, sequences, 0), sequence))
+    # A sequence that only fills up is repeated and has no token in the loss: its places add nothing.
+    nothing = builder.call(aten.zeros.default, [batch, sequence], dtype=torch.int64, device=value(mask).device)
+    ones = builder.call(aten.to.dtype, mask, torch.int64)
+    return builder.call(aten.gt.Scalar, builder.call(aten.index_add.default, nothing, 0, sequences, ones), 0)
 
 
 def _survives(out: object, config: RoutingConfig) -> bool:
     """Whether an output is still returned; what is not would force the logits of every row into memory."""
     return is_tensor(out) and (config.keep_logits or value(out).dim() == 0)
-
-
-def _without_fillers(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.Node:
-    """Targets of the rows of weight 0 are ignored."""
-    assert builder.program.head is not None
-    rows = builder.call(aten.sym_size.int, weights, 0)
-    by_row = builder.call(aten.view.default, target, [rows, -1])
-    filler = builder.call(aten.unsqueeze.default, builder.call(aten.eq.Scalar, weights, 0), 1)
-    ignored = builder.program.head.ignore_index
-    masked = builder.call(aten.masked_fill.Scalar, by_row, filler, ignored)
-    return builder.call(aten.view.default, masked, [-1])
 
 
 def _by_token(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.Node:
@@ -119,7 +159,7 @@ def _by_token(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.Node:
 
 
 def _scaled_to_batch(
-    builder: Builder, loss: fx.Node, target: fx.Node, row_weight: fx.Node | None, counts: fx.Node
+    builder: Builder, loss: fx.Node, target: fx.Node, row_weight: fx.Node | None, counted: fx.Node
 ) -> fx.Node:
     """The kept tokens' (weighted) sum, times the batch's counted tokens over the kept ones (their weights' sum)."""
     assert builder.program.head is not None
@@ -129,5 +169,5 @@ def _scaled_to_batch(
     else:
         kept = builder.call(aten.sum.default, builder.call(aten.mul.Tensor, row_weight, kept))
         kept = builder.call(aten.where.ScalarSelf, builder.call(aten.eq.Scalar, kept, 0), 1.0, kept)
-    share = builder.call(aten.div.Tensor, builder.call(aten.sum.default, counts), kept)
+    share = builder.call(aten.div.Tensor, counted, kept)
     return builder.call(aten.mul.Tensor, loss, share)

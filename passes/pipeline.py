@@ -9,23 +9,34 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import torch
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.passes.build_router import build_router
 from cggr_compile.passes.elide_causal_masks import elide_causal_masks
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.gather_rows import gather_rows
+from cggr_compile.passes.gather_tokens import gather_tokens
 from cggr_compile.passes.keep_scores import keep_scores
 from cggr_compile.passes.lower_kernels import lower_kernels
 from cggr_compile.passes.mask_loss import mask_loss
 from cggr_compile.passes.score_rows import score_rows
+from cggr_compile.passes.select_loss import select_loss
 from cggr_compile.passes.select_rows import select_rows
+from cggr_compile.passes.select_tokens import select_tokens
 from cggr_compile.passes.verify import verify
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.program import Program, Snapshot
 
 Pass = Callable[[Program, RoutingConfig], Program]
+
+# The loss's rows are selected behind the sequences: they are rows of what is left of the batch.
+ROUTES: dict[str, tuple[Pass, ...]] = {
+    "sequence": (select_rows, gather_rows),
+    "token": (select_tokens, gather_tokens),
+    "loss": (select_loss,),
+}
 
 # Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
 UNROUTED: tuple[Pass, ...] = (elide_causal_masks, find_loss, mask_loss, lower_kernels)
@@ -43,10 +54,22 @@ SCORES: tuple[Pass, ...] = (
 
 
 def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
-    """The passes of the configured route. A selection that needs no scores needs no layers and no router."""
-    scored: tuple[Pass, ...] = (find_layers, build_router, score_rows)
-    middle = scored if rule_of(config.selection).needs_scores else ()
-    return (elide_causal_masks, find_loss, *middle, select_rows, gather_rows, mask_loss, lower_kernels)
+    """The passes of the configured route. A selection that needs no scores needs no router, and no layers but for the
+    token route."""
+    scored = rule_of(config.selection).needs_scores
+    passes: list[Pass] = [elide_causal_masks, find_loss]
+    if scored or "token" in config.routes:
+        passes.append(find_layers)
+    if scored:
+        passes += [build_router, score_rows]
+    for route in config.routes:
+        passes += ROUTES[route]
+    return (*passes, mask_loss, lower_kernels)
+
+
+def routable(program: Program, config: RoutingConfig) -> bool:
+    """Whether the captured batch leaves anything to choose from: a single row leaves no rows."""
+    return isinstance(program.batch, torch.SymInt) or "sequence" not in config.routes
 
 
 def run(program: Program, config: RoutingConfig, passes: Sequence[Pass]) -> Program:

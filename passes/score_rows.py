@@ -8,6 +8,9 @@ path, so shift and ignored positions are the model's.
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from cggr_compile.passes.build_router import quiet_region
 from cggr_compile.passes.score_head import HeadCall, score_head
@@ -93,6 +96,38 @@ def rows_of(builder: Builder, head: Head, hidden: fx.Node) -> fx.Node:
             args[1] = [*(builder.env.get(size, size) for size in args[1][:-1]), width]
         rows = builder.call(move.target, *args)
     return rows
+
+
+def by_position(builder: Builder, values: fx.Node, fill: float, sizes: tuple[fx.Node, fx.Node]) -> fx.Node:
+    """Values [N] of the loss's rows as [B, S] = `sizes`, each at the position whose logits the row is; `fill` at the
+    positions that are no row of the loss."""
+    program = builder.program
+    assert program.head is not None
+    batch, sequence = sizes
+    if program.same_size(value(values).shape[0], value(batch) * value(sequence)):
+        return builder.call(aten.view.default, values, [batch, sequence])
+    tokens, device = builder.call(operator.mul, batch, sequence), value(values).device
+    places = builder.call(aten.arange.default, tokens, device=device)
+    places = builder.call(aten.view.default, places, [batch, sequence, 1])
+    places = builder.call(aten.view.default, rows_of(builder, program.head, places), [-1])
+    spread = builder.call(aten.full.default, [tokens], fill, dtype=value(values).dtype, device=device)
+    spread = builder.call(aten.scatter.src, spread, 0, places, values)
+    return builder.call(aten.view.default, spread, [batch, sequence])
+
+
+def token_ids(program: Program) -> fx.Node:
+    """The placeholder of the token ids [B, S]."""
+    return next(
+        node for node in program.placeholders if program.kind(node) == "batch" and is_by_token(program, value(node))
+    )
+
+
+def is_by_token(program: Program, val: Any) -> bool:
+    """Whether a value is an integer or boolean tensor [B, S]."""
+    if not isinstance(val, torch.Tensor) or val.dim() != 2 or val.is_floating_point():
+        return False
+    shape = (program.batch, program.sequence)
+    return all(program.same_size(size, wanted) for size, wanted in zip(val.shape, shape, strict=True))
 
 
 def head_parameters(builder: Builder, head: Head, inputs: dict[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node | None]:

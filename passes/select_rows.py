@@ -16,6 +16,7 @@ from cggr_compile.kernels.selection_ops import register
 from cggr_compile.passes.build_router import quiet_region
 from cggr_compile.passes.score_rows import count_by_row
 from cggr_compile.passes.subgraph import clone
+from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -35,7 +36,7 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
     head = program.head
     builder = Builder(program)
     builder.copy_inputs()
-    kept = builder.placeholder("kept", _kept_symbol(program))
+    kept = builder.placeholder("kept", fresh_size(program, "kept"))
     builder.copy_parts("router", "score")
     builder.part, builder.region = "select", quiet_region(program)
     rule = rule_of(config.selection)
@@ -57,10 +58,8 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
     if rule.ranking is not None:
         chosen = builder.call(torch.ops.cggr.select.default, ranked, routing.valid, kept, rule.ranking, noise)
     else:
-        options = config.selection_options or {}
-        names, values = list(options), [float(number) for number in options.values()]
         operands = (ranked, routing.valid, kept, register(config.selection), noise)
-        chosen = builder.call(torch.ops.cggr.draw.default, *operands, names, values)
+        chosen = builder.call(torch.ops.cggr.draw.default, *operands, *selection_options(config))
     rows, weights = (builder.call(getitem, chosen, index) for index in (0, 1))
     if rule.weighting == "inverse":
         # 1 / (M·π) of M rows becomes 1 / π, for a sum instead of a mean over rows.
@@ -70,11 +69,29 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
     return builder.finish("select_rows", routing=routing)
 
 
-def _kept_symbol(program: Program) -> torch.SymInt:
-    """A fresh symbol for k, whose size hint is equal to no other size of the graph."""
+def without_fillers(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.Node:
+    """Targets [N] in which those of the selected rows of weight 0 are ignored."""
+    assert builder.program.head is not None
+    rows = builder.call(aten.sym_size.int, weights, 0)
+    by_row = builder.call(aten.view.default, target, [rows, -1])
+    filler = builder.call(aten.unsqueeze.default, builder.call(aten.eq.Scalar, weights, 0), 1)
+    ignored = builder.program.head.ignore_index
+    masked = builder.call(aten.masked_fill.Scalar, by_row, filler, ignored)
+    return builder.call(aten.view.default, masked, [-1])
+
+
+def selection_options(config: RoutingConfig) -> tuple[list[str], list[float]]:
+    """Names and values of the rule's options, as `cggr::draw` takes them."""
+    options = config.selection_options or {}
+    return list(options), [float(number) for number in options.values()]
+
+
+def fresh_size(program: Program, name: str) -> torch.SymInt:
+    """A fresh symbol for a number of rows or tokens, whose size hint is equal to no other size of the graph."""
     shape_env = program.shape_env
-    source = ConstantSource("kept")
-    hints = {size.node.hint for size in (program.batch, program.sequence) if isinstance(size, torch.SymInt)}
-    hint = next(size for size in range(2, 6) if size not in hints)
+    source = ConstantSource(name)
+    sizes = [program.batch, program.sequence, *map(value, program.placeholders)]
+    hints = {size.node.hint for size in sizes if isinstance(size, torch.SymInt)}
+    hint = next(size for size in range(2, 8) if size not in hints)
     symbol = shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
     return shape_env.create_symintnode(symbol, hint=hint, source=source)

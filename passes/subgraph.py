@@ -43,7 +43,7 @@ def cut_vertices(source: fx.Node | Collection[fx.Node], target: fx.Node) -> list
     the farthest edge so far therefore finds them all. Edges through sizes carry no activation and do not count.
     """
     upstream = ancestors([target])
-    downstream = descendants([source] if isinstance(source, fx.Node) else source, _carries_activations)
+    downstream = descendants([source] if isinstance(source, fx.Node) else source, carries_activations)
     paths = [node for node in target.graph.nodes if node in upstream and node in downstream]
     position = {node: index for index, node in enumerate(paths)}
     cuts, farthest = [], 0
@@ -54,7 +54,7 @@ def cut_vertices(source: fx.Node | Collection[fx.Node], target: fx.Node) -> list
     return cuts
 
 
-def _carries_activations(node: fx.Node) -> bool:
+def carries_activations(node: fx.Node) -> bool:
     """Whether a node passes activations on: tensors do, and lists of them (`split`, `topk`); sizes do not."""
     return is_tensor(node) or isinstance(value(node), (tuple, list))
 

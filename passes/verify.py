@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from cggr_compile.errors import VerificationError
-from cggr_compile.program import PART, REGION, Program, value
+from cggr_compile.program import PART, REGION, TRAINED_PARTS, Program, value
 
 _QUIET_PARTS = ("router", "score", "select")
 
@@ -19,7 +19,8 @@ def verify(before: Program, after: Program, pass_name: str) -> None:
     Checked: the graph lints; the captured inputs are unchanged in order and number, added ones come last; parameters
     are read from those inputs and never copied into the graph; nodes that act by side effect survive in the main pass,
     if there still is one (`keep_scores` leaves none); router, scoring and selection run without gradients; once rows
-    are gathered, no value of the main pass has a size that depends on the batch size.
+    are gathered, no value of the main pass has a size that depends on the batch size, and none of the middle layers
+    that run on fewer tokens one that depends on the sequence length.
     """
     try:
         after.graph.lint()
@@ -33,7 +34,9 @@ def verify(before: Program, after: Program, pass_name: str) -> None:
         if node.meta.get(PART) in _QUIET_PARTS and node.meta[REGION].grad is not False:
             raise VerificationError(pass_name, f"the {node.meta[PART]} part records gradients", node)
         if after.routing.gathered and node.meta.get(PART) in ("main", "loss"):
-            _check_no_batch_size(after, node, pass_name)
+            _check_no_size(after, node, pass_name, after.batch, "the batch size is left in the k-row part")
+        if node.meta.get(PART) == "middle":
+            _check_no_size(after, node, pass_name, after.sequence, "the sequence length is left in the k-token part")
 
 
 def _check_inputs(before: Program, after: Program, pass_name: str) -> None:
@@ -57,14 +60,14 @@ def _effects(program: Program) -> Counter:
     return Counter(
         str(node.target)
         for node in program.graph.nodes
-        if node.op == "call_function" and node.meta[PART] == "main" and node.is_impure()
+        if node.op == "call_function" and node.meta[PART] in TRAINED_PARTS and node.is_impure()
     )
 
 
-def _check_no_batch_size(program: Program, node: fx.Node, pass_name: str) -> None:
-    if node.op != "call_function" or not isinstance(program.batch, torch.SymInt):
+def _check_no_size(program: Program, node: fx.Node, pass_name: str, symbol: object, problem: str) -> None:
+    if node.op != "call_function" or not isinstance(symbol, torch.SymInt):
         return
     val = value(node)
     sizes = val.shape if isinstance(val, torch.Tensor) else (val,)
-    if any(program.mentions(size, program.batch) for size in sizes):
-        raise VerificationError(pass_name, f"the batch size is left in the k-row part, in shape {sizes}", node)
+    if any(program.mentions(size, symbol) for size in sizes):
+        raise VerificationError(pass_name, f"{problem}, in shape {sizes}", node)

@@ -1,0 +1,499 @@
+"""Runs the middle layers on the selected tokens of each sequence; the others pass on the residual.
+
+What enters the layers is found by dataflow. `find_layers` proved that the residual is the only activation that crosses
+a cut; whatever else a middle layer reads (masks, rotary tables, position biases, sizes) is loop-invariant and is given
+to it *for the kept tokens*, by the symbols in its shape:
+
+* a value with no dimension of the sequence's size S is the same for every subset and is read as it is;
+* a size is recomputed with k in place of S, from its symbolic expression;
+* a value with dimensions of size S is gathered along each of them, sequence by sequence. Its first dimension must be
+  the batch; where it has none, broadcasting with the activations says where the batch belongs;
+* a value that is the same at every token (zeros, an expanded parameter), or whose shape is derived from S (flattened
+  tokens, heads folded into the batch), is computed again from what it is made of, down to values that can be gathered.
+
+Anything else is ambiguous and refused. Positions are thus those of the whole sequence, as in the original layers:
+rotary angles, windows and document boundaries of the kept tokens do not change. What middle layers give out beside the
+residual (a mixture-of-experts' statistics) continues on k tokens until no dimension depends on the sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import cggr_compile.kernels.token_ops  # noqa: F401  registers torch.ops.cggr
+import sympy
+import torch
+from cggr_compile.passes.score_rows import token_ids
+from cggr_compile.passes.select_tokens import middle_layers
+from cggr_compile.passes.sequence_order import is_token_count, is_unrolled, order_dependence
+from cggr_compile.passes.sizes import emit_size
+from cggr_compile.passes.subgraph import ancestors, carries_activations, descendants
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.program import ORIGIN, PART, Builder, Program, Region, Shortened, is_tensor, value
+
+aten = torch.ops.aten
+
+# Operators that read or write at given places, and where the places stand among their arguments.
+_INDEXING = {
+    aten.index: 1,
+    aten.index_put: 1,
+    aten.gather: 2,
+    aten.index_select: 2,
+    aten.scatter: 2,
+    aten.scatter_add: 2,
+    aten.index_add: 2,
+    aten.take_along_dim: 1,
+}
+_VIEWS = {aten.view, aten.reshape, aten._unsafe_view}
+_BY_ROW = {*_VIEWS, aten.linear, aten.to, aten._to_copy}
+_COUNTERS = {aten.arange, aten.linspace}
+_CHECKPOINT_TAGS = ("recompute", "ac_graph_id")
+
+
+@dataclass
+class Span:
+    """Consecutive layers that run on one selection: the residual that enters and the one that leaves them, the nodes
+    between, and, once the entry is copied, the positions [B, k]."""
+
+    entry: fx.Node
+    exit: fx.Node
+    layers: range
+    members: frozenset[fx.Node]
+    positions: fx.Node | None = None
+    forms: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """What is computed on the kept tokens: captured node to copy."""
+    read: dict[tuple[fx.Node, bool], fx.Node] = field(default_factory=dict)
+    """What is read from elsewhere, in its form for the kept tokens; statistics read another one."""
+    aligned: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
+    """What is gathered, by the dimensions that broadcasting adds in front."""
+
+
+def gather_tokens(program: Program, config: RoutingConfig) -> Program:
+    """Copies the middle layers onto the kept tokens and scatters their result back; sets `routing.shortened`.
+
+    Raises:
+        CannotOptimize: a value that enters the layers cannot be gathered without ambiguity, or a layer depends on the
+            places of tokens and `allow_compressed_recurrence` is off.
+    """
+    return _Rewrite(program, config).run()
+
+
+class _Rewrite:
+    def __init__(self, program: Program, config: RoutingConfig) -> None:
+        assert program.routing.positions is not None
+        assert program.routing.kept_tokens is not None
+        self.program = program
+        self.config = config
+        assert isinstance(program.sequence, torch.SymInt)
+        self.sequence = program.sequence
+        self.builder = Builder(program)
+        self.spans = _spans(program, config)
+        self.span_of = {node: span for span in self.spans for node in span.members}
+        self.entries = {span.entry: span for span in self.spans}
+        self.exits = {span.exit: span for span in self.spans}
+        self.statistics = self._find_statistics()
+        self.shortened: list[Shortened] = []
+        self.positional: dict[fx.Node, bool] = {}
+        self.sizes: dict[Any, fx.Node] = {}
+
+    def run(self) -> Program:
+        builder = self.builder
+        builder.copy_inputs()
+        for node in self.program.graph.nodes:
+            if node.op in ("placeholder", "output") or node in builder.env:
+                continue
+            span = self._span(node)
+            if span is None:
+                self._copy_full(node)
+            else:
+                self._copy_short(node, span)
+            if node in self.exits:
+                self._leave(self.exits[node])
+            if node in self.entries:
+                self._enter(self.entries[node])
+        builder.output(fx.map_arg(self.program.output.args[0], self._output))
+        routing = builder.routing(shortened=tuple(self.shortened))
+        return builder.finish("gather_tokens", routing=routing)
+
+    # -- whole sequences -------------------------------------------------------------------------------------------
+
+    def _span(self, node: fx.Node) -> Span | None:
+        """The span on whose kept tokens a node is computed, or None for what is computed for the whole sequence."""
+        return self.span_of.get(node) or self.statistics.get(node)
+
+    def _find_statistics(self) -> dict[fx.Node, Span]:
+        """What the middle layers give out beside the residual and all that is computed from it, up to where the loss
+        joins: a mixture-of-experts' statistics. They are those of the kept tokens, in every layer that adds to them."""
+        assert self.program.head is not None
+        joined = descendants([self.program.head.loss])
+        found: dict[fx.Node, Span] = {}
+        for span in self.spans:
+            given = span.members - {span.exit}
+            readers = {user for node in given for user in node.users if user not in span.members}
+            roots = [user for user in readers if user.op != "output" and carries_activations(user)]
+            for node in descendants(roots, lambda user: user not in joined and user.op != "output"):
+                if found.setdefault(node, span) is not span:
+                    raise CannotOptimize(
+                        "statistics of layers that run on different tokens come together",
+                        node=node,
+                        hint="use resample='block', or switch the auxiliary loss off (output_router_logits=False)",
+                    )
+        return found
+
+    def _copy_full(self, node: fx.Node) -> None:
+        """Copies a node, after what it needs that stands later in the graph."""
+        builder = self.builder
+        if isinstance(value(node), torch.SymInt) and any(source not in builder.env for source in node.all_input_nodes):
+            builder.env[node] = self._size(value(node), None)
+            return
+        for source in node.all_input_nodes:
+            self._ensure_full(source)
+        builder.copy(node)
+
+    def _ensure_full(self, node: fx.Node) -> None:
+        """Copies a node ahead of its turn; it is in no checkpointed region then."""
+        if self._span(node) is not None and node not in self.builder.env:
+            raise CannotOptimize(
+                f"a value of shape {self._shape(node)}, which only the kept tokens have, is read for every token",
+                node=node,
+                hint="use route='sequence', or report it with this line",
+            )
+        if node not in self.builder.env:
+            self._copy_full(node)
+            _untag(self.builder.env[node])
+
+    def _output(self, node: fx.Node) -> fx.Node:
+        """An output in the whole sequence's form, or, where only the kept tokens have it, in theirs."""
+        span = self._span(node)
+        return span.forms[node] if span is not None and node not in self.builder.env else self.builder.env[node]
+
+    # -- into and out of the layers --------------------------------------------------------------------------------
+
+    def _enter(self, span: Span) -> None:
+        """Gathers everything that the span reads, ahead of its nodes, so that its layers stay in one piece."""
+        assert self.program.routing.positions is not None
+        builder = self.builder
+        builder.part, builder.region = "middle", Region()
+        span.positions = builder.env[self.program.routing.positions]
+        if self.config.resample == "layer":
+            index = self.spans.index(span)
+            span.positions = builder.call(aten.select.int, span.positions, 0, index)
+        span.forms[span.entry] = self._gathered(span.entry, span, 0)
+        for node in self.program.graph.nodes:
+            if node in span.members:
+                for source in node.all_input_nodes:
+                    if source not in span.members and source is not span.entry:
+                        self._form(source, node, span, False)
+
+    def _leave(self, span: Span) -> None:
+        builder = self.builder
+        builder.part, builder.region = "main", Region()
+        full = builder.env[span.entry]
+        target = torch.ops.cggr.scatter_tokens.default
+        builder.env[span.exit] = builder.call(target, full, span.forms[span.exit], span.positions)
+
+    def _copy_short(self, node: fx.Node, span: Span) -> None:
+        if is_unrolled(self.program, node):
+            raise CannotOptimize(
+                f"{_layers(span.layers)} read every n-th token, as a scan does that is unrolled for the whole sequence",
+                node=node,
+                hint="keep such layers dense (first_layers, last_layers), or use route='sequence'",
+            )
+        reason = order_dependence(self.program, node)
+        if reason is not None and not self.config.allow_compressed_recurrence:
+            raise CannotOptimize(
+                f"{_layers(span.layers)} mix tokens by their places: {reason}",
+                node=node,
+                hint="on the kept tokens it would meet other neighbours; allow_compressed_recurrence=True means that, "
+                "or keep such layers dense (first_layers, last_layers), or use route='sequence'",
+            )
+        span.forms[node] = self._copied(node, self._sources(node, span, node in self.statistics))
+        if not self._mentions_sequence(node):
+            self.builder.env[node] = span.forms[node]
+
+    def _copied(self, node: fx.Node, sources: dict[fx.Node, fx.Node]) -> fx.Node:
+        self.builder.part, self.builder.region = "middle", Region()
+        copy = self.builder.copy_call(node, sources)
+        copy.meta[PART] = "middle"
+        return copy
+
+    # -- one value for the kept tokens -----------------------------------------------------------------------------
+
+    def _sources(self, node: fx.Node, span: Span, counted: bool) -> dict[fx.Node, fx.Node]:
+        return {source: self._form(source, node, span, counted) for source in node.all_input_nodes}
+
+    def _form(self, node: fx.Node, reader: fx.Node, span: Span, counted: bool) -> fx.Node:
+        """What `reader` reads in place of `node` on the kept tokens of a span; `counted` for statistics over tokens."""
+        if node in span.forms:
+            return span.forms[node]
+        if (node, counted) in span.read:
+            return span.read[node, counted]
+        val = value(node)
+        form: Any
+        if not self._differs(node, counted):
+            self._refuse_other_sizes(node)
+            self._ensure_full(node)
+            form = self.builder.env[node]
+        elif isinstance(val, torch.SymInt):
+            form = self._size(val, span)
+        else:
+            lead = self._lead(node, reader) if self._holds_tokens(node) else None
+            if lead is not None:
+                self._refuse_places(node, reader)
+                return self._gathered(node, span, lead)
+            form = self._recomputed(node, span, counted)
+            if reader in span.members:
+                self._record(node, (), "computed again for k tokens")
+        span.read[node, counted] = form
+        return form
+
+    def _gathered(self, node: fx.Node, span: Span, lead: int) -> fx.Node:
+        if (node, lead) not in span.aligned:
+            self._ensure_full(node)
+            builder = self.builder
+            builder.part, builder.region = "middle", Region()
+            dims = tuple(dim for dim, size in enumerate(value(node).shape) if self._is_sequence(size))
+            target = torch.ops.cggr.gather_tokens.default
+            span.aligned[node, lead] = builder.call(target, builder.env[node], span.positions, list(dims), lead)
+            why = "the residual that enters" if node is span.entry else "read by"
+            self._record(node, dims, f"{why} {_layers(span.layers)}")
+        return span.aligned[node, lead]
+
+    def _recomputed(self, node: fx.Node, span: Span, counted: bool) -> fx.Node:
+        """The node again, on its sources' forms for the kept tokens."""
+        makes_positions = _packet(node) in _COUNTERS and not self._counts_flattened(node)
+        if node.op != "call_function" or makes_positions or order_dependence(self.program, node) is not None:
+            raise CannotOptimize(
+                f"cannot tell which tokens a value of shape {self._shape(node)} is about, and {_layers(span.layers)} "
+                "depend on it",
+                node=node,
+                hint="values with tokens must be [batch, …] with dimensions of the sequence's length; "
+                "use route='sequence', or report it with this line",
+            )
+        gathered = self._flattened(node, span) or self._repeated(node, span)
+        if gathered is not None:
+            return gathered
+        form = self._copied(node, self._sources(node, span, counted))
+        _untag(form)
+        return form
+
+    def _flattened(self, node: fx.Node, span: Span) -> fx.Node | None:
+        """The form of a value [B · S, …] whose rows are the tokens of the batch in order."""
+        if not (self._has_positions(node) and self._is_flattened(node)):
+            return None
+        self._ensure_full(node)
+        builder = self.builder
+        builder.part, builder.region = "main", Region()
+        ids = builder.env[token_ids(self.program)]
+        sizes = [builder.call(aten.sym_size.int, ids, dim) for dim in (0, 1)]
+        rest = list(value(node).shape[1:])
+        by_sequence = builder.call(aten.view.default, builder.env[node], [*sizes, *rest])
+        builder.part = "middle"
+        target = torch.ops.cggr.gather_tokens.default
+        gathered = builder.call(target, by_sequence, span.positions, [1], 0)
+        self._record(node, (0,), f"tokens of the batch, read by {_layers(span.layers)}")
+        return builder.call(aten.flatten.using_ints, gathered, 0, 1)
+
+    def _is_flattened(self, node: fx.Node) -> bool:
+        """Whether rows are tokens in order: a view of [B, S, …] as [B · S, …], or what row by row is computed from
+        one."""
+        if not is_tensor(node) or not node.args or not is_tensor(node.args[0]):
+            return False
+        source, shape, before = node.args[0], value(node).shape, value(node.args[0]).shape
+        if not shape or not self.program.same_size(shape[0], self.program.batch * self.sequence):
+            return False
+        if _packet(node) in _VIEWS and not self.program.same_shape(before, shape):
+            batch_first = len(before) > 1 and self._is_batch(before[0]) and self._is_sequence(before[1])
+            return batch_first and self.program.same_shape(before[2:], shape[1:])
+        by_row = _packet(node) in _BY_ROW or (len(node.all_input_nodes) == 1 and _is_pointwise(node))
+        return by_row and self._is_flattened(source)
+
+    def _repeated(self, node: fx.Node, span: Span) -> fx.Node | None:
+        """The form of a value without a batch that is repeated for every sequence, [c, …] to [B · c, …]: each
+        sequence's repetition holds its own tokens."""
+        if node.target != aten.repeat.default:
+            return None
+        source, times = node.args
+        assert isinstance(source, fx.Node) and isinstance(times, (list, tuple))  # noqa: PT018
+        factors = [value(factor) for factor in times]
+        once = len(factors) == value(source).dim() and all(factor == 1 for factor in factors[1:])
+        if not (once and self._is_batch(factors[0]) and self._holds_tokens(source)):
+            return None
+        if self._is_sequence(value(source).shape[0]):
+            return None
+        gathered = self._gathered(source, span, 1)
+        self.builder.part, self.builder.region = "middle", Region()
+        return self.builder.call(aten.flatten.using_ints, gathered, 0, 1)
+
+    def _counts_flattened(self, node: fx.Node) -> bool:
+        """Whether the node counts flattened tokens: unlike positions in the sequence, these are counted anew."""
+        size = value(node).shape[0]
+        return is_token_count(self.program, size) and not self._is_sequence(size)
+
+    def _lead(self, node: fx.Node, reader: fx.Node) -> int | None:
+        """How many dimensions broadcasting adds in front of a value to reach the batch; None where that is not
+        known."""
+        shape = value(node).shape
+        if self._is_batch(shape[0]):
+            return 0
+        if _is_pointwise(reader):
+            result = value(reader).shape
+        elif reader.target == aten.scaled_dot_product_attention.default and node not in reader.args[:3]:
+            result = value(reader.args[0]).shape
+        else:
+            return None
+        if not self._is_batch(result[0]):
+            return None
+        lead = len(result) - len(shape)
+        if lead == 0:
+            return 0 if shape[0] == 1 else None
+        return lead if lead > 0 else None
+
+    def _refuse_places(self, node: fx.Node, reader: fx.Node) -> None:
+        """A gathered value holds the tokens' places in the whole sequence; as an index into the kept ones it is
+        wrong."""
+        packet = _packet(reader)
+        if packet not in _INDEXING or not self._mentions_sequence(reader.args[0]):
+            return
+        indices = reader.args[_INDEXING[packet]]
+        if node in (indices if isinstance(indices, (list, tuple)) else [indices]):
+            raise CannotOptimize(
+                f"{packet} reads the sequence at places given by a value of shape {self._shape(node)}, "
+                "which count in the whole sequence",
+                node=reader,
+                hint="the token route cannot translate places; use route='sequence'",
+            )
+
+    def _differs(self, node: fx.Node, counted: bool) -> bool:
+        """Whether a value is another one for the kept tokens: one with a size that depends on S and, among what is
+        counted over tokens, everything that is computed from tokens."""
+        return self._mentions_sequence(node) or (counted and carries_activations(node) and self._has_positions(node))
+
+    def _refuse_other_sizes(self, node: fx.Node) -> None:
+        """Refuses a tensor with a dimension of a dynamic size that is neither the batch's nor the sequence's."""
+        for size in value(node).shape if is_tensor(node) else ():
+            if isinstance(size, torch.SymInt) and not self.program.mentions(size, self.program.batch):
+                raise CannotOptimize(
+                    f"a value of shape {self._shape(node)} has a dynamic size that is neither the batch's nor the "
+                    "sequence's, so its tokens cannot be told",
+                    node=node,
+                    hint="use route='sequence'",
+                )
+
+    def _holds_tokens(self, node: fx.Node) -> bool:
+        return self._only_sequence(node) and self._has_positions(node)
+
+    def _has_positions(self, node: fx.Node) -> bool:
+        """Whether the value may differ from token to token: it depends on the batch, on positions or on chance."""
+        if node not in self.positional:
+            if node.op == "placeholder":
+                found = self.program.kind(node) != "size" and self._mentions_sequence(node)
+            elif _packet(node) in _COUNTERS:
+                found = self._is_sequence(value(node).shape[0])
+            else:
+                random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+                found = random or any(self._has_positions(source) for source in node.all_input_nodes)
+            self.positional[node] = found
+        return self.positional[node]
+
+    # -- sizes -----------------------------------------------------------------------------------------------------
+
+    def _size(self, size: torch.SymInt, span: Span | None) -> Any:
+        """A node of the size, with k in place of S inside a span."""
+        expression = self.program.expression(size)
+        key = (expression, span is not None)
+        if key not in self.sizes:
+            self.builder.part, self.builder.region = "middle" if span is not None else "main", Region()
+            self.sizes[key] = emit_size(self.builder, expression, self._symbols(span is not None))
+        return self.sizes[key]
+
+    def _symbols(self, short: bool) -> dict[Any, fx.Node]:
+        """The sizes that expressions are made of, as nodes."""
+        assert self.program.routing.kept_tokens is not None
+        known = {
+            self.program.expression(value(node)): self.builder.env[node]
+            for node in self.program.placeholders
+            if isinstance(value(node), torch.SymInt)
+        }
+        ids = self.builder.env[token_ids(self.program)]
+        for dim, size in enumerate(value(ids).shape):
+            expression = self.program.expression(size)
+            if expression not in known:
+                known[expression] = self.builder.call(aten.sym_size.int, ids, dim)
+        if short:
+            known[self.program.expression(self.program.sequence)] = self.builder.env[self.program.routing.kept_tokens]
+        return known
+
+    # -- shapes ----------------------------------------------------------------------------------------------------
+
+    def _is_sequence(self, size: Any) -> bool:
+        return self.program.same_size(size, self.program.sequence)
+
+    def _is_batch(self, size: Any) -> bool:
+        return self.program.same_size(size, self.program.batch)
+
+    def _mentions_sequence(self, node: fx.Node) -> bool:
+        return any(self.program.mentions(size, self.sequence) for size in _sizes(value(node)))
+
+    def _only_sequence(self, node: fx.Node) -> bool:
+        """Whether the value is a tensor whose dimensions of a size that depends on S are of size S itself."""
+        dims = [size for size in _sizes(value(node)) if self.program.mentions(size, self.sequence)]
+        return is_tensor(node) and bool(dims) and all(map(self._is_sequence, dims))
+
+    def _shape(self, node: fx.Node) -> str:
+        return shape_text(self.program, value(node))
+
+    def _record(self, node: fx.Node, dims: tuple[int, ...], why: str) -> None:
+        name = self.program.path(node) if node.op == "placeholder" else node.meta.get(ORIGIN, node.name)
+        self.shortened.append(Shortened(name, self._shape(node), dims, why))
+
+
+def shape_text(program: Program, val: Any) -> str:
+    """`[B, 1, S, S]` of a tensor, its sizes in the batch size B and the sequence length S."""
+    names = {
+        program.expression(size): sympy.Symbol(name)
+        for name, size in (("B", program.batch), ("S", program.sequence))
+        if isinstance(size, torch.SymInt)
+    }
+    sizes = [sympy.sympify(program.expression(size)).xreplace(names) for size in _sizes(val)]
+    return f"[{', '.join(map(str, sizes))}]".replace("*", "·")
+
+
+def _spans(program: Program, config: RoutingConfig) -> list[Span]:
+    assert program.layers is not None
+    middle = middle_layers(program, config)
+    blocks = [middle] if config.resample == "block" else [range(layer, layer + 1) for layer in middle]
+    residuals = program.layers.residuals
+    spans = []
+    for layers in blocks:
+        first, last = residuals[layers[0] - 1], residuals[layers[-1]]
+        between = ancestors([last], stop=[first]) & descendants([first], carries_activations) - {first}
+        spans.append(Span(first, last, layers, frozenset(between)))
+    return spans
+
+
+def _layers(layers: range) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return is_tensor(node) and torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _sizes(val: Any) -> list[Any]:
+    values = val if isinstance(val, (list, tuple)) else [val]
+    shapes = [item.shape if isinstance(item, torch.Tensor) else [item] for item in values]
+    return [size for shape in shapes for size in shape if isinstance(size, (int, torch.SymInt, torch.SymFloat))]
+
+
+def _untag(node: fx.Node) -> None:
+    for tag in _CHECKPOINT_TAGS:
+        node.meta.pop(tag, None)

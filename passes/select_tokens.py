@@ -1,0 +1,112 @@
+"""Selects the tokens of each sequence that the middle layers run on.
+
+A token is selectable if it is a real one (`attention_mask` is not 0 there), whether its label counts or not: a prompt
+token carries context. Its score is that of the prediction made at its position, and 0, the lowest of every scoring,
+where the label is ignored. Positions of one sequence must be distinct, or attention would see a key twice; so where a
+sequence has fewer than k real tokens, the selection is filled up with padding, which the gathered mask hides from the
+others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from operator import getitem
+from typing import Any
+
+import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
+import torch
+from cggr_compile.kernels.selection import rule_of
+from cggr_compile.kernels.selection_ops import register
+from cggr_compile.passes.build_router import quiet_region
+from cggr_compile.passes.score_rows import by_position, is_by_token, token_ids
+from cggr_compile.passes.select_rows import fresh_size, selection_options
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.program import Builder, Program, value
+
+aten = torch.ops.aten
+
+
+def middle_layers(program: Program, config: RoutingConfig) -> range:
+    """The layers that run on the kept tokens.
+
+    Raises:
+        CannotOptimize: none is left between the first and the last layers.
+    """
+    assert program.layers is not None
+    middle = range(config.first_layers, len(program.layers) - config.last_layers)
+    if not middle:
+        raise CannotOptimize(
+            f"first_layers={config.first_layers} and last_layers={config.last_layers} leave none of the "
+            f"{len(program.layers)} layers ({program.layers.path or 'found by repetition'}) to run on fewer tokens",
+            hint="lower them, or choose another route",
+        )
+    return middle
+
+
+def select_tokens(program: Program, config: RoutingConfig) -> Program:
+    """Adds the inputs `kept_tokens` and, for rules that draw, `token_noise` ([B, S] fp32, or [layers, B, S] with
+    `resample="layer"`); sets `routing.kept_tokens` and `.positions` ([B, k] int64, sorted, or [layers, B, k]).
+
+    Raises:
+        CannotOptimize: the capture fixed the sequence length, or no layer is left to run on fewer tokens.
+    """
+    if not isinstance(program.sequence, torch.SymInt):
+        raise CannotOptimize(
+            f"the model fixes the sequence length to {program.sequence} while it is traced",
+            hint="the token route needs it as a symbol; use route='sequence'",
+        )
+    layers = middle_layers(program, config)
+    builder = Builder(program)
+    builder.copy_inputs()
+    kept = builder.placeholder("kept_tokens", fresh_size(program, "kept_tokens"))
+    builder.copy_parts("router", "score")
+    builder.part, builder.region = "select", quiet_region(program)
+    ids = token_ids(program)
+    shape: tuple[Any, ...] = (value(ids).shape[0], program.sequence)
+    if config.resample == "layer":
+        shape = (len(layers), *shape)
+    rule = rule_of(config.selection)
+    noise = None
+    if rule.needs_noise:
+        with program.fake_mode:
+            fake = torch.empty(shape, device=value(ids).device)
+        noise = builder.placeholder("token_noise", fake)
+    real = _real_tokens(builder, ids)
+    scores = noise
+    if rule.needs_scores:
+        sizes = (builder.call(aten.sym_size.int, builder.env[ids], dim) for dim in (0, 1))
+        scores = by_position(builder, builder.env[program.routing.token_scores], 0.0, tuple(sizes))
+    if noise is not None and config.resample == "layer":
+        real, scores = (builder.call(aten.expand_as.default, x, noise) for x in (real, scores))
+    if rule.needs_scores and noise is not None:
+        operands = (scores, real, kept, register(config.selection), noise)
+        drawn = builder.call(torch.ops.cggr.draw.default, *operands, *selection_options(config))
+        scores = _preferred(builder, builder.call(getitem, drawn, 0), builder.call(getitem, drawn, 1), real)
+    else:
+        # A real token without a score still comes before padding.
+        scores = builder.call(aten.nan_to_num.default, scores, torch.finfo(torch.float32).min)
+    key = builder.call(aten.masked_fill.Scalar, scores, builder.call(aten.logical_not.default, real), -torch.inf)
+    every = builder.call(aten.ones_like.default, real)
+    selected = builder.call(torch.ops.cggr.select.default, key, every, kept, "topk", None)
+    positions = builder.call(getitem, selected, 0)
+    builder.copy_rest()
+    routing = dataclasses.replace(builder.routing(), kept_tokens=kept, positions=positions)
+    return builder.finish("select_tokens", routing=routing)
+
+
+def _real_tokens(builder: Builder, ids: fx.Node) -> fx.Node:
+    """bool [B, S]: False where a two-dimensional `attention_mask` says padding; every token where there is none."""
+    program = builder.program
+    for node in program.placeholders:
+        if program.path(node) == "attention_mask" and is_by_token(program, value(node)):
+            return builder.call(aten.ne.Scalar, builder.env[node], 0)
+    return builder.call(aten.ones_like.default, builder.env[ids], dtype=torch.bool)
+
+
+def _preferred(builder: Builder, index: fx.Node, weight: fx.Node, like: fx.Node) -> fx.Node:
+    """1 at the selected places and 0 elsewhere, fp32 [..., S]; a place that only fills up (weight 0) adds nothing."""
+    zeros = builder.call(aten.zeros_like.default, like, dtype=torch.float32)
+    return builder.call(aten.scatter_add.default, zeros, -1, index, weight)

@@ -1,0 +1,53 @@
+"""Runs rewritten plans of one capture without tracing the model again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from oracle import gradients
+from torch import nn
+
+import cggr_compile as cggr
+from cggr_compile.program import Program
+from cggr_compile.runtime import Plan, Runtime
+from cggr_compile.selected import selected
+
+
+def captured(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Program:
+    """The captured training step."""
+    return cggr.explain(model, batch, ratio=1.0, selection="random").captured
+
+
+class Routed:
+    """One configuration of a captured step, on the model's own parameters."""
+
+    def __init__(self, model: nn.Module, program: Program, **options: Any) -> None:
+        self.model = model
+        self.runtime = Runtime(cggr.RoutingConfig(**{"inner": "eager", "router_layers": 2, **options}))
+        self.plan = Plan(program, self.runtime)
+        self.runtime.plans.append(self.plan)
+
+    def step(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        """Loss and gradients of one step."""
+        self.model.zero_grad(set_to_none=True)
+        batch_size, length = batch["input_ids"].shape
+        named = {"batch": batch_size, "sequence": length}
+        state = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
+        values = {"size": named, "state": state, "batch": batch}
+        inputs = [values[entry.kind][entry.path] for entry in self.plan.captured.inputs]
+        loss = self.plan(*inputs)[self.plan.program.loss_output]
+        loss.backward()
+        return loss.detach(), gradients(self.model)
+
+    def at(self, ratio: float) -> Routed:
+        """The same plan at another ratio, which is an input of the graph."""
+        self.runtime.config = dataclasses.replace(self.runtime.config, ratio=ratio)
+        return self
+
+    @property
+    def selected(self) -> Any:
+        """As `model.cggr.selected`."""
+        return selected(self.runtime.config.routes, self.runtime.last)

@@ -1,0 +1,165 @@
+"""What the token route refuses, with the reason, and what convolutions mean once they are allowed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import oracle
+import plans
+import pytest
+import token_oracle
+import torch
+import transformers as T
+from architectures import GROUPED, Architecture, token_batch
+from torch import nn
+
+import cggr_compile as cggr
+
+CONVOLUTIONS = Architecture(
+    "lfm2",
+    lambda: T.Lfm2ForCausalLM(T.Lfm2Config(**GROUPED, layer_types=["full_attention", "conv", "full_attention"])),
+    "model.layers",
+)
+
+
+class Layers(nn.Module):
+    """A minimal model whose layers add `mix(hidden)` to the residual; `extra` is one more input."""
+
+    def __init__(self, mix: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.mix = mix
+        self.embed = nn.Embedding(31, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 31)
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, extra: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor]:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = hidden + self.mix(layer(hidden), extra)
+        logits = self.head(hidden)
+        return (nn.functional.cross_entropy(logits.view(-1, 31), labels.view(-1)),)
+
+
+def places(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(x.shape[1], device=x.device)
+
+
+MIXES = {
+    "cumulative sum": (lambda x, _: x.cumsum(1), "layer 1 mix tokens by their places: aten.cumsum runs along"),
+    "shift": (lambda x, _: x.roll(1, 1), "aten.roll runs along the sequence"),
+    "padding": (lambda x, _: nn.functional.pad(x, (0, 0, 1, 0))[:, :-1], "cuts, pads or splits the sequence"),
+    "joined in front": (
+        lambda x, _: torch.cat([torch.zeros_like(x[:, :1]), x], 1)[:, :-1],
+        "aten.slice takes fixed places of the sequence",
+    ),
+    "first token": (lambda x, _: x + x[:, :1], "aten.slice takes fixed places of the sequence"),
+    "one token": (lambda x, _: x + x[:, 0].unsqueeze(1), "aten.select runs along the sequence"),
+    "window": (
+        lambda x, _: nn.functional.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
+        "reads neighbours along the sequence",
+    ),
+    "index": (lambda x, _: x[:, places(x)], r"cannot tell which tokens a value of shape \[S\] is about"),
+    "fixed index": (
+        lambda x, _: x + x[:, torch.tensor([0])],
+        "aten.index takes places of the sequence by their number",
+    ),
+    "gather": (lambda x, _: x.gather(1, places(x).view(1, -1, 1).expand(x.shape)), "aten.gather takes places"),
+    "distance": (
+        lambda x, _: (x @ x.transpose(1, 2)).tril(-2) @ x,
+        "aten.tril measures distances along the sequence",
+    ),
+    "no batch": (
+        lambda x, _: (x.transpose(0, 1) + places(x).float().view(-1, 1, 1)).transpose(0, 1),
+        r"cannot tell which tokens a value of shape .S.* is about, and layer 1 depend on it",
+    ),
+    "other size": (
+        lambda x, extra: x + (x @ extra.T.sin()) @ extra,
+        "has a dynamic size that is neither the batch's nor the sequence's",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_ambiguous_layers_are_refused_with_the_reason(name: str) -> None:
+    mix, reason = MIXES[name]
+    torch.manual_seed(0)
+    model = Layers(mix).train()
+    batch = {"input_ids": torch.randint(0, 31, (4, 7))}
+    if name == "other size":
+        batch["extra"] = torch.randn(5, 8)
+        torch._dynamo.mark_dynamic(batch["extra"], 0)
+    with pytest.raises(cggr.CannotOptimize, match=reason) as caught:
+        cggr.explain(model, batch, route="token", selection="random")
+    assert caught.value.hint
+    assert caught.value.node
+
+
+def test_places_in_the_whole_sequence_are_no_index_into_the_kept_tokens() -> None:
+    """Not even where places may mean those among the kept tokens."""
+    model = Layers(MIXES["gather"][0]).train()
+    options = {"route": "token", "selection": "random", "allow_compressed_recurrence": True}
+    with pytest.raises(cggr.CannotOptimize, match=r"at places given by a value of shape \[B, S, 8\], which count in"):
+        cggr.explain(model, {"input_ids": torch.randint(0, 31, (4, 7))}, **options)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_unrolled_scans_are_refused_whatever_is_allowed(allowed: bool) -> None:
+    """Their number of levels belongs to the whole length."""
+    model = Layers(lambda x, _: x + x[:, ::2].sum(1, keepdim=True)).train()
+    options = {"route": "token", "selection": "random", "allow_compressed_recurrence": allowed}
+    with pytest.raises(cggr.CannotOptimize, match="layer 1 read every n-th token, as a scan does"):
+        cggr.explain(model, {"input_ids": torch.randint(0, 31, (4, 7))}, **options)
+
+
+def test_order_alone_is_no_place() -> None:
+    """Triangles, sums over tokens and a sink beside the keys mean the same on the kept tokens."""
+
+    def mix(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+        scores = (x @ x.transpose(1, 2)).tril()
+        sink = scores.amax(-1, keepdim=True)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        return weights @ x + x.mean(1, keepdim=True)
+
+    torch.manual_seed(0)
+    eager = Layers(mix).train()
+    model = cggr.optimize(copy.deepcopy(eager), route="token", ratio=0.5, selection="random", inner="eager")
+    batch = {"input_ids": torch.randint(0, 31, (4, 7)), "labels": torch.randint(0, 31, (4, 7))}
+    loss = model(**batch)[0]
+    loss.backward()
+    positions = model.cggr.selected
+    hidden = eager.embed(batch["input_ids"])
+    hidden = hidden + mix(eager.layers[0](hidden), None)
+    part = token_oracle.take(hidden, positions, 1)
+    hidden = token_oracle.put(hidden, part + mix(eager.layers[1](part), None), positions)
+    hidden = hidden + mix(eager.layers[2](hidden), None)
+    expected = nn.functional.cross_entropy(eager.head(hidden).view(-1, 31), batch["labels"].view(-1))
+    expected.backward()
+    oracle.assert_same_step(loss.detach(), oracle.gradients(model), expected.detach(), oracle.gradients(eager))
+
+
+def test_convolutions_are_opt_in_and_see_the_kept_tokens_as_neighbours() -> None:
+    torch.manual_seed(0)
+    eager = CONVOLUTIONS.build().train()
+    eager.config.use_cache = False
+    eager.set_attn_implementation("eager")
+    batch = token_batch(masked=False)
+    program = plans.captured(eager, batch)
+    with pytest.raises(cggr.CannotOptimize, match=r"layer 1 mix tokens by their places: .*allow_compressed_recurrence"):
+        plans.Routed(eager, program, route="token")
+    copied = copy.deepcopy(eager)
+    options = {"ratio": 0.5, "selection": "random", "allow_compressed_recurrence": True}
+    routed = plans.Routed(eager, program, route="token", **options)
+    actual = routed.step(batch)
+    expected = token_oracle.step(copied, CONVOLUTIONS, batch, range(1, 2), routed.selected)
+    oracle.assert_same_step(*actual, *expected)
+
+
+def test_layers_must_be_left() -> None:
+    model = Layers(lambda x, _: x).train()
+    with pytest.raises(cggr.CannotOptimize, match="leave none of the 3 layers"):
+        cggr.explain(
+            model, {"input_ids": torch.randint(0, 31, (4, 7))}, route="token", first_layers=2, selection="random"
+        )

@@ -1,0 +1,250 @@
+"""The token route against a hand-written eager model whose middle layers run on the gathered tokens: bitwise."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import oracle
+import plans
+import pytest
+import token_oracle
+import torch
+import transformers as T
+from architectures import ARCHITECTURES, GROUPED, VOCABULARY, Architecture, build, token_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import cggr_compile as cggr
+from cggr_compile.program import Program
+from cggr_compile.report import Diff, Report
+
+LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "long"
+EXAMPLES = 200 if LONG else 8
+LAYERS = 5
+
+DEEP = Architecture(
+    "deep llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**{**GROUPED, "num_hidden_layers": LAYERS})), "model.layers"
+)
+WINDOWED = Architecture(
+    "windowed mistral", lambda: T.MistralForCausalLM(T.MistralConfig(**GROUPED, sliding_window=4)), "model.layers"
+)
+
+# One of each kind that enters the layers: rotary tables, ALiBi folded into heads, two masks, a router's statistics.
+FAMILIES = ["llama", "bloom", "gemma3", "qwen3_moe"]
+OTHERS = [
+    "qwen3",
+    "phi3",
+    "gptj",
+    "gpt_neox",
+    "falcon",
+    "opt",
+    "mixtral",
+    "gpt_oss",
+    "mistral",
+    "gpt2",
+    "bert",
+    "modernbert",
+]
+
+
+def eager_of(architecture: Architecture) -> nn.Module:
+    torch.manual_seed(0)
+    model = architecture.build().train()
+    model.config.use_cache = False
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES + (OTHERS if LONG else []))
+@pytest.mark.parametrize("padded", [True, False] if LONG else [True])
+def test_families(name: str, padded: bool) -> None:
+    """While every token is kept the model is the plain one; afterwards positions, loss and every gradient are those of
+    eager on the positions that an eager router selects; other batch sizes and lengths reuse the capture."""
+    architecture = ARCHITECTURES[name]
+    eager = build(name)
+    if not padded and name != "falcon":  # Falcon's classes choose their attention when they are built
+        eager.set_attn_implementation("eager")
+    options = {"route": "token", "ratio": 0.5, "router_layers": 2, "inner": "eager", "warmup_steps": 1}
+    model = cggr.optimize(copy.deepcopy(eager), **options)
+    batches = [token_batch(masked=padded, seed=1), token_batch(9, 14, masked=padded, seed=2)]
+    for batch in batches:
+        oracle.assert_same_step(*oracle.step(model, batch), *oracle.step(eager, batch))
+        assert torch.equal(
+            model.cggr.selected, torch.arange(batch["input_ids"].shape[1]).expand(len(batch["labels"]), -1)
+        )
+    model.cggr.step()
+    for batch in batches:
+        actual = oracle.step(model, batch)
+        positions = token_oracle.expected_positions(eager, architecture, batch, 0.5, 2)
+        assert torch.equal(model.cggr.selected, positions)
+        expected = token_oracle.step(eager, architecture, batch, range(1, 2), positions)
+        oracle.assert_same_step(*actual, *expected)
+    assert model.cggr.captures == 1
+
+
+@pytest.fixture(scope="module")
+def deep() -> tuple[nn.Module, Program]:
+    model = eager_of(DEEP)
+    return model, plans.captured(model, token_batch())
+
+
+@pytest.mark.parametrize(
+    ("middle", "options"),
+    [
+        (range(1, 4), {"selection": "random", "seed": 3}),
+        (range(2, 5), {"first_layers": 2, "last_layers": 0}),
+        (range(1, 4), {"selection": "random", "resample": "layer"}),
+        (range(3, 4), {"first_layers": 3, "selection": "trimmed", "selection_options": {"epsilon": 0.5}}),
+        (
+            range(1, 4),
+            {"selection": "trimmed", "selection_options": {"epsilon": 0.5}, "resample": "layer", "scoring": "entropy"},
+        ),
+    ],
+)
+def test_options(deep: tuple[nn.Module, Program], middle: range, options: dict[str, Any]) -> None:
+    eager = copy.deepcopy(deep[0])
+    routed = plans.Routed(*deep, route="token", ratio=0.4, **options)
+    batch = token_batch(7, 10)
+    actual = routed.step(batch)
+    positions = routed.selected
+    layers = (len(middle),) if options.get("resample") == "layer" else ()
+    assert positions.shape == (*layers, 7, 4)
+    assert torch.equal(positions, positions.sort(-1).values)
+    if layers:
+        assert not torch.equal(positions[0], positions[1])
+    oracle.assert_same_step(*actual, *token_oracle.step(eager, DEEP, batch, middle, positions))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Ids with padding on either side, up to all but one token, and labels ignored at random."""
+    rows, length = draw(st.integers(2, 5)), draw(st.integers(2, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    pads = torch.randint(0, length, (rows, 1), generator=generator)
+    places = torch.arange(length).expand(rows, length)
+    real = places >= pads if draw(st.booleans()) else places < length - pads
+    ignored = ~real | (torch.rand(rows, length, generator=generator) < draw(st.sampled_from([0.0, 0.6])))
+    return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(ignored, -100)}
+
+
+@pytest.fixture(scope="module")
+def routed(deep: tuple[nn.Module, Program]) -> dict[str, tuple[range, plans.Routed]]:
+    """A plan for each selection, with different layers kept dense."""
+    dense = {"topk": (1, 1), "random": (3, 0), "trimmed": (2, 1)}
+    return {
+        selection: (
+            range(first, LAYERS - last),
+            plans.Routed(*deep, route="token", selection=selection, first_layers=first, last_layers=last, seed=1),
+        )
+        for selection, (first, last) in dense.items()
+    }
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    batch=batches(),
+    ratio=st.sampled_from([0.1, 1 / 3, 0.5, 0.9]),
+    selection=st.sampled_from(["topk", "random", "trimmed"]),
+)
+def test_contract(
+    routed: dict[str, tuple[range, plans.Routed]], batch: dict[str, torch.Tensor], ratio: float, selection: str
+) -> None:
+    """Positions are distinct, sorted and of real tokens first; the step is the eager model's on them."""
+    middle, step = routed[selection]
+    eager = copy.deepcopy(step.model)
+    actual = step.at(ratio).step(batch)
+    positions = step.selected
+    rows, length = batch["input_ids"].shape
+    kept = step.runtime.config.kept_rows(length, 0)
+    assert positions.shape == (rows, kept)
+    assert (positions.diff(dim=1) > 0).all()
+    real = batch["attention_mask"]
+    assert torch.equal(real.gather(1, positions).sum(1), real.sum(1).clamp(max=kept))
+    if selection == "topk" and kept < length:
+        assert torch.equal(positions, token_oracle.expected_positions(eager, DEEP, batch, ratio, 2))
+    if not oracle.counted(batch["labels"], causal=True).any():
+        assert actual[0] == 0  # where eager says 0 / 0
+        return
+    expected = token_oracle.step(eager, DEEP, batch, middle, positions)
+    oracle.assert_same_step(*actual, *expected)
+
+
+@pytest.fixture(scope="module")
+def packed() -> plans.Routed:
+    model = eager_of(WINDOWED)
+    return plans.Routed(model, plans.captured(model, packed_batch(6, 12, 0)), route="token", selection="random", seed=1)
+
+
+def packed_batch(rows: int, length: int, seed: int) -> dict[str, torch.Tensor]:
+    """Documents behind one another: `position_ids` restart at each."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    starts = torch.rand(rows, length, generator=generator) < 0.3
+    places = torch.arange(length).expand(rows, length)
+    begun = torch.where(starts, places, 0).cummax(1).values
+    return {"input_ids": ids, "labels": ids.clone(), "position_ids": places - begun}
+
+
+@settings(max_examples=EXAMPLES)
+@given(rows=st.integers(2, 5), length=st.integers(4, 14), seed=st.integers(0, 99), ratio=st.sampled_from([0.3, 0.6]))
+def test_packed_sequences_in_windows(packed: plans.Routed, rows: int, length: int, seed: int, ratio: float) -> None:
+    """A kept token sees the kept ones of its document that were in its window before."""
+    eager = copy.deepcopy(packed.model)
+    batch = packed_batch(rows, length, seed)
+    actual = packed.at(ratio).step(batch)
+    expected = token_oracle.step(eager, WINDOWED, batch, range(1, 2), packed.selected)
+    oracle.assert_same_step(*actual, *expected)
+
+
+def test_skipped_tokens_pass_on_the_residual(deep: tuple[nn.Module, Program]) -> None:
+    """Without dense layers behind, a loss on skipped tokens alone gives the middle layers no gradient."""
+    model, program = deep
+    routed = plans.Routed(model, program, route="token", ratio=0.25, selection="random", seed=5, last_layers=0)
+    batch = token_batch(masked=False) | {"attention_mask": torch.ones(6, 12, dtype=torch.int64)}
+    routed.step(batch)
+    predicted = torch.zeros(6, 12, dtype=torch.bool).scatter(1, routed.selected, True).roll(1, 1)
+    batch["labels"] = batch["input_ids"].masked_fill(predicted, -100)
+    again = plans.Routed(model, program, route="token", ratio=0.25, selection="random", seed=5, last_layers=0)
+    _, gradients = again.step(batch)
+    assert torch.equal(again.selected, routed.selected)
+    for name, gradient in gradients.items():
+        in_the_middle = any(f"layers.{layer}." in name for layer in range(1, LAYERS))
+        assert bool(gradient.any()) is not in_the_middle, name
+
+
+def test_schedule_ends_dense_with_a_bounded_number_of_sizes(deep: tuple[nn.Module, Program]) -> None:
+    eager = copy.deepcopy(deep[0])
+    routed = plans.Routed(*deep, route="token", ratio=0.25, selection="random", warmup_steps=4, dense_after_steps=12)
+    batch = token_batch(4, 16)
+    kept = []
+    for _ in range(13):
+        actual = routed.step(batch)
+        kept.append(routed.selected.shape[1])
+        routed.runtime.steps += 1
+    assert kept == [16, 13, 10, 7, 4, 6, 7, 9, 10, 12, 13, 15, 16]
+    oracle.assert_same_step(*actual, *oracle.step(eager, batch))
+
+
+def test_report_and_diff_name_what_is_gathered(deep: tuple[nn.Module, Program]) -> None:
+    routed = plans.Routed(*deep, route="token", ratio=0.25)
+    report, diff = Report.of(routed.runtime), Diff.of(routed.runtime)
+    text = str(report)
+    assert "topk, k = ceil(0.25 · S) = 3 of 12 tokens of each sequence" in text
+    assert "layers 1–3 of 5; the other tokens pass on the residual" in text
+    gathered = {(entry.shape, entry.dims) for entry in report.shortened}
+    assert gathered == {("[B, S, 32]", (1,)), ("[1, 1, S, 8]", (2,)), ("[B, 1, S, S]", (2, 3))}
+    summary = diff.summary()
+    assert "the residual that enters layers 1–3" in summary
+    assert "~ layers 1–3 of 5: S → k in " in summary
+    for entry in report.shortened:
+        assert any(f"%{entry.name}:" in row.text for row in diff.rows()), entry.name
+    # Three of five layers at 3 of 12 tokens: their linear parts at a quarter, attention's square at a sixteenth.
+    layer = report.cost.layer_flops[1]
+    saved = 1 - report.cost.random_ratio
+    share = 3 * layer / report.cost.forward_flops
+    assert 3 / 4 * share < saved < 15 / 16 * share
+    assert "tokens of each sequence" in diff.to_html()
