@@ -243,7 +243,12 @@ class Route:
                 yield basis.on(width, rank, generator)
             else:
                 shape = [concrete(self.program, size, sizes) for size in fake.shape]
-                yield torch.rand(shape, device=self.device, generator=generator)
+                yield uniform_noise(shape, self.device, generator)
+
+
+def uniform_noise(shape: Sequence[int], device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """fp32 noise in [0, 1) for selections and router heads."""
+    return torch.rand(shape, device=device, generator=generator)
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:

@@ -41,9 +41,9 @@ def test_opcheck(rule: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scores": torch.zeros(2, 11)}, r"cggr::draw: scores has shape \(2, 11\), expected \[N\]"),
+        ({"scores": torch.zeros(2, 11)}, r"cggr::draw: valid has shape \(11,\), expected \[..., N\] as scores"),
         ({"valid": torch.ones(11)}, "cggr::draw: valid is torch.float32, expected torch.bool"),
-        ({"noise": torch.zeros(10)}, r"cggr::draw: noise has shape \(10,\), expected \[N\] as scores"),
+        ({"noise": torch.zeros(10)}, r"cggr::draw: noise has shape \(10,\), expected \[..., N\] as scores"),
         ({"rule": "topk"}, r"cggr::draw: rule is 'topk', expected one of \['stratified', 'trimmed', 'importance'\]"),
         ({"names": ["taw"], "values": [1.0]}, r"options are \['taw'\], 'trimmed' knows \['tau', 'epsilon'\]"),
     ],
