@@ -24,6 +24,11 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci":
+        later = pytest.mark.skip(reason="runs with the long profile (make test-long)")
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(later)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

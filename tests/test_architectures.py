@@ -65,7 +65,7 @@ def test_every_configuration_is_small_and_keeps_every_kind_of_layer() -> None:
 @pytest.mark.parametrize(
     ("model_type", "objective", "layers"),
     [
-        pytest.param("xlnet", "causal", "transformer.layer", id="sequence-first"),
+        pytest.param("xlnet", "causal", "transformer.layer", id="sequence-first", marks=pytest.mark.long),
         pytest.param("xlm", "masked", "transformer.layer_norm2", id="lists-of-parts-and-mutated-dropout"),
         pytest.param("albert", "masked", "", id="shared-layers"),
     ],

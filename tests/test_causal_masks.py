@@ -167,7 +167,9 @@ def test_causality_needs_no_batch_and_no_head() -> None:
     assert not is_causal(IndexFunction(sizes, key < query))
 
 
-@pytest.mark.parametrize(("name", "padded"), [("llama", False), ("llama", True), ("gemma3", False), ("bert", False)])
+@pytest.mark.parametrize(
+    ("name", "padded"), [("llama", False), ("gemma3", False), pytest.param("llama", True, marks=pytest.mark.long)]
+)
 def test_attention_without_a_mask_is_that_of_transformers_in_eager_mode(name: str, padded: bool) -> None:
     model = build(name)
     eager = copy.deepcopy(model)

@@ -312,5 +312,6 @@ def test_accelerate_accumulates_in_bfloat16() -> None:
         assert error < 5e-2, f"{name}: relative error {error:.3f}"
 
 
+@pytest.mark.long
 def test_distributed_data_parallel_averages_the_routed_gradients(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(routed_rank, args=(2, str(tmp_path)), nprocs=2)

@@ -47,9 +47,9 @@ def row_sums(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Te
     ("rule", "options", "items"),
     [
         ("trimmed", {"tau": 0.2, "epsilon": 0.5}, None),
-        ("stratified", {"num_strata": 3}, None),
+        pytest.param("stratified", {"num_strata": 3}, None, marks=pytest.mark.long),
         ("stratified", {}, 50),
-        ("importance", {}, None),
+        pytest.param("importance", {}, None, marks=pytest.mark.long),
         ("importance", {"floor": 0.5}, 50),
     ],
 )
