@@ -67,7 +67,7 @@ def test_every_configuration_is_small_and_keeps_every_kind_of_layer() -> None:
     [
         pytest.param("xlnet", "causal", "transformer.layer", id="sequence-first", marks=pytest.mark.long),
         pytest.param("xlm", "masked", "transformer.layer_norm2", id="lists-of-parts-and-mutated-dropout"),
-        pytest.param("albert", "masked", "", id="shared-layers"),
+        pytest.param("albert", "masked", "", id="shared-layers", marks=pytest.mark.long),
     ],
 )
 def test_a_class_of_each_mechanism_is_exact(model_type: str, objective: str, layers: str) -> None:

@@ -19,15 +19,18 @@ RATIO = 0.4
 ROUTER_LAYERS = 2
 
 
-# Without padding in CI: the plain decoder, windows, a fused projection, position biases, an encoder; the others take as
-# many captures again and run with the long profile.
-ALSO_UNPADDED = ("llama", "gemma3", "gpt2", "bloom", "bert")
+# One for each mechanism in CI: the plain decoder, windows, learnt positions, fused projections, position biases,
+# experts, an encoder, a recurrence. A capture takes seconds; the others run with the long profile.
+IN_CI = {
+    True: ("llama", "gemma3", "gpt2", "bloom", "mixtral", "qwen3_moe", "bert", "mamba"),
+    False: ("llama", "gpt2", "gpt_neox"),
+}
 CASES = [
     pytest.param(
         a.name,
         padded,
         id=f"{a.name}-{'padded' if padded else 'unpadded'}",
-        marks=() if padded or a.name in ALSO_UNPADDED else pytest.mark.long,
+        marks=() if a.name in IN_CI[padded] else pytest.mark.long,
     )
     for a in ARCHITECTURES.values()
     for padded in (True, False)
