@@ -32,7 +32,12 @@ def optimized(eager: torch.nn.Module, **options: Any) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("name", "loss"), [("llama", "triton_one_pass"), ("gemma2", "triton_recompute"), ("bert", "triton_one_pass")]
+    ("name", "loss"),
+    [
+        ("llama", "triton_one_pass"),
+        pytest.param("gemma2", "triton_recompute", marks=pytest.mark.long),
+        pytest.param("bert", "triton_one_pass", marks=pytest.mark.long),
+    ],
 )
 def test_a_routed_step_on_triton_is_eagers_on_the_same_rows(name: str, loss: str) -> None:
     """Tied and untied heads, a soft-cap, a bias; ignored labels and padding in the batch."""

@@ -52,7 +52,7 @@ def test_gradient_checkpointing_is_exact_and_still_saves_memory() -> None:
     assert saved_bytes(model, batch) < plain_bytes / 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", pytest.param("mixtral", marks=pytest.mark.long)])
 def test_autocast_loses_no_gradient(name: str) -> None:
     """The original CGGR's router filled autocast's weight cache under no_grad: 28 of 56 parameters got no gradient."""
     eager = build(name)
@@ -161,7 +161,9 @@ def test_num_items_in_batch_keeps_the_gradient_scale(kind: str) -> None:
     oracle.assert_same_step(loss, gradients, expected_loss * share, scaled, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("scoring", ["entropy", "margin", "combined"])
+@pytest.mark.parametrize(
+    "scoring", ["combined", *(pytest.param(name, marks=pytest.mark.long) for name in ("entropy", "margin"))]
+)
 def test_scorings_select_what_an_eager_router_selects(scoring: str) -> None:
     eager = build("llama")
     model = optimized(eager, scoring=scoring)
@@ -195,7 +197,7 @@ def test_random_rows_leave_torchs_generator_alone_and_follow_the_seed() -> None:
     assert len({tuple(rows) for rows in drawn[0]}) > 1
 
 
-@pytest.mark.parametrize(("rows", "length"), [(2, 12), (12, 12), (1, 12), (5, 2)])
+@pytest.mark.parametrize(("rows", "length"), [pytest.param(2, 12, marks=pytest.mark.long), (12, 12), (1, 12), (5, 2)])
 def test_odd_shapes(rows: int, length: int) -> None:
     """B = 2, B = S, one row (passes unrouted) and the shortest sequence."""
     eager = build("llama")

@@ -140,6 +140,7 @@ def test_order_alone_is_no_place() -> None:
     oracle.assert_same_step(loss.detach(), oracle.gradients(model), expected.detach(), oracle.gradients(eager))
 
 
+@pytest.mark.long
 def test_convolutions_are_opt_in_and_see_the_kept_tokens_as_neighbours() -> None:
     torch.manual_seed(0)
     eager = CONVOLUTIONS.build().train()
