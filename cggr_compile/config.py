@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cggr_compile.kernels import reference
 from cggr_compile.kernels.providers import PROVIDERS
 from cggr_compile.kernels.selection import RULES, RuleFunction, is_number, options_of, rule_name, rule_of
 
 ROUTES = ("sequence", "token", "loss")
 COMPOSITIONS = (("sequence", "loss"), ("token", "loss"))
 RESAMPLES = ("block", "layer")
-SCORINGS = ("loss", "entropy", "margin", "combined")
+SCORINGS = tuple(reference.SCORINGS)
 ROUTER_HEADS = ("exact", "sampled", "low_rank", "fp8")
 FALLBACKS = ("raise", "eager")
 
@@ -107,8 +108,9 @@ class RoutingConfig:
             kept tokens as if these were neighbours; without it they raise `CannotOptimize`.
         inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
         cuda_graphs: record the compiled step for each batch shape and replay it (`cuda_graphs.py`), which helps where
-            the host launches kernels more slowly than the device runs them. Costs memory for a copy of the gradients.
-            Where a step cannot be recorded it runs as it is, with a warning, and the report says why.
+            the host launches kernels more slowly than the device runs them. A recording keeps its activations and a
+            copy of the gradients. Where a step cannot be recorded it runs as it is, with a warning, and the report
+            says why.
         kernels: implementations of the operators: `"auto"` (the best that can run), the name of a provider for every
             operator that has it (`"triton"`, `"reference"`), or a mapping from operators to providers, e.g.
             `{"masked_loss": "triton_recompute"}`. One that cannot run raises `CannotOptimize`.
@@ -345,7 +347,12 @@ class RoutingConfig:
     def kept_rows(self, rows: int, step: int, confidence: float | None = None) -> int:
         """k = max(1, ceil(fraction * rows)) of `rows` rows or tokens, exact for fractions such as 0.1 that floats
         cannot represent."""
-        return max(1, math.ceil(round(self.kept_fraction(step, confidence) * rows, 9)))
+        return kept_of(self.kept_fraction(step, confidence), rows)
+
+
+def kept_of(fraction: float, total: int) -> int:
+    """k = max(1, ceil(fraction * total)), exact for fractions such as 0.1 that floats cannot represent."""
+    return max(1, math.ceil(round(fraction * total, 9)))
 
 
 def _is_int(value: object, least: int) -> bool:

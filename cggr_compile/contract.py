@@ -83,9 +83,12 @@ def check(model: nn.Module, *batches: Batch, ratio: float = 0.5, router_layers: 
         router_layers: layers of the router.
 
     Raises:
+        ValueError: no batch was given.
         CannotOptimize: the model cannot be routed.
         LayerStackNotFound: the eager side finds no layers to make a router of.
     """
+    if not batches:
+        raise ValueError("check: no batch was given; pass at least one, check(model, {'input_ids': …, 'labels': …})")
     eager, routed = copy.deepcopy(model).train(), copy.deepcopy(model).train()
     for each in (eager, routed):
         if hasattr(each, "config"):
@@ -124,7 +127,8 @@ def _difference(actual: Step, expected: Step) -> tuple[float, str]:
     """The largest difference and the tensor it is in; infinite where only one side has a gradient."""
     pairs = [("loss", actual[0], expected[0])]
     pairs += [(name, actual[1].get(name), gradient) for name, gradient in expected[1].items()]
-    return max((_distance(left, right), "" if _distance(left, right) == 0 else name) for name, left, right in pairs)
+    distances = ((_distance(left, right), name) for name, left, right in pairs)
+    return max((distance, name if distance else "") for distance, name in distances)
 
 
 def _distance(left: torch.Tensor | None, right: torch.Tensor | None) -> float:

@@ -15,7 +15,6 @@ square included (token route); or with r of the head (loss route).
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from cggr_compile.config import RoutingConfig
+from cggr_compile.config import RoutingConfig, kept_of
 from cggr_compile.graph_text import operator_of
 from cggr_compile.passes.select_tokens import middle_layers
 from cggr_compile.passes.subgraph import ancestors, descendants
-from cggr_compile.program import Program, is_tensor, value
+from cggr_compile.program import Program, hint, is_tensor, value
 from cggr_compile.router_head import cost_factor
 
 BACKWARD = 2
@@ -130,11 +129,10 @@ def _main_share(analysed: Program, flops: Flops, ratio: float, config: RoutingCo
     body, head = float(flops.body), float(flops.head)
     if "token" in config.routes and analysed.layers is not None:
         assert isinstance(analysed.sequence, torch.SymInt)
-        length = _hint(analysed.sequence)
-        kept = max(1, math.ceil(round(ratio * length, 9)))
+        kept = kept_of(ratio, hint(analysed.sequence))
         sizes = {analysed.expression(analysed.sequence): kept}
         if isinstance(analysed.batch, torch.SymInt):
-            sizes[analysed.expression(analysed.batch)] = _hint(analysed.batch)
+            sizes[analysed.expression(analysed.batch)] = hint(analysed.batch)
         short = count(analysed, sizes).layers
         body = sum(short[i] if i in middle_layers(analysed, config) else whole for i, whole in enumerate(flops.layers))
     if "loss" in config.routes:
@@ -147,7 +145,7 @@ def _kappa(analysed: Program, config: RoutingConfig) -> float:
     assert analysed.head is not None
     (rows,) = value(analysed.head.target).shape
     vocabulary, width = value(analysed.head.weight).shape
-    return cost_factor(config, _hint(rows), vocabulary, width)
+    return cost_factor(config, hint(rows), vocabulary, width)
 
 
 def count(analysed: Program, sizes: Mapping[Any, int] | None = None) -> Flops:
@@ -241,9 +239,9 @@ class _Counter:
     def _number(self, size: Any) -> Any:
         """A size's hint, or its value for the sizes asked for."""
         if not self.sizes or not isinstance(size, torch.SymInt):
-            return _hint(size)
+            return hint(size)
         expression = self.program.expression(size)
-        return int(expression.xreplace(self.sizes)) if expression.free_symbols <= self.sizes.keys() else _hint(size)
+        return int(expression.xreplace(self.sizes)) if expression.free_symbols <= self.sizes.keys() else hint(size)
 
 
 class _Described:
@@ -270,7 +268,3 @@ def _has_body(node: fx.Node) -> bool:
 
 def _floating_dtypes(nodes: Iterable[fx.Node]) -> set[torch.dtype]:
     return {value(node).dtype for node in nodes if is_tensor(node) and value(node).is_floating_point()}
-
-
-def _hint(size: Any) -> Any:
-    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size

@@ -1,7 +1,7 @@
 """CUDA graphs: a compiled step's forward and backward, recorded once for each batch shape and replayed.
 
-A small model at a small ratio launches kernels more slowly than the device runs them; a replay launches all of them at
-once. A recording has fixed memory, so what must not be confused is kept apart here:
+Where the host launches kernels more slowly than the device runs them, a replay launches all of them at once. A
+recording has fixed memory, so what must not be confused is kept apart here:
 
 * Inputs are copied into the recording's own; parameters are used where they are, and one that has moved causes a new
   recording. Results and gradients are copied out, so that those of two micro-batches add up, and a loss that is kept

@@ -14,9 +14,7 @@ import gc
 import json
 import os
 import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -44,6 +42,7 @@ from cggr_compile.demo_data import (
     metadata_version,
     read_text,
 )
+from cggr_compile.environment import command_line
 
 LEARNING_RATE = 5e-5
 EVALUATIONS = 4
@@ -226,7 +225,7 @@ def write_result(path: Path, settings: Settings, arms: list[Arm]) -> None:
     """All samples with what it takes to repeat them; seconds, bytes, nats per token, rows by index."""
     packages = ("cggr-compile", "torch", "transformers", "numpy", WEIGHTS_PACKAGE, TEXT_PACKAGE)
     result = {
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "versions": {"python": platform.python_version(), **{p: metadata_version(p) for p in packages}},
         "machine": {
             "platform": platform.platform(),

@@ -22,12 +22,11 @@ from cggr_compile.graph_text import GraphText, Line, operator_counts
 from cggr_compile.kernels.selection import rule_name
 from cggr_compile.passes.subgraph import descendants
 from cggr_compile.program import value
-from cggr_compile.route_text import formula, middle_text, schedule_text, score_text
+from cggr_compile.route_text import WHAT, formula, middle_text, schedule_text, score_text
 from cggr_compile.runtime import Plan, Runtime
 
 CONTEXT = 3
 LEGEND = "'-' captured, '+' rewritten, '~' the same node on k rows or tokens in place of all"
-_OF_ROUTE = {"sequence": "", "token": " tokens of each sequence", "loss": " tokens in the loss"}
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,8 @@ class Diff:
         unsure = ", more while the router is unsure" if config.follows_confidence else ""
         for route in config.routes if self.plan.routable else ():
             schedule = schedule_text(config.warmup_steps, config.dense_after_steps) + unsure
-            name = rule_name(config.selection)
-            yield f"+ select: {name}, {formula(route, config.ratio)}{_OF_ROUTE[route]}{schedule}"
+            what = "" if route == "sequence" else f" {WHAT[route]}"
+            yield f"+ select: {rule_name(config.selection)}, {formula(route, config.ratio)}{what}{schedule}"
         by_dim: defaultdict[int, list[str]] = defaultdict(list)
         for path, dim in routing.gathered:
             by_dim[dim].append(path)

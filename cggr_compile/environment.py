@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -19,11 +20,16 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
     versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "command": " ".join(["python", *_program(Path(sys.argv[0])), *map(_without_folder, sys.argv[1:])]),
+        "command": command_line(),
         "commit": commit or commit_of_checkout(),
         "device": name,
         "versions": versions,
     }
+
+
+def command_line() -> str:
+    """The command that runs, without the folders of this machine."""
+    return shlex.join(["python", *_program(Path(sys.argv[0])), *map(_without_folder, sys.argv[1:])])
 
 
 def _program(path: Path) -> list[str]:

@@ -23,7 +23,7 @@ from cggr_compile.kernels.selection import rule_name
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.subgraph import ancestors, descendants
-from cggr_compile.program import REGION, Program, Shortened, is_tensor, value
+from cggr_compile.program import REGION, Program, Shortened, hint, is_tensor, value
 from cggr_compile.route_text import kept_text, middle_text, schedule_text, score_text
 from cggr_compile.router_head import describe
 from cggr_compile.runtime import Plan, Runtime, Variant
@@ -152,7 +152,7 @@ class Report:
         before, after = operator_counts(plan.captured.graph), operator_counts(program.graph)
         ratio = config.ratio if plan.routable else 1.0
         predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
-        batch, length = _hint(program.batch), _hint(program.sequence)
+        batch, length = hint(program.batch), hint(program.sequence)
         routes = amounts_of(program, config, config.warmup_steps, batch, length) if plan.routable else {}
         return cls(
             config=config.to_dict(),
@@ -240,7 +240,7 @@ class Report:
             pairs.append(("short layers", self._middle()))
             pairs += [("read S → k", str(entry)) for entry in self.shortened]
         pairs += [
-            ("causal masks", f"{self.causal_attentions} dropped: proved to be key <= query for every size"),
+            ("causal masks", self._causal_masks()),
             ("inserted", self._inserted()),
             ("nodes", ", ".join(f"{part} {count}" for part, count in self.parts.items())),
             ("providers", ", ".join(f"{name}: {provider}" for name, provider in self.providers.items()) or "none"),
@@ -253,6 +253,11 @@ class Report:
         if self.passive:
             pairs.append(("not routed", "; ".join(f"{why} (×{count})" for why, count in self.passive.items())))
         return pairs
+
+    def _causal_masks(self) -> str:
+        if not self.causal_attentions:
+            return "none dropped: none was proved to be key <= query for every size"
+        return f"{self.causal_attentions} dropped: proved to be key <= query for every size"
 
     def _inserted(self) -> str:
         own = {name: count for name, count in self.inserted.items() if name.startswith("cggr.")}
@@ -469,7 +474,3 @@ def _flops(count: int) -> str:
 
 def _share(flops: int, predicted: Cost) -> str:
     return f"{flops / max(predicted.forward_flops, 1):.1%}"
-
-
-def _hint(size: torch.SymInt | int) -> int:
-    return size.node.hint if isinstance(size, torch.SymInt) else size

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from cggr_compile.facts import Report, layer_range
-from cggr_compile.route_text import middle_text
+from cggr_compile.route_text import SIZES, WHAT, middle_text
 
 STYLE = """
 .cggr{--box:#f6f8fa;--line:#8c959f;--ink:#1f2328;--dim:#59636e;--quiet:#8250df;--train:#1a7f37;--pick:#bc4c00}
@@ -33,8 +33,6 @@ _ROUTES = {
     "token": ("gather", "positions [B, k]", "S → k = {k}", "middle layers"),
     "loss": ("", "token indices [k]", "", ""),
 }
-_WHAT = {"sequence": "rows", "token": "tokens of each row", "loss": "tokens in the loss"}
-_SIZES = {"sequence": "B", "token": "S", "loss": "B·S"}
 
 
 def write_figure(report: Report, path: Path) -> None:
@@ -65,7 +63,7 @@ def figure(report: Report) -> str:
         drawn += [gather, _arrow("M60 168 V201 H148"), _arrow("M260 201 H298")]
         drawn += [_arrow("M679 98 V131 H205 V162"), _text(442, 125, unit, "small")]
     if report.router is None:
-        return _svg(f"Rewrite: {report.selection} {_WHAT[route]}", [*drawn, _arrow("M60 94 V61 H604")])
+        return _svg(f"Rewrite: {report.selection} {WHAT[route]}", [*drawn, _arrow("M60 94 V61 H604")])
     router = report.router
     drawn += [
         _box(150, _TOP, 230, "router", [f"{layer_range(router.layers)} of {layers}, head; no gradient"], "quiet"),
@@ -75,7 +73,7 @@ def figure(report: Report) -> str:
         _arrow("M380 61 H422"),
         _arrow("M562 61 H604"),
     ]
-    kept = f"{amount.kept} of {amount.total} {_WHAT[route]}"
+    kept = f"{amount.kept} of {amount.total} {WHAT[route]}"
     return _svg(f"Rewrite: router of {router.layers} layers selects {kept}", drawn)
 
 
@@ -91,7 +89,7 @@ def _main_text(report: Report, layers: int) -> str:
 
 def _kept_text(report: Report) -> str:
     route, amount = next(iter(report.amounts.items()))
-    return f"k = ⌈{report.config['ratio']:g} · {_SIZES[route]}⌉ = {amount.kept}"
+    return f"k = ⌈{report.config['ratio']:g} · {SIZES[route]}⌉ = {amount.kept}"
 
 
 def _bars(x: float, count: int, of: int, width: float, kind: str = "") -> str:

@@ -19,13 +19,7 @@ from cggr_compile.kernels import reference, selection
 from cggr_compile.original_router import checked_module, logits_of
 
 IGNORED = -100
-SCORINGS = {
-    "entropy": ("entropy",),
-    "margin": ("margin",),
-    "loss": ("nll",),
-    "combined": ("nll", "entropy", "margin"),
-}
-"""What each scoring adds up (`kernels.reference.score`)."""
+SCORINGS = ("entropy", "margin", "loss", "combined")
 SELECTIONS = ("topk", "stratified", "sequence_aware", "fixed_quota")
 
 
@@ -44,7 +38,7 @@ class _Selector(nn.Module):
         min_tokens_per_sequence: int,
     ) -> None:
         super().__init__()
-        for name, value, known in (("scoring", scoring, tuple(SCORINGS)), ("selection", selection, SELECTIONS)):
+        for name, value, known in (("scoring", scoring, SCORINGS), ("selection", selection, SELECTIONS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         for name, number, allowed, expected in (
@@ -72,7 +66,7 @@ class _Selector(nn.Module):
 
     def _score(self, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """float32 [R] difficulty, confidence and entropy of logits [R, V]; targets [R] are class indices."""
-        parts = SCORINGS[self.scoring]
+        parts = reference.SCORINGS[self.scoring]
         if targets is None:
             targets = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
             parts = tuple(name for name in parts if name != "nll") or ("entropy",)

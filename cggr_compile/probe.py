@@ -35,7 +35,6 @@ from cggr_compile.kernels.selection import RULES
 from cggr_compile.passes.build_router import router_layers
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
-from cggr_compile.passes.pipeline import SCORES
 
 if TYPE_CHECKING:
     from cggr_compile.runtime import Plan
@@ -316,7 +315,7 @@ def router_scores(plan: Plan, inputs: Sequence[Any], generator: torch.Generator)
     with.
     """
     basis = plan.runtime.basis
-    route = plan.derive("router scores", by_score(plan.runtime.config), SCORES)
+    route = plan.scoring("router scores", by_score(plan.runtime.config))
     while True:
         scores, counts, image = route.variant(*inputs, *route.added_inputs({}, {}, basis, generator))
         fresh = basis.updates == 0
@@ -334,7 +333,7 @@ def main_losses(plan: Plan, inputs: Sequence[Any]) -> Tensor:
     analysed = plan.routed(by_score(plan.runtime.config)).program
     assert analysed.layers is not None
     whole = replace(plan.runtime.config, router_layers=len(analysed.layers), router_head="exact", scoring="loss")
-    losses, _, _ = plan.derive("main losses", whole, SCORES).variant(*inputs)
+    losses, _, _ = plan.scoring("main losses", whole).variant(*inputs)
     return losses.cpu()
 
 

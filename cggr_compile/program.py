@@ -246,16 +246,26 @@ class Program:
 
     def expression(self, size: Any) -> Any:
         """A size as a simplified sympy expression, or the int that it is."""
-        return self.shape_env.simplify(size.node.expr) if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+        return expression(self.shape_env, size)
 
     def module(self) -> fx.GraphModule:
         """A GraphModule over the graph (regions and operators not lowered)."""
         return fx.GraphModule(self.root, self.graph)
 
 
+def expression(shape_env: ShapeEnv, size: Any) -> Any:
+    """A size as a sympy expression in which equal sizes are equal, or the int that it is."""
+    return shape_env.simplify(size.node.expr) if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+
+
 def value(node: Any) -> Any:
     """The fake value of a node, or the constant itself."""
     return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def hint(size: Any) -> Any:
+    """What a symbolic number was when it was captured, or the number itself."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
 
 
 def is_tensor(node: Any) -> bool:
@@ -365,6 +375,11 @@ class Builder:
         node.meta.update({"val": val, REGION: Region(), PART: "main"})
         self.inputs.append(Input(node.name, name, "added"))
         return node
+
+    def tensor_input(self, name: str, shape: Sequence[Any], like: Any) -> fx.Node:
+        """Adds an input of float32 [shape] on the device of the node `like`."""
+        with self.program.fake_mode:
+            return self.placeholder(name, torch.empty(tuple(shape), device=value(like).device))
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Adds a call and computes its fake value."""

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from cggr_compile.sizes import Amount
 
-_FORMULAS = {"sequence": "B", "token": "S", "loss": "B · S"}
-_OF_WHAT = {
+# Of each route: what its ratio is of, and what it keeps.
+SIZES = {"sequence": "B", "token": "S", "loss": "B · S"}
+WHAT = {
     "sequence": "rows",
     "token": "tokens of each sequence",
     "loss": "tokens in the loss",
@@ -16,17 +17,17 @@ _OF_WHAT = {
 
 def formula(route: str, ratio: float) -> str:
     """`k = ceil(0.25 · B)`."""
-    return f"k = ceil({ratio:g} · {_FORMULAS[route]})"
+    return f"k = ceil({ratio:g} · {SIZES[route]})"
 
 
 def kept_text(route: str, ratio: float, amount: Amount) -> str:
     """`k = ceil(0.25 · B) = 8 of 32 rows`."""
-    return f"{formula(route, ratio)} = {amount.kept} of {amount.total} {_OF_WHAT[route]}"
+    return f"{formula(route, ratio)} = {amount.kept} of {amount.total} {WHAT[route]}"
 
 
 def all_kept_text(amounts: Mapping[str, Amount]) -> str:
     """The texts of all routes: `8 of 32 rows, 16 of 64 tokens in the loss`."""
-    return ", ".join(f"{amount.kept} of {amount.total} {_OF_WHAT[route]}" for route, amount in amounts.items())
+    return ", ".join(f"{amount.kept} of {amount.total} {WHAT[route]}" for route, amount in amounts.items())
 
 
 def schedule_text(warmup_steps: int, dense_after_steps: int | None) -> str:

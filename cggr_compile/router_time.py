@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cggr_compile.passes.pipeline import SCORES
-
 if TYPE_CHECKING:
     from cggr_compile.config import RoutingConfig
     from cggr_compile.runtime import Plan
@@ -42,7 +40,7 @@ class RouterTime:
         if not self._asked:
             return
         self._asked = False
-        route = plan.derive("router scores", config, SCORES)
+        route = plan.scoring("router scores", config)
         generator = torch.Generator(plan.device).manual_seed(0)
         basis = copy.deepcopy(plan.runtime.basis)
         spans = []

@@ -1,7 +1,8 @@
 """What happens at each step: how many rows are kept, which compiled variant runs, what is remembered for the user.
 
 The number of rows comes from shapes, the curriculum from a Python counter; selections and scores stay on the device
-until somebody asks. Only the dynamic threshold reads a tensor back, one number of the step before (`confidence`).
+until somebody asks. Two options read tensors back: the dynamic threshold one number of the step before (`confidence`),
+and `selection="auto"` what its probes measure, in the steps that probe (`probe`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from cggr_compile.cuda_graphs import Pool, Replayed, obstacle_of
 from cggr_compile.kernels.selection import rule_name
 from cggr_compile.metrics import Gradients
 from cggr_compile.passes.lower_regions import lower_regions
-from cggr_compile.passes.pipeline import UNROUTED, Pass, passes_for, routable, run
+from cggr_compile.passes.pipeline import SCORES, UNROUTED, Pass, passes_for, routable, run
+from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.probe import Probe, break_even
 from cggr_compile.program import Program, value
 from cggr_compile.router_head import Basis
@@ -82,7 +84,7 @@ class Runtime:
         return self.pool
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, generators, basis and confidence: tensors and numbers only."""
+        """Steps, generators, basis, confidence and the probe's findings: tensors, numbers and strings only."""
         states = {str(device): generator.get_state() for device, generator in self._generators.items()}
         return {
             "steps": self.steps,
@@ -128,14 +130,7 @@ class Plan:
                 self.routed(config)
         self.device, self.inner = self.route.device, self.route.variant.inner
         self._unrouted: Variant | None = None if self.routable else self.route.variant
-        self._ids = next(
-            index
-            for index, node in enumerate(captured.placeholders)
-            if captured.kind(node) == "batch"
-            and isinstance(value(node), torch.Tensor)
-            and value(node).dim() == 2
-            and not value(node).is_floating_point()
-        )
+        self._ids = captured.placeholders.index(token_ids(captured))
 
     @property
     def route(self) -> Route:
@@ -150,12 +145,16 @@ class Plan:
     def routed(self, config: RoutingConfig) -> Route:
         """The program that trains under a configuration; it is the unrouted one where the batch has one row."""
         passes = passes_for(config) if self.routable else UNROUTED
-        return self.derive(rule_name(config.selection), config, passes)
+        return self._derived(rule_name(config.selection), config, passes, trains=True)
 
-    def derive(self, name: str, config: RoutingConfig, passes: Sequence[Pass]) -> Route:
+    def scoring(self, name: str, config: RoutingConfig) -> Route:
+        """The program of the rows' scores alone, under a configuration."""
+        return self._derived(name, config, SCORES, trains=False)
+
+    def _derived(self, name: str, config: RoutingConfig, passes: Sequence[Pass], trains: bool) -> Route:
         """What the passes make of this capture, built when `name` is first asked for."""
         if name not in self.routes:
-            self.routes[name] = Route(run(self.captured, config, passes), self.runtime)
+            self.routes[name] = Route(run(self.captured, config, passes), self.runtime, trains)
         return self.routes[name]
 
     @property
@@ -218,14 +217,19 @@ class Plan:
 class Route:
     """One program made of a capture, and the code that runs it."""
 
-    def __init__(self, program: Program, runtime: Runtime) -> None:
+    def __init__(self, program: Program, runtime: Runtime, trains: bool) -> None:
         assert program.head is not None
         self.program = program
         self.device = value(program.head.weight).device
         inner = resolve_inner(runtime.config.inner, self.device)
-        self.variant = Variant(program, inner, runtime.graphs_on(self.device))
+        # What has no backward runs rarely, and a CUDA graph records a backward.
+        self.variant = Variant(program, inner, runtime.graphs_on(self.device) if trains else None)
         inputs = zip(program.placeholders, program.inputs, strict=True)
-        self._added = [(entry.name, value(node)) for node, entry in inputs if entry.kind == "added"]
+        self._added = [
+            (entry.name, [program.expression(size) for size in getattr(value(node), "shape", ())])
+            for node, entry in inputs
+            if entry.kind == "added"
+        ]
 
     def added_inputs(
         self, sizes: Mapping[Any, int], amounts: Mapping[str, Amount], basis: Basis, generator: torch.Generator
@@ -235,15 +239,14 @@ class Route:
         `sizes` are those of the program's symbols (`sizes_of`), `amounts` what each route keeps.
         """
         kept = {KEPT[route]: amount.kept for route, amount in amounts.items()}
-        for name, fake in self._added:
+        for name, shape in self._added:
             if name in kept:
                 yield kept[name]
             elif name == "basis":
-                width, rank = fake.shape
+                width, rank = shape
                 yield basis.on(width, rank, generator)
             else:
-                shape = [concrete(self.program, size, sizes) for size in fake.shape]
-                yield uniform_noise(shape, self.device, generator)
+                yield uniform_noise([concrete(size, sizes) for size in shape], self.device, generator)
 
 
 def uniform_noise(shape: Sequence[int], device: torch.device, generator: torch.Generator) -> torch.Tensor:

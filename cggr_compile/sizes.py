@@ -11,7 +11,7 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.program import Program, value
 
 KEPT = {"sequence": "kept", "token": "kept_tokens", "loss": "kept_loss"}
-"""The size input of each route."""
+"""The size input of each route, and the role in `Routing` that it is."""
 
 
 class Amount(NamedTuple):
@@ -34,9 +34,8 @@ def amounts_of(
         if route == "loss":
             left = amounts["sequence"].kept if "sequence" in amounts else rows
             # A loss that slices its logits sees fewer rows than there are tokens.
-            seen = min(
-                left * length, concrete(program, _rows_of_loss(program), sizes_of(program, rows, length, amounts))
-            )
+            seen = concrete(_rows_of_loss(program), sizes_of(program, rows, length, amounts))
+            seen = min(left * length, seen)
             amounts[route] = Amount(min(config.kept_rows(left * length, step, confidence), seen), seen)
         else:
             total = rows if route == "sequence" else length
@@ -46,17 +45,16 @@ def amounts_of(
 
 def _rows_of_loss(program: Program) -> Any:
     assert program.head is not None
-    return value(program.head.target).shape[0]
+    return program.expression(value(program.head.target).shape[0])
 
 
 def sizes_of(program: Program, rows: int, length: int, amounts: Mapping[str, Amount]) -> dict[Any, int]:
     """The program's symbols with their values."""
-    kept = {KEPT[route]: amount.kept for route, amount in amounts.items()}
-    known = {node: kept[node.name] for node in program.placeholders if node.name in kept}
-    named = [(program.batch, rows), (program.sequence, length), *((value(node), size) for node, size in known.items())]
+    inputs = ((getattr(program.routing, KEPT[route]), amount.kept) for route, amount in amounts.items())
+    named = [(program.batch, rows), (program.sequence, length), *((value(node), kept) for node, kept in inputs)]
     return {program.expression(symbol): size for symbol, size in named if isinstance(symbol, torch.SymInt)}
 
 
-def concrete(program: Program, size: Any, sizes: Mapping[Any, int]) -> int:
-    """A size of the program as a number."""
-    return int(program.expression(size).xreplace(sizes)) if isinstance(size, torch.SymInt) else int(size)
+def concrete(expression: Any, sizes: Mapping[Any, int]) -> int:
+    """A size (`Program.expression`) as a number."""
+    return expression if isinstance(expression, int) else int(expression.xreplace(sizes))

@@ -100,6 +100,14 @@ QUANTITIES: dict[str, Callable[[ShiftedRows], Tensor]] = {
     "confidence": _confidence,
 }
 
+SCORINGS = {
+    "loss": ("nll",),
+    "entropy": ("entropy",),
+    "margin": ("margin",),
+    "combined": ("nll", "entropy", "margin"),
+}
+"""What each scoring adds up."""
+
 
 def score(
     hidden: Tensor,

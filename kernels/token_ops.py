@@ -23,16 +23,19 @@ def gather_tokens(x: Tensor, positions: Tensor, dims: Sequence[int], lead: int =
     one that is repeated would be that of one repetition only.
     """
     x = x.reshape((1,) * lead + tuple(x.shape)) if lead else x
-    batch, kept = positions.shape
-    x = x.expand(batch, *x.shape[1:])
+    x = x.expand(positions.shape[0], *x.shape[1:])
     for dim in dims:
-        dim = dim + lead
-        places = [1] * x.dim()
-        places[0], places[dim] = batch, kept
-        sizes = list(x.shape)
-        sizes[dim] = kept
-        x = x.gather(dim, positions.reshape(places).expand(sizes))
+        x = x.gather(dim + lead, _places(positions, dim + lead, x.shape))
     return x
+
+
+def _places(positions: Tensor, dim: int, like: Sequence[int]) -> Tensor:
+    """Positions [B, k] along dimension `dim`, the same at every place of the other dimensions: of the sizes `like`, but
+    k along `dim`."""
+    batch, kept = positions.shape
+    shape, sizes = [1] * len(like), list(like)
+    shape[0], shape[dim], sizes[dim] = batch, kept, kept
+    return positions.reshape(shape).expand(sizes)
 
 
 def scatter_tokens(full: Tensor, part: Tensor, positions: Tensor) -> Tensor:
@@ -41,8 +44,7 @@ def scatter_tokens(full: Tensor, part: Tensor, positions: Tensor) -> Tensor:
 
     The result has the dtype of `part`.
     """
-    index = positions.reshape(*positions.shape, *(1,) * (part.dim() - 2)).expand(part.shape)
-    return full.to(part.dtype).scatter(1, index, part)
+    return full.to(part.dtype).scatter(1, _places(positions, 1, part.shape), part)
 
 
 def _check_positions(op: str, positions: Tensor) -> None:
@@ -91,7 +93,7 @@ def _check_scatter(full: Tensor, part: Tensor, positions: Tensor) -> None:
 )
 def _gather_tokens(x: Tensor, positions: Tensor, dims: Sequence[int], lead: int = 0) -> Tensor:
     _check_gather(x, positions, dims, lead)
-    return gather_tokens(x, positions, dims, lead).clone()
+    return gather_tokens(x, positions, dims, lead)
 
 
 @_gather_tokens.register_fake
@@ -113,14 +115,11 @@ def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (positions,) = ctx.saved_tensors
     full = [1] * ctx.lead + list(ctx.shape)
-    batch, kept = positions.shape
     for dim in reversed(ctx.dims):
         dim = dim + ctx.lead
-        places = [1] * grad.dim()
-        places[0], places[dim] = batch, kept
         sizes = list(grad.shape)
         sizes[dim] = full[dim]
-        grad = grad.new_zeros(sizes).scatter(dim, positions.reshape(places).expand(grad.shape), grad)
+        grad = grad.new_zeros(sizes).scatter(dim, _places(positions, dim, grad.shape), grad)
     gradient = grad.sum_to_size(full).reshape(ctx.shape)
     return (gradient, None, None, None)[: len(ctx.needs_input_grad)]
 
@@ -147,7 +146,7 @@ def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     (positions,) = ctx.saved_tensors
-    index = positions.reshape(*positions.shape, *(1,) * (grad.dim() - 2)).expand(*positions.shape, *grad.shape[2:])
+    index = _places(positions, 1, grad.shape)
     of_full = grad.scatter(1, index, 0).to(ctx.dtype) if ctx.needs_input_grad[0] else None
     of_part = grad.gather(1, index) if ctx.needs_input_grad[1] else None
     return of_full, of_part, None

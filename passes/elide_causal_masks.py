@@ -1,10 +1,10 @@
 """Takes causal masks out of scaled dot-product attention: `is_causal=True` instead of a tensor.
 
-A mask that was built in the graph rules out the flash-attention kernels, on which a causal step runs faster and in less
-memory. It is dropped where it is *proved* to be the causal mask for every size: its element, as a function of its
-indices (`index_functions`), is true exactly where key <= query. A mask that depends on an input, such as padding or
-packing, or on a window, stays. With the mask gone, keys and values that were repeated for grouped queries are passed
-unrepeated, as transformers does wherever it passes no mask itself.
+A mask that was built in the graph rules out the flash-attention kernels. It is dropped where it is *proved* to be the
+causal mask for every size: its element, as a function of its indices (`index_functions`), is true exactly where
+key <= query. A mask that depends on an input, such as padding or packing, or on a window, stays. With the mask gone,
+keys and values that were repeated for grouped queries are passed unrepeated, as transformers does wherever it passes no
+mask itself.
 
 This is what transformers itself calls in eager mode without padding, so the results are those of that call.
 """

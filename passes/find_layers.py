@@ -163,13 +163,14 @@ def _refuse_uncut_majority(
 ) -> None:
     """Raises for numbered modules that run one after the other, read most parameters and are cut neither inside nor
     between two of them: they are the layers, and what repeats elsewhere is not."""
-    nodes = [node for node in program.graph.nodes if node in placed or node in cuts]
+    ends = set(cuts)
+    nodes = [node for node in program.graph.nodes if node in placed or node in ends]
     run = [placed[node] for node in nodes if node in placed]
     reading = [node for node in upstream if any(_is_state(program, source) for source in node.all_input_nodes)]
     if run != sorted(run) or 2 * sum(node in placed for node in reading) <= len(reading):
         return
     starts = [nodes.index(next(node for node in nodes if placed.get(node) == index)) for index in dict.fromkeys(run)]
-    uncut = [nodes[there] for here, there in pairwise(starts) if not any(node in cuts for node in nodes[here:there])]
+    uncut = [nodes[there] for here, there in pairwise(starts) if ends.isdisjoint(nodes[here:there])]
     if uncut:
         raise CannotOptimize(
             f"no single tensor leaves each layer of {'.'.join(path)}",

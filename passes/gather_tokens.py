@@ -26,7 +26,7 @@ import sympy
 import torch
 from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.select_tokens import middle_layers
-from cggr_compile.passes.sequence_order import is_token_count, is_unrolled, order_dependence
+from cggr_compile.passes.sequence_order import INDEXING, is_token_count, is_unrolled, order_dependence
 from cggr_compile.passes.sizes import emit_size
 from cggr_compile.passes.subgraph import ancestors, carries_activations, descendants
 from torch import fx
@@ -37,17 +37,6 @@ from cggr_compile.program import ORIGIN, PART, Builder, Program, Region, Shorten
 
 aten = torch.ops.aten
 
-# Operators that read or write at given places, and where the places stand among their arguments.
-_INDEXING = {
-    aten.index: 1,
-    aten.index_put: 1,
-    aten.gather: 2,
-    aten.index_select: 2,
-    aten.scatter: 2,
-    aten.scatter_add: 2,
-    aten.index_add: 2,
-    aten.take_along_dim: 1,
-}
 _VIEWS = {aten.view, aten.reshape, aten._unsafe_view}
 _BY_ROW = {*_VIEWS, aten.linear, aten.to, aten._to_copy}
 _COUNTERS = {aten.arange, aten.linspace}
@@ -357,9 +346,9 @@ class _Rewrite:
         """A gathered value holds the tokens' places in the whole sequence; as an index into the kept ones it is
         wrong."""
         packet = _packet(reader)
-        if packet not in _INDEXING or not self._mentions_sequence(reader.args[0]):
+        if packet not in INDEXING or not self._mentions_sequence(reader.args[0]):
             return
-        indices = reader.args[_INDEXING[packet]]
+        indices = reader.args[INDEXING[packet].indices]
         if node in (indices if isinstance(indices, (list, tuple)) else [indices]):
             raise CannotOptimize(
                 f"{packet} reads the sequence at places given by a value of shape {self._shape(node)}, "

@@ -18,7 +18,7 @@ from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from cggr_compile.program import value
+from cggr_compile.program import expression, value
 
 aten = torch.ops.aten
 
@@ -100,9 +100,7 @@ class IndexFunctions:
 
     def size(self, size: int | torch.SymInt) -> Expression:
         """A size as a sympy expression in which equal sizes are equal."""
-        if isinstance(size, torch.SymInt):
-            return self.shape_env.simplify(size.node.expr)
-        return sympy.Integer(size)
+        return sympy.sympify(expression(self.shape_env, size))
 
 
 _UNKNOWN = object()

@@ -41,7 +41,7 @@ ROUTES: dict[str, tuple[Pass, ...]] = {
 # Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
 UNROUTED: tuple[Pass, ...] = (elide_causal_masks, find_loss, mask_loss, lower_kernels)
 
-# Only the scores of the rows: what a probe reads.
+# Only the scores of the rows: what a probe reads, and the router by itself.
 SCORES: tuple[Pass, ...] = (
     elide_causal_masks,
     find_loss,

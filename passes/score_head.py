@@ -49,7 +49,7 @@ def _fp8(builder: Builder, config: RoutingConfig, call: HeadCall) -> tuple[fx.No
 
 def _sampled(builder: Builder, config: RoutingConfig, call: HeadCall) -> tuple[fx.Node, None]:
     _, weight, _, target = call.operands
-    noise = _input(builder, "column_noise", (1,), weight)
+    noise = builder.tensor_input("column_noise", (1,), weight)
     sizes = (value(weight).shape[0], config.router_head_frequent, config.router_head_sampled)
     drawn = builder.call(torch.ops.cggr.sample_columns.default, target, noise, *sizes, call.options[-1])
     columns, weights = (builder.call(getitem, drawn, index) for index in (0, 1))
@@ -58,7 +58,7 @@ def _sampled(builder: Builder, config: RoutingConfig, call: HeadCall) -> tuple[f
 
 def _low_rank(builder: Builder, config: RoutingConfig, call: HeadCall) -> tuple[fx.Node, fx.Node]:
     weight = call.operands[1]
-    basis = _input(builder, "basis", (value(weight).shape[1], config.router_head_rank), weight)
+    basis = builder.tensor_input("basis", (value(weight).shape[1], config.router_head_rank), weight)
     both = call.of(builder, torch.ops.cggr.low_rank_score.default, basis)
     return builder.call(getitem, both, 0), builder.call(getitem, both, 1)
 
@@ -69,8 +69,3 @@ _HEADS: dict[str, Callable[[Builder, RoutingConfig, HeadCall], tuple[fx.Node, fx
     "low_rank": _low_rank,
     "fp8": _fp8,
 }
-
-
-def _input(builder: Builder, name: str, shape: tuple[int, ...], like: fx.Node | None) -> fx.Node:
-    with builder.program.fake_mode:
-        return builder.placeholder(name, torch.empty(shape, device=value(like).device))

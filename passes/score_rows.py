@@ -12,6 +12,7 @@ import operator
 from typing import Any
 
 import torch
+from cggr_compile.kernels.reference import SCORINGS
 from cggr_compile.passes.build_router import quiet_region
 from cggr_compile.passes.score_head import HeadCall, score_head
 from cggr_compile.passes.subgraph import clone
@@ -21,13 +22,6 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.program import Builder, Head, Program, value
 
 aten = torch.ops.aten
-
-QUANTITIES = {
-    "loss": ("nll",),
-    "entropy": ("entropy",),
-    "margin": ("margin",),
-    "combined": ("nll", "entropy", "margin"),
-}
 
 
 def score_rows(program: Program, config: RoutingConfig) -> Program:
@@ -48,7 +42,7 @@ def score_rows(program: Program, config: RoutingConfig) -> Program:
     target = clone(builder, [head.target], inputs)[head.target]
     weight, bias = head_parameters(builder, head, inputs)
     options = (head.scale, head.divisor, head.softcap, head.ignore_index)
-    quantities, confidence = QUANTITIES[config.scoring], None
+    quantities, confidence = SCORINGS[config.scoring], None
     measured = (*quantities, "confidence") if config.follows_confidence else quantities
     statistics, image = score_head(builder, config, HeadCall((hidden, weight, bias, target), measured, options))
     if config.follows_confidence:
@@ -144,9 +138,4 @@ def batch_size(builder: Builder) -> fx.Node:
     for node in program.placeholders:
         if program.kind(node) == "size" and program.same_size(value(node), program.batch):
             return builder.env[node]
-    ids = next(
-        node
-        for node in program.placeholders
-        if program.kind(node) == "batch" and program.same_size(value(node).shape[0], program.batch)
-    )
-    return builder.call(aten.sym_size.int, builder.env[ids], 0)
+    return builder.call(aten.sym_size.int, builder.env[token_ids(program)], 0)

@@ -9,14 +9,12 @@ what that one kept.
 from __future__ import annotations
 
 import dataclasses
-from operator import getitem
 
 import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.selection import rule_of
-from cggr_compile.kernels.selection_ops import register
 from cggr_compile.passes.build_router import quiet_region
-from cggr_compile.passes.select_rows import fresh_size, selection_options, without_fillers
+from cggr_compile.passes.select_rows import drawn, first, fresh_size, without_fillers
 from cggr_compile.passes.subgraph import clone
 from torch import fx
 
@@ -35,38 +33,24 @@ def select_loss(program: Program, config: RoutingConfig) -> Program:
     builder.copy_inputs()
     kept = builder.placeholder("kept_loss", fresh_size(program, "kept_loss"))
     rule = rule_of(config.selection)
-    noise = None
-    if rule.needs_noise:
-        with program.fake_mode:
-            fake = torch.empty(value(program.head.target).shape, device=value(program.head.target).device)
-        noise = builder.placeholder("loss_noise", fake)
+    target = program.head.target
+    noise = builder.tensor_input("loss_noise", value(target).shape, target) if rule.needs_noise else None
     builder.copy_parts("router", "score", "select", "gather")
     builder.part, builder.region = "select", quiet_region(program)
-    target = clone(builder, [program.head.target], dict(builder.env))[program.head.target]
+    target = clone(builder, [target], dict(builder.env))[target]
     if program.routing.weights is not None:
         target = without_fillers(builder, target, builder.env[program.routing.weights])
     counted = builder.call(aten.ne.Scalar, target, program.head.ignore_index)
     scores = _scores(builder, program) if rule.needs_scores else noise
     if rule.needs_scores and noise is not None:
-        operands = (scores, counted, kept, register(config.selection), noise)
-        drawn = builder.call(torch.ops.cggr.draw.default, *operands, *selection_options(config))
-        rows, weights = (builder.call(getitem, drawn, place) for place in (0, 1))
+        rows, weights = drawn(builder, config, scores, counted, kept, noise)
         if rule.weighting == "inverse":
             weights = builder.call(aten.mul.Tensor, weights, builder.call(aten.sum.default, counted))
     else:
-        rows, weights = _selected(builder, scores, counted, kept), None
+        rows, weights = first(builder, scores, counted, kept), None
     builder.copy_rest()
     routing = dataclasses.replace(builder.routing(), kept_loss=kept, loss_rows=rows, loss_weights=weights)
     return builder.finish("select_loss", routing=routing)
-
-
-def _selected(builder: Builder, scores: fx.Node | None, counted: fx.Node, kept: fx.Node) -> fx.Node:
-    """The highest scores of counted rows; then counted rows whose score is NaN, then ignored ones."""
-    known = builder.call(aten.nan_to_num.default, scores, torch.finfo(torch.float32).min)
-    key = builder.call(aten.masked_fill.Scalar, known, builder.call(aten.logical_not.default, counted), -torch.inf)
-    every = builder.call(aten.ones_like.default, counted)
-    chosen = builder.call(torch.ops.cggr.select.default, key, every, kept, "topk", None)
-    return builder.call(getitem, chosen, 0)
 
 
 def _scores(builder: Builder, program: Program) -> fx.Node:

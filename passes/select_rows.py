@@ -40,11 +40,7 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
     builder.copy_parts("router", "score")
     builder.part, builder.region = "select", quiet_region(program)
     rule = rule_of(config.selection)
-    noise = None
-    if rule.needs_noise:
-        with program.fake_mode:
-            fake = torch.empty(program.batch, device=value(head.target).device)
-        noise = builder.placeholder("noise", fake)
+    noise = builder.tensor_input("noise", (program.batch,), head.target) if rule.needs_noise else None
     if rule.needs_scores:
         routing = builder.routing()
         ranked = routing.scores
@@ -57,10 +53,9 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
         ranked = noise
     if rule.ranking is not None:
         chosen = builder.call(torch.ops.cggr.select.default, ranked, routing.valid, kept, rule.ranking, noise)
+        rows, weights = (builder.call(getitem, chosen, index) for index in (0, 1))
     else:
-        operands = (ranked, routing.valid, kept, register(config.selection), noise)
-        chosen = builder.call(torch.ops.cggr.draw.default, *operands, *selection_options(config))
-    rows, weights = (builder.call(getitem, chosen, index) for index in (0, 1))
+        rows, weights = drawn(builder, config, ranked, routing.valid, kept, noise)
     if rule.weighting == "inverse":
         # 1 / (M·π) of M rows becomes 1 / π, for a sum instead of a mean over rows.
         weights = builder.call(aten.mul.Tensor, weights, builder.call(aten.sum.default, routing.valid))
@@ -80,10 +75,25 @@ def without_fillers(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.N
     return builder.call(aten.view.default, masked, [-1])
 
 
-def selection_options(config: RoutingConfig) -> tuple[list[str], list[float]]:
-    """Names and values of the rule's options, as `cggr::draw` takes them."""
+def drawn(
+    builder: Builder, config: RoutingConfig, scores: fx.Node, valid: fx.Node, kept: fx.Node, noise: fx.Node | None
+) -> tuple[fx.Node, fx.Node]:
+    """`cggr::draw` by the configured rule and its options: index int64 [..., k] and weight float32 [..., k]."""
     options = config.selection_options or {}
-    return list(options), [float(number) for number in options.values()]
+    names, values = list(options), [float(number) for number in options.values()]
+    operands = (scores, valid, kept, register(config.selection), noise, names, values)
+    chosen = builder.call(torch.ops.cggr.draw.default, *operands)
+    return builder.call(getitem, chosen, 0), builder.call(getitem, chosen, 1)
+
+
+def first(builder: Builder, scores: fx.Node, preferred: fx.Node, kept: fx.Node) -> fx.Node:
+    """int64 [..., k], sorted: the highest scores of what is preferred; then what is preferred and scores NaN, then the
+    rest. Every place is taken at most once, which `cggr::select` does not promise where few are selectable."""
+    known = builder.call(aten.nan_to_num.default, scores, torch.finfo(torch.float32).min)
+    key = builder.call(aten.masked_fill.Scalar, known, builder.call(aten.logical_not.default, preferred), -torch.inf)
+    every = builder.call(aten.ones_like.default, preferred)
+    chosen = builder.call(torch.ops.cggr.select.default, key, every, kept, "topk", None)
+    return builder.call(getitem, chosen, 0)
 
 
 def fresh_size(program: Program, name: str) -> torch.SymInt:

@@ -10,16 +10,14 @@ others.
 from __future__ import annotations
 
 import dataclasses
-from operator import getitem
 from typing import Any
 
 import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.selection import rule_of
-from cggr_compile.kernels.selection_ops import register
 from cggr_compile.passes.build_router import quiet_region
 from cggr_compile.passes.score_rows import by_position, is_by_token, token_ids
-from cggr_compile.passes.select_rows import fresh_size, selection_options
+from cggr_compile.passes.select_rows import drawn, first, fresh_size
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -69,11 +67,7 @@ def select_tokens(program: Program, config: RoutingConfig) -> Program:
     if config.resample == "layer":
         shape = (len(layers), *shape)
     rule = rule_of(config.selection)
-    noise = None
-    if rule.needs_noise:
-        with program.fake_mode:
-            fake = torch.empty(shape, device=value(ids).device)
-        noise = builder.placeholder("token_noise", fake)
+    noise = builder.tensor_input("token_noise", shape, ids) if rule.needs_noise else None
     real = _real_tokens(builder, ids)
     scores = noise
     if rule.needs_scores:
@@ -82,16 +76,8 @@ def select_tokens(program: Program, config: RoutingConfig) -> Program:
     if noise is not None and config.resample == "layer":
         real, scores = (builder.call(aten.expand_as.default, x, noise) for x in (real, scores))
     if rule.needs_scores and noise is not None:
-        operands = (scores, real, kept, register(config.selection), noise)
-        drawn = builder.call(torch.ops.cggr.draw.default, *operands, *selection_options(config))
-        scores = _preferred(builder, builder.call(getitem, drawn, 0), builder.call(getitem, drawn, 1), real)
-    else:
-        # A real token without a score still comes before padding.
-        scores = builder.call(aten.nan_to_num.default, scores, torch.finfo(torch.float32).min)
-    key = builder.call(aten.masked_fill.Scalar, scores, builder.call(aten.logical_not.default, real), -torch.inf)
-    every = builder.call(aten.ones_like.default, real)
-    selected = builder.call(torch.ops.cggr.select.default, key, every, kept, "topk", None)
-    positions = builder.call(getitem, selected, 0)
+        scores = _preferred(builder, *drawn(builder, config, scores, real, kept, noise), real)
+    positions = first(builder, scores, real, kept)
     builder.copy_rest()
     routing = dataclasses.replace(builder.routing(), kept_tokens=kept, positions=positions)
     return builder.finish("select_tokens", routing=routing)

@@ -41,6 +41,9 @@ _WINDOWS = {
     aten.conv1d: 1,
     aten.conv2d: 2,
     aten.conv3d: 3,
+    aten.conv_transpose1d: 1,
+    aten.conv_transpose2d: 2,
+    aten.conv_transpose3d: 3,
     aten.max_pool1d: 1,
     aten.avg_pool1d: 1,
     aten.max_pool2d: 2,
@@ -49,16 +52,26 @@ _WINDOWS = {
 _STRIDES = {aten.as_strided, aten.unfold, aten._cudnn_rnn, aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu}
 _TRIANGLES = {aten.tril: (0, -1), aten.triu: (0, 1)}  # diagonals that say before or after, and nothing about how far
 _CUTS = {aten.slice, aten.narrow}
-# Operators that count places, with the argument that names the dimension (None: one index for each).
-_INDEXED: dict[Any, int | None] = {
-    aten.index: None,
-    aten.index_put: None,
-    aten.gather: 1,
-    aten.scatter: 1,
-    aten.scatter_add: 1,
-    aten.index_select: 1,
-    aten.index_add: 1,
-    aten.take_along_dim: 2,
+
+
+class Indexing(NamedTuple):
+    """Where an operator that counts places has its indices among its arguments, and where the dimension that they
+    count in (None: one index for each)."""
+
+    indices: int
+    dim: int | None
+
+
+# Operators that read or write at given places.
+INDEXING: dict[Any, Indexing] = {
+    aten.index: Indexing(1, None),
+    aten.index_put: Indexing(1, None),
+    aten.gather: Indexing(2, 1),
+    aten.scatter: Indexing(2, 1),
+    aten.scatter_add: Indexing(2, 1),
+    aten.index_select: Indexing(2, 1),
+    aten.index_add: Indexing(2, 1),
+    aten.take_along_dim: Indexing(1, 2),
 }
 _KEEPS_PLACES = {
     aten.slice,
@@ -96,7 +109,7 @@ def order_dependence(program: Program, node: fx.Node) -> str | None:
         return None
     if packet in _CUTS and not _keeps_all(program, node):
         return f"{packet} takes fixed places of the sequence"
-    if packet in _INDEXED and any(_is_sequence(program, size) for size in _indexed_sizes(node)):
+    if packet in INDEXING and any(_is_sequence(program, size) for size in _indexed_sizes(node)):
         return f"{packet} takes places of the sequence by their number"
     if packet in _STRIDES:
         return f"{packet} reads the sequence by place"
@@ -167,12 +180,12 @@ def _keeps_all(program: Program, node: fx.Node) -> bool:
 def _indexed_sizes(node: fx.Node) -> list[Any]:
     """Sizes of the dimensions that an indexing operator counts places in."""
     shape = value(node.args[0]).shape
-    place = _INDEXED[node.target.overloadpacket]
-    if place is None:
-        indices = node.args[1]
+    found = INDEXING[node.target.overloadpacket]
+    if found.dim is None:
+        indices = node.args[found.indices]
         assert isinstance(indices, (list, tuple))
         return [size for size, index in zip(shape, indices, strict=False) if index is not None]
-    given = node.args[place] if len(node.args) > place else None
+    given = node.args[found.dim] if len(node.args) > found.dim else None
     return [shape[given]] if isinstance(given, int) else list(shape)
 
 

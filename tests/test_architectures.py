@@ -95,6 +95,11 @@ def random_ids(seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
+def test_check_needs_a_batch() -> None:
+    with pytest.raises(ValueError, match=r"^check: no batch was given; pass at least one"):
+        cggr.check(RandomModel(SPEC))
+
+
 def test_check_sees_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A router that is one layer too deep selects other rows."""
     right = build_router_module.router_layers

@@ -112,6 +112,16 @@ def test_without_a_router_there_are_no_scores() -> None:
         model.cggr.time_router()
 
 
+def test_what_only_scores_is_no_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording has a backward; the router by itself has none."""
+    model = cggr.optimize(Toy().train(), inner="aot_eager")
+    model(**toy_batch())
+    plan, pool = model.cggr.runtime.plans[0], object()
+    monkeypatch.setattr(model.cggr.runtime, "graphs_on", lambda device: pool)
+    assert plan.scoring("router scores", model.cggr.config).variant.pool is None
+    assert plan.unrouted.pool is pool
+
+
 @pytest.mark.parametrize("router_head", ["sampled", "low_rank"])
 def test_timing_the_router_leaves_training_as_it_is(router_head: str) -> None:
     gradients = []

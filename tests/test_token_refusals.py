@@ -61,6 +61,12 @@ MIXES = {
         lambda x, _: nn.functional.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
         "reads neighbours along the sequence",
     ),
+    "transposed window": (
+        lambda x, _: nn.functional.conv_transpose1d(
+            x.transpose(1, 2), torch.ones(8, 1, 3), padding=1, groups=8
+        ).transpose(1, 2),
+        "reads neighbours along the sequence",
+    ),
     "index": (lambda x, _: x[:, places(x)], r"cannot tell which tokens a value of shape \[S\] is about"),
     "fixed index": (
         lambda x, _: x + x[:, torch.tensor([0])],
