@@ -17,8 +17,9 @@ from cggr_compile import compat
 from cggr_compile.capture import capture
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.inner import resolve_inner
 from cggr_compile.program import Program
-from cggr_compile.runtime import Plan, Runtime, resolve_inner
+from cggr_compile.runtime import Plan, Runtime
 
 aten = torch.ops.aten
 

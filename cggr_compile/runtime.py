@@ -20,6 +20,7 @@ from cggr_compile import compat
 from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
 from cggr_compile.cuda_graphs import Pool, Replayed, obstacle_of
+from cggr_compile.inner import compile_static, resolve_inner
 from cggr_compile.kernels.selection import rule_name
 from cggr_compile.metrics import Gradients
 from cggr_compile.passes.lower_regions import lower_regions
@@ -254,13 +255,6 @@ def uniform_noise(shape: Sequence[int], device: torch.device, generator: torch.G
     return torch.rand(shape, device=device, generator=generator)
 
 
-def resolve_inner(inner: str, device: torch.device) -> str:
-    """`auto` is inductor on CUDA and eager elsewhere."""
-    if inner != "auto":
-        return inner
-    return "inductor" if device.type == "cuda" else "eager"
-
-
 class Variant:
     """One lowered program and its compiled code for each concrete (batch, sequence, k)."""
 
@@ -311,32 +305,3 @@ def _shapes(inputs: tuple[Any, ...]) -> tuple[int, ...]:
         if isinstance(tensor, torch.Tensor) and not isinstance(tensor, torch.nn.Parameter)
         for size in tensor.shape
     )
-
-
-def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Callable[..., Any]:
-    """Compiles a module with every size input replaced by its value."""
-    graph = fx.Graph(module)
-    env: dict[fx.Node, Any] = {}
-    for node, given in zip(module.graph.find_nodes(op="placeholder", sort=True), inputs, strict=True):
-        copy = graph.node_copy(node)
-        env[node] = given if isinstance(given, int) else copy
-    for node in module.graph.nodes:
-        if node.op == "output":
-            graph.output(fx.map_arg(node.args[0], lambda old: env[old]))
-        elif node.op != "placeholder":
-            env[node] = _substituted(graph, node, env)
-    static = fx.GraphModule(module, graph)
-    with torch._guards.tracing(None):
-        return torch._dynamo.lookup_backend(inner)(static, inputs)
-
-
-def _substituted(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
-    copy = graph.create_node(
-        node.op,
-        node.target,
-        fx.map_arg(node.args, lambda old: env[old]),
-        fx.map_arg(node.kwargs, lambda old: env[old]),
-        name=node.name,
-    )
-    copy.meta = {key: item for key, item in node.meta.items() if key != "val"}
-    return copy

@@ -54,7 +54,17 @@ def assert_same(replayed: torch.nn.Module, plain: torch.nn.Module) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"selection": "importance"}, {"inner": "inductor", "router_head": "sampled"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"selection": "importance"},
+        {"inner": "inductor", "router_head": "sampled"},
+        {"route": "token"},
+        {"route": "loss", "inner": "inductor"},
+        {"route": ("token", "loss"), "selection": "random"},
+    ],
+)
 def test_training_is_the_same(options: dict) -> None:
     replayed, plain = pair(**options)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (replayed, plain)]

@@ -1,0 +1,91 @@
+"""Hands a lowered program to the inner backend, at concrete sizes.
+
+Inductor keeps what it compiled on disk, keyed by the graph, for other processes. Our graphs are the result of passes and
+options, so those are in the key; what a graph only names, the functions of this package, is not, and a fingerprint of
+their sources stands for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import types
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from cggr_compile import kernels
+
+
+def resolve_inner(inner: str, device: torch.device) -> str:
+    """`auto` is inductor on CUDA and eager elsewhere."""
+    if inner != "auto":
+        return inner
+    return "inductor" if device.type == "cuda" else "eager"
+
+
+def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Callable[..., Any]:
+    """Compiles a module with every size input replaced by its value."""
+    static = _static(module, inputs)
+    # Inductor looks at its caches only where a `ShapeEnv` tells it that no size is unknown.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    for given in inputs:
+        if isinstance(given, torch.Tensor):
+            mode.from_tensor(given, static_shapes=True)
+    cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=_named_functions(static))
+    with tracing(TracingContext(mode)), cacheable:
+        return torch._dynamo.lookup_backend(inner)(static, inputs)
+
+
+def _static(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
+    graph = fx.Graph(module)
+    env: dict[fx.Node, Any] = {}
+    for node, given in zip(module.graph.find_nodes(op="placeholder", sort=True), inputs, strict=True):
+        copy = graph.node_copy(node)
+        env[node] = given if isinstance(given, int) else copy
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph.output(fx.map_arg(node.args[0], lambda old: env[old]))
+        elif node.op != "placeholder":
+            env[node] = _substituted(graph, node, env)
+    return fx.GraphModule(module, graph)
+
+
+def _substituted(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
+    copy = graph.create_node(
+        node.op,
+        node.target,
+        fx.map_arg(node.args, lambda old: env[old]),
+        fx.map_arg(node.kwargs, lambda old: env[old]),
+        name=node.name,
+    )
+    copy.meta = {key: item for key, item in node.meta.items() if key != "val"}
+    return copy
+
+
+def _named_functions(module: fx.GraphModule) -> dict[str, str]:
+    """The Python functions of this package that a graph calls, each with the fingerprint that its artifacts carry.
+
+    Operators of this package are in it too, for the fingerprint: their fakes decide what is compiled around them.
+    """
+    package = __name__.partition(".")[0]
+    functions = [node.target for node in module.graph.nodes if isinstance(node.target, types.FunctionType)]
+    names = {f"{function.__module__}.{function.__name__}" for function in functions}
+    return {name: _fingerprint() for name in [package, *sorted(names)] if name.partition(".")[0] == package}
+
+
+@cache
+def _fingerprint() -> str:
+    """Of the sources of the kernels and operators."""
+    digest = hashlib.sha256()
+    for folder in kernels.__path__:
+        for source in sorted(Path(folder).rglob("*.py")):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()
