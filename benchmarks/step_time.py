@@ -1,7 +1,7 @@
 """How long a training step takes: peers, the routed step, and what it could be at best; each in a process of its own.
 
     python benchmarks/step_time.py --device cuda --output benchmarks/results/step_time-h100.json
-    python benchmarks/step_time.py --device cuda --model Qwen2.5-0.5B --batch 16 --arm compile --arm routed
+    python benchmarks/step_time.py --device cuda --model Qwen2.5-0.5B --arm compile --arm all --arm token@0.5
     python benchmarks/step_time.py --quick        # a tiny model on the CPU
 
 Forward and backward (with `--optimizer`, fused AdamW too), random weights and ids, bf16 on CUDA. Every round runs each
@@ -10,9 +10,9 @@ over all steps are quoted, every sample is kept.
 
 Arms: `eager` and `compile` are transformers, all rows. `all` is this package with ratio=1, `random` with random rows,
 `routed` with scored rows and the exact head, `sampled` with the sampled head. `floor` is `all` on a batch of just the
-kept rows.
-`liger`, `liger_compile`, `original`, `original_compile` are Liger's kernels and CGGR 0.5.0, which must be installed.
-An arm followed by `+graphs` runs under `cuda_graphs=True`.
+kept rows. `token`, `loss` and `token_loss` are the other routes, scored by the sampled head, `token_random` draws its
+tokens. `liger`, `liger_compile`, `original`, `original_compile` are Liger's kernels and CGGR 0.5.0, which must be
+installed. `NAME@R` keeps the fraction R instead of `--ratio`, and `…+graphs` runs under `cuda_graphs=True`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import transformers
@@ -122,18 +122,47 @@ ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
     "random": _ours(selection="random"),
     "routed": _ours(),
     "sampled": _ours(router_head="sampled"),
+    "token": _ours(route="token", router_head="sampled"),
+    "token_random": _ours(route="token", selection="random"),
+    "loss": _ours(route="loss", router_head="sampled"),
+    "token_loss": _ours(route=("token", "loss"), router_head="sampled"),
     "liger": _liger,
     "liger_compile": lambda model, *_: torch.compile(_liger(model)),
     "original": _original,
     "original_compile": _original_compiled,
 }
+
+
+class Arm(NamedTuple):
+    """An arm as it is written, `NAME[@RATIO][+graphs]`."""
+
+    name: str
+    ratio: float
+    graphs: bool
+
+    @classmethod
+    def parse(cls, text: str, ratio: float) -> Arm:
+        """The arm, with `ratio` where it names none; `typer.BadParameter` for what is no arm."""
+        name, _, own = text.removesuffix(GRAPHS).partition("@")
+        try:
+            kept = float(own or ratio)
+        except ValueError:
+            kept = math.nan
+        if name not in ARMS or not 0 < kept <= 1:
+            raise typer.BadParameter(
+                f"arm: got {text!r}, expected NAME[@RATIO][{GRAPHS}], NAME one of {', '.join(ARMS)}"
+            )
+        return cls(name, kept, text.endswith(GRAPHS))
+
+
 DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
 
 
 def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optimizer: bool) -> dict[str, Any]:
     """Seconds of each step after three warm-up steps, seconds of the first step, peak memory in bytes, and of one step
-    on CUDA the milliseconds in kernels and their number."""
-    name, graphs = arm.removesuffix(GRAPHS), arm.endswith(GRAPHS)
+    on CUDA the milliseconds in kernels and their number. Of this package's arms also what the cost model predicts, as a
+    share of a step on everything."""
+    name, ratio, graphs = Arm.parse(arm, ratio)
     model = build(shape, device)
     step = ARMS[name](model, ratio, graphs)
     rows = max(1, math.ceil(ratio * shape.batch)) if name == "floor" else shape.batch
@@ -158,6 +187,8 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
         sync()
         seconds.append(time.perf_counter() - start)
     record: dict[str, Any] = {"first": seconds[0], "steps": seconds[3:]}
+    if hasattr(model, "cggr") and model.cggr.config.ratio < 1:
+        record["predicted_share"] = model.cggr.report().cost.step_ratio
     if device == "cuda":
         # What a CUDA graph holds is reserved, not allocated.
         record["peak_bytes"] = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
@@ -178,24 +209,26 @@ def table(report: dict[str, Any]) -> str:
         for arm, runs in report["samples"].items()
         if runs and all("steps" in run for run in runs)
     }
-    best = {name: medians.get(name) for name in ("compile", "floor", "all")}
+    best = {name: medians.get(name) for name in ("compile", "all")}
     best["floor"] = min((medians[a] for a in ("floor", "floor" + GRAPHS) if a in medians), default=None)
 
     def against(seconds: float, name: str, share: float = 1.0) -> str:
         return f"{seconds / (share * best[name]):.2f}" if best[name] else ""
 
+    update = " and fused AdamW" if report["optimizer"] else ""
     lines = [
         f"{report['device']}, commit {report['commit']}, torch {report['versions']['torch']}, transformers "
         f"{report['versions']['transformers']}: {shape['name']}'s shape, {shape['batch']} × {shape['sequence']}, "
-        f"r = {report['ratio']}, forward and backward{' and fused AdamW' if report['optimizer'] else ''}.\n",
-        "| arm | ms (min to max) | of compile | of the floor | of r × all | kernels, ms | number | GiB | first, s |",
-        "| --- " * 9 + "|",
+        f"r = {report['ratio']} where the arm names none, forward and backward{update}.\n",
+        "| arm | ms (min to max) | of compile | of the floor | of r × all | of the prediction | kernels, ms | number "
+        "| GiB | first, s |",
+        "| --- " * 10 + "|",
     ]
     for arm, runs in report["samples"].items():
         if not runs:
             continue
         if arm not in medians:
-            lines.append(f"| {arm} | {next(run['failed'] for run in runs if 'failed' in run)} |" + " |" * 7)
+            lines.append(f"| {arm} | {next(run['failed'] for run in runs if 'failed' in run)} |" + " |" * 8)
             continue
         every = [1000 * s for run in runs for s in run["steps"]]
         cells = [
@@ -203,7 +236,8 @@ def table(report: dict[str, Any]) -> str:
             f"{1000 * medians[arm]:.1f} ({min(every):.1f} to {max(every):.1f})",
             against(medians[arm], "compile"),
             against(medians[arm], "floor"),
-            against(medians[arm], "all", report["ratio"]),
+            against(medians[arm], "all", Arm.parse(arm, report["ratio"]).ratio),
+            against(medians[arm], "all", runs[0]["predicted_share"]) if "predicted_share" in runs[0] else "",
         ]
         if "kernels" in runs[0]:
             cells += [f"{runs[0]['kernel_milliseconds']:.1f}", f"{runs[0]['kernels']}"]
@@ -241,7 +275,7 @@ def main(
     steps: int = 10,
     rounds: int = 2,
     arm: Annotated[
-        list[str] | None, typer.Option(help="repeatable: " + ", ".join(ARMS) + f", each also {GRAPHS}")
+        list[str] | None, typer.Option(help=f"repeatable, NAME[@RATIO][{GRAPHS}]: " + ", ".join(ARMS))
     ] = None,
     optimizer: Annotated[bool, typer.Option(help="with a step of fused AdamW")] = False,
     side_by_side: Annotated[int, typer.Option(help="processes that compile at once before round 1")] = 4,
@@ -260,9 +294,8 @@ def main(
         print(json.dumps(measure(only, shape, device, ratio, steps, optimizer)))
         return
     arms = list(arm or DEFAULT_ARMS)
-    unknown = [name for name in arms if name.removesuffix(GRAPHS) not in ARMS]
-    if unknown:
-        raise typer.BadParameter(f"arm: got {', '.join(unknown)}; known are {', '.join(ARMS)}, each also {GRAPHS}")
+    for name in arms:
+        Arm.parse(name, ratio)
     command = [sys.executable, __file__, "--device", device, "--model", model, "--ratio", str(ratio)]
     command += ["--batch", str(shape.batch), "--sequence", str(shape.sequence)] + ["--optimizer"] * optimizer
     waiting = list(dict.fromkeys(name.removesuffix(GRAPHS) for name in arms)) if side_by_side else []

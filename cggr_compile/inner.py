@@ -1,8 +1,8 @@
 """Hands a lowered program to the inner backend, at concrete sizes.
 
-Inductor keeps what it compiled on disk, keyed by the graph, for other processes. Our graphs are the result of passes and
-options, so those are in the key; what a graph only names, the functions of this package, is not, and a fingerprint of
-their sources stands for it.
+Inductor keeps what it compiled on disk, keyed by the graph, for other processes. Our graphs are the result of passes
+and options, so those are in the key; what a graph only names, the functions of this package, is not, and a fingerprint
+of their sources stands for it.
 """
 
 from __future__ import annotations

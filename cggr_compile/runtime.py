@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx
 
 from cggr_compile import compat
 from cggr_compile.confidence import Confidence

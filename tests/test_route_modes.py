@@ -132,9 +132,7 @@ def test_a_batch_of_one_row_is_routed(route: Any) -> None:
     selected = model.cggr.selected
     if "token" in route:
         positions = selected[0] if isinstance(selected, tuple) else selected
-        assert torch.equal(
-            positions, token_oracle.expected_positions(eager, LLAMA, batch, RATIO, ROUTER_LAYERS)
-        )
+        assert torch.equal(positions, token_oracle.expected_positions(eager, LLAMA, batch, RATIO, ROUTER_LAYERS))
     expected = expected_step(eager, batch, route, selected)
     oracle.assert_same_step(*actual, *expected, **tolerances(route))
 
