@@ -21,12 +21,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from cggr_compile.contract import IGNORED, check, eager_step
+from cggr_compile.contract import IGNORED, LayerStackNotFound, check, eager_step
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.tiny import FIRST_ID, LAST_ID, tiny_config
 
 ROWS, LENGTH = 6, 12
-STATUSES = ("exact", "rounding", "refused", "not runnable", "failure")
+STATUSES = ("exact", "rounding", "refused", "not runnable", "unchecked", "failure")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Record:
     """What became of one candidate.
 
     `status` is one of `STATUSES`: loss and every gradient bitwise equal; equal within fp32 rounding; refused with
-    `CannotOptimize`; not runnable in eager training on the CPU; anything else. `difference` is that of `Check`, None
+    `CannotOptimize`; not runnable in eager training on the CPU; routed, but without an eager router to compare with
+    (`LayerStackNotFound`); anything else. `difference` is that of `Check`, None
     where nothing was compared. `captured`: whether the training step became a graph. `seconds`: processor time.
     """
 
@@ -143,6 +144,8 @@ def examine(candidate: Candidate, runs: Callable[[], Any]) -> Record:
     except CannotOptimize as error:
         seconds = time.process_time() - start
         return Record(candidate, "refused", str(error), _reached_passes(error), seconds=seconds)
+    except LayerStackNotFound as error:
+        return Record(candidate, "unchecked", str(error), True, seconds=time.process_time() - start)
     status = "exact" if outcome.exact else "rounding" if outcome.within_rounding else "failure"
     return Record(
         candidate,

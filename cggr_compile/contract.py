@@ -8,9 +8,10 @@ mean loss, and trains the untouched model on those rows.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -203,16 +204,38 @@ def _outputs_replaced(stack: list[nn.Module], place: Callable[[int, torch.Tensor
     """While it holds, the first tensor that the i-th call of the stack returns becomes `place(i, tensor)`."""
     calls = itertools.count()
 
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+    def replaced(_: nn.Module, output: Any) -> Any:
         own = _residual(output)
-        return None if own is None else _with_residual(output, place(next(calls), own))
+        return output if own is None else _with_residual(output, place(next(calls), own))
 
-    handles = [module.register_forward_hook(hook) for module in set(stack)]
+    with _forwards_followed(stack, replaced):
+        yield
+
+
+@contextmanager
+def _forwards_followed(modules: Iterable[nn.Module], follow: Callable[[nn.Module, Any], Any]) -> Iterator[None]:
+    """While it holds, `follow(module, output)` is what each of the modules returns, also where a model calls a layer's
+    `forward` itself, which passes forward hooks by."""
+    own = {module: vars(module).get("forward") for module in modules}
+    for module in own:
+        vars(module)["forward"] = _followed(module, module.forward, follow)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, forward in own.items():
+            del vars(module)["forward"]
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+
+def _followed(
+    module: nn.Module, forward: Callable[..., Any], follow: Callable[[nn.Module, Any], Any]
+) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return follow(module, forward(*args, **kwargs))
+
+    return run
 
 
 def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
@@ -232,18 +255,14 @@ def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
     }
     calls: dict[str, list[nn.Module]] = {}
 
-    def hook(module: nn.Module, _: Any, output: Any) -> None:
+    def record(module: nn.Module, output: Any) -> Any:
         if _residual(output) is not None:
             run = calls.pop(containers[module], [])
             calls[containers[module]] = [*run, module]  # containers in the order of their last calls
+        return output
 
-    handles = [module.register_forward_hook(hook) for module in containers]
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _forwards_followed(containers, record), torch.no_grad():
+        model(**inputs)
     stacks = [run for run in calls.values() if len(run) > 1]
     if not stacks:
         raise LayerStackNotFound(f"{type(model).__name__} runs no list of modules more than once")
