@@ -20,7 +20,9 @@ padding. This page is generated from the results, by `python -m cggr_compile arc
 * **not runnable**: eager training with `input_ids` and `labels` on the CPU raises, before this compiler is asked.
 * **failure**: a mismatch, any other error, or a limit of time or memory.
 """
-_UNCHECKED = "* **unchecked**: routed, but the eager side finds no layers to make a router of: neither exact nor a failure.\n"
+_UNCHECKED = (
+    "* **unchecked**: routed, but the eager side finds no layers to make a router of: neither exact nor a failure.\n"
+)
 
 
 def render(results: Sequence[Record], todo: Iterable[Candidate], environment: dict[str, Any]) -> str:

@@ -166,7 +166,7 @@ def tiny_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
             tiny[name] = _REQUIRED[name]
         if name == "num_key_value_heads" and was in heads:
             tiny[name] = HEADS
-    if "head_dim" in tiny and fields["head_dim"] == fields.get("qk_rope_head_dim"):
+    if {"head_dim", "qk_rope_head_dim"} <= tiny.keys() and fields["head_dim"] == fields["qk_rope_head_dim"]:
         tiny["head_dim"] = tiny["qk_rope_head_dim"]  # the rotated part: rotary tables have the size of a head
     tiny.update(_special_tokens(fields))
     tiny.update(_sampled_layers(fields, standard, tiny))

@@ -47,7 +47,7 @@ def find_layers(program: Program, config: RoutingConfig) -> Program:
 def _stream(program: Program, hidden: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """The embedding from which the most cuts lead to the head, and those cuts that carry batch and sequence."""
     embeddings = [
-        node for node in ancestors([hidden]) if node.target == aten.embedding.default and _carries_tokens(program, node)
+        node for node in _stream_of(hidden) if node.target == aten.embedding.default and _carries_tokens(program, node)
     ]
     if not embeddings:
         raise CannotOptimize(
@@ -60,6 +60,23 @@ def _stream(program: Program, hidden: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         for embedding in sorted(embeddings)
     ]
     return max(streams, key=lambda stream: len(stream[1]))
+
+
+def _stream_of(hidden: fx.Node) -> set[fx.Node]:
+    """What reaches the head as numbers: a model in front whose output is compared, counted or indexed with, to cut the
+    text into patches, say, is no part of the stream."""
+    found: set[fx.Node] = set()
+    stack = [hidden]
+    while stack:
+        node = stack.pop()
+        if node not in found and (isinstance(value(node), (tuple, list)) or _is_floating(node)):
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _is_floating(node: fx.Node) -> bool:
+    return is_tensor(node) and value(node).is_floating_point()
 
 
 def _carries_tokens(program: Program, node: fx.Node) -> bool:
@@ -96,7 +113,8 @@ def _by_metadata(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layer
         if node in upstream:
             for container, index in _layer_indices(node).items():
                 placed[container][node] = index
-    members = {path: set(found.values()) for path, found in placed.items()}
+    streamed = _stream_of(cuts[-1])
+    members = {path: set(found.values()) for path, found in placed.items() if not streamed.isdisjoint(found)}
     stacks = sorted(
         (path for path, found in members.items() if len(found) > 1 and found == set(range(len(found)))),
         key=lambda path: (-len(members[path]), len(path)),
