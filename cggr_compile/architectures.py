@@ -97,8 +97,8 @@ def _own_part(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> P
 def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     """Two batches of ids [6, 12]: every row padded on one side or the other, and no row padded.
 
-    Labels are those of the model's positions, ignored where there is padding, in the whole of row 2 and at one more
-    place of the first batch. Models that take no `attention_mask` get none.
+    Labels are those of the model's positions, ignored where there is padding, in the whole of row 2 (of an
+    encoder-decoder model, all but its first place) and at one more place of the first batch. Models that take no `attention_mask` get none.
     """
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(1)
@@ -109,7 +109,8 @@ def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
         padding = 1 + row % 3
         mask[row, slice(0, padding) if row % 2 else slice(LENGTH - padding, LENGTH)] = 0
     labels = ids.masked_fill(mask == 0, IGNORED)
-    labels[2] = IGNORED
+    # A decoder reads the labels, and some wrap a row's last counted one to its front.
+    labels[2, 1 if model.config.is_encoder_decoder else 0 :] = IGNORED
     labels[-1, LENGTH // 2] = IGNORED
     given = [
         {"input_ids": ids, "attention_mask": mask, "labels": labels},

@@ -145,7 +145,7 @@ def _expected_rows(model: nn.Module, batch: Batch, kept: int, layers: int) -> li
     """The `kept` rows with a counted label whose mean token loss under the eager router is largest, sorted."""
     shift = _label_shift(model, batch)
     with _router(model, batch, layers) as router, torch.no_grad():
-        logits = router(**_without_labels(batch)).logits
+        logits = router(**_inputs(model, batch)).logits
     losses, counted = _token_losses(logits, batch["labels"], shift)
     counts = counted.sum(1)
     means = torch.where(counts > 0, losses.sum(1) / counts.clamp(min=1), -math.inf)
@@ -153,8 +153,10 @@ def _expected_rows(model: nn.Module, batch: Batch, kept: int, layers: int) -> li
     return sorted(order[: min(kept, int((counts > 0).sum()))])
 
 
-def _without_labels(batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """What the logits are computed from: all but the labels, unless a decoder reads them."""
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return {name: tensor for name, tensor in batch.items() if decodes or name != "labels"}
 
 
 def _token_losses(logits: torch.Tensor, labels: torch.Tensor, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,7 +251,7 @@ def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
     Raises:
         LayerStackNotFound: there is no candidate.
     """
-    inputs = _without_labels(batch)
+    inputs = _inputs(model, batch)
     containers = {
         child: path.rpartition(".")[0] for path, child in model.named_modules() if path.rpartition(".")[2].isdigit()
     }
@@ -275,9 +277,13 @@ def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
 
 
 def _decides(model: nn.Module, inputs: Batch, stack: list[nn.Module]) -> bool:
-    """Whether the output of the stack's first call, put into a run on other ids, gives the logits it came from."""
+    """Whether the output of the stack's first call, put into a run on other ids, gives the logits it came from.
+
+    The other ids are those that the logits are made for: a decoder's come from the labels, and its encoder's stay.
+    """
     taken: list[torch.Tensor] = []
-    others = {**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}
+    ids = "labels" if "labels" in inputs else "input_ids"
+    others = {**inputs, ids: inputs[ids].roll(1, 0)}
 
     def take(call: int, output: torch.Tensor) -> torch.Tensor:
         taken.append(output.clone())

@@ -1,10 +1,14 @@
-"""Sizes and masks that depend on data: expert dispatch by lists of sizes, and models in front that only cut the text.
+"""What the layers of a model read besides the residual: sizes that depend on data, the answer of a model in front that
+only cuts the text, the states of an encoder.
 
-Both are shown on small models by `check`, whose eager router is independent.
+All are shown on small models by `check`, whose eager router is independent.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch import nn
 from toys import WIDTH, WORDS, Toy, toy_batch
@@ -96,3 +100,69 @@ def test_layers_of_a_model_that_is_only_compared_with_are_not_the_models() -> No
     explanation = cggr.explain(Patched(), toy_batch(), router_layers=1, inner="eager")
     layers = explanation.runtime.plans[-1].program.layers
     assert len(layers) == 3
+
+
+class Block(nn.Module):
+    """Reads the states of an encoder, where there is one, by attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
+        if states is not None:
+            weights = (self.other(hidden) @ states.transpose(1, 2)).softmax(-1)
+            hidden = hidden + weights @ states
+        return hidden + self.own(hidden).tanh()
+
+
+class EncoderDecoder(Model):
+    """The decoder reads the labels, moved by one place; encoder and decoder share their embedding."""
+
+    def __init__(self, encoder_layers: int = 5) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(is_encoder_decoder=True)
+        self.encoder = nn.ModuleList(Block() for _ in range(encoder_layers))
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits.reshape(-1, WORDS), labels.reshape(-1))
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, labels: torch.Tensor, decoder_input_ids: torch.Tensor | None = None
+    ) -> CausalLMOutput:
+        states = self.embed(input_ids)
+        for layer in self.encoder:
+            states = layer(states)
+        if decoder_input_ids is None:
+            before = nn.functional.pad(labels, (1, 0), value=1)[:, :-1]
+            decoder_input_ids = before.masked_fill(before == -100, 0)
+        hidden = self.embed(decoder_input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, states)
+        logits = self.logits(hidden)
+        return CausalLMOutput(loss=self.loss(logits, labels), logits=logits)
+
+
+def test_a_router_is_the_encoder_and_the_first_layers_of_the_decoder() -> None:
+    """Also where the encoder has more layers; the eager router, which runs the whole encoder, selects the same rows."""
+    torch.manual_seed(0)
+    outcome = cggr.check(EncoderDecoder(), toy_batch(ignored=0.2), toy_batch(6, seed=1))
+    assert outcome.exact, str(outcome)
+    assert (outcome.layers, outcome.path) == (3, "layers")
+
+
+def test_tokens_of_a_decoder_are_not_dropped() -> None:
+    model = cggr.optimize(EncoderDecoder(), route="token", router_layers=1, inner="eager")
+    with pytest.raises(
+        cggr.CannotOptimize, match=r"the decoder's layers read the encoder's states.*; route an encoder"
+    ):
+        model(**toy_batch())
+
+
+def test_what_a_decoder_reads_is_made_from_the_labels() -> None:
+    """Ids of its own would be those of another sequence."""
+    batch = toy_batch()
+    model = cggr.optimize(EncoderDecoder(), inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=r"the call has decoder_input_ids: .*; pass labels only"):
+        model(**batch, decoder_input_ids=batch["input_ids"])
