@@ -180,11 +180,6 @@ def check_model(model: nn.Module) -> None:
             "the model is wrapped by torch.compile already",
             hint="optimize the model before compiling it, or compile it with backend='cggr'",
         )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise CannotOptimize(
-            f"{type(model).__name__} is an encoder-decoder model: two layer stacks, of which none is the model",
-            hint="only decoder-only and encoder-only language models are routed",
-        )
     refuse_nested(model)
     parameters = inspect.signature(model.forward).parameters
     if "labels" not in parameters:

@@ -20,12 +20,17 @@ padding. This page is generated from the results, by `python -m cggr_compile arc
 * **not runnable**: eager training with `input_ids` and `labels` on the CPU raises, before this compiler is asked.
 * **failure**: a mismatch, any other error, or a limit of time or memory.
 """
+_UNCHECKED = (
+    "* **unchecked**: routed, but the eager side finds no layers to make a router of: neither exact nor a failure.\n"
+)
 
 
 def render(results: Sequence[Record], todo: Iterable[Candidate], environment: dict[str, Any]) -> str:
     """The page. `todo`: the candidates without a result."""
     missing = list(todo)
-    parts = [_INTRODUCTION, _provenance(results, environment), _counts(results, missing)]
+    unchecked = any(record.status == "unchecked" for record in results)
+    introduction = _INTRODUCTION + _UNCHECKED if unchecked else _INTRODUCTION
+    parts = [introduction, _provenance(results, environment), _counts(results, missing)]
     for objective, title in (("causal", "Causal language models"), ("masked", "Masked language models")):
         chosen = [record for record in results if record.candidate.objective == objective]
         if chosen:
@@ -46,13 +51,15 @@ def _provenance(results: Sequence[Record], environment: dict[str, Any]) -> str:
 
 
 def _counts(results: Sequence[Record], missing: Sequence[Candidate]) -> str:
-    lines = [f"| | {' | '.join(STATUSES)} | not run | exact of those that run in eager |", "| --- " * 8 + "|"]
+    statuses = [status for status in STATUSES if status != "unchecked" or any(r.status == status for r in results)]
+    lines = [f"| | {' | '.join(statuses)} | not run | exact of those that run in eager |"]
+    lines.append("| --- " * (len(statuses) + 3) + "|")
     for objective in ("causal", "masked"):
         counts = Counter(record.status for record in results if record.candidate.objective == objective)
         runnable = sum(counts.values()) - counts["not runnable"]
         share = f"{counts['exact']} of {runnable} ({counts['exact'] / runnable:.1%})" if runnable else ""
         absent = sum(candidate.objective == objective for candidate in missing)
-        lines.append(f"| {objective} | {' | '.join(str(counts[s]) for s in STATUSES)} | {absent} | {share} |")
+        lines.append(f"| {objective} | {' | '.join(str(counts[s]) for s in statuses)} | {absent} | {share} |")
     return "\n".join(lines) + "\n"
 
 

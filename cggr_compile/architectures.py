@@ -21,12 +21,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from cggr_compile.contract import IGNORED, check, eager_step
+from cggr_compile.contract import IGNORED, LayerStackNotFound, check, eager_step
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.tiny import FIRST_ID, LAST_ID, tiny_config
 
 ROWS, LENGTH = 6, 12
-STATUSES = ("exact", "rounding", "refused", "not runnable", "failure")
+STATUSES = ("exact", "rounding", "refused", "not runnable", "unchecked", "failure")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Record:
     """What became of one candidate.
 
     `status` is one of `STATUSES`: loss and every gradient bitwise equal; equal within fp32 rounding; refused with
-    `CannotOptimize`; not runnable in eager training on the CPU; anything else. `difference` is that of `Check`, None
+    `CannotOptimize`; not runnable in eager training on the CPU; routed, but without an eager router to compare with
+    (`LayerStackNotFound`); anything else. `difference` is that of `Check`, None
     where nothing was compared. `captured`: whether the training step became a graph. `seconds`: processor time.
     """
 
@@ -96,8 +97,8 @@ def _own_part(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> P
 def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     """Two batches of ids [6, 12]: every row padded on one side or the other, and no row padded.
 
-    Labels are those of the model's positions, ignored where there is padding, in the whole of row 2 and at one more
-    place of the first batch. Models that take no `attention_mask` get none.
+    Labels are those of the model's positions, ignored where there is padding, in the whole of row 2 (of an
+    encoder-decoder model, all but its first place) and at one more place of the first batch. Models that take no `attention_mask` get none.
     """
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(1)
@@ -108,7 +109,8 @@ def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
         padding = 1 + row % 3
         mask[row, slice(0, padding) if row % 2 else slice(LENGTH - padding, LENGTH)] = 0
     labels = ids.masked_fill(mask == 0, IGNORED)
-    labels[2] = IGNORED
+    # A decoder reads the labels, and some wrap a row's last counted one to its front.
+    labels[2, 1 if model.config.is_encoder_decoder else 0 :] = IGNORED
     labels[-1, LENGTH // 2] = IGNORED
     given = [
         {"input_ids": ids, "attention_mask": mask, "labels": labels},
@@ -143,6 +145,8 @@ def examine(candidate: Candidate, runs: Callable[[], Any]) -> Record:
     except CannotOptimize as error:
         seconds = time.process_time() - start
         return Record(candidate, "refused", str(error), _reached_passes(error), seconds=seconds)
+    except LayerStackNotFound as error:
+        return Record(candidate, "unchecked", str(error), True, seconds=time.process_time() - start)
     status = "exact" if outcome.exact else "rounding" if outcome.within_rounding else "failure"
     return Record(
         candidate,

@@ -8,9 +8,10 @@ mean loss, and trains the untouched model on those rows.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +145,7 @@ def _expected_rows(model: nn.Module, batch: Batch, kept: int, layers: int) -> li
     """The `kept` rows with a counted label whose mean token loss under the eager router is largest, sorted."""
     shift = _label_shift(model, batch)
     with _router(model, batch, layers) as router, torch.no_grad():
-        logits = router(**_without_labels(batch)).logits
+        logits = router(**_inputs(model, batch)).logits
     losses, counted = _token_losses(logits, batch["labels"], shift)
     counts = counted.sum(1)
     means = torch.where(counts > 0, losses.sum(1) / counts.clamp(min=1), -math.inf)
@@ -152,8 +153,10 @@ def _expected_rows(model: nn.Module, batch: Batch, kept: int, layers: int) -> li
     return sorted(order[: min(kept, int((counts > 0).sum()))])
 
 
-def _without_labels(batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """What the logits are computed from: all but the labels, unless a decoder reads them."""
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return {name: tensor for name, tensor in batch.items() if decodes or name != "labels"}
 
 
 def _token_losses(logits: torch.Tensor, labels: torch.Tensor, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,16 +206,38 @@ def _outputs_replaced(stack: list[nn.Module], place: Callable[[int, torch.Tensor
     """While it holds, the first tensor that the i-th call of the stack returns becomes `place(i, tensor)`."""
     calls = itertools.count()
 
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+    def replaced(_: nn.Module, output: Any) -> Any:
         own = _residual(output)
-        return None if own is None else _with_residual(output, place(next(calls), own))
+        return output if own is None else _with_residual(output, place(next(calls), own))
 
-    handles = [module.register_forward_hook(hook) for module in set(stack)]
+    with _forwards_followed(stack, replaced):
+        yield
+
+
+@contextmanager
+def _forwards_followed(modules: Iterable[nn.Module], follow: Callable[[nn.Module, Any], Any]) -> Iterator[None]:
+    """While it holds, `follow(module, output)` is what each of the modules returns, also where a model calls a layer's
+    `forward` itself, which passes forward hooks by."""
+    own = {module: vars(module).get("forward") for module in modules}
+    for module in own:
+        vars(module)["forward"] = _followed(module, module.forward, follow)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, forward in own.items():
+            del vars(module)["forward"]
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+
+def _followed(
+    module: nn.Module, forward: Callable[..., Any], follow: Callable[[nn.Module, Any], Any]
+) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return follow(module, forward(*args, **kwargs))
+
+    return run
 
 
 def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
@@ -226,24 +251,20 @@ def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
     Raises:
         LayerStackNotFound: there is no candidate.
     """
-    inputs = _without_labels(batch)
+    inputs = _inputs(model, batch)
     containers = {
         child: path.rpartition(".")[0] for path, child in model.named_modules() if path.rpartition(".")[2].isdigit()
     }
     calls: dict[str, list[nn.Module]] = {}
 
-    def hook(module: nn.Module, _: Any, output: Any) -> None:
+    def record(module: nn.Module, output: Any) -> Any:
         if _residual(output) is not None:
             run = calls.pop(containers[module], [])
             calls[containers[module]] = [*run, module]  # containers in the order of their last calls
+        return output
 
-    handles = [module.register_forward_hook(hook) for module in containers]
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _forwards_followed(containers, record), torch.no_grad():
+        model(**inputs)
     stacks = [run for run in calls.values() if len(run) > 1]
     if not stacks:
         raise LayerStackNotFound(f"{type(model).__name__} runs no list of modules more than once")
@@ -256,9 +277,13 @@ def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
 
 
 def _decides(model: nn.Module, inputs: Batch, stack: list[nn.Module]) -> bool:
-    """Whether the output of the stack's first call, put into a run on other ids, gives the logits it came from."""
+    """Whether the output of the stack's first call, put into a run on other ids, gives the logits it came from.
+
+    The other ids are those that the logits are made for: a decoder's come from the labels, and its encoder's stay.
+    """
     taken: list[torch.Tensor] = []
-    others = {**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}
+    ids = "labels" if "labels" in inputs else "input_ids"
+    others = {**inputs, ids: inputs[ids].roll(1, 0)}
 
     def take(call: int, output: torch.Tensor) -> torch.Tensor:
         taken.append(output.clone())

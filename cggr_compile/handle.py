@@ -277,6 +277,12 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             f"labels of shape {tuple(getattr(labels, 'shape', ()))} do not match input_ids of shape {tuple(ids.shape)}",
             hint="pass one label a token, -100 where none counts",
         )
+    given = [name for name in ("decoder_input_ids", "decoder_inputs_embeds") if name in arguments]
+    if given:
+        raise CannotOptimize(
+            f"the call has {given[0]}: what the decoder reads must be made from the labels",
+            hint="pass labels only; the model shifts them itself",
+        )
     wanted = [name for name in ("output_hidden_states", "output_attentions") if arguments.get(name)]
     if wanted:
         raise CannotOptimize(

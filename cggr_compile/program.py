@@ -23,6 +23,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
+from cggr_compile import compat
 from cggr_compile.errors import CannotOptimize
 
 REGION = "cggr_region"
@@ -365,6 +366,7 @@ class Builder:
         unchanged = all(value(env[source]) is value(source) for source in node.all_input_nodes)
         if new.op == "call_function" and not (unchanged and args is None and kwargs is None):
             self.evaluate(new)
+            compat.inherit_range(value(node), value(new))
         return new
 
     def placeholder(self, name: str, val: Any) -> fx.Node:
@@ -406,13 +408,16 @@ class Builder:
         """Computes `meta["val"]` by running the node on its arguments' fake values under its region.
 
         The layers of a stack are alike, and a fake run with symbols is slow: calls of one operator on values of the
-        same description share one result.
+        same description share one result, unless it has a size that depends on data.
         """
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         key = (node.target, node.meta[REGION], describe(args), describe(kwargs))
-        if key not in self._values:
-            self._values[key] = self._run(node, args, kwargs)
-        node.meta["val"] = self._values[key]
+        if key in self._values:
+            node.meta["val"] = self._values[key]
+            return
+        node.meta["val"] = self._run(node, args, kwargs)
+        if not compat.data_symbols(node.meta["val"]) - compat.data_symbols((args, kwargs)):
+            self._values[key] = node.meta["val"]
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         modes = (self.program.fake_mode, enable_python_dispatcher(), self.program.shape_env.suppress_guards())

@@ -185,7 +185,8 @@ class UnknownArchitecture(ValueError):
 
 
 def sweep(only: Sequence[str], jobs: int, time_limit: float, memory_limit: float, output: Path, page: Path) -> int:
-    """Examines every candidate that has no result in `output` yet, or those named by `only`; returns the failures.
+    """Examines every candidate that has no result in `output` yet, or those named by `only`; returns the number of
+    failures and of what could not be checked.
 
     After each class the results are saved to `output` (JSON), so that an interrupted run goes on where it was; at the
     end the page is written from all of them.
@@ -209,7 +210,7 @@ def sweep(only: Sequence[str], jobs: int, time_limit: float, memory_limit: float
         run(todo, jobs, time_limit, memory_limit, done)
     records = [results[candidate] for candidate in every if candidate in results]
     page.write_text(render(records, [c for c in every if c not in results], surroundings), encoding="utf-8")
-    failures = [record for record in records if record.status == "failure"]
+    failures = [record for record in records if record.status in ("failure", "unchecked")]
     for record in failures:
         print(f"{record.candidate.model_class} ({record.candidate.model_type}): {record.reason}")
     return len(failures)

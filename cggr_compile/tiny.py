@@ -166,6 +166,8 @@ def tiny_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
             tiny[name] = _REQUIRED[name]
         if name == "num_key_value_heads" and was in heads:
             tiny[name] = HEADS
+    if {"head_dim", "qk_rope_head_dim"} <= tiny.keys() and fields["head_dim"] == fields["qk_rope_head_dim"]:
+        tiny["head_dim"] = tiny["qk_rope_head_dim"]  # the rotated part: rotary tables have the size of a head
     tiny.update(_special_tokens(fields))
     tiny.update(_sampled_layers(fields, standard, tiny))
     tiny.update(_OVERRIDES.get(config_class.__name__, {}))
@@ -209,7 +211,9 @@ def _sampled_layers(fields: dict[str, Any], standard: dict[str, str], tiny: dict
     chosen = {
         name: was
         for name, was in sequences.items()
-        if _INDEX_LIST.fullmatch(name) and all(type(index) is int and 0 <= index < count for index in was)
+        if _INDEX_LIST.fullmatch(name)
+        and all(type(index) is int and 0 <= index < count for index in was)
+        and len(set(was)) == len(was)  # flags, one a layer, repeat themselves
     }
     by_layer = {name: was for name, was in sequences.items() if name not in chosen and len(was) == count > 1}
     kinds = [
@@ -220,10 +224,12 @@ def _sampled_layers(fields: dict[str, Any], standard: dict[str, str], tiny: dict
     shared = tiny.get("num_kv_shared_layers", 0) or 0
     wanted = min(count, max(LAYERS, len(first) + shared))
     sample = set(first.values())
+    # Layers that attend to another modality do not run without it.
+    optional = {layer for name, was in chosen.items() if "cross" in name for layer in was}
     # Shared layers are the last ones.
     spare = [*range(count - shared, count), *range(count)]
     for layer in spare:
-        if len(sample) < wanted:
+        if len(sample) < wanted or (len(sample - optional) < LAYERS and layer not in optional):
             sample.add(layer)
     layers = sorted(sample)
     sampled: dict[str, Any] = {count_name: len(layers)}

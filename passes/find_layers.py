@@ -6,6 +6,9 @@ is loop-invariant (masks, rotary tables, sizes). What is computed in front of th
 (per-layer embeddings) is loop-invariant too: where module metadata names the layers, a tensor through which every path
 from *their* nodes leads is a cut as well. Which cut vertices end a layer is read from module-stack metadata, or, where
 that is missing or names a single module, from repetition: the longest run of equal segments between cuts.
+
+Of an encoder and a decoder, the decoder's layers are cut: what the encoder makes of the input ids is loop-invariant to
+them, since the decoder's embedding, of ids made from the labels, is not upstream of it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -21,7 +25,7 @@ from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.program import Layers, Program, is_tensor, value
+from cggr_compile.program import Head, Layers, Program, is_tensor, value
 
 aten = torch.ops.aten
 
@@ -33,7 +37,7 @@ def find_layers(program: Program, config: RoutingConfig) -> Program:
         CannotOptimize: no layer stack, or a layer that more than one tensor leaves.
     """
     assert program.head is not None
-    entry, cuts = _stream(program, program.head.hidden)
+    entry, cuts = _stream(program, program.head, config)
     layers = _by_metadata(program, entry, cuts) or _by_repetition(program, entry, cuts)
     if layers is None:
         raise CannotOptimize(
@@ -44,22 +48,68 @@ def find_layers(program: Program, config: RoutingConfig) -> Program:
     return dataclasses.replace(program, layers=layers)
 
 
-def _stream(program: Program, hidden: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+def _stream(program: Program, head: Head, config: RoutingConfig) -> tuple[fx.Node, list[fx.Node]]:
     """The embedding from which the most cuts lead to the head, and those cuts that carry batch and sequence."""
-    embeddings = [
-        node for node in ancestors([hidden]) if node.target == aten.embedding.default and _carries_tokens(program, node)
-    ]
+    embeddings = _embeddings(program, head, config)
     if not embeddings:
         raise CannotOptimize(
             "the head's input does not depend on a token embedding",
-            node=hidden,
+            node=head.hidden,
             hint="pass input_ids; inputs_embeds alone cannot be routed",
         )
     streams = [
-        (embedding, [cut for cut in cut_vertices(embedding, hidden) if _carries_tokens(program, cut)])
-        for embedding in sorted(embeddings)
+        (embedding, [cut for cut in cut_vertices(embedding, head.hidden) if _carries_tokens(program, cut)])
+        for embedding in embeddings
     ]
     return max(streams, key=lambda stream: len(stream[1]))
+
+
+def _embeddings(program: Program, head: Head, config: RoutingConfig) -> list[fx.Node]:
+    """The token embeddings that reach the head as numbers; where some embed ids that are made from the labels, those.
+
+    Raises:
+        CannotOptimize: tokens of a decoder would be dropped.
+    """
+    every = sorted(
+        node
+        for node in _stream_of(head.hidden)
+        if node.target == aten.embedding.default and _carries_tokens(program, node)
+    )
+    decoding = [embedding for embedding in every if _embeds_labels(program, embedding)]
+    if decoding and len(decoding) < len(every) and "token" in config.routes:
+        raise CannotOptimize(
+            "the decoder's layers read the encoder's states, of which none belongs to a token of the decoder",
+            node=decoding[0],
+            hint="route an encoder-decoder model by sequences or by the tokens of its loss",
+        )
+    return decoding or every
+
+
+def _embeds_labels(program: Program, embedding: fx.Node) -> bool:
+    ids = _upstream(embedding.args[1], is_tensor)
+    return any(node.op == "placeholder" and program.path(node) == "labels" for node in ids)
+
+
+def _stream_of(hidden: fx.Node) -> set[fx.Node]:
+    """What reaches the head as numbers: a model in front whose output is compared, counted or indexed with, to cut the
+    text into patches, say, is no part of the stream."""
+    return _upstream(hidden, lambda node: isinstance(value(node), (tuple, list)) or _is_floating(node))
+
+
+def _upstream(root: fx.Node, through: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """What `root` is computed from through nodes that satisfy `through`, itself included."""
+    found: set[fx.Node] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node not in found and through(node):
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _is_floating(node: fx.Node) -> bool:
+    return is_tensor(node) and (value(node).is_floating_point() or value(node).is_complex())
 
 
 def _carries_tokens(program: Program, node: fx.Node) -> bool:
@@ -96,7 +146,8 @@ def _by_metadata(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layer
         if node in upstream:
             for container, index in _layer_indices(node).items():
                 placed[container][node] = index
-    members = {path: set(found.values()) for path, found in placed.items()}
+    streamed = _stream_of(cuts[-1])
+    members = {path: set(found.values()) for path, found in placed.items() if not streamed.isdisjoint(found)}
     stacks = sorted(
         (path for path, found in members.items() if len(found) > 1 and found == set(range(len(found)))),
         key=lambda path: (-len(members[path]), len(path)),

@@ -25,8 +25,8 @@ import cggr_compile as cggr
 from cggr_compile.architecture_table import render
 from cggr_compile.architectures import Candidate, Record, batches, build, candidates, examine
 from cggr_compile.cli import app
-from cggr_compile.contract import layer_calls
-from cggr_compile.sweep import last_error, load, run, save
+from cggr_compile.contract import LayerStackNotFound, layer_calls
+from cggr_compile.sweep import last_error, load, run, save, sweep
 from cggr_compile.tiny import VOCABULARY as TINY_VOCABULARY
 from cggr_compile.tiny import tiny_config
 
@@ -62,6 +62,20 @@ def test_every_configuration_is_small_and_keeps_every_kind_of_layer() -> None:
     assert own_defaults_are_invalid == ["gemma4_assistant"]
 
 
+def test_what_a_configuration_says_of_each_layer_is_kept() -> None:
+    """Flags of each layer are no list of layers; of layers that need another modality none counts as one that runs;
+    heads that are rotated as a whole stay so."""
+    for model_type in ("smollm3", "llama4_text"):
+        tiny = tiny_config(CONFIG_MAPPING[model_type])
+        assert len(tiny.no_rope_layers) == tiny.num_hidden_layers
+        assert set(tiny.no_rope_layers) == {0, 1}
+    tiny = tiny_config(CONFIG_MAPPING["mllama"]).text_config
+    assert tiny.num_hidden_layers - len(tiny.cross_attention_layers) == 2
+    assert tiny.cross_attention_layers
+    tiny = tiny_config(CONFIG_MAPPING["longcat_flash"])
+    assert tiny.head_dim == tiny.qk_rope_head_dim
+
+
 @pytest.mark.parametrize(
     ("model_type", "objective", "layers"),
     [
@@ -93,6 +107,38 @@ SPEC = Spec((Layer("pre", None, "none"),), 3, 1, 1, False, False, "none", "list"
 def random_ids(seed: int = 0) -> dict[str, torch.Tensor]:
     ids = torch.randint(VOCABULARY, (14, 7), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+class Direct(RandomModel):
+    """Calls the layers' `forward`, which passes module hooks by, as SqueezeBERT does."""
+
+    def blocks(self) -> list[Callable[..., torch.Tensor]]:  # type: ignore[override]
+        return [block.forward for block in super().blocks()]
+
+
+def test_the_eager_side_sees_layers_whose_forward_is_called_directly() -> None:
+    torch.manual_seed(0)
+    model = Direct(SPEC)
+    assert layer_calls(model, random_ids()) == list(model.tower)
+    assert not any("forward" in vars(layer) for layer in model.tower)
+    assert cggr.check(model, random_ids()).exact
+
+
+def test_a_class_without_an_eager_router_is_neither_a_failure_nor_exact(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unjudged(*arguments: object) -> None:
+        raise LayerStackNotFound("X runs no list of modules more than once")
+
+    monkeypatch.setattr("cggr_compile.architectures.check", unjudged)
+    record = examine(candidate("bert", "masked"), lambda: None)
+    assert (record.status, record.reason) == ("unchecked", "X runs no list of modules more than once")
+    surroundings = {"command": "python", "device": "cpu", "versions": {}}
+    page = render([record], [], surroundings)
+    assert "| masked | 0 | 0 | 0 | 0 | 1 | 0 | 0 | 0 of 1 (0.0%) |" in page
+    assert "* bert (BertForMaskedLM, unchecked): X runs no list" in page
+    monkeypatch.setattr("cggr_compile.sweep.run", lambda todo, jobs, time, memory, done: done(record))
+    assert sweep(["BertForMaskedLM"], 1, 1, 1, tmp_path / "r.json", tmp_path / "page.md") == 1
 
 
 def test_check_needs_a_batch() -> None:
