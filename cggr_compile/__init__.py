@@ -2,7 +2,8 @@
 
 from cggr_compile.api import explain, handle, optimize, restore
 from cggr_compile.config import ConfigError, RoutingConfig
-from cggr_compile.contract import Check, LayerStackNotFound, check
+from cggr_compile.contract import Check, check
+from cggr_compile.eager_layers import LayerStackNotFound
 from cggr_compile.errors import CannotOptimize, VerificationError
 from cggr_compile.handle import Handle
 from cggr_compile.original import CGGRLoss, CGGRScorer

@@ -21,7 +21,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from cggr_compile.contract import IGNORED, LayerStackNotFound, check, eager_step
+from cggr_compile.contract import IGNORED, check, eager_step
+from cggr_compile.eager_layers import LayerStackNotFound
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.tiny import FIRST_ID, LAST_ID, tiny_config
 
@@ -98,7 +99,8 @@ def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     """Two batches of ids [6, 12]: every row padded on one side or the other, and no row padded.
 
     Labels are those of the model's positions, ignored where there is padding, in the whole of row 2 (of an
-    encoder-decoder model, all but its first place) and at one more place of the first batch. Models that take no `attention_mask` get none.
+    encoder-decoder model, all but its first place) and at one more place of the first batch. Models that take no
+    `attention_mask` get none.
     """
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(1)

@@ -25,7 +25,7 @@ import cggr_compile as cggr
 from cggr_compile.architecture_table import render
 from cggr_compile.architectures import Candidate, Record, batches, build, candidates, examine
 from cggr_compile.cli import app
-from cggr_compile.contract import LayerStackNotFound, layer_calls
+from cggr_compile.eager_layers import LayerStackNotFound, layer_calls
 from cggr_compile.sweep import last_error, load, run, save, sweep
 from cggr_compile.tiny import VOCABULARY as TINY_VOCABULARY
 from cggr_compile.tiny import tiny_config
