@@ -32,12 +32,16 @@ def find_layers(program: Program, config: RoutingConfig) -> Program:
     """Sets `layers`. Needs `head`.
 
     Raises:
-        CannotOptimize: no layer stack, or a layer that more than one tensor leaves.
+        CannotOptimize: no layer stack, a layer that more than one tensor leaves, or, on the token route, layers that
+            run on other positions than those of the call.
     """
     assert program.head is not None
     hidden = program.head.hidden
-    kinds = (_carries_tokens,) if "token" in config.routes else (_carries_tokens, _carries_rows)
-    streams = [stream for carries in kinds if (stream := _stream(program, hidden, carries)) is not None]
+    streams = [
+        stream
+        for carries in (_carries_tokens, _carries_rows)
+        if (stream := _stream(program, hidden, carries)) is not None
+    ]
     if not streams:
         raise CannotOptimize(
             "the head's input does not depend on a token embedding",
@@ -46,13 +50,19 @@ def find_layers(program: Program, config: RoutingConfig) -> Program:
         )
     layers = next((found for stream in streams if (found := _by_metadata(program, stream)) is not None), None)
     if layers is None:
-        _refuse_metadata(program, streams[0])
+        _refuse_metadata(program, streams[-1])
         layers = next((found for stream in streams if (found := _by_repetition(program, stream)) is not None), None)
     if layers is None:
         raise CannotOptimize(
             "no layer stack: nothing in the graph repeats between the embedding and the head",
             node=hidden,
             hint="the model needs at least two layers with one residual stream",
+        )
+    if "token" in config.routes and not _carries_tokens(program, layers.residuals[0]):
+        raise CannotOptimize(
+            "the layers run on other positions than the call's tokens",
+            node=layers.residuals[0],
+            hint="route whole sequences: route='sequence'",
         )
     return dataclasses.replace(program, layers=layers)
 
