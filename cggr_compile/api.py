@@ -52,6 +52,7 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
     check_model(model)
     handle = Handle(model, Runtime(resolved))
     compat.install_output_hooks(model)
+    compat.unmark_buffers(model)
     if "forward" in vars(model):
         handle.undo["forward"] = vars(model)["forward"]
     vars(model)["cggr"] = handle
@@ -138,6 +139,7 @@ def explain(
         temporary.undo = optimized.undo
     training = model.training
     compat.install_output_hooks(model)
+    compat.unmark_buffers(model)
     try:
         model.train()
         call_compiled(compiled_forward(temporary.original(), _Explainer(runtime)), arguments)

@@ -115,6 +115,14 @@ def loggers_untraced() -> Iterator[None]:
         setattr(config, option, ignored)
 
 
+def unmark_buffers(model: nn.Module) -> None:
+    """Makes plain tensors of a model's `nn.Buffer`s, as moving the model to another device does: a forward that assigns
+    to a marked one reads its mark, which Dynamo cannot trace. The module itself knows which of its buffers persist."""
+    for buffer in model.buffers():
+        for mark in ("_is_buffer", "persistent"):
+            vars(buffer).pop(mark, None)
+
+
 def install_output_hooks(model: nn.Module) -> None:
     """Installs transformers' output-recording hooks where a model's config asks for recorded outputs (router logits,
     say); transformers installs them at the first such forward, under a lock that Dynamo cannot trace."""

@@ -96,9 +96,21 @@ class Talking(Toy):
         return super().middle(hidden)
 
 
+class Reassigned(Toy):
+    """Puts its buffer onto the device and dtype of the activations in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Buffer(torch.randn(LENGTH, WIDTH), persistent=False)
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.table = self.table.to(hidden.device, hidden.dtype)
+        return super().middle(hidden + self.table[: hidden.shape[1]])
+
+
 @pytest.mark.parametrize(
     "kind",
-    [AddedBias, JoinedTables, FixedLength, LogProbabilities, Prompted, Latent, Talking],
+    [AddedBias, JoinedTables, FixedLength, LogProbabilities, Prompted, Latent, Talking, Reassigned],
     ids=lambda k: k.__name__,
 )
 def test_rows_loss_and_gradients_are_eagers(kind: type[Toy]) -> None:
@@ -117,6 +129,9 @@ def test_rows_loss_and_gradients_are_eagers(kind: type[Toy]) -> None:
     assert torch.equal(loss, expected)
     for (name, actual), wanted in zip(routed.named_parameters(), eager.parameters(), strict=True):
         assert torch.equal(actual.grad, wanted.grad), name
+    for (name, actual), wanted in zip(routed.named_buffers(), eager.buffers(), strict=True):
+        assert torch.equal(actual, wanted), name
+    assert list(routed.state_dict()) == list(eager.state_dict())
 
 
 @pytest.mark.parametrize("kind", [Prompted, Latent])
