@@ -28,6 +28,14 @@ class AddedBias(Toy):
         return self.bias + self.head(hidden)
 
 
+class BiasRow(AddedBias):
+    """The bias is a row [1, V], as BART's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, WORDS))
+
+
 class JoinedTables(AddedBias):
     """The head's weight is joined from two tables, and the bias added in place."""
 
@@ -110,7 +118,7 @@ class Reassigned(Toy):
 
 @pytest.mark.parametrize(
     "kind",
-    [AddedBias, JoinedTables, FixedLength, LogProbabilities, Prompted, Latent, Talking, Reassigned],
+    [AddedBias, BiasRow, JoinedTables, FixedLength, LogProbabilities, Prompted, Latent, Talking, Reassigned],
     ids=lambda k: k.__name__,
 )
 def test_rows_loss_and_gradients_are_eagers(kind: type[Toy]) -> None:
