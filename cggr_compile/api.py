@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from cggr_compile import compat
 from cggr_compile.backend import Backend, runtimes_of
 from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.errors import CannotOptimize, PlanComplete
@@ -20,7 +21,6 @@ from cggr_compile.handle import (
     check_arguments,
     compiled_forward,
     optimized_parts,
-    prepare,
     refuse_nested,
 )
 from cggr_compile.report import Explanation
@@ -51,7 +51,8 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
         restore(model)
     check_model(model)
     handle = Handle(model, Runtime(resolved))
-    handle.undo = prepare(model)
+    compat.install_output_hooks(model)
+    compat.unmark_buffers(model)
     if "forward" in vars(model):
         handle.undo["forward"] = vars(model)["forward"]
     vars(model)["cggr"] = handle
@@ -79,8 +80,6 @@ def restore(model: M) -> M:
         hook.remove()
     if "forward" in handle.undo:
         vars(model)["forward"] = handle.undo["forward"]
-    if handle.undo.get("pinned_loss"):
-        del vars(model)["_loss_function"]
     return model
 
 
@@ -139,7 +138,8 @@ def explain(
     if isinstance(optimized, Handle):
         temporary.undo = optimized.undo
     training = model.training
-    undo = prepare(model)
+    compat.install_output_hooks(model)
+    compat.unmark_buffers(model)
     try:
         model.train()
         call_compiled(compiled_forward(temporary.original(), _Explainer(runtime)), arguments)
@@ -147,8 +147,6 @@ def explain(
         pass
     finally:
         model.train(training)
-        if undo.get("pinned_loss"):
-            del vars(model)["_loss_function"]
     return Explanation(runtime)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile import compat
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.program import ORIGIN, PART, REGION, Autocast, Input, Program, Region, Snapshot, value
+from cggr_compile.program import ORIGIN, PART, REGION, Autocast, Input, Program, Region, Snapshot, expression, value
 from cggr_compile.retrace import functional_aten
 
 aten = torch.ops.aten
@@ -61,6 +63,7 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Program:
     fake_mode = next(fake for fake in fakes if isinstance(fake, FakeTensor)).fake_mode
     with fake_mode:
         traced = functional_aten(gm, fakes)
+    batch, sequence = _settled(fake_mode.shape_env, batch), _settled(fake_mode.shape_env, sequence)
     graph, inputs = _normalize(traced, sources, batch, sequence)
     program = Program(graph, traced, inputs, fake_mode, batch, sequence)
     return Program(**{**vars(program), "snapshots": (Snapshot("capture", graph),)})
@@ -117,6 +120,12 @@ def _symbols(
             # Comparing two backed symbols of equal size adds the guard that they are equal and merges them.
             bool(values[index].shape[dim] == (batch if dim == 0 else sequence))
     return batch, sequence
+
+
+def _settled(shape_env: ShapeEnv, size: torch.SymInt | int) -> torch.SymInt | int:
+    """The number itself where the trace added the guard that the symbol is that number."""
+    known = expression(shape_env, size)
+    return int(known) if isinstance(known, sympy.Integer) else size
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import Logger
 from typing import Any
 
 import sympy
@@ -13,6 +14,12 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+# What writes a message; the last three are transformers' additions.
+_LOGGING = (
+    *("debug", "info", "warning", "warn", "error", "exception", "critical", "log"),
+    *("warning_advice", "warning_once", "info_once"),
+)
 
 
 def source_name(source: Any) -> str:
@@ -95,6 +102,31 @@ def whole_graphs() -> Iterator[None]:
         DistributedDataParallel._active_ddp_module = active
 
 
+@contextmanager
+def loggers_untraced() -> Iterator[None]:
+    """Makes Dynamo pass over calls of `logging` loggers, which it cannot trace otherwise: a compiled step would not log
+    either. Only for traces within, since a model compiled by somebody else may rely on the graph break.
+
+    `torch._dynamo.config.patch` defines a class at every call; the option has another name in older versions.
+    """
+    config = torch._dynamo.config
+    option = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
+    ignored = getattr(config, option)
+    setattr(config, option, ignored | {getattr(Logger, name) for name in _LOGGING if hasattr(Logger, name)})
+    try:
+        yield
+    finally:
+        setattr(config, option, ignored)
+
+
+def unmark_buffers(model: nn.Module) -> None:
+    """Makes plain tensors of a model's `nn.Buffer`s, as moving the model to another device does: a forward that assigns
+    to a marked one reads its mark, which Dynamo cannot trace. The module itself knows which of its buffers persist."""
+    for buffer in model.buffers():
+        for mark in ("_is_buffer", "persistent"):
+            vars(buffer).pop(mark, None)
+
+
 def install_output_hooks(model: nn.Module) -> None:
     """Installs transformers' output-recording hooks where a model's config asks for recorded outputs (router logits,
     say); transformers installs them at the first such forward, under a lock that Dynamo cannot trace."""
@@ -109,18 +141,6 @@ def install_output_hooks(model: nn.Module) -> None:
             name.startswith("output_") and flag for name, flag in vars(module.config).items()
         ):
             maybe_install_capturing_hooks(module)
-
-
-def needs_pinned_loss(model: nn.Module) -> bool:
-    """Whether transformers resolves this model's loss through a logger call on every forward (GPT-2's `loss_type` is
-    None), which Dynamo cannot trace."""
-    from transformers.loss.loss_utils import LOSS_MAPPING
-
-    return (
-        hasattr(type(model), "loss_function")
-        and "_loss_function" not in vars(model)
-        and getattr(model, "loss_type", None) not in LOSS_MAPPING
-    )
 
 
 def data_symbols(values: Any) -> set[sympy.Symbol]:

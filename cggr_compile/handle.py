@@ -217,7 +217,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     for name, dims in batch_dims(tensors).items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
-        with compat.whole_graphs():
+        with compat.whole_graphs(), compat.loggers_untraced():
             return compiled(arguments)
     except BackendCompilerFailed as error:
         cause = error.inner_exception
@@ -289,13 +289,3 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             f"{wanted[0]}=True in a training step: a routed step returns no activations",
             hint="drop it, or call the model in eval() mode for inspection",
         )
-
-
-def prepare(model: nn.Module) -> dict[str, Any]:
-    """Makes the model's lazily built Python state traceable; returns what `restore` must undo."""
-    compat.install_output_hooks(model)
-    undo: dict[str, Any] = {}
-    if compat.needs_pinned_loss(model):
-        undo["pinned_loss"] = True
-        model.loss_function = model.loss_function
-    return undo

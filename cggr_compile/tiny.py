@@ -86,6 +86,8 @@ _REQUIRED = {
 
 # Fields that follow from others by a rule of one class only, by the name of the class.
 _OVERRIDES: dict[str, dict[str, Any]] = {
+    # Its forward exchanges the modules of block-sparse attention for full attention where a batch is short.
+    "BigBirdConfig": {"attention_type": "original_full"},
     # Rotary parameters for each kind of layer, and sections that fill half a head; its default has neither.
     "CohereCompassTextConfig": {
         "rope_parameters": {

@@ -17,6 +17,7 @@ import dataclasses
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -34,34 +35,61 @@ def find_layers(program: Program, config: RoutingConfig) -> Program:
     """Sets `layers`. Needs `head`.
 
     Raises:
-        CannotOptimize: no layer stack, or a layer that more than one tensor leaves.
+        CannotOptimize: no layer stack, a layer that more than one tensor leaves, or, on the token route, layers that
+            run on other positions than those of the call.
     """
     assert program.head is not None
-    entry, cuts = _stream(program, program.head, config)
-    layers = _by_metadata(program, entry, cuts) or _by_repetition(program, entry, cuts)
+    hidden = program.head.hidden
+    embeddings = _embeddings(program, program.head, config)
+    streams = [
+        stream
+        for carries in (_carries_tokens, _carries_rows)
+        if (stream := _stream(program, hidden, embeddings, carries)) is not None
+    ]
+    if not streams:
+        raise CannotOptimize(
+            "the head's input does not depend on a token embedding",
+            node=hidden,
+            hint="pass input_ids; inputs_embeds alone cannot be routed",
+        )
+    layers = next((found for stream in streams if (found := _by_metadata(program, stream)) is not None), None)
+    if layers is None:
+        _refuse_metadata(program, streams[-1])
+        layers = next((found for stream in streams if (found := _by_repetition(program, stream)) is not None), None)
     if layers is None:
         raise CannotOptimize(
             "no layer stack: nothing in the graph repeats between the embedding and the head",
-            node=program.head.hidden,
+            node=hidden,
             hint="the model needs at least two layers with one residual stream",
+        )
+    if "token" in config.routes and not _carries_tokens(program, layers.residuals[0]):
+        raise CannotOptimize(
+            "the layers run on other positions than the call's tokens",
+            node=layers.residuals[0],
+            hint="route whole sequences: route='sequence'",
         )
     return dataclasses.replace(program, layers=layers)
 
 
-def _stream(program: Program, head: Head, config: RoutingConfig) -> tuple[fx.Node, list[fx.Node]]:
-    """The embedding from which the most cuts lead to the head, and those cuts that carry batch and sequence."""
-    embeddings = _embeddings(program, head, config)
-    if not embeddings:
-        raise CannotOptimize(
-            "the head's input does not depend on a token embedding",
-            node=head.hidden,
-            hint="pass input_ids; inputs_embeds alone cannot be routed",
-        )
+@dataclass(frozen=True)
+class _Stream:
+    """An embedding, the cuts that lead from it to the head, and what is asked of a cut."""
+
+    entry: fx.Node
+    cuts: list[fx.Node]
+    carries: Callable[[Program, fx.Node], bool]
+
+
+def _stream(
+    program: Program, hidden: fx.Node, embeddings: list[fx.Node], carries: Callable[[Program, fx.Node], bool]
+) -> _Stream | None:
+    """The embedding from which the most cuts that carry rows or tokens lead to the head; None without one."""
     streams = [
-        (embedding, [cut for cut in cut_vertices(embedding, head.hidden) if _carries_tokens(program, cut)])
-        for embedding in embeddings
+        _Stream(node, [cut for cut in cut_vertices(node, hidden) if carries(program, cut)], carries)
+        for node in embeddings
+        if carries(program, node)
     ]
-    return max(streams, key=lambda stream: len(stream[1]))
+    return max((stream for stream in streams if stream.cuts), key=lambda stream: len(stream.cuts), default=None)
 
 
 def _embeddings(program: Program, head: Head, config: RoutingConfig) -> list[fx.Node]:
@@ -73,7 +101,7 @@ def _embeddings(program: Program, head: Head, config: RoutingConfig) -> list[fx.
     every = sorted(
         node
         for node in _stream_of(head.hidden)
-        if node.target == aten.embedding.default and _carries_tokens(program, node)
+        if node.target == aten.embedding.default and _carries_rows(program, node)
     )
     decoding = [embedding for embedding in every if _embeds_labels(program, embedding)]
     if decoding and len(decoding) < len(every) and "token" in config.routes:
@@ -122,6 +150,14 @@ def _carries_tokens(program: Program, node: fx.Node) -> bool:
     return bool(batch) and bool(sequence - batch)
 
 
+def _carries_rows(program: Program, node: fx.Node) -> bool:
+    """Whether the tensor is floating and has a batch and two further dimensions, in any order: positions that are not
+    those of the call (prompts in front of them, latents) route sequences as well."""
+    if not is_tensor(node) or value(node).dim() < 3 or not value(node).is_floating_point():
+        return False
+    return any(program.same_size(size, program.batch) for size in value(node).shape)
+
+
 def _modules(node: fx.Node) -> list[tuple[str, ...]]:
     """Paths of the modules around a node, without the expression that names the root, as component tuples."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -139,38 +175,51 @@ def _layer_indices(node: fx.Node) -> dict[tuple[str, ...], int]:
     return found
 
 
-def _by_metadata(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layers | None:
+def _by_metadata(program: Program, stream: _Stream) -> Layers | None:
+    placed, _ = _stacks(program, stream)
+    hidden = stream.cuts[-1]
+    found = {path: residuals for path, inside in placed.items() if (residuals := _residuals(inside, stream.cuts))}
+    if not found:
+        found = {
+            path: residuals
+            for path, inside in placed.items()
+            if (residuals := _residuals(inside, _cuts_behind(program, inside, hidden, stream.carries)))
+        }
+    if not found:
+        return None
+    # A model without layer modules keeps one list for each part of a layer; the last part ends the layer.
+    order = {node: position for position, node in enumerate(program.graph.nodes)}
+    most = max(len(residuals) for residuals in found.values())
+    longest = [path for path, residuals in found.items() if len(residuals) == most]
+    path = max(longest, key=lambda path: (order[found[path][-1]], -len(path)))
+    return Layers(".".join(path), "metadata + single-residual cut", stream.entry, found[path])
+
+
+def _stacks(program: Program, stream: _Stream) -> tuple[dict[tuple[str, ...], dict[fx.Node, int]], set[fx.Node]]:
+    """The indexed containers with several members, most members first, and in which member each node is; and the nodes
+    in front of the stream's last cut, of which alone they consist."""
     placed: dict[tuple[str, ...], dict[fx.Node, int]] = defaultdict(dict)
-    upstream = ancestors([cuts[-1]])
+    upstream = ancestors([stream.cuts[-1]])
     for node in program.graph.nodes:
         if node in upstream:
             for container, index in _layer_indices(node).items():
                 placed[container][node] = index
-    streamed = _stream_of(cuts[-1])
+    streamed = _stream_of(stream.cuts[-1])
     members = {path: set(found.values()) for path, found in placed.items() if not streamed.isdisjoint(found)}
     stacks = sorted(
         (path for path, found in members.items() if len(found) > 1 and found == set(range(len(found)))),
         key=lambda path: (-len(members[path]), len(path)),
     )
-    found = {path: residuals for path in stacks if (residuals := _residuals(placed[path], cuts))}
-    if not found:
-        found = {
-            path: residuals
-            for path in stacks
-            if (residuals := _residuals(placed[path], _cuts_behind(program, placed[path], cuts[-1])))
-        }
-    if found:
-        # A model without layer modules keeps one list for each part of a layer; the last part ends the layer.
-        order = {node: position for position, node in enumerate(program.graph.nodes)}
-        most = max(len(residuals) for residuals in found.values())
-        longest = [path for path, residuals in found.items() if len(residuals) == most]
-        path = max(longest, key=lambda path: (order[found[path][-1]], -len(path)))
-        return Layers(".".join(path), "metadata + single-residual cut", entry, found[path])
-    for path in stacks:
-        cutting = {placed[path][cut]: cut for cut in cuts if cut in placed[path]}
-        _refuse_second_tensor(program, path, members[path], cutting)
-        _refuse_uncut_majority(program, path, placed[path], upstream, cuts)
-    return None
+    return {path: placed[path] for path in stacks}, upstream
+
+
+def _refuse_metadata(program: Program, stream: _Stream) -> None:
+    """Raises for a stack of named modules that no cuts end."""
+    placed, upstream = _stacks(program, stream)
+    for path, inside in placed.items():
+        cutting = {inside[cut]: cut for cut in stream.cuts if cut in inside}
+        _refuse_second_tensor(program, path, set(inside.values()), cutting)
+        _refuse_uncut_majority(program, path, inside, upstream, stream.cuts)
 
 
 def _residuals(placed: dict[fx.Node, int], cuts: list[fx.Node]) -> tuple[fx.Node, ...]:
@@ -181,10 +230,12 @@ def _residuals(placed: dict[fx.Node, int], cuts: list[fx.Node]) -> tuple[fx.Node
     return tuple(last[index] for index in range(count)) if inside == list(range(count)) else ()
 
 
-def _cuts_behind(program: Program, placed: dict[fx.Node, int], hidden: fx.Node) -> list[fx.Node]:
+def _cuts_behind(
+    program: Program, placed: dict[fx.Node, int], hidden: fx.Node, carries: Callable[[Program, fx.Node], bool]
+) -> list[fx.Node]:
     """The cuts of every path from the members' nodes: what is computed in front of the first member does not count."""
     inside = [node for node in placed if is_tensor(node) and node.op == "call_function"]
-    return [cut for cut in cut_vertices(inside, hidden) if _carries_tokens(program, cut)]
+    return [cut for cut in cut_vertices(inside, hidden) if carries(program, cut)]
 
 
 def _refuse_second_tensor(
@@ -234,8 +285,9 @@ def _is_state(program: Program, node: fx.Node) -> bool:
     return node.op == "placeholder" and program.kind(node) == "state"
 
 
-def _by_repetition(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Layers | None:
+def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
     """The longest run of equal consecutive blocks of segments; a segment is what lies between two cuts."""
+    cuts = stream.cuts
     signatures = [_signature(program, before, after) for before, after in pairwise(cuts)]
     best: tuple[int, int, int, int] | None = None
     for period in range(1, len(signatures) // 2 + 1):
@@ -255,7 +307,7 @@ def _by_repetition(program: Program, entry: fx.Node, cuts: list[fx.Node]) -> Lay
         return None
     _, start, period, repeats = best
     residuals = tuple(cuts[start + period * (index + 1)] for index in range(repeats))
-    return Layers("", "repetition + single-residual cut", entry, residuals)
+    return Layers("", "repetition + single-residual cut", stream.entry, residuals)
 
 
 def _signature(program: Program, before: fx.Node, after: fx.Node) -> frozenset[tuple[str, int]]:

@@ -129,7 +129,11 @@ def _walk_back(logits: fx.Node) -> tuple[fx.Node, list[fx.Node], tuple[float, fl
     """From the loss to the head's linear: the linear, the row moves and the arithmetic, in execution order."""
     vocabulary = value(logits).shape[-1]
     node, moves, arithmetic = logits, [], []
-    while node.target != aten.linear.default:
+    while True:
+        if is_tensor(node) and value(node).dim() > 3:
+            return _several_predictions(node)
+        if node.target == aten.linear.default:
+            break
         if node.op != "call_function" or not node.args or not is_tensor(node.args[0]):
             return _unsupported(node)
         if node.target in _ROW_MOVES and value(node).shape[-1] == value(node.args[0]).shape[-1] == vocabulary:
@@ -178,6 +182,14 @@ def _unsupported(node: fx.Node) -> Mismatch:
         "unsupported head: only linear, bias, a constant scale and a tanh soft-cap may precede the loss",
         node,
         "keep the head a plain nn.Linear (no adapter, mask or normalisation on the logits)",
+    )
+
+
+def _several_predictions(node: fx.Node) -> Mismatch:
+    return Mismatch(
+        f"the loss is over logits of {value(node).dim()} dimensions: several predictions for each token",
+        node,
+        "let the model predict one label for each token (no n-gram streams)",
     )
 
 

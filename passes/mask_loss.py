@@ -19,7 +19,7 @@ from cggr_compile.kernels.selection import rule_of
 from cggr_compile.passes.gather_rows import main_roots
 from cggr_compile.passes.score_rows import by_position, head_parameters, rows_of, token_ids
 from cggr_compile.passes.select_rows import without_fillers
-from cggr_compile.passes.subgraph import clone
+from cggr_compile.passes.subgraph import ancestors, clone
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -75,7 +75,7 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
     builder.part, builder.region = "select", Region(grad=False)
     mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
     builder.region, builder.part = Region(), "main"
-    outputs = [out if _survives(out, config) else None for out in program.outputs]
+    outputs = [out if _survives(program, out, config) else None for out in program.outputs]
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
     env = clone(builder, roots, {**env, head.loss: loss})
     builder.env.update(env)
@@ -144,9 +144,14 @@ def _mask_of_loss(builder: Builder, target: fx.Node, rows: fx.Node | None) -> fx
     return builder.call(aten.gt.Scalar, builder.call(aten.index_add.default, nothing, 0, sequences, ones), 0)
 
 
-def _survives(out: object, config: RoutingConfig) -> bool:
-    """Whether an output is still returned; what is not would force the logits of every row into memory."""
-    return is_tensor(out) and (config.keep_logits or value(out).dim() == 0)
+def _survives(program: Program, out: object, config: RoutingConfig) -> bool:
+    """Whether an output is still returned; what is not would force the logits of every row into memory.
+
+    What no input of the batch decides is state, which the step may put back into the model.
+    """
+    if not is_tensor(out) or config.keep_logits or value(out).dim() == 0:
+        return is_tensor(out)
+    return not any(node.op == "placeholder" and program.kind(node) == "batch" for node in ancestors([out]))
 
 
 def _by_token(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.Node:

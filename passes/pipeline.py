@@ -17,6 +17,8 @@ from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
 from cggr_compile.passes.gather_rows import gather_rows
 from cggr_compile.passes.gather_tokens import gather_tokens
+from cggr_compile.passes.join_head import join_head
+from cggr_compile.passes.join_loss import join_loss
 from cggr_compile.passes.keep_scores import keep_scores
 from cggr_compile.passes.lower_kernels import lower_kernels
 from cggr_compile.passes.mask_loss import mask_loss
@@ -39,11 +41,13 @@ ROUTES: dict[str, tuple[Pass, ...]] = {
 }
 
 # Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
-UNROUTED: tuple[Pass, ...] = (elide_causal_masks, find_loss, mask_loss, lower_kernels)
+UNROUTED: tuple[Pass, ...] = (elide_causal_masks, join_loss, join_head, find_loss, mask_loss, lower_kernels)
 
 # Only the scores of the rows: what a probe reads, and the router by itself.
 SCORES: tuple[Pass, ...] = (
     elide_causal_masks,
+    join_loss,
+    join_head,
     find_loss,
     find_layers,
     build_router,
@@ -57,7 +61,7 @@ def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
     """The passes of the configured route. A selection that needs no scores needs no router, and no layers but for the
     token route."""
     scored = rule_of(config.selection).needs_scores
-    passes: list[Pass] = [elide_causal_masks, find_loss]
+    passes: list[Pass] = [elide_causal_masks, join_loss, join_head, find_loss]
     if scored or "token" in config.routes:
         passes.append(find_layers)
     if scored:

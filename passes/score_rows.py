@@ -80,15 +80,20 @@ def _mean_over_counted(builder: Builder, of_tokens: fx.Node, counted: fx.Node) -
 
 
 def rows_of(builder: Builder, head: Head, hidden: fx.Node) -> fx.Node:
-    """Replays the row moves between head and loss on hidden states: [B, S, D] to the loss's rows [N, D]."""
+    """Replays the row moves between head and loss on hidden states: [B, S, D] to the loss's rows [N, D].
+
+    A view of logits is a reshape here: hidden states may be a slice where the head's result is a tensor of its own.
+    """
     width = value(hidden).shape[-1]
     rows = hidden
     for move in head.row_ops:
         args = list(move.args)
         args[0] = rows
+        target = move.target
         if isinstance(args[1], (list, tuple)):  # a view: its last size is the vocabulary
             args[1] = [*(builder.env.get(size, size) for size in args[1][:-1]), width]
-        rows = builder.call(move.target, *args)
+            target = aten.reshape.default
+        rows = builder.call(target, *args)
     return rows
 
 

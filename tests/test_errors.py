@@ -75,9 +75,20 @@ class Smoothed(Toy):
         return F.cross_entropy(logits.reshape(-1, WORDS), labels.reshape(-1), label_smoothing=0.1)
 
 
+class TwoPredictions(Toy):
+    """One label a token, predicted twice."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.stack([hidden, hidden.sin()], 1))
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.transpose(0, 1).reshape(-1, WORDS), labels.repeat(2, 1).reshape(-1))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (TwoPredictions, "the loss is over logits of 4 dimensions: several predictions for each token"),
         (NoStack, "no layer stack: nothing in the graph repeats"),
         (TwoStreams, r"2 tensors leave layer 0 \(%\w+ and %\w+\), so no single residual can be cut .*test_errors\.py:"),
         (AdaptedHead, r"unsupported head: only linear, bias, .*node %add\w*, at .*test_errors\.py:\d+"),
