@@ -8,28 +8,32 @@ from typing import Any
 
 from cggr_compile.architectures import STATUSES, Candidate, Record
 
-_INTRODUCTION = """# Architectures
+_INTRODUCTION = """# Architectures: the {route} route
 
-Every entry of transformers' causal-LM and masked-LM mappings, at a tiny size, through the sequence route: captured,
-rewritten, and compared with eager training on the rows that an independent eager router selects, with and without
-padding. This page is generated from the results, by `python -m cggr_compile architectures`.
+Every entry of transformers' causal-LM and masked-LM mappings, at a tiny size, through the {route} route: captured,
+rewritten, and compared with eager training on the {selection} that an independent eager router selects, with and
+without padding. This page is generated from the results, by `python -m cggr_compile architectures`.
 
-* **exact**: the same rows, and loss and every gradient bitwise equal, also while every row is kept.
-* **rounding**: the same rows; loss and gradients differ by what reordered fp32 sums explain.
+* **exact**: the same {selection}, and loss and every gradient bitwise equal, also while everything is kept.
+* **rounding**: the same {selection}; loss and gradients differ by what reordered fp32 sums explain.
 * **refused**: `CannotOptimize`, with the reason below.
 * **not runnable**: eager training with `input_ids` and `labels` on the CPU raises, before this compiler is asked.
 * **failure**: a mismatch, any other error, or a limit of time or memory.
 """
+_SELECTED = {"sequence": "rows", "token": "tokens"}
 _UNCHECKED = (
-    "* **unchecked**: routed, but the eager side finds no layers to make a router of: neither exact nor a failure.\n"
+    "* **unchecked**: the eager side cannot find the layers, or tell the tokens of what they are given: neither exact "
+    "nor a failure.\n"
 )
 
 
-def render(results: Sequence[Record], todo: Iterable[Candidate], environment: dict[str, Any]) -> str:
-    """The page. `todo`: the candidates without a result."""
+def render(
+    results: Sequence[Record], todo: Iterable[Candidate], environment: dict[str, Any], route: str = "sequence"
+) -> str:
+    """The page. `todo`: the candidates without a result; `route`: the one that was examined."""
     missing = list(todo)
     unchecked = any(record.status == "unchecked" for record in results)
-    introduction = _INTRODUCTION + _UNCHECKED if unchecked else _INTRODUCTION
+    introduction = _INTRODUCTION.format(route=route, selection=_SELECTED[route]) + (_UNCHECKED if unchecked else "")
     parts = [introduction, _provenance(results, environment), _counts(results, missing)]
     for objective, title in (("causal", "Causal language models"), ("masked", "Masked language models")):
         chosen = [record for record in results if record.candidate.objective == objective]

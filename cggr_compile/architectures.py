@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from cggr_compile.contract import IGNORED, check, eager_step
 from cggr_compile.eager_layers import LayerStackNotFound
+from cggr_compile.eager_tokens import TokensNotTold
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.tiny import FIRST_ID, LAST_ID, tiny_config
 
@@ -124,11 +125,12 @@ def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     return given
 
 
-def examine(candidate: Candidate, runs: Callable[[], Any]) -> Record:
+def examine(candidate: Candidate, runs: Callable[[], Any], route: str = "sequence") -> Record:
     """Builds the candidate, runs it in eager training, and checks its routing.
 
     Args:
         candidate: which architecture.
+        route: "sequence" or "token".
         runs: called once the model has trained in eager mode: an error before that is the model's.
 
     Raises:
@@ -143,11 +145,11 @@ def examine(candidate: Candidate, runs: Callable[[], Any]) -> Record:
     runs()
     start = time.process_time()
     try:
-        outcome = check(build(candidate), *given)
+        outcome = check(build(candidate), *given, route=route)
     except CannotOptimize as error:
         seconds = time.process_time() - start
         return Record(candidate, "refused", str(error), _reached_passes(error), seconds=seconds)
-    except LayerStackNotFound as error:
+    except (LayerStackNotFound, TokensNotTold) as error:
         return Record(candidate, "unchecked", str(error), True, seconds=time.process_time() - start)
     status = "exact" if outcome.exact else "rounding" if outcome.within_rounding else "failure"
     return Record(

@@ -8,7 +8,7 @@ configuration and no memory is taken by weights.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import huggingface_hub
 import torch
@@ -126,12 +126,14 @@ def architectures(
         "architectures.json"
     ),
     markdown: Annotated[Path | None, typer.Option(help="The page; beside the results without.")] = None,
+    route: Annotated[Literal["sequence", "token"], typer.Option(help="What is routed.")] = "sequence",
 ) -> None:
     """Prove the contract on a tiny model of every architecture of transformers; exit 1 where one fails."""
     from cggr_compile.sweep import UnknownArchitecture, sweep
 
     try:
-        failed = sweep(only or [], jobs, time_limit, memory_limit, output, markdown or output.with_suffix(".md"))
+        page = markdown or output.with_suffix(".md")
+        failed = sweep(only or [], jobs, time_limit, memory_limit, output, page, route)
     except (UnknownArchitecture, OSError, ValueError) as error:
         _fail(error)
     if failed:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -184,7 +185,9 @@ class UnknownArchitecture(ValueError):
     """A name that is neither a model type nor a model class of the two mappings."""
 
 
-def sweep(only: Sequence[str], jobs: int, time_limit: float, memory_limit: float, output: Path, page: Path) -> int:
+def sweep(
+    only: Sequence[str], jobs: int, time_limit: float, memory_limit: float, output: Path, page: Path, route: str
+) -> int:
     """Examines every candidate that has no result in `output` yet, or those named by `only`; returns the number of
     failures and of what could not be checked.
 
@@ -207,9 +210,9 @@ def sweep(only: Sequence[str], jobs: int, time_limit: float, memory_limit: float
             save(output, results, surroundings)
             progress.update(task, advance=1, last=f"{record.candidate.model_class}: {record.status}")
 
-        run(todo, jobs, time_limit, memory_limit, done)
+        run(todo, jobs, time_limit, memory_limit, done, partial(examine, route=route))
     records = [results[candidate] for candidate in every if candidate in results]
-    page.write_text(render(records, [c for c in every if c not in results], surroundings), encoding="utf-8")
+    page.write_text(render(records, [c for c in every if c not in results], surroundings, route), encoding="utf-8")
     failures = [record for record in records if record.status in ("failure", "unchecked")]
     for record in failures:
         print(f"{record.candidate.model_class} ({record.candidate.model_type}): {record.reason}")

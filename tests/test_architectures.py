@@ -137,8 +137,8 @@ def test_a_class_without_an_eager_router_is_neither_a_failure_nor_exact(
     page = render([record], [], surroundings)
     assert "| masked | 0 | 0 | 0 | 0 | 1 | 0 | 0 | 0 of 1 (0.0%) |" in page
     assert "* bert (BertForMaskedLM, unchecked): X runs no list" in page
-    monkeypatch.setattr("cggr_compile.sweep.run", lambda todo, jobs, time, memory, done: done(record))
-    assert sweep(["BertForMaskedLM"], 1, 1, 1, tmp_path / "r.json", tmp_path / "page.md") == 1
+    monkeypatch.setattr("cggr_compile.sweep.run", lambda *given: given[4](record))
+    assert sweep(["BertForMaskedLM"], 1, 1, 1, tmp_path / "r.json", tmp_path / "page.md", "sequence") == 1
 
 
 def test_check_needs_a_batch() -> None:
