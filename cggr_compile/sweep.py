@@ -39,7 +39,9 @@ Results = dict[Candidate, Record]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 # Folders above an installed package say where this was run, not what went wrong.
-_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s:'\"]+/)?(?=(?:torch|transformers|cggr_compile|passes|kernels)/)")
+_FOLDERS = re.compile(
+    r"(?<![\w.])/(?:[^\s:'\"]+/)?(?:site-packages/|(?=(?:torch|transformers|cggr_compile|passes|kernels)/))"
+)
 
 
 def run(

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from cggr_compile.architecture_table import render
 from cggr_compile.architectures import Candidate, Record, batches, build, candidates, examine
 from cggr_compile.cli import app
 from cggr_compile.eager_layers import LayerStackNotFound, layer_calls
+from cggr_compile.eager_tokens import TokensNotTold, _at
 from cggr_compile.sweep import last_error, load, run, save, sweep
 from cggr_compile.tiny import VOCABULARY as TINY_VOCABULARY
 from cggr_compile.tiny import tiny_config
@@ -127,7 +129,7 @@ def test_the_eager_side_sees_layers_whose_forward_is_called_directly() -> None:
 def test_a_class_without_an_eager_router_is_neither_a_failure_nor_exact(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def unjudged(*arguments: object) -> None:
+    def unjudged(*arguments: object, **options: object) -> None:
         raise LayerStackNotFound("X runs no list of modules more than once")
 
     monkeypatch.setattr("cggr_compile.architectures.check", unjudged)
@@ -141,9 +143,42 @@ def test_a_class_without_an_eager_router_is_neither_a_failure_nor_exact(
     assert sweep(["BertForMaskedLM"], 1, 1, 1, tmp_path / "r.json", tmp_path / "page.md", "sequence") == 1
 
 
-def test_check_needs_a_batch() -> None:
+def test_check_needs_a_batch_and_a_route_that_it_can_judge() -> None:
     with pytest.raises(ValueError, match=r"^check: no batch was given; pass at least one"):
         cggr.check(RandomModel(SPEC))
+    with pytest.raises(ValueError, match=r"^check: route='loss' is neither 'sequence' nor 'token'"):
+        cggr.check(RandomModel(SPEC), random_ids(), route="loss")
+
+
+def test_check_judges_the_token_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers on the selected tokens are exact; layers that saw every token, or other tokens, are not."""
+    torch.manual_seed(0)
+    model, given = RandomModel(SPEC), random_ids()
+    assert cggr.check(model, given, route="token").exact
+    torch._dynamo.reset()
+    monkeypatch.setattr("cggr_compile.contract.on_tokens", lambda *_: nullcontext())
+    outcome = cggr.check(model, given, route="token")
+    assert outcome.selected == outcome.expected
+    assert not outcome.within_rounding
+
+
+def test_what_a_layer_is_given_is_taken_at_the_tokens() -> None:
+    """Per row, shared by the rows, in two dimensions, flattened, folded into the batch, and without tokens."""
+    positions, length = torch.tensor([[0, 2], [1, 3]]), 5
+    hidden = torch.arange(2 * 5 * 3).view(2, 5, 3)
+    mask = torch.arange(25).view(1, 1, 5, 5)
+    shared, table = hidden[:1], torch.arange(7)
+    folded = torch.arange(2 * 4 * 5).view(8, 1, 5)
+    given = _at(positions, length, {"x": (hidden, mask), "y": [shared, hidden.flatten(0, 1)], "z": (folded, table, 5)})
+    for row, places in enumerate(positions.tolist()):
+        assert torch.equal(given["x"][0][row], hidden[row, places])
+        assert torch.equal(given["x"][1][row, 0], mask[0, 0][places][:, places])
+        assert torch.equal(given["y"][0][row], shared[0, places])
+        assert torch.equal(given["y"][1].view(2, 2, 3)[row], hidden[row, places])
+        assert torch.equal(given["z"][0].view(2, 4, 1, 2)[row], folded.view(2, 4, 1, 5)[row][..., places])
+    assert given["z"][1] is table
+    with pytest.raises(TokensNotTold, match=r"tensor of shape \(5, 3\), whose batch cannot be told"):
+        _at(positions, length, torch.zeros(5, 3))
 
 
 def test_check_sees_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +262,8 @@ def test_reasons_name_no_folder_of_the_machine() -> None:
     expected = "torch._dynamo.exc.BackendCompilerFailed: backend='cggr' raised: ValueError: bad"
     assert last_error(text) == f"{expected} (at transformers/models/x/modeling_x.py:7)"
     assert last_error("only a warning") == ""
+    elsewhere = text.replace("/transformers/models/x/modeling_x.py", "/huggingface_hub/a.py")
+    assert last_error(elsewhere).endswith(" (at huggingface_hub/a.py:7)")
 
 
 def test_results_are_kept_and_the_page_counts_them(tmp_path: Path) -> None:
@@ -249,13 +286,15 @@ def test_results_are_kept_and_the_page_counts_them(tmp_path: Path) -> None:
         load(path)
 
 
-def test_the_documented_table_is_that_of_the_committed_results() -> None:
-    path = ROOT / "benchmarks" / "results" / "architectures-cpu.json"
+@pytest.mark.parametrize(("name", "route"), [("architectures", "sequence"), ("architectures-token", "token")])
+def test_the_documented_table_is_that_of_the_committed_results(name: str, route: str) -> None:
+    path = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
     results = load(path)
     records = [results[c] for c in EVERY if c in results]
     missing = [c for c in EVERY if c not in results]
     surroundings = json.loads(path.read_text(encoding="utf-8"))["environment"]
-    assert (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8") == render(records, missing, surroundings)
+    page = render(records, missing, surroundings, route)
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == page
     assert not re.search(r"/(home|work|usr|root)/", path.read_text(encoding="utf-8"))
 
 

@@ -28,9 +28,7 @@ LAYERS = 5
 DEEP = Architecture(
     "deep llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**{**GROUPED, "num_hidden_layers": LAYERS})), "model.layers"
 )
-WINDOWED = Architecture(
-    "windowed mistral", lambda: T.MistralForCausalLM(T.MistralConfig(**GROUPED, sliding_window=4)), "model.layers"
-)
+WINDOWS = (2, 5, 32)
 
 # One of each kind that enters the layers: rotary tables, ALiBi folded into heads, two masks, a router's statistics.
 FAMILIES = ["llama", "bloom", "gemma3", "qwen3_moe"]
@@ -173,10 +171,21 @@ def test_contract(
     oracle.assert_same_step(*actual, *expected)
 
 
+def windowed(window: int) -> Architecture:
+    config = T.MistralConfig(**GROUPED, sliding_window=window)
+    return Architecture(f"mistral with windows of {window}", lambda: T.MistralForCausalLM(config), "model.layers")
+
+
 @pytest.fixture(scope="module")
-def packed() -> plans.Routed:
-    model = eager_of(WINDOWED)
-    return plans.Routed(model, plans.captured(model, packed_batch(6, 12, 0)), route="token", selection="random", seed=1)
+def packed() -> dict[int, plans.Routed]:
+    """A plan for each window: the size is a constant of the graph."""
+    models = {window: eager_of(windowed(window)) for window in WINDOWS}
+    return {
+        window: plans.Routed(
+            model, plans.captured(model, packed_batch(6, 12, 0)), route="token", selection="random", seed=1
+        )
+        for window, model in models.items()
+    }
 
 
 def packed_batch(rows: int, length: int, seed: int) -> dict[str, torch.Tensor]:
@@ -190,13 +199,22 @@ def packed_batch(rows: int, length: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 @settings(max_examples=EXAMPLES)
-@given(rows=st.integers(2, 5), length=st.integers(4, 14), seed=st.integers(0, 99), ratio=st.sampled_from([0.3, 0.6]))
-def test_packed_sequences_in_windows(packed: plans.Routed, rows: int, length: int, seed: int, ratio: float) -> None:
+@given(
+    window=st.sampled_from(WINDOWS),
+    rows=st.integers(2, 5),
+    length=st.integers(4, 14),
+    seed=st.integers(0, 99),
+    ratio=st.sampled_from([0.3, 0.6]),
+)
+def test_packed_sequences_in_windows(
+    packed: dict[int, plans.Routed], window: int, rows: int, length: int, seed: int, ratio: float
+) -> None:
     """A kept token sees the kept ones of its document that were in its window before."""
-    eager = copy.deepcopy(packed.model)
+    routed = packed[window]
+    eager = copy.deepcopy(routed.model)
     batch = packed_batch(rows, length, seed)
-    actual = packed.at(ratio).step(batch)
-    expected = token_oracle.step(eager, WINDOWED, batch, range(1, 2), packed.selected)
+    actual = routed.at(ratio).step(batch)
+    expected = token_oracle.step(eager, windowed(window), batch, range(1, 2), routed.selected)
     oracle.assert_same_step(*actual, *expected)
 
 
