@@ -13,7 +13,7 @@ import token_oracle
 import torch
 import torch.nn.functional as F
 import transformers as T
-from architectures import GROUPED, Architecture, token_batch
+from architectures import GROUPED, Architecture, eager_of, token_batch
 from torch import nn
 
 import cggr_compile as cggr
@@ -24,10 +24,7 @@ LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED
 
 @pytest.fixture(scope="module")
 def llama() -> tuple[nn.Module, Program]:
-    torch.manual_seed(0)
-    model = LLAMA.build().train()
-    model.config.use_cache = False
-    model.set_attn_implementation("eager")
+    model = eager_of(LLAMA)
     return model, plans.captured(model, token_batch())
 
 

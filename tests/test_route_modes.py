@@ -12,7 +12,7 @@ import token_oracle
 import torch
 import torch.nn.functional as F
 import transformers as T
-from architectures import GROUPED, Architecture, token_batch
+from architectures import GROUPED, Architecture, eager_of, token_batch
 from torch import nn
 
 import cggr_compile as cggr
@@ -34,14 +34,6 @@ DROPPING = Architecture(
 BOTH = ("token", "loss")
 ROUTES = [pytest.param("token", marks=pytest.mark.long), pytest.param("loss", marks=pytest.mark.long), BOTH]
 Step = tuple[torch.Tensor, dict[str, torch.Tensor | None]]
-
-
-def eager_of(architecture: Architecture) -> nn.Module:
-    torch.manual_seed(0)
-    model = architecture.build().train()
-    model.config.use_cache = False
-    model.set_attn_implementation("eager")
-    return model
 
 
 def routed(eager: nn.Module, route: Any, **options: Any) -> nn.Module:

@@ -12,7 +12,7 @@ import pytest
 import token_oracle
 import torch
 import transformers as T
-from architectures import ARCHITECTURES, GROUPED, VOCABULARY, Architecture, build, token_batch
+from architectures import ARCHITECTURES, GROUPED, VOCABULARY, Architecture, build, eager_of, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -46,14 +46,6 @@ OTHERS = [
     "bert",
     "modernbert",
 ]
-
-
-def eager_of(architecture: Architecture) -> nn.Module:
-    torch.manual_seed(0)
-    model = architecture.build().train()
-    model.config.use_cache = False
-    model.set_attn_implementation("eager")
-    return model
 
 
 @pytest.mark.parametrize("name", FAMILIES + (OTHERS if LONG else []))

@@ -195,6 +195,15 @@ ARCHITECTURES = {
 }
 
 
+def eager_of(architecture: Architecture) -> torch.nn.Module:
+    """The architecture in training mode with reproducible weights, attention written out in torch, and no cache."""
+    torch.manual_seed(0)
+    model = architecture.build().train()
+    model.config.use_cache = False
+    model.set_attn_implementation("eager")
+    return model
+
+
 def build(name: str, seed: int = 0) -> torch.nn.Module:
     """A model in training mode with reproducible weights.
 
