@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cggr_compile.kernels.token_ops  # noqa: F401  registers torch.ops.cggr
-import sympy
 import torch
 from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.select_tokens import middle_layers
-from cggr_compile.passes.sequence_order import INDEXING, is_token_count, is_unrolled, order_dependence
+from cggr_compile.passes.sequence_order import INDEXING, is_unrolled, order_dependence
 from cggr_compile.passes.sizes import emit_size
 from cggr_compile.passes.subgraph import ancestors, carries_activations, descendants
+from cggr_compile.passes.token_shapes import COUNTERS, TokenShapes, packet_of
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -37,9 +37,6 @@ from cggr_compile.program import ORIGIN, PART, Builder, Program, Region, Shorten
 
 aten = torch.ops.aten
 
-_VIEWS = {aten.view, aten.reshape, aten._unsafe_view}
-_BY_ROW = {*_VIEWS, aten.linear, aten.to, aten._to_copy}
-_COUNTERS = {aten.arange, aten.linspace}
 _CHECKPOINT_TAGS = ("recompute", "ac_graph_id")
 
 
@@ -77,8 +74,7 @@ class _Rewrite:
         assert program.routing.kept_tokens is not None
         self.program = program
         self.config = config
-        assert isinstance(program.sequence, torch.SymInt)
-        self.sequence = program.sequence
+        self.shapes = TokenShapes(program)
         self.builder = Builder(program)
         self.spans = _spans(program, config)
         self.span_of = {node: span for span in self.spans for node in span.members}
@@ -86,7 +82,6 @@ class _Rewrite:
         self.exits = {span.exit: span for span in self.spans}
         self.statistics = self._find_statistics()
         self.shortened: list[Shortened] = []
-        self.positional: dict[fx.Node, bool] = {}
         self.sizes: dict[Any, fx.Node] = {}
 
     def run(self) -> Program:
@@ -147,7 +142,7 @@ class _Rewrite:
         """Copies a node ahead of its turn; it is in no checkpointed region then."""
         if self._span(node) is not None and node not in self.builder.env:
             raise CannotOptimize(
-                f"a value of shape {self._shape(node)}, which only the kept tokens have, is read for every token",
+                f"a value of shape {self.shapes.text(node)}, which only the kept tokens have, is read for every token",
                 node=node,
                 hint="use route='sequence', or report it with this line",
             )
@@ -201,7 +196,7 @@ class _Rewrite:
                 "or keep such layers dense (first_layers, last_layers), or use route='sequence'",
             )
         span.forms[node] = self._copied(node, self._sources(node, span, node in self.statistics))
-        if not self._mentions_sequence(node):
+        if not self.shapes.mentions_sequence(node):
             self.builder.env[node] = span.forms[node]
 
     def _copied(self, node: fx.Node, sources: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -230,7 +225,7 @@ class _Rewrite:
         elif isinstance(val, torch.SymInt):
             form = self._size(val, span)
         else:
-            lead = self._lead(node, reader) if self._holds_tokens(node) else None
+            lead = self.shapes.lead(node, reader) if self.shapes.holds_tokens(node) else None
             if lead is not None:
                 self._refuse_places(node, reader)
                 return self._gathered(node, span, lead)
@@ -245,7 +240,7 @@ class _Rewrite:
             self._ensure_full(node)
             builder = self.builder
             builder.part, builder.region = "middle", Region()
-            dims = tuple(dim for dim, size in enumerate(value(node).shape) if self._is_sequence(size))
+            dims = tuple(dim for dim, size in enumerate(value(node).shape) if self.shapes.is_sequence(size))
             target = torch.ops.cggr.gather_tokens.default
             span.aligned[node, lead] = builder.call(target, builder.env[node], span.positions, list(dims), lead)
             why = "the residual that enters" if node is span.entry else "read by"
@@ -254,11 +249,11 @@ class _Rewrite:
 
     def _recomputed(self, node: fx.Node, span: Span, counted: bool) -> fx.Node:
         """The node again, on its sources' forms for the kept tokens."""
-        makes_positions = _packet(node) in _COUNTERS and not self._counts_flattened(node)
+        makes_positions = packet_of(node) in COUNTERS and not self.shapes.counts_flattened(node)
         if node.op != "call_function" or makes_positions or order_dependence(self.program, node) is not None:
             raise CannotOptimize(
-                f"cannot tell which tokens a value of shape {self._shape(node)} is about, and {_layers(span.layers)} "
-                "depend on it",
+                f"cannot tell which tokens a value of shape {self.shapes.text(node)} is about, and "
+                f"{_layers(span.layers)} depend on it",
                 node=node,
                 hint="values with tokens must be [batch, …] with dimensions of the sequence's length; "
                 "use route='sequence', or report it with this line",
@@ -272,7 +267,7 @@ class _Rewrite:
 
     def _flattened(self, node: fx.Node, span: Span) -> fx.Node | None:
         """The form of a value [B · S, …] whose rows are the tokens of the batch in order."""
-        if not (self._has_positions(node) and self._is_flattened(node)):
+        if not (self.shapes.has_positions(node) and self.shapes.is_flattened(node)):
             return None
         self._ensure_full(node)
         builder = self.builder
@@ -287,20 +282,6 @@ class _Rewrite:
         self._record(node, (0,), f"tokens of the batch, read by {_layers(span.layers)}")
         return builder.call(aten.flatten.using_ints, gathered, 0, 1)
 
-    def _is_flattened(self, node: fx.Node) -> bool:
-        """Whether rows are tokens in order: a view of [B, S, …] as [B · S, …], or what row by row is computed from
-        one."""
-        if not is_tensor(node) or not node.args or not is_tensor(node.args[0]):
-            return False
-        source, shape, before = node.args[0], value(node).shape, value(node.args[0]).shape
-        if not shape or not self.program.same_size(shape[0], self.program.batch * self.sequence):
-            return False
-        if _packet(node) in _VIEWS and not self.program.same_shape(before, shape):
-            batch_first = len(before) > 1 and self._is_batch(before[0]) and self._is_sequence(before[1])
-            return batch_first and self.program.same_shape(before[2:], shape[1:])
-        by_row = _packet(node) in _BY_ROW or (len(node.all_input_nodes) == 1 and _is_pointwise(node))
-        return by_row and self._is_flattened(source)
-
     def _repeated(self, node: fx.Node, span: Span) -> fx.Node | None:
         """The form of a value without a batch that is repeated for every sequence, [c, …] to [B · c, …]: each
         sequence's repetition holds its own tokens."""
@@ -310,48 +291,24 @@ class _Rewrite:
         assert isinstance(source, fx.Node) and isinstance(times, (list, tuple))  # noqa: PT018
         factors = [value(factor) for factor in times]
         once = len(factors) == value(source).dim() and all(factor == 1 for factor in factors[1:])
-        if not (once and self._is_batch(factors[0]) and self._holds_tokens(source)):
+        if not (once and self.shapes.is_batch(factors[0]) and self.shapes.holds_tokens(source)):
             return None
-        if self._is_sequence(value(source).shape[0]):
+        if self.shapes.is_sequence(value(source).shape[0]):
             return None
         gathered = self._gathered(source, span, 1)
         self.builder.part, self.builder.region = "middle", Region()
         return self.builder.call(aten.flatten.using_ints, gathered, 0, 1)
 
-    def _counts_flattened(self, node: fx.Node) -> bool:
-        """Whether the node counts flattened tokens: unlike positions in the sequence, these are counted anew."""
-        size = value(node).shape[0]
-        return is_token_count(self.program, size) and not self._is_sequence(size)
-
-    def _lead(self, node: fx.Node, reader: fx.Node) -> int | None:
-        """How many dimensions broadcasting adds in front of a value to reach the batch; None where that is not
-        known."""
-        shape = value(node).shape
-        if self._is_batch(shape[0]):
-            return 0
-        if _is_pointwise(reader):
-            result = value(reader).shape
-        elif reader.target == aten.scaled_dot_product_attention.default and node not in reader.args[:3]:
-            result = value(reader.args[0]).shape
-        else:
-            return None
-        if not self._is_batch(result[0]):
-            return None
-        lead = len(result) - len(shape)
-        if lead == 0:
-            return 0 if shape[0] == 1 else None
-        return lead if lead > 0 else None
-
     def _refuse_places(self, node: fx.Node, reader: fx.Node) -> None:
         """A gathered value holds the tokens' places in the whole sequence; as an index into the kept ones it is
         wrong."""
-        packet = _packet(reader)
-        if packet not in INDEXING or not self._mentions_sequence(reader.args[0]):
+        packet = packet_of(reader)
+        if packet not in INDEXING or not self.shapes.mentions_sequence(reader.args[0]):
             return
         indices = reader.args[INDEXING[packet].indices]
         if node in (indices if isinstance(indices, (list, tuple)) else [indices]):
             raise CannotOptimize(
-                f"{packet} reads the sequence at places given by a value of shape {self._shape(node)}, "
+                f"{packet} reads the sequence at places given by a value of shape {self.shapes.text(node)}, "
                 "which count in the whole sequence",
                 node=reader,
                 hint="the token route cannot translate places; use route='sequence'",
@@ -360,34 +317,20 @@ class _Rewrite:
     def _differs(self, node: fx.Node, counted: bool) -> bool:
         """Whether a value is another one for the kept tokens: one with a size that depends on S and, among what is
         counted over tokens, everything that is computed from tokens."""
-        return self._mentions_sequence(node) or (counted and carries_activations(node) and self._has_positions(node))
+        return self.shapes.mentions_sequence(node) or (
+            counted and carries_activations(node) and self.shapes.has_positions(node)
+        )
 
     def _refuse_other_sizes(self, node: fx.Node) -> None:
         """Refuses a tensor with a dimension of a dynamic size that is neither the batch's nor the sequence's."""
         for size in value(node).shape if is_tensor(node) else ():
             if isinstance(size, torch.SymInt) and not self.program.mentions(size, self.program.batch):
                 raise CannotOptimize(
-                    f"a value of shape {self._shape(node)} has a dynamic size that is neither the batch's nor the "
+                    f"a value of shape {self.shapes.text(node)} has a dynamic size that is neither the batch's nor the "
                     "sequence's, so its tokens cannot be told",
                     node=node,
                     hint="use route='sequence'",
                 )
-
-    def _holds_tokens(self, node: fx.Node) -> bool:
-        return self._only_sequence(node) and self._has_positions(node)
-
-    def _has_positions(self, node: fx.Node) -> bool:
-        """Whether the value may differ from token to token: it depends on the batch, on positions or on chance."""
-        if node not in self.positional:
-            if node.op == "placeholder":
-                found = self.program.kind(node) != "size" and self._mentions_sequence(node)
-            elif _packet(node) in _COUNTERS:
-                found = self._is_sequence(value(node).shape[0])
-            else:
-                random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-                found = random or any(self._has_positions(source) for source in node.all_input_nodes)
-            self.positional[node] = found
-        return self.positional[node]
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
@@ -417,39 +360,9 @@ class _Rewrite:
             known[self.program.expression(self.program.sequence)] = self.builder.env[self.program.routing.kept_tokens]
         return known
 
-    # -- shapes ----------------------------------------------------------------------------------------------------
-
-    def _is_sequence(self, size: Any) -> bool:
-        return self.program.same_size(size, self.program.sequence)
-
-    def _is_batch(self, size: Any) -> bool:
-        return self.program.same_size(size, self.program.batch)
-
-    def _mentions_sequence(self, node: fx.Node) -> bool:
-        return any(self.program.mentions(size, self.sequence) for size in _sizes(value(node)))
-
-    def _only_sequence(self, node: fx.Node) -> bool:
-        """Whether the value is a tensor whose dimensions of a size that depends on S are of size S itself."""
-        dims = [size for size in _sizes(value(node)) if self.program.mentions(size, self.sequence)]
-        return is_tensor(node) and bool(dims) and all(map(self._is_sequence, dims))
-
-    def _shape(self, node: fx.Node) -> str:
-        return shape_text(self.program, value(node))
-
     def _record(self, node: fx.Node, dims: tuple[int, ...], why: str) -> None:
         name = self.program.path(node) if node.op == "placeholder" else node.meta.get(ORIGIN, node.name)
-        self.shortened.append(Shortened(name, self._shape(node), dims, why))
-
-
-def shape_text(program: Program, val: Any) -> str:
-    """`[B, 1, S, S]` of a tensor, its sizes in the batch size B and the sequence length S."""
-    names = {
-        program.expression(size): sympy.Symbol(name)
-        for name, size in (("B", program.batch), ("S", program.sequence))
-        if isinstance(size, torch.SymInt)
-    }
-    sizes = [sympy.sympify(program.expression(size)).xreplace(names) for size in _sizes(val)]
-    return f"[{', '.join(map(str, sizes))}]".replace("*", "·")
+        self.shortened.append(Shortened(name, self.shapes.text(node), dims, why))
 
 
 def _spans(program: Program, config: RoutingConfig) -> list[Span]:
@@ -467,20 +380,6 @@ def _spans(program: Program, config: RoutingConfig) -> list[Span]:
 
 def _layers(layers: range) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}–{layers[-1]}"
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    return is_tensor(node) and torch.Tag.pointwise in getattr(node.target, "tags", ())
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
-
-
-def _sizes(val: Any) -> list[Any]:
-    values = val if isinstance(val, (list, tuple)) else [val]
-    shapes = [item.shape if isinstance(item, torch.Tensor) else [item] for item in values]
-    return [size for shape in shapes for size in shape if isinstance(size, (int, torch.SymInt, torch.SymFloat))]
 
 
 def _untag(node: fx.Node) -> None:
