@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cggr_compile.api import optimize
+from cggr_compile.config import RoutingConfig
 from cggr_compile.eager_layers import Batch, inputs_of, layer_calls, outputs_replaced
 from cggr_compile.eager_tokens import on_tokens
 
@@ -102,9 +103,16 @@ def check(
     for each in (eager, routed):
         if hasattr(each, "config"):
             each.config.use_cache = False
-    dense = {"first_layers": 1, "last_layers": 0}
-    options = {"ratio": ratio, "router_layers": router_layers, "route": route, **dense}
-    optimize(routed, inner="eager", warmup_steps=1, **options)
+    config = RoutingConfig(
+        route=route,
+        ratio=ratio,
+        router_layers=router_layers,
+        first_layers=1,
+        last_layers=0,
+        inner="eager",
+        warmup_steps=1,
+    )
+    optimize(routed, config)
     differences = [_difference(eager_step(routed, batch), eager_step(eager, batch)) for batch in batches]
     routed.cggr.step()
     selected, expected = [], []

@@ -197,9 +197,9 @@ def test_check_sees_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slightly_wrong(model: torch.nn.Module, **options: object) -> torch.nn.Module:
+    def slightly_wrong(model: torch.nn.Module, config: cggr.RoutingConfig) -> torch.nn.Module:
         model.out.weight.register_hook(lambda gradient: gradient * 1.01)
-        return cggr.optimize(model, **options)
+        return cggr.optimize(model, config)
 
     monkeypatch.setattr("cggr_compile.contract.optimize", slightly_wrong)
     outcome = cggr.check(RandomModel(SPEC), random_ids())
