@@ -4,6 +4,7 @@ from cggr_compile.api import explain, handle, optimize, restore
 from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.contract import Check, check
 from cggr_compile.eager_layers import LayerStackNotFound
+from cggr_compile.eager_tokens import TokensNotTold
 from cggr_compile.errors import CannotOptimize, VerificationError
 from cggr_compile.handle import Handle
 from cggr_compile.original import CGGRLoss, CGGRScorer
@@ -23,6 +24,7 @@ __all__ = [
     "LayerStackNotFound",
     "ModelLossMixin",
     "RoutingConfig",
+    "TokensNotTold",
     "TruncatedRouter",
     "VerificationError",
     "attach",
