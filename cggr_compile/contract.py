@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,9 +78,10 @@ def check(
     """Compares routed training steps of `model` with eager training on the rows or tokens that an eager router selects.
 
     For each batch two steps are compared: one while everything is kept, and one routed. On the token route all layers
-    but the first run on the selected tokens. The model is copied, not changed. Both sides run without a key-value cache
-    and without an inner compiler. A bitwise comparison needs dropout probabilities of 0, and attention whose kernel does
-    not depend on the mask's data (`attn_implementation="eager"`).
+    but the first run on the selected tokens (of a stack that runs several times, those of the last). The model is
+    copied, not changed. Both sides run without a key-value cache and without an inner compiler. A bitwise comparison
+    needs dropout probabilities of 0, and attention whose kernel does not depend on the mask's data
+    (`attn_implementation="eager"`).
 
     Args:
         model: a language model on the CPU in fp32.
@@ -115,7 +117,8 @@ def check(
     differences = [_difference(eager_step(routed, batch), eager_step(eager, batch)) for batch in batches]
     routed.cggr.step()
     selected, expected = [], []
-    judged = _on_rows if route == "sequence" else _on_tokens
+    stack = routed.cggr.runtime.plans[-1].program.layers
+    judged = _on_rows if route == "sequence" else partial(_on_tokens, middle=len(stack) - 1)
     for batch in batches:
         actual = eager_step(routed, batch)
         chosen = routed.cggr.selected
@@ -123,7 +126,6 @@ def check(
         selected.append(_nested(chosen))
         expected.append(_nested(wanted))
         differences.append(_difference(actual, step))
-    stack = routed.cggr.runtime.plans[-1].program.layers
     return Check(*max(differences), tuple(selected), tuple(expected), len(stack), stack.path, stack.proof)
 
 
@@ -147,12 +149,14 @@ def _on_rows(model: nn.Module, batch: Batch, rows: torch.Tensor, layers: int) ->
     return torch.tensor(_expected_rows(model, batch, len(rows), layers), dtype=torch.int64), step
 
 
-def _on_tokens(model: nn.Module, batch: Batch, positions: torch.Tensor, layers: int) -> tuple[torch.Tensor, Step]:
-    """The positions [B, k] that the eager router selects, and eager's step with its layers but the first on
-    `positions`."""
+def _on_tokens(
+    model: nn.Module, batch: Batch, positions: torch.Tensor, layers: int, middle: int
+) -> tuple[torch.Tensor, Step]:
+    """The positions [B, k] that the eager router selects, and eager's step with its last `middle` layers on them:
+    all but the first, where the stack runs once."""
     stack = layer_calls(model, batch)
     length = batch["input_ids"].shape[1]
-    with on_tokens(stack, range(1, len(stack)), positions, length):
+    with on_tokens(stack, range(len(stack) - middle, len(stack)), positions, length):
         step = eager_step(model, batch)
     losses, _ = _token_losses(_router_logits(model, batch, layers), batch["labels"], _label_shift(model, batch))
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))

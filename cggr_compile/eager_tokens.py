@@ -29,14 +29,30 @@ def on_tokens(stack: list[nn.Module], middle: range, positions: torch.Tensor, le
         TokensNotTold: as it says.
     """
     calls = itertools.count()
+    before: torch.Tensor | None = None
 
     def around(_: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if next(calls) % len(stack) not in middle:
+        nonlocal before
+        entry, left = residual_of((*args, *kwargs.values())), before
+        output = run(next(calls) in middle, entry, left, forward, args, kwargs)
+        before = residual_of(output)
+        return output
+
+    def run(
+        shortened: bool,
+        entry: torch.Tensor | None,
+        left: torch.Tensor | None,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if not shortened:
             return forward(*args, **kwargs)
-        entry = residual_of((*args, *kwargs.values()))
+        if entry is None or left is None or not torch.equal(entry, left):
+            raise TokensNotTold("what enters a layer is not what the one before gave out: they are parts of layers")
         output = forward(*_at(positions, length, args), **_at(positions, length, kwargs))
         short = residual_of(output)
-        if entry is None or short is None or entry.shape[:2] != (len(positions), length):
+        if short is None or entry.shape[:2] != (len(positions), length):
             raise TokensNotTold("a layer's residual is not [batch, sequence, …]")
         rows = torch.arange(len(positions)).unsqueeze(1)
         return with_residual(output, entry.index_put((rows, positions), short))

@@ -151,7 +151,7 @@ def _padding(program: Program, node: fx.Node) -> _Padded | None:
         return None
     packet, shape = getattr(node.target, "overloadpacket", None), value(node).shape
     if packet == aten.cat:
-        parts = node.args[0]
+        parts = _parts(node)
         dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(shape)
         sizes = [value(part).shape[dim] for part in parts]
         places = [index for index, size in enumerate(sizes) if _is_sequence(program, size)]
@@ -190,7 +190,10 @@ def _indexed_sizes(node: fx.Node) -> list[Any]:
 
 
 def _runs_along(program: Program, node: fx.Node, place: int, default: Any) -> bool:
-    first = node.args[0][0] if isinstance(node.args[0], (list, tuple)) else node.args[0]
+    parts = _parts(node) if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+    if node.target == aten.cat.default and len(parts) < 2:
+        return False
+    first = parts[0]
     given = node.args[place] if len(node.args) > place else node.kwargs.get("dim", node.kwargs.get("dims", default))
     dims = given if isinstance(given, (list, tuple)) else range(value(first).dim()) if given is None else [given]
     shape = value(first).shape
@@ -200,6 +203,11 @@ def _runs_along(program: Program, node: fx.Node, place: int, default: Any) -> bo
         and not _flattened(program, node, shape[dim])
         for dim in dims
     )
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """What a concatenation joins: the empty vector that stands for nothing yet, in caches say, is none of it."""
+    return [part for part in node.args[0] if tuple(value(part).shape) != (0,)]
 
 
 def _flattened(program: Program, node: fx.Node, size: Any) -> bool:

@@ -121,10 +121,10 @@ def test_unrolled_scans_are_refused_whatever_is_allowed(allowed: bool) -> None:
 
 
 def test_order_alone_is_no_place() -> None:
-    """Triangles, sums over tokens and a sink beside the keys mean the same on the kept tokens."""
+    """Triangles, sums over tokens, nothing in front and a sink beside the keys mean the same on the kept tokens."""
 
     def mix(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
-        scores = (x @ x.transpose(1, 2)).tril()
+        scores = torch.cat([x.new_empty(0), (x @ x.transpose(1, 2)).tril()], -2)  # as a cache that is empty yet
         sink = scores.amax(-1, keepdim=True)
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
         return weights @ x + x.mean(1, keepdim=True)
