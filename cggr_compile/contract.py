@@ -29,7 +29,7 @@ Step = tuple[torch.Tensor, dict[str, torch.Tensor | None]]
 
 IGNORED = -100
 # Difference, relative to the largest entry of the gradient, that reordered fp32 sums explain.
-ROUNDING = 1e-4
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
