@@ -34,6 +34,7 @@ import typer
 from harness import first_line
 
 import cggr_compile as cggr
+from cggr_compile.config import kept_of
 from cggr_compile.environment import environment
 
 GRAPHS = "+graphs"
@@ -165,7 +166,7 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
     name, ratio, graphs = Arm.parse(arm, ratio)
     model = build(shape, device)
     step = ARMS[name](model, ratio, graphs)
-    rows = max(1, math.ceil(ratio * shape.batch)) if name == "floor" else shape.batch
+    rows = kept_of(ratio, shape.batch) if name == "floor" else shape.batch
     ids = torch.randint(0, shape.vocabulary, (rows, shape.sequence), device=device)
     update = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda") if optimizer else None
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None

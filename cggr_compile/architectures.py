@@ -45,9 +45,9 @@ class Record:
     """What became of one candidate.
 
     `status` is one of `STATUSES`: loss and every gradient bitwise equal; equal within fp32 rounding; refused with
-    `CannotOptimize`; not runnable in eager training on the CPU; routed, but without an eager router to compare with
-    (`LayerStackNotFound`); anything else. `difference` is that of `Check`, None
-    where nothing was compared. `captured`: whether the training step became a graph. `seconds`: processor time.
+    `CannotOptimize`; not runnable in eager training on the CPU; routed, but without an eager side to compare with
+    (`LayerStackNotFound`, `TokensNotTold`); anything else. `difference` is that of `Check`, None where nothing was
+    compared. `captured`: whether the training step became a graph. `seconds`: processor time.
     """
 
     candidate: Candidate

@@ -17,7 +17,8 @@ from cggr_compile.eager_layers import forwards_wrapped, residual_of, with_residu
 
 
 class TokensNotTold(ValueError):
-    """Something that a layer is given holds tokens in a way that its shape does not tell."""
+    """The eager side cannot run a layer on some tokens: something that it is given holds tokens in a way that its shape
+    does not tell, or it is a part of a layer."""
 
 
 @contextmanager
@@ -29,33 +30,26 @@ def on_tokens(stack: list[nn.Module], middle: range, positions: torch.Tensor, le
         TokensNotTold: as it says.
     """
     calls = itertools.count()
-    before: torch.Tensor | None = None
+    rows = torch.arange(len(positions)).unsqueeze(1)
+    left: torch.Tensor | None = None
 
-    def around(_: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal before
-        entry, left = residual_of((*args, *kwargs.values())), before
-        output = run(next(calls) in middle, entry, left, forward, args, kwargs)
-        before = residual_of(output)
+    def around(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal left
+        if next(calls) not in middle:
+            output = forward(*args, **kwargs)
+        else:
+            entry, name = residual_of((*args, *kwargs.values())), type(layer).__name__
+            if entry is None or left is None or not torch.equal(entry, left):
+                raise TokensNotTold(f"{name}: what enters it is not what the layer before gave out: a part of a layer")
+            if entry.shape[:2] != (len(positions), length):
+                raise TokensNotTold(f"{name}: its residual of shape {tuple(entry.shape)} is not [batch, sequence, …]")
+            output = forward(*_at(positions, length, args), **_at(positions, length, kwargs))
+            short = residual_of(output)
+            if short is None:
+                raise TokensNotTold(f"{name}: it returns no tensor")
+            output = with_residual(output, entry.index_put((rows, positions), short))
+        left = residual_of(output)
         return output
-
-    def run(
-        shortened: bool,
-        entry: torch.Tensor | None,
-        left: torch.Tensor | None,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if not shortened:
-            return forward(*args, **kwargs)
-        if entry is None or left is None or not torch.equal(entry, left):
-            raise TokensNotTold("what enters a layer is not what the one before gave out: they are parts of layers")
-        output = forward(*_at(positions, length, args), **_at(positions, length, kwargs))
-        short = residual_of(output)
-        if short is None or entry.shape[:2] != (len(positions), length):
-            raise TokensNotTold("a layer's residual is not [batch, sequence, …]")
-        rows = torch.arange(len(positions)).unsqueeze(1)
-        return with_residual(output, entry.index_put((rows, positions), short))
 
     with forwards_wrapped(set(stack), around):
         yield

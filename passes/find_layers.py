@@ -114,26 +114,14 @@ def _embeddings(program: Program, head: Head, config: RoutingConfig) -> list[fx.
 
 
 def _embeds_labels(program: Program, embedding: fx.Node) -> bool:
-    ids = _upstream(embedding.args[1], is_tensor)
+    ids = ancestors([embedding.args[1]], through=is_tensor)
     return any(node.op == "placeholder" and program.path(node) == "labels" for node in ids)
 
 
 def _stream_of(hidden: fx.Node) -> set[fx.Node]:
     """What reaches the head as numbers: a model in front whose output is compared, counted or indexed with, to cut the
     text into patches, say, is no part of the stream."""
-    return _upstream(hidden, lambda node: isinstance(value(node), (tuple, list)) or _is_floating(node))
-
-
-def _upstream(root: fx.Node, through: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """What `root` is computed from through nodes that satisfy `through`, itself included."""
-    found: set[fx.Node] = set()
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if node not in found and through(node):
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
+    return ancestors([hidden], through=lambda node: isinstance(value(node), (tuple, list)) or _is_floating(node))
 
 
 def _is_floating(node: fx.Node) -> bool:

@@ -25,10 +25,10 @@ import cggr_compile.kernels.token_ops  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.select_tokens import middle_layers
-from cggr_compile.passes.sequence_order import INDEXING, is_unrolled, order_dependence
+from cggr_compile.passes.sequence_order import INDEXING, is_unrolled, order_dependence, packet_of
 from cggr_compile.passes.sizes import emit_size
 from cggr_compile.passes.subgraph import ancestors, carries_activations, descendants
-from cggr_compile.passes.token_shapes import COUNTERS, TokenShapes, packet_of
+from cggr_compile.passes.token_shapes import COUNTERS, TokenShapes
 from torch import fx
 
 from cggr_compile.config import RoutingConfig

@@ -127,12 +127,22 @@ def order_dependence(program: Program, node: fx.Node) -> str | None:
     return _odd_size(program, node)
 
 
+def packet_of(node: fx.Node) -> Any:
+    """The operator without its overload, None where the node calls none."""
+    return getattr(node.target, "overloadpacket", None)
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether a tensor is computed entry by entry."""
+    return is_tensor(node) and torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 def is_unrolled(program: Program, node: fx.Node) -> bool:
     """Whether the node reads every n-th token, as a scan does that is unrolled into one level for each power of two.
 
     How many levels there are is the whole sequence's, so that k tokens cannot go through them.
     """
-    if getattr(node.target, "overloadpacket", None) != aten.slice or len(node.args) < 5 or node.args[4] == 1:
+    if packet_of(node) != aten.slice or len(node.args) < 5 or node.args[4] == 1:
         return False
     source, dim = node.args[:2]
     return isinstance(dim, int) and program.mentions(value(source).shape[dim], _symbol(program))
@@ -149,7 +159,7 @@ def _padding(program: Program, node: fx.Node) -> _Padded | None:
     """Where the sequence lies in a value that such places were joined to, also behind operators that keep places."""
     if node.op != "call_function" or not is_tensor(node) or _odd_size(program, node) is None:
         return None
-    packet, shape = getattr(node.target, "overloadpacket", None), value(node).shape
+    packet, shape = packet_of(node), value(node).shape
     if packet == aten.cat:
         parts = _parts(node)
         dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(shape)
@@ -158,7 +168,7 @@ def _padding(program: Program, node: fx.Node) -> _Padded | None:
         others = [size for size in sizes if isinstance(size, int)]
         constant = len(places) == 1 and len(others) == len(sizes) - 1
         return _Padded(dim, sum(sizes[: places[0]])) if constant else None
-    if torch.Tag.pointwise not in getattr(node.target, "tags", ()) and packet not in _KEEPS_PLACES:
+    if not is_pointwise(node) and packet not in _KEEPS_PLACES:
         return None
     alike = [s for s in node.all_input_nodes if is_tensor(s) and program.same_shape(value(s).shape, shape)]
     found = {_padding(program, source) for source in alike}

@@ -9,15 +9,20 @@ from torch import fx
 from cggr_compile.program import Builder, is_tensor, value
 
 
-def ancestors(roots: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """The roots and everything they are computed from; the search does not go past `stop` (which is left out)."""
+def ancestors(
+    roots: Iterable[fx.Node],
+    stop: Collection[fx.Node] = (),
+    through: Callable[[fx.Node], bool] = lambda node: True,
+) -> set[fx.Node]:
+    """The roots and everything they are computed from through nodes that satisfy `through`; the search does not go past
+    `stop` (which is left out)."""
     found: set[fx.Node] = set()
     stack = [root for root in roots if root not in stop]
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack += [source for source in node.all_input_nodes if source not in stop]
+            stack += [source for source in node.all_input_nodes if source not in stop and through(source)]
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 import torch
-from cggr_compile.passes.sequence_order import is_token_count
+from cggr_compile.passes.sequence_order import is_pointwise, is_token_count, packet_of
 from torch import fx
 
 from cggr_compile.program import Program, is_tensor, value
@@ -39,7 +39,7 @@ class TokenShapes:
         if packet_of(node) in _VIEWS and not self.program.same_shape(before, shape):
             batch_first = len(before) > 1 and self.is_batch(before[0]) and self.is_sequence(before[1])
             return batch_first and self.program.same_shape(before[2:], shape[1:])
-        by_row = packet_of(node) in _BY_ROW or (len(node.all_input_nodes) == 1 and _is_pointwise(node))
+        by_row = packet_of(node) in _BY_ROW or (len(node.all_input_nodes) == 1 and is_pointwise(node))
         return by_row and self.is_flattened(source)
 
     def counts_flattened(self, node: fx.Node) -> bool:
@@ -53,7 +53,7 @@ class TokenShapes:
         shape = value(node).shape
         if self.is_batch(shape[0]):
             return 0
-        if _is_pointwise(reader):
+        if is_pointwise(reader):
             result = value(reader).shape
         elif reader.target == aten.scaled_dot_product_attention.default and node not in reader.args[:3]:
             result = value(reader.args[0]).shape
@@ -114,15 +114,6 @@ def shape_text(program: Program, val: Any) -> str:
     }
     sizes = [sympy.sympify(program.expression(size)).xreplace(names) for size in _sizes(val)]
     return f"[{', '.join(map(str, sizes))}]".replace("*", "·")
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    return is_tensor(node) and torch.Tag.pointwise in getattr(node.target, "tags", ())
-
-
-def packet_of(node: fx.Node) -> Any:
-    """The operator without its overload, None where the node calls none."""
-    return getattr(node.target, "overloadpacket", None)
 
 
 def _sizes(val: Any) -> list[Any]:

@@ -162,6 +162,18 @@ def test_check_judges_the_token_route(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not outcome.within_rounding
 
 
+@pytest.mark.long
+def test_llama4_is_exact_but_for_positions_that_its_layers_count() -> None:
+    """On k tokens eager layers count from 0 to k - 1; the compiled ones keep the positions of the whole sequence."""
+    model = build(candidate("llama4_text"))
+    assert not cggr.check(model, *batches(model), route="token").within_rounding
+    torch._dynamo.reset()
+    for module in model.modules():
+        if hasattr(module, "attn_temperature_tuning"):
+            module.attn_temperature_tuning = False
+    assert cggr.check(model, *batches(model), route="token").exact
+
+
 def test_what_a_layer_is_given_is_taken_at_the_tokens() -> None:
     """Per row, shared by the rows, in two dimensions, flattened, folded into the batch, and without tokens."""
     positions, length = torch.tensor([[0, 2], [1, 3]]), 5

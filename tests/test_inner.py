@@ -18,8 +18,9 @@ from cggr_compile import inner
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
-def test_a_later_process_is_served_from_inductors_caches() -> None:
-    """The second compilation stands for another process: Dynamo starts anew and only the disk is shared."""
+def test_a_later_process_is_served_from_inductors_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second compilation stands for another process: Dynamo starts anew and only the disk is shared.
+    Artifacts of other sources do not fit."""
     torch.manual_seed(0)
     eager, batch = Toy(), toy_batch()
 
@@ -38,6 +39,9 @@ def test_a_later_process_is_served_from_inductors_caches() -> None:
         assert warm["autograd_cache_hit"] == 1
         assert "fxgraph_cache_miss" not in warm
         oracle.assert_same_gradients(actual, expected)
+        monkeypatch.setattr(inner, "_fingerprint", lambda: "other sources")
+        other, _ = step()
+        assert other["autograd_cache_miss"] == 1
 
 
 def test_the_key_of_the_caches_holds_the_sources_of_what_a_graph_names() -> None:
