@@ -70,7 +70,7 @@ def _counts(counts: dict[str, dict[str, tuple[int, int]]]) -> str:
     for name, changed in counts.items():
         if not changed:
             blocks.append(
-                f'<p class="idle"><code>{escape(name)}</code> <small>only finds, rewrites nothing</small></p>'
+                f'<p class="idle"><code>{escape(name)}</code> <small>leaves the operators as they are</small></p>'
             )
             continue
         lines = "\n".join(map(escape, count_lines(changed)))
