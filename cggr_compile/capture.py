@@ -18,9 +18,6 @@ from cggr_compile.retrace import functional_aten
 
 aten = torch.ops.aten
 
-# Assertions that the guards of the capture already enforce; assertions about data are side effects and stay.
-_GUARDED_ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default}
-
 
 def batch_dims(tensors: dict[Any, torch.Tensor]) -> dict[Any, tuple[int, ...]]:
     """Which dimensions of the user's tensors are batch or sequence, judged by the sizes of the token ids.
@@ -65,8 +62,15 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Program:
         traced = functional_aten(gm, fakes)
     batch, sequence = _settled(fake_mode.shape_env, batch), _settled(fake_mode.shape_env, sequence)
     graph, inputs = _normalize(traced, sources, batch, sequence)
-    program = Program(graph, traced, inputs, fake_mode, batch, sequence)
+    program = Program(graph, traced, inputs, fake_mode, batch, sequence, stored=_stored(gm))
     return Program(**{**vars(program), "snapshots": (Snapshot("capture", graph),)})
+
+
+def _stored(gm: fx.GraphModule) -> frozenset[int]:
+    """The outputs that the frame puts into objects that outlive it."""
+    names = compat.stored_nodes()
+    outputs = next(iter(gm.graph.find_nodes(op="output"))).args[0]
+    return frozenset(i for i, out in enumerate(outputs) if isinstance(out, fx.Node) and out.name in names)
 
 
 def _refuse_graph_break(gm: fx.GraphModule) -> None:
@@ -155,7 +159,7 @@ def _normalize(
         elif (entered := _enter(node, region)) is not None:
             region = entered
             continue
-        elif node.target in _GUARDED_ASSERTIONS:
+        elif _is_guarded(node):
             continue
         else:
             env[node] = graph.node_copy(node, lambda old: env[old])
@@ -167,6 +171,13 @@ def _normalize(
     graph.eliminate_dead_code()
     graph.lint()
     return graph, tuple(inputs)
+
+
+def _is_guarded(node: fx.Node) -> bool:
+    """Whether the node asserts what the guards of the capture enforce; assertions about data are side effects."""
+    if node.target == aten._assert_scalar.default:
+        return not compat.data_symbols(value(node.args[0]))
+    return node.target == aten._assert_tensor_metadata.default
 
 
 def _enter(node: fx.Node, region: Region) -> Region | None:

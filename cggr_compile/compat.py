@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-# What writes a message; the last three are transformers' additions.
+# What writes a message; the last three are transformers' additions, there once it is imported.
 _LOGGING = (
     *("debug", "info", "warning", "warn", "error", "exception", "critical", "log"),
     *("warning_advice", "warning_once", "info_once"),
@@ -47,14 +47,45 @@ def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]])
 
 def captured_module() -> nn.Module | None:
     """The module whose forward Dynamo is tracing, asked from inside a backend; None where the frame has none."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        translator = InstructionTranslator.current_tx()
-    except AttributeError:  # no trace is under way in this thread
+    translator = _translator()
+    if translator is None:
         return None
     modules = [local for local in translator.output.root_tx.f_locals.values() if isinstance(local, nn.Module)]
     return modules[0] if modules else None
+
+
+def stored_nodes() -> set[str]:
+    """Names of the nodes of Dynamo's graph whose values the frame puts into objects that outlive it (an attribute of a
+    module, a list of the caller's), asked from inside a backend."""
+    from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    translator = _translator()
+    if translator is None:
+        return set()
+    effects = translator.output.side_effects
+    waiting = [variable for variable in effects._get_modified_vars() if variable.source is not None]
+    found: set[str] = set()
+    seen: dict[int, Any] = {}
+
+    def add(variable: Any) -> None:
+        waiting.extend(effects.store_attr_mutations.get(variable, {}).values())
+        if isinstance(variable, TensorVariable):
+            found.add(variable.as_proxy().node.name)
+
+    while waiting:
+        VariableTracker.visit(add, waiting.pop(), seen)
+    return found
+
+
+def _translator() -> Any:
+    """What translates the frame that Dynamo is tracing in this thread, if it is tracing one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx()
+    except AttributeError:  # no trace is under way in this thread
+        return None
 
 
 @contextmanager
@@ -103,20 +134,25 @@ def whole_graphs() -> Iterator[None]:
 
 
 @contextmanager
-def loggers_untraced() -> Iterator[None]:
-    """Makes Dynamo pass over calls of `logging` loggers, which it cannot trace otherwise: a compiled step would not log
-    either. Only for traces within, since a model compiled by somebody else may rely on the graph break.
+def tracing_options() -> Iterator[None]:
+    """Two options of Dynamo for traces within.
 
-    `torch._dynamo.config.patch` defines a class at every call; the option has another name in older versions.
+    Calls of `logging` loggers, which it cannot trace otherwise, are passed over: a compiled step would not log either.
+    Not for traces of others, which may rely on the graph break. Fake tensors are computed, not cached: an entry costs
+    more than it saves where sizes are symbols (a third of a small model's capture).
+
+    `torch._dynamo.config.patch` defines a class at every call; the first option has another name in older versions.
     """
     config = torch._dynamo.config
-    option = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
-    ignored = getattr(config, option)
-    setattr(config, option, ignored | {getattr(Logger, name) for name in _LOGGING if hasattr(Logger, name)})
+    ignored = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
+    before = getattr(config, ignored), config.fake_tensor_cache_enabled
+    setattr(config, ignored, before[0] | {getattr(Logger, name) for name in _LOGGING if hasattr(Logger, name)})
+    config.fake_tensor_cache_enabled = False
     try:
         yield
     finally:
-        setattr(config, option, ignored)
+        setattr(config, ignored, before[0])
+        config.fake_tensor_cache_enabled = before[1]
 
 
 def unmark_buffers(model: nn.Module) -> None:

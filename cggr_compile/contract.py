@@ -78,10 +78,9 @@ def check(
     """Compares routed training steps of `model` with eager training on the rows or tokens that an eager router selects.
 
     For each batch two steps are compared: one while everything is kept, and one routed. On the token route all layers
-    but the first run on the selected tokens (of a stack that runs several times, those of the last). The model is
-    copied, not changed. Both sides run without a key-value cache and without an inner compiler. A bitwise comparison
-    needs dropout probabilities of 0, and attention whose kernel does not depend on the mask's data
-    (`attn_implementation="eager"`).
+    but the first run on the selected tokens. The model is copied, not changed. Both sides run without a key-value cache
+    and without an inner compiler. A bitwise comparison needs dropout probabilities of 0, and attention whose kernel
+    does not depend on the mask's data (`attn_implementation="eager"`).
 
     Args:
         model: a language model on the CPU in fp32.

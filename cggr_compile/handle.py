@@ -217,7 +217,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     for name, dims in batch_dims(tensors).items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
-        with compat.whole_graphs(), compat.loggers_untraced():
+        with compat.whole_graphs(), compat.tracing_options():
             return compiled(arguments)
     except BackendCompilerFailed as error:
         cause = error.inner_exception

@@ -36,6 +36,7 @@ def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Cal
     static = _static(module, inputs)
     # Inductor looks at its caches only where a `ShapeEnv` tells it that no size is unknown.
     mode = FakeTensorMode(shape_env=ShapeEnv())
+    mode.cache_enabled = True  # sizes are numbers here, and layers alike
     for given in inputs:
         if isinstance(given, torch.Tensor):
             mode.from_tensor(given, static_shapes=True)

@@ -183,6 +183,7 @@ class Program:
         root: owner of tensor constants and submodules named by `get_attr` nodes.
         inputs: the placeholders, in order.
         batch, sequence: symbolic sizes; `sequence` is None where the capture specialised it.
+        stored: indices of the outputs that the model's forward puts into objects that outlive the call.
         loss_output: index of the loss among the outputs.
         head, layers, routing: what the passes found and inserted.
         snapshots: the graph after each pass so far, the capture first.
@@ -194,6 +195,7 @@ class Program:
     fake_mode: FakeTensorMode
     batch: torch.SymInt
     sequence: torch.SymInt | int
+    stored: frozenset[int] = frozenset()
     loss_output: int = -1
     head: Head | None = None
     layers: Layers | None = None

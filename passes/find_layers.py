@@ -18,7 +18,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from cggr_compile.passes.subgraph import ancestors, cut_vertices
@@ -211,11 +211,11 @@ def _refuse_metadata(program: Program, stream: _Stream) -> None:
 
 
 def _residuals(placed: dict[fx.Node, int], cuts: list[fx.Node]) -> tuple[fx.Node, ...]:
-    """The last cut in each member of a container; empty unless every member has one, in the members' order."""
-    last = {placed[cut]: cut for cut in cuts if cut in placed}
-    inside = list(dict.fromkeys(placed[cut] for cut in cuts if cut in placed))
-    count = len(set(placed.values()))
-    return tuple(last[index] for index in range(count)) if inside == list(range(count)) else ()
+    """The last cut of each run through a member of a container, in the order of execution; a stack that runs again
+    adds its layers again. Empty unless every member has one and they first run in the members' order."""
+    runs = [(index, list(run)[-1]) for index, run in groupby((cut for cut in cuts if cut in placed), key=placed.get)]
+    first = list(dict.fromkeys(index for index, _ in runs))
+    return tuple(last for _, last in runs) if first == list(range(len(set(placed.values())))) else ()
 
 
 def _cuts_behind(

@@ -29,8 +29,8 @@ aten = torch.ops.aten
 
 
 def mask_loss(program: Program, config: RoutingConfig) -> Program:
-    """Inserts `cggr::masked_loss` and the outputs of the rewritten graph: the model's own, of which only scalars (and,
-    with `keep_logits`, everything) survive, then `EXTRA_OUTPUTS` of `cggr_compile.runtime`."""
+    """Inserts `cggr::masked_loss` and the outputs of the rewritten graph: the model's own, of which scalars, state and
+    what the model stores survive (with `keep_logits`, everything), then `EXTRA_OUTPUTS` of `cggr_compile.runtime`."""
     assert program.head is not None
     head, routing = program.head, program.routing
     builder = Builder(program)
@@ -75,7 +75,7 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
     builder.part, builder.region = "select", Region(grad=False)
     mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
     builder.region, builder.part = Region(), "main"
-    outputs = [out if _survives(program, out, config) else None for out in program.outputs]
+    outputs = [out if _survives(program, i, config) else None for i, out in enumerate(program.outputs)]
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
     env = clone(builder, roots, {**env, head.loss: loss})
     builder.env.update(env)
@@ -144,12 +144,14 @@ def _mask_of_loss(builder: Builder, target: fx.Node, rows: fx.Node | None) -> fx
     return builder.call(aten.gt.Scalar, builder.call(aten.index_add.default, nothing, 0, sequences, ones), 0)
 
 
-def _survives(program: Program, out: object, config: RoutingConfig) -> bool:
+def _survives(program: Program, index: int, config: RoutingConfig) -> bool:
     """Whether an output is still returned; what is not would force the logits of every row into memory.
 
-    What no input of the batch decides is state, which the step may put back into the model.
+    What the model stores in an attribute is kept, of the selected rows, and so is what no input of the batch decides:
+    state, which the step may put back into the model.
     """
-    if not is_tensor(out) or config.keep_logits or value(out).dim() == 0:
+    out = program.outputs[index]
+    if not is_tensor(out) or config.keep_logits or index in program.stored or value(out).dim() == 0:
         return is_tensor(out)
     return not any(node.op == "placeholder" and program.kind(node) == "batch" for node in ancestors([out]))
 

@@ -155,6 +155,6 @@ def test_loggers_are_passed_over_only_while_a_step_is_traced() -> None:
     with config.patch(ignore_logger_methods=mine):
         cggr.optimize(Talking().train(), inner="eager")(**toy_batch())
         assert config.ignore_logger_methods == mine
-        with compat.loggers_untraced():
+        with compat.tracing_options():
             assert config.ignore_logger_methods >= {logging.Logger.debug, logging.Logger.warning}
         assert config.ignore_logger_methods == mine
