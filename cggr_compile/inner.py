@@ -32,25 +32,27 @@ def resolve_inner(inner: str, device: torch.device) -> str:
 
 
 def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Callable[..., Any]:
-    """Compiles a module with every size input replaced by its value."""
+    """Compiles a module with every size input replaced by its value; call it with the same inputs, sizes too."""
+    tensors = [given for given in inputs if not isinstance(given, int)]
     static = _static(module, inputs)
     # Inductor looks at its caches only where a `ShapeEnv` tells it that no size is unknown.
     mode = FakeTensorMode(shape_env=ShapeEnv())
     mode.cache_enabled = True  # sizes are numbers here, and layers alike
-    for given in inputs:
-        if isinstance(given, torch.Tensor):
-            mode.from_tensor(given, static_shapes=True)
+    # The mode remembers a fake tensor for as long as somebody holds it; without, AOT makes one with symbols.
+    fakes = [mode.from_tensor(each, static_shapes=True) for each in tensors if isinstance(each, torch.Tensor)]
     cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=_named_functions(static))
     with tracing(TracingContext(mode)), cacheable:
-        return torch._dynamo.lookup_backend(inner)(static, inputs)
+        compiled = torch._dynamo.lookup_backend(inner)(static, tensors)
+    del fakes
+    return lambda *given: compiled(*(each for each in given if not isinstance(each, int)))
 
 
 def _static(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
+    """The module over its tensors alone."""
     graph = fx.Graph(module)
     env: dict[fx.Node, Any] = {}
     for node, given in zip(module.graph.find_nodes(op="placeholder", sort=True), inputs, strict=True):
-        copy = graph.node_copy(node)
-        env[node] = given if isinstance(given, int) else copy
+        env[node] = given if isinstance(given, int) else graph.node_copy(node)
     for node in module.graph.nodes:
         if node.op == "output":
             graph.output(fx.map_arg(node.args[0], lambda old: env[old]))

@@ -58,7 +58,7 @@ def find_layers(program: Program, config: RoutingConfig) -> Program:
         layers = next((found for stream in streams if (found := _by_repetition(program, stream)) is not None), None)
     if layers is None:
         raise CannotOptimize(
-            "no layer stack: nothing in the graph repeats between the embedding and the head",
+            "no layer stack: no equal blocks make up the graph between the embedding and the head",
             node=hidden,
             hint="the model needs at least two layers with one residual stream",
         )
@@ -274,9 +274,14 @@ def _is_state(program: Program, node: fx.Node) -> bool:
 
 
 def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
-    """The longest run of equal consecutive blocks of segments; a segment is what lies between two cuts."""
+    """The longest run of equal consecutive blocks of segments; a segment is what lies between two cuts.
+
+    It ends where the repetition does, so that what is left over runs in front of it, and that is less than a block: of
+    layers A B A no two are blocks, even where a part of B is like one of A.
+    """
     cuts = stream.cuts
     signatures = [_signature(program, before, after) for before, after in pairwise(cuts)]
+    weights = [sum(count for _, count in signature) for signature in signatures]
     best: tuple[int, int, int, int] | None = None
     for period in range(1, len(signatures) // 2 + 1):
         run = 0
@@ -286,9 +291,11 @@ def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
                 run += 1
                 continue
             repeats = run // period + 1
-            start = end - run - period
-            weight = sum(sum(dict(s).values()) for s in signatures[start : start + repeats * period])
-            if repeats > 1 and (best is None or weight > best[0]):
+            first, start = end - period - run, end - repeats * period
+            while start > first and weights[start + repeats * period - 1] == 0:
+                start -= 1  # a conversion behind the last layer may look like one in front of the next
+            block, weight = sum(weights[start : start + period]), sum(weights[start : start + repeats * period])
+            if repeats > 1 and sum(weights) - weight < block and (best is None or weight > best[0]):
                 best = (weight, start, period, repeats)
             run = 0
     if best is None:

@@ -89,7 +89,7 @@ class TwoPredictions(Toy):
     ("model", "message"),
     [
         (TwoPredictions, "the loss is over logits of 4 dimensions: several predictions for each token"),
-        (NoStack, "no layer stack: nothing in the graph repeats"),
+        (NoStack, "no layer stack: no equal blocks make up the graph"),
         (TwoStreams, r"2 tensors leave layer 0 \(%\w+ and %\w+\), so no single residual can be cut .*test_errors\.py:"),
         (AdaptedHead, r"unsupported head: only linear, bias, .*node %add\w*, at .*test_errors\.py:\d+"),
         (NoCrossEntropy, "no cross-entropy loss in the captured graph; pass labels"),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
 from cggr_compile.kernels import reference
+from functorch.compile import make_boxed_func
+from torch._dynamo import register_backend
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_inductor_cache
 from toys import Toy, toy_batch
@@ -42,6 +46,24 @@ def test_a_later_process_is_served_from_inductors_caches(monkeypatch: pytest.Mon
         monkeypatch.setattr(inner, "_fingerprint", lambda: "other sources")
         other, _ = step()
         assert other["autograd_cache_miss"] == 1
+
+
+def test_no_size_is_a_symbol() -> None:
+    """A symbolic size of a weight costs time in every kernel, and more while they are compiled."""
+    sizes = []
+
+    def compile_part(gm: torch.fx.GraphModule, _: list[object]) -> Callable[..., object]:
+        values = [node.meta["val"] for node in gm.graph.nodes if "val" in node.meta]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        sizes.extend(value for value in values if isinstance(value, (int, torch.SymInt)))
+        sizes.extend(size for tensor in tensors for size in (*tensor.shape, *tensor.stride()))
+        return make_boxed_func(gm.forward)
+
+    register_backend(aot_autograd(fw_compiler=compile_part), "parts")
+    model = cggr.optimize(Toy(), ratio=0.5, selection="random", inner="parts")
+    model(**toy_batch())[0].backward()
+    assert sizes
+    assert not [size for size in sizes if not isinstance(size, int)]
 
 
 def test_the_key_of_the_caches_holds_the_sources_of_what_a_graph_names() -> None:
