@@ -5,8 +5,8 @@
     python benchmarks/step_time.py --quick        # a tiny model on the CPU
 
 Forward and backward (with `--optimizer`, fused AdamW too), random weights and ids, bf16 on CUDA. Every round runs each
-arm once, one after another; before the first, all arms compile side by side, so that caches on disk are warm. Medians
-over all steps are quoted, every sample is kept.
+arm once, one after another; before the first, all arms compile side by side, so that caches on disk are warm: their
+first steps are `cold`, those of the rounds `first`. Medians over all steps are quoted, every sample is kept.
 
 Arms: `eager` and `compile` are transformers, all rows. `all` is this package with ratio=1, `random` with random rows,
 `routed` with scored rows and the exact head, `sampled` with the sampled head. `floor` is `all` on a batch of just the
@@ -222,14 +222,14 @@ def table(report: dict[str, Any]) -> str:
         f"{report['versions']['transformers']}: {shape['name']}'s shape, {shape['batch']} × {shape['sequence']}, "
         f"r = {report['ratio']} where the arm names none, forward and backward{update}.\n",
         "| arm | ms (min to max) | of compile | of the floor | of r × all | of the prediction | kernels, ms | number "
-        "| GiB | first, s |",
-        "| --- " * 10 + "|",
+        "| GiB | cold, s | first, s |",
+        "| --- " * 11 + "|",
     ]
     for arm, runs in report["samples"].items():
         if not runs:
             continue
         if arm not in medians:
-            lines.append(f"| {arm} | {next(run['failed'] for run in runs if 'failed' in run)} |" + " |" * 8)
+            lines.append(f"| {arm} | {next(run['failed'] for run in runs if 'failed' in run)} |" + " |" * 9)
             continue
         every = [1000 * s for run in runs for s in run["steps"]]
         cells = [
@@ -245,6 +245,8 @@ def table(report: dict[str, Any]) -> str:
             cells.append(f"{max(run['peak_bytes'] for run in runs) / 2**30:.1f}")
         else:
             cells += [""] * 3
+        cold = report.get("cold", {}).get(arm.removesuffix(GRAPHS))
+        cells.append(f"{cold:.0f}" if isinstance(cold, float) else "")
         cells.append(" / ".join(f"{run['first']:.0f}" for run in runs))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -299,17 +301,21 @@ def main(
         Arm.parse(name, ratio)
     command = [sys.executable, __file__, "--device", device, "--model", model, "--ratio", str(ratio)]
     command += ["--batch", str(shape.batch), "--sequence", str(shape.sequence)] + ["--optimizer"] * optimizer
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    cold: dict[str, Any] = {}
+    report = {
+        **environment(torch.device(device), commit),
+        "shape": asdict(shape), "ratio": ratio, "optimizer": optimizer, "side_by_side": side_by_side, "cold": cold,
+        "samples": samples,
+    }  # fmt: skip
     waiting = list(dict.fromkeys(name.removesuffix(GRAPHS) for name in arms)) if side_by_side else []
     while waiting:
         now, waiting = waiting[:side_by_side], waiting[side_by_side:]
         compiling = [start([*command, "--steps", "0", "--only", name]) for name in now]
         for name, process in zip(now, compiling, strict=True):
-            print(f"compiled {name}: {outcome(process, timeout)}", file=sys.stderr, flush=True)
-    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
-    report = {
-        **environment(torch.device(device), commit),
-        "shape": asdict(shape), "ratio": ratio, "optimizer": optimizer, "samples": samples,
-    }  # fmt: skip
+            found = outcome(process, timeout)
+            cold[name] = found.get("first", found.get("failed"))
+            print(f"compiled {name}: {cold[name]}", file=sys.stderr, flush=True)
     for _ in range(rounds):
         for name in arms:
             samples[name].append(outcome(start([*command, "--steps", str(steps), "--only", name]), timeout))

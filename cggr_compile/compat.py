@@ -57,14 +57,15 @@ def captured_module() -> nn.Module | None:
 def stored_nodes() -> set[str]:
     """Names of the nodes of Dynamo's graph whose values the frame puts into objects that outlive it (an attribute of a
     module, a list of the caller's), asked from inside a backend."""
-    from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting, VariableTracker
     from torch._dynamo.variables.tensor import TensorVariable
 
     translator = _translator()
     if translator is None:
         return set()
     effects = translator.output.side_effects
-    waiting = [variable for variable in effects._get_modified_vars() if variable.source is not None]
+    existing = (AttributeMutationExisting, ValueMutationExisting)
+    waiting = [variable for variable in effects._get_modified_vars() if isinstance(variable.mutation_type, existing)]
     found: set[str] = set()
     seen: dict[int, Any] = {}
 
@@ -133,6 +134,23 @@ def whole_graphs() -> Iterator[None]:
         DistributedDataParallel._active_ddp_module = active
 
 
+class _Functions(str):
+    """Functions, as Dynamo's option takes them; a string to what logs the options as JSON (torch 2.11 sorts sets)."""
+
+    functions: frozenset[Any]
+
+    def __new__(cls, functions: frozenset[Any]) -> _Functions:
+        self = super().__new__(cls, f"{len(functions)} functions")
+        self.functions = functions
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.functions)
+
+    def __contains__(self, function: object) -> bool:
+        return function in self.functions
+
+
 @contextmanager
 def tracing_options() -> Iterator[None]:
     """Two options of Dynamo for traces within.
@@ -146,7 +164,8 @@ def tracing_options() -> Iterator[None]:
     config = torch._dynamo.config
     ignored = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
     before = getattr(config, ignored), config.fake_tensor_cache_enabled
-    setattr(config, ignored, before[0] | {getattr(Logger, name) for name in _LOGGING if hasattr(Logger, name)})
+    silent = {getattr(Logger, name) for name in _LOGGING if hasattr(Logger, name)}
+    setattr(config, ignored, _Functions(frozenset(before[0]) | silent))
     config.fake_tensor_cache_enabled = False
     try:
         yield

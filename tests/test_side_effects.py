@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import build, token_batch
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
@@ -56,6 +57,12 @@ def test_stored_values_are_those_of_the_selected_rows(front_end: str) -> None:
     eager(batch["input_ids"][rows], batch["labels"][rows])
     for name, wanted in eager.remembered().items():
         assert torch.equal(model.remembered()[name], wanted), name
+
+
+def test_what_is_only_returned_is_not_kept() -> None:
+    """Logits of every row would not fit into memory; transformers returns them in an object."""
+    model = cggr.optimize(build("llama"), ratio=0.5, inner="eager")
+    assert model(**token_batch()).logits is None
 
 
 class Checking(Toy):
