@@ -110,8 +110,7 @@ def _original(model: torch.nn.Module, ratio: float, _: bool) -> torch.nn.Module:
 
 def _original_compiled(model: torch.nn.Module, ratio: float, _: bool) -> torch.nn.Module:
     routed = _original(model, ratio, False)
-    routed.model, routed.router = torch.compile(routed.model), torch.compile(routed.router)
-    routed.scorer.router = routed.router
+    routed.model, routed.scorer.router = torch.compile(routed.model), torch.compile(routed.scorer.router)
     return routed
 
 
@@ -269,6 +268,13 @@ def outcome(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
     return json.loads(out.splitlines()[-1])
 
 
+def save(report: dict[str, Any], output: Path | None) -> None:
+    """Writes what there is so far: a machine may be lost in the middle."""
+    if output is not None:
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        output.with_suffix(".md").write_text(table(report))
+
+
 def main(
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     model: Annotated[str, typer.Option(help=" or ".join(SHAPES))] = "SmolLM-135M",
@@ -316,13 +322,12 @@ def main(
             found = outcome(process, timeout)
             cold[name] = found.get("first", found.get("failed"))
             print(f"compiled {name}: {cold[name]}", file=sys.stderr, flush=True)
+        save(report, output)
     for _ in range(rounds):
         for name in arms:
             samples[name].append(outcome(start([*command, "--steps", str(steps), "--only", name]), timeout))
             print(f"{name}: {samples[name][-1]}", file=sys.stderr, flush=True)
-            if output is not None:
-                output.write_text(json.dumps(report, indent=1) + "\n")
-                output.with_suffix(".md").write_text(table(report))
+            save(report, output)
     print(table(report))
 
 

@@ -2,9 +2,10 @@
 
 A mask that was built in the graph rules out the flash-attention kernels. It is dropped where it is *proved* to be the
 causal mask for every size: its element, as a function of its indices (`index_functions`), is true exactly where
-key <= query. A mask that depends on an input, such as padding or packing, or on a window, stays. With the mask gone,
-keys and values that were repeated for grouped queries are passed unrepeated, as transformers does wherever it passes no
-mask itself.
+key <= query. A window at least as long as the captured sequences hides nothing; such a mask is dropped too, and the
+capture guarded to such lengths. A mask that depends on an input, such as padding or packing, stays, and so does one of
+a shorter window. With the mask gone, keys and values that were repeated for grouped queries are passed unrepeated, as
+transformers does wherever it passes no mask itself.
 
 This is what transformers itself calls in eager mode without padding, so the results are those of that call.
 """
@@ -19,7 +20,7 @@ from cggr_compile.passes.index_functions import Expression, IndexFunction, Index
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.program import Builder, Program, value
+from cggr_compile.program import Builder, Program, hint, value
 
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
@@ -34,7 +35,7 @@ def elide_causal_masks(program: Program, config: RoutingConfig) -> Program:
     """
     functions = IndexFunctions(program.shape_env)
     attentions = program.graph.find_nodes(op="call_function", target=_ATTENTION)
-    causal = [node for node in attentions if _causal(node, functions)]
+    causal = [node for node in attentions if _causal(program, node, functions)]
     if not causal:
         return program
     builder = Builder(program)
@@ -59,7 +60,7 @@ def argument(node: fx.Node, name: str) -> Any:
     raise KeyError(name)
 
 
-def _causal(node: fx.Node, functions: IndexFunctions) -> bool:
+def _causal(program: Program, node: fx.Node, functions: IndexFunctions) -> bool:
     mask = argument(node, "attn_mask")
     if not isinstance(mask, fx.Node) or argument(node, "is_causal"):
         return False
@@ -67,26 +68,38 @@ def _causal(node: fx.Node, functions: IndexFunctions) -> bool:
     if function is None or len(function.sizes) < 2:
         return False
     # `is_causal` aligns queries and keys at their beginnings.
-    query, key = (functions.size(value(argument(node, name)).shape[-2]) for name in ("query", "key"))
-    return query == key and function.sizes[-2:] == (query, key) and is_causal(function)
+    length = value(argument(node, "query")).shape[-2]
+    query, key = (functions.size(size) for size in (length, value(argument(node, "key")).shape[-2]))
+    if query != key or function.sizes[-2:] != (query, key):
+        return False
+    seen = reach(function)
+    if seen is None or seen is sympy.oo:
+        return seen is not None
+    # The hint first: asked of longer sequences, the comparison would keep shorter ones out of this capture.
+    return bool(hint(length) <= seen + 1) and bool(length <= seen + 1)
 
 
-def is_causal(mask: IndexFunction) -> bool:
-    """Whether a boolean mask [..., Q, K] is true exactly where the key's index is at most the query's."""
+def reach(mask: IndexFunction) -> int | sympy.Expr | None:
+    """How far back a query sees under a boolean mask [..., Q, K]: the c of a mask that is true exactly where
+    0 <= query - key <= c, infinity where nothing but key <= query is asked, None for any other mask."""
     rank = len(mask.sizes)
     query, key = axis(rank - 2), axis(rank - 1)
     conditions = mask.element.args if isinstance(mask.element, sympy.And) else (mask.element,)
-    bounds = [_bound(condition, query, key) for condition in conditions]
-    known = [bound for bound in bounds if bound is not None]
-    return len(known) == len(bounds) and min(known, default=None) == 0
+    ahead = [_bound(condition, key, query) for condition in conditions]
+    behind = [_bound(condition, query, key) for condition in conditions]
+    if any(left is None and right is None for left, right in zip(ahead, behind, strict=True)):
+        return None
+    if min((bound for bound in ahead if bound is not None), default=None) != 0:
+        return None
+    return min((bound for bound in behind if bound is not None), default=sympy.oo)
 
 
-def _bound(condition: Expression, query: sympy.Symbol, key: sympy.Symbol) -> int | None:
-    """The c of a condition that says key - query <= c, or None for any other condition."""
+def _bound(condition: Expression, later: sympy.Symbol, earlier: sympy.Symbol) -> int | None:
+    """The c of a condition that says later - earlier <= c, or None for any other condition."""
     if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
         return None
     # gts and lts are the greater and the lesser side, whichever way the relation was written.
-    rest = sympy.expand(condition.gts - condition.lts - (query - key))
+    rest = sympy.expand(condition.gts - condition.lts - (earlier - later))
     if not rest.is_Integer:
         return None
     return int(rest) - isinstance(condition, (sympy.Lt, sympy.Gt))

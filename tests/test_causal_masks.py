@@ -11,7 +11,7 @@ import pytest
 import sympy
 import torch
 from architectures import build, token_batch
-from cggr_compile.passes.elide_causal_masks import argument, is_causal
+from cggr_compile.passes.elide_causal_masks import argument, reach
 from cggr_compile.passes.index_functions import IndexFunction, IndexFunctions, axis
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,7 +123,7 @@ def test_an_index_function_is_the_mask_at_every_size(mask: Mask) -> None:
         assert torch.equal(elements(function, actual.shape), actual), (function, sizes)
     # A mask called causal is; the sizes exceed every constant that the strategy draws.
     tril = torch.ones(23, 23, dtype=torch.bool).tril()
-    if is_causal(function):
+    if reach(function) is sympy.oo:
         assert torch.equal(whole(mask)(torch.empty(2, 23)), tril.expand(2, 1, 23, 23))
 
 
@@ -140,9 +140,11 @@ def test_conditions_on_the_distance_are_decided_exactly(bounds: list[tuple[bool,
 
     function = index_function(whole(mask))
     assert function is not None
-    length = 40
-    expected = torch.ones(length, length, dtype=torch.bool).tril().expand(2, 1, length, length)
-    assert is_causal(function) == torch.equal(whole(mask)(torch.empty(2, length)), expected)
+    seen = reach(function)
+    for length in (5, 40):
+        expected = torch.ones(length, length, dtype=torch.bool).tril().expand(2, 1, length, length)
+        same = torch.equal(whole(mask)(torch.empty(2, length)), expected)
+        assert same == (seen is not None and length <= seen + 1)
 
 
 def test_what_is_not_known_stays_unknown() -> None:
@@ -162,9 +164,11 @@ def test_what_is_not_known_stays_unknown() -> None:
 def test_causality_needs_no_batch_and_no_head() -> None:
     batch, query, key = axis(0), axis(2), axis(3)
     sizes = (2, 1, 5, 5)
-    assert is_causal(IndexFunction(sizes, key <= query))
-    assert not is_causal(IndexFunction(sizes, key <= query + batch))
-    assert not is_causal(IndexFunction(sizes, key < query))
+    assert reach(IndexFunction(sizes, key <= query)) is sympy.oo
+    assert reach(IndexFunction(sizes, (key <= query) & (query < key + 3))) == 2
+    assert reach(IndexFunction(sizes, key <= query + batch)) is None
+    assert reach(IndexFunction(sizes, key < query)) is None
+    assert reach(IndexFunction(sizes, query < key + 3)) is None
 
 
 @pytest.mark.parametrize(
@@ -186,3 +190,19 @@ def test_attention_without_a_mask_is_that_of_transformers_in_eager_mode(name: st
     assert (len(causal), len(attentions)) == (3 if name == "llama" and not padded else 0, 3)
     rows = oracle.rows_of(batch, model.cggr.selected)
     oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows))
+
+
+def test_a_window_that_hides_nothing_needs_no_mask() -> None:
+    """One capture for lengths within the window, one for those beyond; each is eager's step, up to SDPA's kernels."""
+    model = build("mistral")
+    for module in (model, model.model):
+        module.config.sliding_window = 6
+    eager = copy.deepcopy(model)
+    cggr.optimize(model, ratio=0.5, selection="random", seed=0)
+    for length, captures, causal in ((5, 1, 3), (4, 1, 3), (9, 2, 0), (5, 2, 0), (7, 2, 0)):
+        batch = token_batch(6, length, masked=False)
+        loss, gradients = oracle.step(model, batch)
+        plans = model.cggr.runtime.plans
+        assert (len(plans), plans[-1].program.routing.causal_attentions) == (captures, causal), length
+        rows = oracle.rows_of(batch, model.cggr.selected)
+        oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows), rtol=1e-4, atol=1e-6)
