@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,11 @@ import torch
 import transformers
 from architectures import build, token_batch
 from documents import examples
+from toys import Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile.callback import CGGRCallback
+from cggr_compile.config import LADDER_RUNGS
 from cggr_compile.training import attach
 
 OPTIONS: dict[str, Any] = {"ratio": 0.5, "router_layers": 2, "inner": "eager", "seed": 5}
@@ -155,3 +161,28 @@ def test_a_trainer_that_keeps_the_labels_to_itself_is_refused(tmp_path: Path) ->
     made = transformers.Trainer(model=optimized(), args=arguments, train_dataset=Rows(), callbacks=[CGGRCallback()])
     with pytest.raises(cggr.CannotOptimize, match="never called the routed model with labels; drop compute_loss_func"):
         made.train()
+
+
+def test_nothing_compiles_after_the_warm_up() -> None:
+    """200 steps under a curriculum, every tenth on the ragged last batch of an epoch."""
+    torch._dynamo.register_backend(lambda gm, inputs: gm.forward, name="uncompiled")
+    model = cggr.optimize(Toy().train(), ratio=0.5, warmup_steps=40, inner="uncompiled")
+    compiled = []
+    for step in range(200):
+        model(**toy_batch(5 if step % 10 == 9 else 16, seed=step))[0].backward()
+        model.cggr.step()
+        compiled.append(sum(model.cggr.report().compilations.values()))
+    assert len(model.cggr.runtime.plans) == 1
+    assert compiled[49] <= 2 * (LADDER_RUNGS + 1)
+    assert compiled[49] == compiled[-1]
+
+
+def test_the_step_benchmark_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "step_time.py"
+    arms = [f"--arm={arm}" for arm in ("eager", "floor", "sampled@0.5")]
+    command = [sys.executable, str(script), "--quick", "--device", "cpu", *arms, "--output", str(tmp_path / "out.json")]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=env)
+    samples = json.loads((tmp_path / "out.json").read_text())["samples"]
+    assert [len(runs[0]["steps"]) for runs in samples.values()] == [3, 3, 3]
+    assert (tmp_path / "out.md").read_text().count("\n| ") == 5
