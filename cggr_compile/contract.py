@@ -23,7 +23,7 @@ from torch import nn
 from cggr_compile.api import optimize
 from cggr_compile.config import RoutingConfig
 from cggr_compile.eager_layers import Batch, inputs_of, layer_calls, outputs_replaced
-from cggr_compile.eager_tokens import on_tokens
+from cggr_compile.eager_tokens import TokensNotTold, on_tokens
 
 Step = tuple[torch.Tensor, dict[str, torch.Tensor | None]]
 
@@ -93,7 +93,8 @@ def check(
         ValueError: no batch was given, or another route.
         CannotOptimize: the model cannot be routed.
         LayerStackNotFound: the eager side finds no layers to make a router of.
-        TokensNotTold: the eager side cannot tell how something that a layer is given holds tokens.
+        TokensNotTold: the eager side cannot tell how something that a layer is given holds tokens, or the results differ
+            and a layer numbers its tokens itself.
     """
     if route not in ("sequence", "token"):
         raise ValueError(f"check: route={route!r} is neither 'sequence' nor 'token', which are those it can judge")
@@ -116,8 +117,9 @@ def check(
     differences = [_difference(eager_step(routed, batch), eager_step(eager, batch)) for batch in batches]
     routed.cggr.step()
     selected, expected = [], []
+    counting: set[str] = set()
     stack = routed.cggr.runtime.plans[-1].program.layers
-    judged = _on_rows if route == "sequence" else partial(_on_tokens, middle=len(stack) - 1)
+    judged = _on_rows if route == "sequence" else partial(_on_tokens, middle=len(stack) - 1, counting=counting)
     for batch in batches:
         actual = eager_step(routed, batch)
         chosen = routed.cggr.selected
@@ -125,7 +127,12 @@ def check(
         selected.append(_nested(chosen))
         expected.append(_nested(wanted))
         differences.append(_difference(actual, step))
-    return Check(*max(differences), tuple(selected), tuple(expected), len(stack), stack.path, stack.proof)
+    found = Check(*max(differences), tuple(selected), tuple(expected), len(stack), stack.path, stack.proof)
+    if counting and not found.within_rounding:
+        raise TokensNotTold(
+            f"{' and '.join(sorted(counting))}: it numbers its tokens itself, which are not the first k"
+        )
+    return found
 
 
 def eager_step(model: nn.Module, batch: Batch) -> Step:
@@ -149,13 +156,13 @@ def _on_rows(model: nn.Module, batch: Batch, rows: torch.Tensor, layers: int) ->
 
 
 def _on_tokens(
-    model: nn.Module, batch: Batch, positions: torch.Tensor, layers: int, middle: int
+    model: nn.Module, batch: Batch, positions: torch.Tensor, layers: int, middle: int, counting: set[str]
 ) -> tuple[torch.Tensor, Step]:
     """The positions [B, k] that the eager router selects, and eager's step with its last `middle` layers on them:
     all but the first, where the stack runs once."""
     stack = layer_calls(model, batch)
     length = batch["input_ids"].shape[1]
-    with on_tokens(stack, range(len(stack) - middle, len(stack)), positions, length):
+    with on_tokens(stack, range(len(stack) - middle, len(stack)), positions, length, counting):
         step = eager_step(model, batch)
     losses, _ = _token_losses(_router_logits(model, batch, layers), batch["labels"], _label_shift(model, batch))
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))

@@ -12,19 +12,38 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cggr_compile.eager_layers import forwards_wrapped, residual_of, with_residual
 
 
 class TokensNotTold(ValueError):
     """The eager side cannot run a layer on some tokens: something that it is given holds tokens in a way that its shape
-    does not tell, or it is a part of a layer."""
+    does not tell, it is a part of a layer, or it numbers its tokens itself."""
+
+
+class Counting(TorchFunctionMode):
+    """Watches for `torch.arange` over `kept` places: a layer that counts its tokens takes the k-th for token k."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self.kept = kept
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen |= func is torch.arange and result.numel() == self.kept
+        return result
 
 
 @contextmanager
-def on_tokens(stack: list[nn.Module], middle: range, positions: torch.Tensor, length: int) -> Iterator[None]:
+def on_tokens(
+    stack: list[nn.Module], middle: range, positions: torch.Tensor, length: int, counting: set[str] | None = None
+) -> Iterator[None]:
     """While it holds, the `middle` calls of the stack run on the tokens at `positions` [B, k] of sequences of `length`
     tokens, and their result is put back; the other tokens pass on the residual.
+
+    The names of layers that count k places, which may be to number their tokens, are added to `counting`.
 
     Raises, in a call of the model:
         TokensNotTold: as it says.
@@ -43,7 +62,10 @@ def on_tokens(stack: list[nn.Module], middle: range, positions: torch.Tensor, le
                 raise TokensNotTold(f"{name}: what enters it is not what the layer before gave out: a part of a layer")
             if entry.shape[:2] != (len(positions), length):
                 raise TokensNotTold(f"{name}: its residual of shape {tuple(entry.shape)} is not [batch, sequence, …]")
-            output = forward(*_at(positions, length, args), **_at(positions, length, kwargs))
+            with Counting(positions.shape[1]) as watched:
+                output = forward(*_at(positions, length, args), **_at(positions, length, kwargs))
+            if watched.seen and counting is not None:
+                counting.add(name)
             short = residual_of(output)
             if short is None:
                 raise TokensNotTold(f"{name}: it returns no tensor")

@@ -5,6 +5,7 @@ The whole sweep is `python -m cggr_compile architectures`; here is a sample, one
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -162,11 +163,19 @@ def test_check_judges_the_token_route(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not outcome.within_rounding
 
 
+def test_layers_that_number_their_tokens_are_not_judged() -> None:
+    """A window of its own: on k tokens the eager layer takes them for neighbours."""
+    windowed = dataclasses.replace(SPEC, kinds=(dataclasses.replace(SPEC.kinds[0], window=2),))
+    with pytest.raises(TokensNotTold, match="Block: it numbers its tokens itself"):
+        cggr.check(RandomModel(windowed), random_ids(), route="token")
+
+
 @pytest.mark.long
 def test_llama4_is_exact_but_for_positions_that_its_layers_count() -> None:
     """On k tokens eager layers count from 0 to k - 1; the compiled ones keep the positions of the whole sequence."""
     model = build(candidate("llama4_text"))
-    assert not cggr.check(model, *batches(model), route="token").within_rounding
+    with pytest.raises(TokensNotTold, match="Llama4TextDecoderLayer: it numbers its tokens itself"):
+        cggr.check(model, *batches(model), route="token")
     torch._dynamo.reset()
     for module in model.modules():
         if hasattr(module, "attn_temperature_tuning"):

@@ -52,6 +52,15 @@ def test_gradient_checkpointing_is_exact_and_still_saves_memory() -> None:
     assert saved_bytes(model, batch) < plain_bytes / 2
 
 
+def test_the_partitioners_memory_budget_holds_inside() -> None:
+    eager, batch = build("llama"), token_batch(8, 32)
+    plain, tight = optimized(eager, inner="aot_eager"), optimized(eager, inner="aot_eager")
+    plain_bytes = saved_bytes(plain, batch)
+    with torch._functorch.config.patch(activation_memory_budget=0.1):
+        assert saved_bytes(tight, batch) < 0.7 * plain_bytes
+    oracle.assert_same_step(*oracle.step(tight, batch), *oracle.step(plain, batch), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", pytest.param("mixtral", marks=pytest.mark.long)])
 def test_autocast_loses_no_gradient(name: str) -> None:
     """The original CGGR's router filled autocast's weight cache under no_grad: 28 of 56 parameters got no gradient."""
