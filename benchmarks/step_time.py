@@ -8,11 +8,12 @@ Forward and backward (with `--optimizer`, fused AdamW too), random weights and i
 arm once, one after another; before the first, all arms compile side by side, so that caches on disk are warm: their
 first steps are `cold`, those of the rounds `first`. Medians over all steps are quoted, every sample is kept.
 
-Arms: `eager` and `compile` are transformers, all rows. `all` is this package with ratio=1, `random` with random rows,
-`routed` with scored rows and the exact head, `sampled` with the sampled head. `floor` is `all` on a batch of just the
-kept rows. `token`, `loss` and `token_loss` are the other routes, scored by the sampled head, `token_random` draws its
-tokens. `liger`, `liger_compile`, `original`, `original_compile` are Liger's kernels and CGGR 0.5.0, which must be
-installed. `NAME@R` keeps the fraction R instead of `--ratio`, and `…+graphs` runs under `cuda_graphs=True`.
+Arms: `eager` and `compile` are transformers on all rows, `random_compile` is torch.compile on random rows. `all` is this
+package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
+sampled head. `floor` is `all` on a batch of just the kept rows. `token`, `loss` and `token_loss` are the other routes,
+scored by the sampled head, `token_random` draws its tokens. `liger`, `liger_compile`, `original`, `original_compile`
+are Liger's kernels and CGGR 0.5.0, which must be installed. `NAME@R` keeps the fraction R instead of `--ratio`, and
+`…+graphs` runs under `cuda_graphs=True`.
 """
 
 from __future__ import annotations
@@ -114,9 +115,21 @@ def _original_compiled(model: torch.nn.Module, ratio: float, _: bool) -> torch.n
     return routed
 
 
+def _random_compiled(model: torch.nn.Module, ratio: float, _: bool) -> Callable[..., Any]:
+    compiled = torch.compile(model)
+
+    def step(input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        order = torch.randperm(len(input_ids), device=input_ids.device)
+        rows = order[: kept_of(ratio, len(input_ids))].sort().values
+        return compiled(input_ids=input_ids[rows], labels=labels[rows])
+
+    return step
+
+
 ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
     "eager": lambda model, *_: model,
     "compile": lambda model, *_: torch.compile(model),
+    "random_compile": _random_compiled,
     "all": _ours(ratio=1.0),
     "floor": _ours(ratio=1.0),
     "random": _ours(selection="random"),

@@ -93,8 +93,8 @@ def check(
         ValueError: no batch was given, or another route.
         CannotOptimize: the model cannot be routed.
         LayerStackNotFound: the eager side finds no layers to make a router of.
-        TokensNotTold: the eager side cannot tell how something that a layer is given holds tokens, or the results differ
-            and a layer numbers its tokens itself.
+        TokensNotTold: the eager side cannot tell how something that a layer is given holds tokens, or a layer numbers
+            its tokens itself and the results differ.
     """
     if route not in ("sequence", "token"):
         raise ValueError(f"check: route={route!r} is neither 'sequence' nor 'token', which are those it can judge")
