@@ -8,8 +8,8 @@ Forward and backward (with `--optimizer`, fused AdamW too), random weights and i
 arm once, one after another; before the first, all arms compile side by side, so that caches on disk are warm: their
 first steps are `cold`, those of the rounds `first`. Medians over all steps are quoted, every sample is kept.
 
-Arms: `eager` and `compile` are transformers on all rows, `random_compile` is torch.compile on random rows. `all` is this
-package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
+Arms: `eager` and `compile` are transformers on all rows, `random_compile` is torch.compile on random rows. `all` is
+this package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
 sampled head. `floor` is `all` on a batch of just the kept rows. `token`, `loss` and `token_loss` are the other routes,
 scored by the sampled head, `token_random` draws its tokens. `liger`, `liger_compile`, `original`, `original_compile`
 are Liger's kernels and CGGR 0.5.0, which must be installed. `NAME@R` keeps the fraction R instead of `--ratio`, and

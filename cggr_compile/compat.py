@@ -157,7 +157,7 @@ def tracing_options() -> Iterator[None]:
 
     Calls of `logging` loggers, which it cannot trace otherwise, are passed over: a compiled step would not log either.
     Not for traces of others, which may rely on the graph break. Fake tensors are computed, not cached: an entry costs
-    more than it saves where sizes are symbols (a third of a small model's capture).
+    more than it saves where sizes are symbols.
 
     `torch._dynamo.config.patch` defines a class at every call; the first option has another name in older versions.
     """

@@ -33,7 +33,8 @@ def resolve_inner(inner: str, device: torch.device) -> str:
 
 def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Callable[..., Any]:
     """Compiles a module with every size input replaced by its value; call it with the same inputs, sizes too."""
-    tensors = [given for given in inputs if not isinstance(given, int)]
+    places = [place for place, given in enumerate(inputs) if not isinstance(given, int)]
+    tensors = [inputs[place] for place in places]
     static = _static(module, inputs)
     # Inductor looks at its caches only where a `ShapeEnv` tells it that no size is unknown.
     mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -44,7 +45,7 @@ def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Cal
     with tracing(TracingContext(mode)), cacheable:
         compiled = torch._dynamo.lookup_backend(inner)(static, tensors)
     del fakes
-    return lambda *given: compiled(*(each for each in given if not isinstance(each, int)))
+    return lambda *given: compiled(*(given[place] for place in places))
 
 
 def _static(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:

@@ -35,7 +35,7 @@ def elide_causal_masks(program: Program, config: RoutingConfig) -> Program:
     """
     functions = IndexFunctions(program.shape_env)
     attentions = program.graph.find_nodes(op="call_function", target=_ATTENTION)
-    causal = [node for node in attentions if _causal(program, node, functions)]
+    causal = [node for node in attentions if _causal(node, functions)]
     if not causal:
         return program
     builder = Builder(program)
@@ -60,7 +60,7 @@ def argument(node: fx.Node, name: str) -> Any:
     raise KeyError(name)
 
 
-def _causal(program: Program, node: fx.Node, functions: IndexFunctions) -> bool:
+def _causal(node: fx.Node, functions: IndexFunctions) -> bool:
     mask = argument(node, "attn_mask")
     if not isinstance(mask, fx.Node) or argument(node, "is_causal"):
         return False
