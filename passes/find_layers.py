@@ -276,8 +276,8 @@ def _is_state(program: Program, node: fx.Node) -> bool:
 def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
     """The longest run of equal consecutive blocks of segments; a segment is what lies between two cuts.
 
-    It ends where the repetition does, so that what is left of a block runs in front of it. What else is left over is
-    like no part of a block: of layers A B A no two are blocks, even where a part of B is like one of A.
+    It ends where the repetition does, so that what is left of a block runs in front of it. What a block consists of is
+    nowhere else: of layers A B A no two are blocks, even where a part of B is like one of A.
     """
     cuts = stream.cuts
     signatures = [_signature(program, before, after) for before, after in pairwise(cuts)]
@@ -295,8 +295,9 @@ def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
             while start > first and weights[start + repeats * period - 1] == 0:
                 start -= 1  # a conversion behind the last layer may look like one in front of the next
             weight = sum(weights[start : start + repeats * period])
-            alike = {signature for signature in signatures[:first] + signatures[end:] if signature}
-            if repeats > 1 and alike.isdisjoint(signatures[first:end]) and (best is None or weight > best[0]):
+            block = {signature for signature in signatures[start : start + period] if signature}
+            elsewhere = block <= {*signatures[:first], *signatures[end:]}
+            if repeats > 1 and not elsewhere and (best is None or weight > best[0]):
                 best = (weight, start, period, repeats)
             run = 0
     if best is None:
