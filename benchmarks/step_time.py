@@ -257,7 +257,7 @@ def table(report: dict[str, Any]) -> str:
             cells.append(f"{max(run['peak_bytes'] for run in runs) / 2**30:.1f}")
         else:
             cells += [""] * 3
-        cold = report.get("cold", {}).get(arm.removesuffix(GRAPHS))
+        cold = report["cold"].get(arm.removesuffix(GRAPHS))
         cells.append(f"{cold:.0f}" if isinstance(cold, float) else "")
         cells.append(" / ".join(f"{run['first']:.0f}" for run in runs))
         lines.append(f"| {' | '.join(cells)} |")

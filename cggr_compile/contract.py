@@ -77,10 +77,10 @@ def check(
 ) -> Check:
     """Compares routed training steps of `model` with eager training on the rows or tokens that an eager router selects.
 
-    For each batch two steps are compared: one while everything is kept, and one routed. On the token route all layers
-    but the first run on the selected tokens. The model is copied, not changed. Both sides run without a key-value cache
-    and without an inner compiler. A bitwise comparison needs dropout probabilities of 0, and attention whose kernel
-    does not depend on the mask's data (`attn_implementation="eager"`).
+    For each batch two steps are compared: one while everything is kept, and one routed. On the token route the layers
+    that the compiler finds, but for the first, run on the selected tokens. The model is copied, not changed. Both sides
+    run without a key-value cache and without an inner compiler. A bitwise comparison needs dropout probabilities of 0,
+    and attention whose kernel does not depend on the mask's data (`attn_implementation="eager"`).
 
     Args:
         model: a language model on the CPU in fp32.
@@ -129,9 +129,8 @@ def check(
         differences.append(_difference(actual, step))
     found = Check(*max(differences), tuple(selected), tuple(expected), len(stack), stack.path, stack.proof)
     if counting and not found.within_rounding:
-        raise TokensNotTold(
-            f"{' and '.join(sorted(counting))}: it numbers its tokens itself, which are not the first k"
-        )
+        names = " and ".join(sorted(counting))
+        raise TokensNotTold(f"{names}: it numbers its tokens itself, from 0 to k - 1; check it with route='sequence'")
     return found
 
 
@@ -158,8 +157,8 @@ def _on_rows(model: nn.Module, batch: Batch, rows: torch.Tensor, layers: int) ->
 def _on_tokens(
     model: nn.Module, batch: Batch, positions: torch.Tensor, layers: int, middle: int, counting: set[str]
 ) -> tuple[torch.Tensor, Step]:
-    """The positions [B, k] that the eager router selects, and eager's step with its last `middle` layers on them:
-    all but the first, where the stack runs once."""
+    """The positions [B, k] that the eager router selects, and eager's step with its last `middle` layers on them.
+    Layers that count k places are added to `counting`."""
     stack = layer_calls(model, batch)
     length = batch["input_ids"].shape[1]
     with on_tokens(stack, range(len(stack) - middle, len(stack)), positions, length, counting):

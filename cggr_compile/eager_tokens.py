@@ -23,7 +23,7 @@ class TokensNotTold(ValueError):
 
 
 class Counting(TorchFunctionMode):
-    """Watches for `torch.arange` over `kept` places: a layer that counts its tokens takes the k-th for token k."""
+    """Watches for `torch.arange` over `kept` places, by which a layer may number its tokens."""
 
     def __init__(self, kept: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Counting(TorchFunctionMode):
 
 @contextmanager
 def on_tokens(
-    stack: list[nn.Module], middle: range, positions: torch.Tensor, length: int, counting: set[str] | None = None
+    stack: list[nn.Module], middle: range, positions: torch.Tensor, length: int, counting: set[str]
 ) -> Iterator[None]:
     """While it holds, the `middle` calls of the stack run on the tokens at `positions` [B, k] of sequences of `length`
     tokens, and their result is put back; the other tokens pass on the residual.
@@ -64,7 +64,7 @@ def on_tokens(
                 raise TokensNotTold(f"{name}: its residual of shape {tuple(entry.shape)} is not [batch, sequence, …]")
             with Counting(positions.shape[1]) as watched:
                 output = forward(*_at(positions, length, args), **_at(positions, length, kwargs))
-            if watched.seen and counting is not None:
+            if watched.seen:
                 counting.add(name)
             short = residual_of(output)
             if short is None:

@@ -7,7 +7,8 @@ capture guarded to such lengths. A mask that depends on an input, such as paddin
 a shorter window. With the mask gone, keys and values that were repeated for grouped queries are passed unrepeated, as
 transformers does wherever it passes no mask itself.
 
-This is what transformers itself calls in eager mode without padding, so the results are those of that call.
+This is what transformers itself calls in eager mode without padding, so the results are those of that call; where it
+passes a mask that hides nothing (a window of just the sequence's length), they are those of another kernel.
 """
 
 from __future__ import annotations

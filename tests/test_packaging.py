@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tarfile
@@ -10,14 +9,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import environment
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(code: str, cwd: Path) -> str:
     """Standard output of a program that starts in a folder, which is first on its sys.path."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -52,7 +52,7 @@ def test_stored_values_are_those_of_the_selected_rows(front_end: str) -> None:
         routed = torch.compile(model, backend="cggr", options={"ratio": 0.5, "inner": "eager"})
     batch = toy_batch()
     output = routed(**batch)
-    rows = routed.cggr.selected if front_end == "optimize" else cggr.handle(routed).selected
+    rows = cggr.handle(routed).selected
     assert output[1] is None
     eager(batch["input_ids"][rows], batch["labels"][rows])
     for name, wanted in eager.remembered().items():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import WORDS, Toy, route, toy_batch
+from toys import AS_IT_IS, WORDS, Toy, route, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile.confidence import Confidence
@@ -116,8 +116,7 @@ def test_a_fixed_quota_is_top_k_of_the_plain_fraction() -> None:
 
 
 def test_drifting_confidences_cost_a_compilation_a_rung() -> None:
-    torch._dynamo.register_backend(lambda gm, inputs: gm.forward, name="as_it_is")
-    model = optimized(toy(), ratio=0.6, threshold_sensitivity=1.0, inner="as_it_is")
+    model = optimized(toy(), ratio=0.6, threshold_sensitivity=1.0, inner=AS_IT_IS)
     batch, kept = toy_batch(40), set()
     for drift in [1.0, *torch.rand(60, generator=torch.Generator().manual_seed(0)).tolist()]:
         model.cggr.runtime.confidence = Confidence(drift)

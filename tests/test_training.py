@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 import transformers
 from architectures import build, token_batch
 from documents import examples
-from toys import Toy, toy_batch
+from processes import environment
+from toys import AS_IT_IS, Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile.callback import CGGRCallback
@@ -165,8 +165,7 @@ def test_a_trainer_that_keeps_the_labels_to_itself_is_refused(tmp_path: Path) ->
 
 def test_nothing_compiles_after_the_warm_up() -> None:
     """200 steps under a curriculum, every tenth on the ragged last batch of an epoch."""
-    torch._dynamo.register_backend(lambda gm, inputs: gm.forward, name="uncompiled")
-    model = cggr.optimize(Toy().train(), ratio=0.5, warmup_steps=40, inner="uncompiled")
+    model = cggr.optimize(Toy().train(), ratio=0.5, warmup_steps=40, inner=AS_IT_IS)
     compiled = []
     for step in range(200):
         model(**toy_batch(5 if step % 10 == 9 else 16, seed=step))[0].backward()
@@ -181,8 +180,7 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "step_time.py"
     arms = [f"--arm={arm}" for arm in ("eager", "floor", "sampled@0.5")]
     command = [sys.executable, str(script), "--quick", "--device", "cpu", *arms, "--output", str(tmp_path / "out.json")]
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env=env)
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment())
     samples = json.loads((tmp_path / "out.json").read_text())["samples"]
     assert [len(runs[0]["steps"]) for runs in samples.values()] == [3, 3, 3]
     assert (tmp_path / "out.md").read_text().count("\n| ") == 5
