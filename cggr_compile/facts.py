@@ -256,7 +256,7 @@ class Report:
 
     def _causal_masks(self) -> str:
         if not self.causal_attentions:
-            return "none dropped: none was proved to be key <= query for every size"
+            return "none dropped: none was proved to be key <= query for the captured lengths"
         return f"{self.causal_attentions} dropped: proved to be key <= query for every size"
 
     def _inserted(self) -> str:
