@@ -18,6 +18,7 @@ residual (a mixture-of-experts' statistics) continues on k tokens until no dimen
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +26,13 @@ import cggr_compile.kernels.token_ops  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.select_tokens import middle_layers
-from cggr_compile.passes.sequence_order import INDEXING, is_unrolled, order_dependence, packet_of
+from cggr_compile.passes.sequence_order import counts_tokens, indices_of, is_unrolled, order_dependence, packet_of
 from cggr_compile.passes.sizes import emit_size
 from cggr_compile.passes.subgraph import ancestors, carries_activations, descendants
 from cggr_compile.passes.token_shapes import COUNTERS, TokenShapes
 from torch import fx
 
+from cggr_compile import compat
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.program import ORIGIN, PART, Builder, Program, Region, Shortened, is_tensor, value
@@ -130,9 +132,10 @@ class _Rewrite:
 
     def _copy_full(self, node: fx.Node) -> None:
         """Copies a node, after what it needs that stands later in the graph."""
-        builder = self.builder
-        if isinstance(value(node), torch.SymInt) and any(source not in builder.env for source in node.all_input_nodes):
-            builder.env[node] = self._size(value(node), None)
+        builder, val = self.builder, value(node)
+        ahead = any(source not in builder.env for source in node.all_input_nodes)
+        if ahead and isinstance(val, torch.SymInt) and not compat.data_symbols(val):
+            builder.env[node] = self._size(val, None)
             return
         for source in node.all_input_nodes:
             self._ensure_full(source)
@@ -187,7 +190,7 @@ class _Rewrite:
                 node=node,
                 hint="keep such layers dense (first_layers, last_layers), or use route='sequence'",
             )
-        reason = order_dependence(self.program, node)
+        reason = order_dependence(self.program, node, span.members)
         if reason is not None and not self.config.allow_compressed_recurrence:
             raise CannotOptimize(
                 f"{_layers(span.layers)} mix tokens by their places: {reason}",
@@ -250,7 +253,8 @@ class _Rewrite:
     def _recomputed(self, node: fx.Node, span: Span, counted: bool) -> fx.Node:
         """The node again, on its sources' forms for the kept tokens."""
         makes_positions = packet_of(node) in COUNTERS and not self.shapes.counts_flattened(node)
-        if node.op != "call_function" or makes_positions or order_dependence(self.program, node) is not None:
+        by_place = order_dependence(self.program, node, span.members) is not None
+        if node.op != "call_function" or makes_positions or by_place:
             raise CannotOptimize(
                 f"cannot tell which tokens a value of shape {self.shapes.text(node)} is about, and "
                 f"{_layers(span.layers)} depend on it",
@@ -302,13 +306,9 @@ class _Rewrite:
     def _refuse_places(self, node: fx.Node, reader: fx.Node) -> None:
         """A gathered value holds the tokens' places in the whole sequence; as an index into the kept ones it is
         wrong."""
-        packet = packet_of(reader)
-        if packet not in INDEXING or not self.shapes.mentions_sequence(reader.args[0]):
-            return
-        indices = reader.args[INDEXING[packet].indices]
-        if node in (indices if isinstance(indices, (list, tuple)) else [indices]):
+        if counts_tokens(self.program, reader) and node in indices_of(reader):
             raise CannotOptimize(
-                f"{packet} reads the sequence at places given by a value of shape {self.shapes.text(node)}, "
+                f"{packet_of(reader)} reads the sequence at places given by a value of shape {self.shapes.text(node)}, "
                 "which count in the whole sequence",
                 node=reader,
                 hint="the token route cannot translate places; use route='sequence'",
@@ -373,9 +373,21 @@ def _spans(program: Program, config: RoutingConfig) -> list[Span]:
     spans = []
     for layers in blocks:
         first, last = residuals[layers[0] - 1], residuals[layers[-1]]
-        between = ancestors([last], stop=[first]) & descendants([first], carries_activations) - {first}
+        inside, after = descendants([first], _carries_data) - {first}, descendants([last], _carries_data)
+        checks = _effects_of(inside - after) - _effects_of(after)
+        between = ancestors([last, *checks], stop=[first]) & (inside | checks)
         spans.append(Span(first, last, layers, frozenset(between)))
     return spans
+
+
+def _effects_of(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The calls that read some of the nodes and give nothing on: assertions."""
+    return {user for node in nodes for user in node.users if not user.users and user.op != "output"}
+
+
+def _carries_data(node: fx.Node) -> bool:
+    """Whether a node passes on what is computed of activations: also a number that was read from them."""
+    return carries_activations(node) or bool(compat.data_symbols(value(node)))
 
 
 def _layers(layers: range) -> str:

@@ -31,7 +31,7 @@ def select_loss(program: Program, config: RoutingConfig) -> Program:
     assert program.head is not None
     builder = Builder(program)
     builder.copy_inputs()
-    kept = builder.placeholder("kept_loss", fresh_size(program, "kept_loss"))
+    kept = builder.placeholder("kept_loss", fresh_size(program, "kept_loss", value(program.head.target).shape[0]))
     rule = rule_of(config.selection)
     target = program.head.target
     noise = builder.tensor_input("loss_noise", value(target).shape, target) if rule.needs_noise else None

@@ -7,6 +7,7 @@ can follow a curriculum without a new capture, and a random selection never touc
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain, count
 from operator import getitem
 
 import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
@@ -21,7 +22,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.program import Builder, Program, value
+from cggr_compile.program import Builder, Program, hint, value
 
 aten = torch.ops.aten
 
@@ -36,7 +37,7 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
     head = program.head
     builder = Builder(program)
     builder.copy_inputs()
-    kept = builder.placeholder("kept", fresh_size(program, "kept"))
+    kept = builder.placeholder("kept", fresh_size(program, "kept", program.batch))
     builder.copy_parts("router", "score")
     builder.part, builder.region = "select", quiet_region(program)
     rule = rule_of(config.selection)
@@ -96,12 +97,13 @@ def first(builder: Builder, scores: fx.Node, preferred: fx.Node, kept: fx.Node) 
     return builder.call(getitem, chosen, 0)
 
 
-def fresh_size(program: Program, name: str) -> torch.SymInt:
-    """A fresh symbol for a number of rows or tokens, whose size hint is equal to no other size of the graph."""
+def fresh_size(program: Program, name: str, total: int | torch.SymInt) -> torch.SymInt:
+    """A fresh symbol for a number of rows or tokens, whose size hint is equal to no other size of the graph: close to
+    that of `total`, so that the graph fits it as it was captured."""
     shape_env = program.shape_env
     source = ConstantSource(name)
     sizes = [program.batch, program.sequence, *map(value, program.placeholders)]
     hints = {size.node.hint for size in sizes if isinstance(size, torch.SymInt)}
-    hint = next(size for size in range(2, 8) if size not in hints)
-    symbol = shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
-    return shape_env.create_symintnode(symbol, hint=hint, source=source)
+    near = next(size for size in chain(range(hint(total) - 1, 1, -1), count(2)) if size not in hints)
+    symbol = shape_env.create_symbol(near, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+    return shape_env.create_symintnode(symbol, hint=near, source=source)

@@ -59,7 +59,7 @@ def select_tokens(program: Program, config: RoutingConfig) -> Program:
     layers = middle_layers(program, config)
     builder = Builder(program)
     builder.copy_inputs()
-    kept = builder.placeholder("kept_tokens", fresh_size(program, "kept_tokens"))
+    kept = builder.placeholder("kept_tokens", fresh_size(program, "kept_tokens", program.sequence))
     builder.copy_parts("router", "score")
     builder.part, builder.region = "select", quiet_region(program)
     ids = token_ids(program)

@@ -1,15 +1,18 @@
 """Which operators depend on *where in the sequence* a token stands, and so change their meaning on k of S tokens.
 
 Layers may mix tokens in two ways. As a set: attention weighs every key by its content and by a mask or bias that is
-gathered with the tokens, sums and maxima take all of them; that is the same on any subset. Or by place: convolutions,
-scans, shifts and blocks read the neighbour, and on the kept tokens the neighbour is another one. The second kind is
-found by what an operator does to a dimension of the sequence's size: it runs along it (`_ALONG`), fixes a place in it
-(`select`, an index), or makes it another size than S (padding, slicing, blocks), which only reading by place needs.
-Causal attention and triangular masks depend on the order alone, which is kept.
+gathered with the tokens, sums and maxima take all of them, sparse attention chooses the best of them; that is the same
+on any subset. Or by place: convolutions, scans, shifts and blocks read the neighbour, and on the kept tokens the
+neighbour is another one. The second kind is found by what an operator does to a dimension of the sequence's size: it
+runs along it (`_ALONG`), fixes a place in it (`select`, an index), or makes it another size than S (padding, slicing,
+blocks), which only reading by place needs. Causal attention and triangular masks depend on the order alone, which is
+kept.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +57,7 @@ _TRIANGLES = {aten.tril: (0, -1), aten.triu: (0, 1)}  # diagonals that say befor
 _CUTS = {aten.slice, aten.narrow}
 
 
-class Indexing(NamedTuple):
+class _Indexing(NamedTuple):
     """Where an operator that counts places has its indices among its arguments, and where the dimension that they
     count in (None: one index for each)."""
 
@@ -63,15 +66,15 @@ class Indexing(NamedTuple):
 
 
 # Operators that read or write at given places.
-INDEXING: dict[Any, Indexing] = {
-    aten.index: Indexing(1, None),
-    aten.index_put: Indexing(1, None),
-    aten.gather: Indexing(2, 1),
-    aten.scatter: Indexing(2, 1),
-    aten.scatter_add: Indexing(2, 1),
-    aten.index_select: Indexing(2, 1),
-    aten.index_add: Indexing(2, 1),
-    aten.take_along_dim: Indexing(1, 2),
+_INDEXING: dict[Any, _Indexing] = {
+    aten.index: _Indexing(1, None),
+    aten.index_put: _Indexing(1, None),
+    aten.gather: _Indexing(2, 1),
+    aten.scatter: _Indexing(2, 1),
+    aten.scatter_add: _Indexing(2, 1),
+    aten.index_select: _Indexing(2, 1),
+    aten.index_add: _Indexing(2, 1),
+    aten.take_along_dim: _Indexing(1, 2),
 }
 _KEEPS_PLACES = {
     aten.slice,
@@ -84,12 +87,16 @@ _KEEPS_PLACES = {
     aten.clone,
 }
 _KNOWN_NAMESPACES = ("aten", "prims")
+# Operators that choose along a dimension by what is there, with the place of the dimension among their arguments; they
+# return the chosen entries and where those are.
+_CHOICES = {aten.topk: 2, aten.sort: 1}
 
 
-def order_dependence(program: Program, node: fx.Node) -> str | None:
+def order_dependence(program: Program, node: fx.Node, inside: Collection[fx.Node]) -> str | None:
     """Why the node's result at a token depends on the places of others, or None where it does not.
 
-    `node` is a call of the captured graph, whose sizes still tell the sequence from everything else.
+    `node` is a call of the captured graph, whose sizes still tell the sequence from everything else. `inside` is what
+    will be computed on the kept tokens: places found there by content are places among them.
     """
     if node.op != "call_function":
         return None
@@ -109,7 +116,7 @@ def order_dependence(program: Program, node: fx.Node) -> str | None:
         return None
     if packet in _CUTS and not _keeps_all(program, node):
         return f"{packet} takes fixed places of the sequence"
-    if packet in INDEXING and any(_is_sequence(program, size) for size in _indexed_sizes(node)):
+    if counts_tokens(program, node) and not all(_is_choice(program, index, inside) for index in indices_of(node)):
         return f"{packet} takes places of the sequence by their number"
     if packet in _STRIDES:
         return f"{packet} reads the sequence by place"
@@ -124,7 +131,7 @@ def order_dependence(program: Program, node: fx.Node) -> str | None:
             return f"{packet} reads neighbours along the sequence"
     if packet in _TRIANGLES and (node.args[1] if len(node.args) > 1 else 0) not in _TRIANGLES[packet]:
         return f"{packet} measures distances along the sequence"
-    return _odd_size(program, node)
+    return None if _is_choice(program, node, inside) else _odd_size(program, node)
 
 
 def packet_of(node: fx.Node) -> Any:
@@ -153,6 +160,26 @@ class _Padded(NamedTuple):
 
     dim: int
     start: int
+
+
+def indices_of(node: fx.Node) -> list[fx.Node]:
+    """The indices that an operator of `_INDEXING` is given."""
+    given: Any = node.args[_INDEXING[packet_of(node)].indices]
+    return [index for index in given if index is not None] if isinstance(given, (list, tuple)) else [given]
+
+
+def _is_choice(program: Program, node: fx.Node, inside: Collection[fx.Node]) -> bool:
+    """Whether a value of `inside` is what an operator chose of the sequence by content, or where that is; also in
+    another form."""
+    if node not in inside:
+        return False
+    packet = packet_of(node)
+    if packet in _CHOICES:
+        place, shape = _CHOICES[packet], value(node.args[0]).shape
+        dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", -1)
+        return isinstance(dim, int) and _is_sequence(program, shape[dim])
+    keeps = node.target is operator.getitem or packet in _KEEPS_PLACES
+    return keeps and all(_is_choice(program, source, inside) for source in node.all_input_nodes[:1])
 
 
 def _padding(program: Program, node: fx.Node) -> _Padded | None:
@@ -187,10 +214,15 @@ def _keeps_all(program: Program, node: fx.Node) -> bool:
     return found and _is_sequence(program, after[dim])
 
 
+def counts_tokens(program: Program, node: fx.Node) -> bool:
+    """Whether an operator is given places in the sequence."""
+    return packet_of(node) in _INDEXING and any(_is_sequence(program, size) for size in _indexed_sizes(node))
+
+
 def _indexed_sizes(node: fx.Node) -> list[Any]:
     """Sizes of the dimensions that an indexing operator counts places in."""
     shape = value(node.args[0]).shape
-    found = INDEXING[node.target.overloadpacket]
+    found = _INDEXING[node.target.overloadpacket]
     if found.dim is None:
         indices = node.args[found.indices]
         assert isinstance(indices, (list, tuple))
@@ -257,7 +289,8 @@ def _of_body(program: Program, node: fx.Node) -> str | None:
     body = getattr(program.root, str(forward.target))
     with program.fake_mode, program.shape_env.suppress_guards():
         traced = make_fx(body, tracing_mode="real")(*(value(source) for source in inputs))
-    reasons = (order_dependence(program, inner) for inner in traced.graph.nodes)
+    nodes = traced.graph.nodes
+    reasons = (order_dependence(program, inner, nodes) for inner in nodes)
     return next((f"in {node.target}: {reason}" for reason in reasons if reason), None)
 
 

@@ -73,6 +73,14 @@ MIXES = {
         "aten.index takes places of the sequence by their number",
     ),
     "gather": (lambda x, _: x.gather(1, places(x).view(1, -1, 1).expand(x.shape)), "aten.gather takes places"),
+    "beside the chosen": (
+        lambda x, _: x + x.gather(1, (x.topk(2, 1).indices + 1).clamp(max=1)).sum(1, keepdim=True),
+        "aten.gather takes places of the sequence by their number",
+    ),
+    "chosen among features": (
+        lambda x, _: x + x.gather(1, x.topk(2, 2).indices).sum(2, keepdim=True),
+        "aten.gather takes places of the sequence by their number",
+    ),
     "distance": (
         lambda x, _: (x @ x.transpose(1, 2)).tril(-2) @ x,
         "aten.tril measures distances along the sequence",
@@ -120,15 +128,35 @@ def test_unrolled_scans_are_refused_whatever_is_allowed(allowed: bool) -> None:
         cggr.explain(model, {"input_ids": torch.randint(0, 31, (4, 7))}, **options)
 
 
-def test_order_alone_is_no_place() -> None:
-    """Triangles, sums over tokens, nothing in front and a sink beside the keys mean the same on the kept tokens."""
+def ordered(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+    """Triangles, sums over tokens, nothing in front and a sink beside the keys."""
+    scores = torch.cat([x.new_empty(0), (x @ x.transpose(1, 2)).tril()], -2)  # as a cache that is empty yet
+    sink = scores.amax(-1, keepdim=True)
+    weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    return weights @ x + x.mean(1, keepdim=True)
 
-    def mix(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
-        scores = torch.cat([x.new_empty(0), (x @ x.transpose(1, 2)).tril()], -2)  # as a cache that is empty yet
-        sink = scores.amax(-1, keepdim=True)
-        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-        return weights @ x + x.mean(1, keepdim=True)
 
+def chosen(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+    """Attention to the best keys, as many as there are up to three, and the sequence's largest entries."""
+    scores = x @ x.transpose(1, 2)
+    best = scores.topk(min(3, x.shape[1]), -1).indices.to(torch.int32)
+    hidden = scores.new_ones(scores.shape, dtype=torch.bool).scatter(-1, best.long(), False)
+    largest = x.gather(1, x.sort(dim=1, descending=True).indices)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ x + largest.sum(1, keepdim=True)
+
+
+def grouped(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+    """Tokens in two groups whose sizes are read from the data, as experts run on theirs."""
+    flat = x.flatten(0, 1)
+    second = flat[:, 0] > 0
+    sizes = [int((~second).sum().item()), int(second.sum().item())]
+    order = second.int().argsort(stable=True)
+    first, rest = flat[order].split(sizes)
+    return torch.cat([first.sin(), rest.cos()])[order.argsort()].view(x.shape)
+
+
+@pytest.mark.parametrize("mix", [ordered, chosen, grouped])
+def test_mixing_as_a_set_means_the_same_on_the_kept_tokens(mix: Callable[..., torch.Tensor]) -> None:
     torch.manual_seed(0)
     eager = Layers(mix).train()
     model = cggr.optimize(copy.deepcopy(eager), route="token", ratio=0.5, selection="random", inner="eager")
