@@ -12,8 +12,9 @@ Arms: `eager` and `compile` are transformers on all rows, `random_compile` is to
 this package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
 sampled head. `floor` is `all` on a batch of just the kept rows. `token`, `loss` and `token_loss` are the other routes,
 scored by the sampled head, `token_random` draws its tokens. `liger`, `liger_compile`, `original`, `original_compile`
-are Liger's kernels and CGGR 0.5.0, which must be installed. `NAME@R` keeps the fraction R instead of `--ratio`, and
-`…+graphs` runs under `cuda_graphs=True`.
+are Liger's kernels and CGGR 0.5.0, which must be installed. `NAME@R` keeps the fraction R instead of `--ratio`;
+`…+outlined` and `…+graphs` run this package's arms under `outline_layers=True` and `cuda_graphs=True`, and
+`…+budget=F` any arm that compiles under torch's `activation_memory_budget` F.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import cggr_compile as cggr
 from cggr_compile.config import kept_of
 from cggr_compile.environment import environment
 
-GRAPHS = "+graphs"
+GRAPHS, OUTLINED, BUDGET = "graphs", "outlined", "budget="
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def build(shape: Shape, device: str) -> torch.nn.Module:
 
 
 def _ours(**options: Any) -> Callable[..., Any]:
-    def make(model: torch.nn.Module, ratio: float, graphs: bool) -> Callable[..., Any]:
-        return cggr.optimize(model, **{"ratio": ratio, **options}, cuda_graphs=graphs)
+    def make(model: torch.nn.Module, arm: Arm) -> Callable[..., Any]:
+        switches = {"cuda_graphs": arm.graphs, "outline_layers": arm.outlined}
+        return cggr.optimize(model, **{"ratio": arm.ratio, **options}, **switches)
 
     return make
 
@@ -102,25 +104,25 @@ def _liger(model: torch.nn.Module, *_: Any) -> torch.nn.Module:
     return model
 
 
-def _original(model: torch.nn.Module, ratio: float, _: bool) -> torch.nn.Module:
+def _original(model: torch.nn.Module, arm: Arm) -> torch.nn.Module:
     from cggr import CGGRModel, create_truncated_router
 
     router = create_truncated_router(model, num_layers=2)
-    return CGGRModel(model, router=router, min_tokens_ratio=ratio, warmup_steps=0, dynamic_threshold=False)
+    return CGGRModel(model, router=router, min_tokens_ratio=arm.ratio, warmup_steps=0, dynamic_threshold=False)
 
 
-def _original_compiled(model: torch.nn.Module, ratio: float, _: bool) -> torch.nn.Module:
-    routed = _original(model, ratio, False)
+def _original_compiled(model: torch.nn.Module, arm: Arm) -> torch.nn.Module:
+    routed = _original(model, arm)
     routed.model, routed.scorer.router = torch.compile(routed.model), torch.compile(routed.scorer.router)
     return routed
 
 
-def _random_compiled(model: torch.nn.Module, ratio: float, _: bool) -> Callable[..., Any]:
+def _random_compiled(model: torch.nn.Module, arm: Arm) -> Callable[..., Any]:
     compiled = torch.compile(model)
 
     def step(input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
         order = torch.randperm(len(input_ids), device=input_ids.device)
-        rows = order[: kept_of(ratio, len(input_ids))].sort().values
+        rows = order[: kept_of(arm.ratio, len(input_ids))].sort().values
         return compiled(input_ids=input_ids[rows], labels=labels[rows])
 
     return step
@@ -147,25 +149,31 @@ ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
 
 
 class Arm(NamedTuple):
-    """An arm as it is written, `NAME[@RATIO][+graphs]`."""
+    """An arm as it is written, `NAME[@RATIO][+outlined][+budget=F][+graphs]`."""
 
     name: str
     ratio: float
-    graphs: bool
+    graphs: bool = False
+    outlined: bool = False
+    budget: float = 1.0
 
     @classmethod
     def parse(cls, text: str, ratio: float) -> Arm:
         """The arm, with `ratio` where it names none; `typer.BadParameter` for what is no arm."""
-        name, _, own = text.removesuffix(GRAPHS).partition("@")
+        first, *switches = text.split("+")
+        name, _, own = first.partition("@")
+        budgets = [switch.removeprefix(BUDGET) for switch in switches if switch.startswith(BUDGET)]
         try:
-            kept = float(own or ratio)
+            kept, budget = float(own or ratio), float((budgets or ["1"])[0])
         except ValueError:
-            kept = math.nan
-        if name not in ARMS or not 0 < kept <= 1:
+            kept = budget = math.nan
+        known = {GRAPHS, OUTLINED, *(BUDGET + given for given in budgets[:1])}
+        if name not in ARMS or not set(switches) <= known or not 0 < kept <= 1 or not 0 <= budget <= 1:
             raise typer.BadParameter(
-                f"arm: got {text!r}, expected NAME[@RATIO][{GRAPHS}], NAME one of {', '.join(ARMS)}"
+                f"arm: got {text!r}, expected NAME[@RATIO][+{OUTLINED}][+{BUDGET}F][+{GRAPHS}], "
+                f"NAME one of {', '.join(ARMS)}"
             )
-        return cls(name, kept, text.endswith(GRAPHS))
+        return cls(name, kept, GRAPHS in switches, OUTLINED in switches, budget)
 
 
 DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
@@ -175,10 +183,11 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
     """Seconds of each step after three warm-up steps, seconds of the first step, peak memory in bytes, and of one step
     on CUDA the milliseconds in kernels and their number. Of this package's arms also what the cost model predicts, as a
     share of a step on everything."""
-    name, ratio, graphs = Arm.parse(arm, ratio)
+    parsed = Arm.parse(arm, ratio)
+    torch._functorch.config.activation_memory_budget = parsed.budget
     model = build(shape, device)
-    step = ARMS[name](model, ratio, graphs)
-    rows = kept_of(ratio, shape.batch) if name == "floor" else shape.batch
+    step = ARMS[parsed.name](model, parsed)
+    rows = kept_of(parsed.ratio, shape.batch) if parsed.name == "floor" else shape.batch
     ids = torch.randint(0, shape.vocabulary, (rows, shape.sequence), device=device)
     update = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda") if optimizer else None
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -204,7 +213,7 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
         record["predicted_share"] = model.cggr.report().cost.step_ratio
     if device == "cuda":
         # What a CUDA graph holds is reserved, not allocated.
-        record["peak_bytes"] = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
+        record["peak_bytes"] = torch.cuda.max_memory_reserved() if parsed.graphs else torch.cuda.max_memory_allocated()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             one_step()
             sync()
@@ -222,11 +231,14 @@ def table(report: dict[str, Any]) -> str:
         for arm, runs in report["samples"].items()
         if runs and all("steps" in run for run in runs)
     }
-    best = {name: medians.get(name) for name in ("compile", "all")}
-    best["floor"] = min((medians[a] for a in ("floor", "floor" + GRAPHS) if a in medians), default=None)
+    kinds = {arm: Arm.parse(arm, report["ratio"]) for arm in medians}
 
-    def against(seconds: float, name: str, share: float = 1.0) -> str:
-        return f"{seconds / (share * best[name]):.2f}" if best[name] else ""
+    def best(name: str, ratio: float | None = None) -> float | None:
+        alike = (a for a, kind in kinds.items() if kind.name == name and ratio in (None, kind.ratio))
+        return min((medians[a] for a in alike), default=None)
+
+    def against(arm: str, reference: float | None, share: float = 1.0) -> str:
+        return f"{medians[arm] / (share * reference):.2f}" if reference else ""
 
     update = " and fused AdamW" if report["optimizer"] else ""
     lines = [
@@ -247,21 +259,26 @@ def table(report: dict[str, Any]) -> str:
         cells = [
             arm,
             f"{1000 * medians[arm]:.1f} ({min(every):.1f} to {max(every):.1f})",
-            against(medians[arm], "compile"),
-            against(medians[arm], "floor"),
-            against(medians[arm], "all", Arm.parse(arm, report["ratio"]).ratio),
-            against(medians[arm], "all", runs[0]["predicted_share"]) if "predicted_share" in runs[0] else "",
+            against(arm, best("compile")),
+            against(arm, best("floor", kinds[arm].ratio)),
+            against(arm, best("all"), kinds[arm].ratio),
+            against(arm, best("all"), runs[0]["predicted_share"]) if "predicted_share" in runs[0] else "",
         ]
         if "kernels" in runs[0]:
             cells += [f"{runs[0]['kernel_milliseconds']:.1f}", f"{runs[0]['kernels']}"]
             cells.append(f"{max(run['peak_bytes'] for run in runs) / 2**30:.1f}")
         else:
             cells += [""] * 3
-        cold = report["cold"].get(arm.removesuffix(GRAPHS))
+        cold = report["cold"].get(_compiled(arm))
         cells.append(f"{cold:.0f}" if isinstance(cold, float) else "")
         cells.append(" / ".join(f"{run['first']:.0f}" for run in runs))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _compiled(arm: str) -> str:
+    """The arm whose compilation an arm shares."""
+    return arm.removesuffix("+" + GRAPHS)
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
@@ -297,7 +314,7 @@ def main(
     steps: int = 10,
     rounds: int = 2,
     arm: Annotated[
-        list[str] | None, typer.Option(help=f"repeatable, NAME[@RATIO][{GRAPHS}]: " + ", ".join(ARMS))
+        list[str] | None, typer.Option(help="repeatable, NAME[@RATIO][+SWITCH…]: " + ", ".join(ARMS))
     ] = None,
     optimizer: Annotated[bool, typer.Option(help="with a step of fused AdamW")] = False,
     side_by_side: Annotated[int, typer.Option(help="processes that compile at once before round 1")] = 4,
@@ -327,7 +344,7 @@ def main(
         "shape": asdict(shape), "ratio": ratio, "optimizer": optimizer, "side_by_side": side_by_side, "cold": cold,
         "samples": samples,
     }  # fmt: skip
-    waiting = list(dict.fromkeys(name.removesuffix(GRAPHS) for name in arms)) if side_by_side else []
+    waiting = list(dict.fromkeys(_compiled(name) for name in arms)) if side_by_side else []
     while waiting:
         now, waiting = waiting[:side_by_side], waiting[side_by_side:]
         compiling = [start([*command, "--steps", "0", "--only", name]) for name in now]

@@ -141,6 +141,7 @@ class RoutingConfig:
     resample: str = "block"
     allow_compressed_recurrence: bool = False
     inner: str = "auto"
+    outline_layers: bool = False
     cuda_graphs: bool = False
     # What a dict or a callable object may lack is a hash; equal configs have equal hashes without them.
     kernels: str | Mapping[str, str] = field(default="auto", hash=False)
@@ -177,7 +178,7 @@ class RoutingConfig:
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
         self._check_kernels()
-        for name in ("keep_logits", "cuda_graphs"):
+        for name in ("keep_logits", "outline_layers", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
         if self.seed is not None and not _is_int(self.seed, 0):

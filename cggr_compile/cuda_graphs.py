@@ -175,7 +175,9 @@ class _Recording:
         """Replays the backward; copies of the gradients."""
         torch._foreach_copy_(self._of_outputs, list(of_outputs))
         self._backward.replay()
-        return [None if x is None else x.clone() for x in self._gradients]
+        copies = [None if x is None else torch.empty_like(x) for x in self._gradients]
+        torch._foreach_copy_(_present(copies), _present(self._gradients))
+        return copies
 
 
 class _Replay(torch.autograd.Function):
@@ -213,6 +215,10 @@ def _leaf(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return x
     return (x.detach() if _stays(x) else x.detach().clone()).requires_grad_(x.requires_grad)
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
 
 
 def _differentiable(outputs: Sequence[Any]) -> list[Tensor]:

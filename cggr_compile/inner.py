@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile import kernels
+from cggr_compile.passes.lower_regions import Pieces
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:
@@ -46,6 +47,45 @@ def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Cal
         compiled = torch._dynamo.lookup_backend(inner)(static, tensors)
     del fakes
     return lambda *given: compiled(*(given[place] for place in places))
+
+
+class Shared:
+    """Pieces of a step (`lower_pieces`), compiled when they first run: one for all that are alike."""
+
+    def __init__(self, pieces: Pieces, inner: str) -> None:
+        self.inner = inner
+        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._module = pieces.module
+        for name, text in pieces.texts.items():
+            body = getattr(pieces.module, name)
+            delattr(pieces.module, name)
+            setattr(pieces.module, name, self._piece(body, text))
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._module(*inputs)
+
+    def _piece(self, body: fx.GraphModule, text: str) -> Callable[..., Any]:
+        compiled: Callable[..., Any] | None = None
+
+        def run(*inputs: Any) -> Any:
+            nonlocal compiled
+            if compiled is None:
+                compiled = self._shared(body, text, inputs)
+            return compiled(*inputs)
+
+        return run
+
+    def _shared(self, body: fx.GraphModule, text: str, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+        key = (text, *map(_kind, inputs))
+        if key not in self.compiled:
+            leaves = [x if x.is_leaf else x.detach().requires_grad_() for x in inputs]
+            self.compiled[key] = compile_static(body, leaves, self.inner)
+        return self.compiled[key]
+
+
+def _kind(x: torch.Tensor) -> tuple[Any, ...]:
+    """All that a compiled piece assumes of an input."""
+    return (x.dtype, x.device, x.shape, x.stride(), x.requires_grad, isinstance(x, torch.nn.Parameter))
 
 
 def _static(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:

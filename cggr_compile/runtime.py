@@ -19,17 +19,18 @@ from cggr_compile import compat
 from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
 from cggr_compile.cuda_graphs import Pool, Replayed, obstacle_of
-from cggr_compile.inner import compile_static, resolve_inner
+from cggr_compile.inner import Shared, compile_static, resolve_inner
 from cggr_compile.kernels.selection import rule_name
 from cggr_compile.metrics import Gradients
-from cggr_compile.passes.lower_regions import lower_regions
-from cggr_compile.passes.pipeline import SCORES, UNROUTED, Pass, passes_for, routable, run
+from cggr_compile.passes.lower_regions import lower_pieces, lower_regions
+from cggr_compile.passes.outline_layers import outline_layers
+from cggr_compile.passes.pipeline import SCORES, Pass, passes_for, passes_unrouted, routable, run
 from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.probe import Probe, break_even
 from cggr_compile.program import Program, value
 from cggr_compile.router_head import Basis
 from cggr_compile.router_time import RouterTime
-from cggr_compile.sizes import KEPT, Amount, amounts_of, concrete, sizes_of
+from cggr_compile.sizes import KEPT, Amount, amounts_of, concrete, sizes_of, symbols_of
 
 # Distinct (batch, sequence, k) for which the inner backend keeps compiled code; the oldest is dropped beyond.
 MAX_SPECIALIZATIONS = 64
@@ -144,7 +145,7 @@ class Plan:
 
     def routed(self, config: RoutingConfig) -> Route:
         """The program that trains under a configuration; it is the unrouted one where the batch has one row."""
-        passes = passes_for(config) if self.routable else UNROUTED
+        passes = passes_for(config) if self.routable else passes_unrouted(config)
         return self._derived(rule_name(config.selection), config, passes, trains=True)
 
     def scoring(self, name: str, config: RoutingConfig) -> Route:
@@ -161,8 +162,11 @@ class Plan:
     def unrouted(self) -> Variant:
         """The program without router and selection, built when a step first keeps every row."""
         if self._unrouted is None:
-            plain = run(self.captured, self.runtime.config, UNROUTED)
-            self._unrouted = Variant(plain, self.inner, self.runtime.graphs_on(self.device))
+            config = self.runtime.config
+            plain = run(self.captured, config, passes_unrouted(config))
+            self._unrouted = Variant(
+                plain, self.inner, self.runtime.graphs_on(self.device), outlined=config.outline_layers
+            )
         return self._unrouted
 
     @cached_property
@@ -223,7 +227,8 @@ class Route:
         self.device = value(program.head.weight).device
         inner = resolve_inner(runtime.config.inner, self.device)
         # What has no backward runs rarely, and a CUDA graph records a backward.
-        self.variant = Variant(program, inner, runtime.graphs_on(self.device) if trains else None)
+        graphs = runtime.graphs_on(self.device) if trains else None
+        self.variant = Variant(program, inner, graphs, outlined=trains and runtime.config.outline_layers)
         inputs = zip(program.placeholders, program.inputs, strict=True)
         self._added = [
             (entry.name, [program.expression(size) for size in getattr(value(node), "shape", ())])
@@ -257,10 +262,12 @@ def uniform_noise(shape: Sequence[int], device: torch.device, generator: torch.G
 class Variant:
     """One lowered program and its compiled code for each concrete (batch, sequence, k)."""
 
-    def __init__(self, program: Program, inner: str, pool: Pool | None = None) -> None:
+    def __init__(self, program: Program, inner: str, pool: Pool | None = None, outlined: bool = False) -> None:
         self.inner = inner
         self.pool = pool
+        self.program = program
         self.module = lower_regions(program, checkpoints=inner == "eager")
+        self.outline = outline_layers(program) if outlined and inner != "eager" else None
         self.specialized: OrderedDict[tuple[int, ...], Callable[..., Any]] = OrderedDict()
         self.compilations = 0
         self._run = self.module if inner == "eager" and pool is None else self._specialized
@@ -286,7 +293,7 @@ class Variant:
         key = (*(size for size in inputs if isinstance(size, int)), *_shapes(inputs))
         if key not in self.specialized:
             self.compilations += 1
-            compiled = compile_static(self.module, list(inputs), self.inner)
+            compiled = self._compile(inputs)
             if self.pool is not None:
                 compiled = Replayed(compiled, self.pool, obstacle_of(self.module))
             self.specialized[key] = compiled
@@ -294,6 +301,12 @@ class Variant:
                 self.specialized.popitem(last=False)
         self.specialized.move_to_end(key)
         return tuple(self.specialized[key](*inputs))
+
+    def _compile(self, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+        if self.outline is None or self.outline.reason:
+            return compile_static(self.module, list(inputs), self.inner)
+        sizes = symbols_of(self.program, inputs)
+        return Shared(lower_pieces(self.program, self.outline.pieces, sizes), self.inner)
 
 
 def _shapes(inputs: tuple[Any, ...]) -> tuple[int, ...]:

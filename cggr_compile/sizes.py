@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,19 @@ def sizes_of(program: Program, rows: int, length: int, amounts: Mapping[str, Amo
     inputs = ((getattr(program.routing, KEPT[route]), amount.kept) for route, amount in amounts.items())
     named = [(program.batch, rows), (program.sequence, length), *((value(node), kept) for node, kept in inputs)]
     return {program.expression(symbol): size for symbol, size in named if isinstance(symbol, torch.SymInt)}
+
+
+def symbols_of(program: Program, inputs: Sequence[Any]) -> dict[Any, int]:
+    """The program's symbols with their values in a call with these inputs."""
+    found: dict[Any, int] = {}
+    for node, given in zip(program.placeholders, inputs, strict=True):
+        pairs = [(value(node), given)]
+        if isinstance(given, torch.Tensor):
+            pairs = list(zip(value(node).shape, given.shape, strict=True))
+        for size, number in pairs:
+            if isinstance(size, torch.SymInt) and program.expression(size).is_Symbol:
+                found[program.expression(size)] = number
+    return found
 
 
 def concrete(expression: Any, sizes: Mapping[Any, int]) -> int:

@@ -28,7 +28,7 @@ from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.select_tokens import middle_layers
 from cggr_compile.passes.sequence_order import counts_tokens, indices_of, is_unrolled, order_dependence, packet_of
 from cggr_compile.passes.sizes import emit_size
-from cggr_compile.passes.subgraph import ancestors, carries_activations, descendants
+from cggr_compile.passes.subgraph import ancestors, carries_activations, carries_data, descendants
 from cggr_compile.passes.token_shapes import COUNTERS, TokenShapes
 from torch import fx
 
@@ -373,7 +373,7 @@ def _spans(program: Program, config: RoutingConfig) -> list[Span]:
     spans = []
     for layers in blocks:
         first, last = residuals[layers[0] - 1], residuals[layers[-1]]
-        inside, after = descendants([first], _carries_data) - {first}, descendants([last], _carries_data)
+        inside, after = descendants([first], carries_data) - {first}, descendants([last], carries_data)
         checks = _effects_of(inside - after) - _effects_of(after)
         between = ancestors([last, *checks], stop=[first]) & (inside | checks)
         spans.append(Span(first, last, layers, frozenset(between)))
@@ -383,11 +383,6 @@ def _spans(program: Program, config: RoutingConfig) -> list[Span]:
 def _effects_of(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The calls that read some of the nodes and give nothing on: assertions."""
     return {user for node in nodes for user in node.users if not user.users and user.op != "output"}
-
-
-def _carries_data(node: fx.Node) -> bool:
-    """Whether a node passes on what is computed of activations: also a number that was read from them."""
-    return carries_activations(node) or bool(compat.data_symbols(value(node)))
 
 
 def _layers(layers: range) -> str:

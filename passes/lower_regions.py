@@ -8,15 +8,17 @@ submodule under `torch.utils.checkpoint`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from cggr_compile.program import PART, REGION, TRAINED_PARTS, Autocast, Program, Region
+from cggr_compile import compat
+from cggr_compile.program import PART, REGION, TRAINED_PARTS, Autocast, Program, Region, value
+from cggr_compile.sizes import concrete
 
 _enter_autocast = torch.amp.autocast_mode._enter_autocast
 _exit_autocast = torch.amp.autocast_mode._exit_autocast
@@ -45,6 +47,43 @@ def lower_regions(program: Program, checkpoints: bool) -> fx.GraphModule:
     graph.output(fx.map_arg(program.output.args[0], lambda old: writer.env[old]))
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+class Pieces(NamedTuple):
+    """A module that calls the pieces of a step in turn, each a member of it, and for every piece the text of its body:
+    those of one text are alike."""
+
+    module: fx.GraphModule
+    texts: dict[str, str]
+
+
+def lower_pieces(program: Program, pieces: Sequence[Sequence[fx.Node]], sizes: Mapping[Any, int]) -> Pieces:
+    """The runnable module of a lowered program in pieces (`outline_layers`), with its symbols as `sizes`."""
+    root, texts = nn.Module(), {}
+    graph = fx.Graph(root)
+    env: dict[fx.Node, Any] = {}
+    known: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = graph.node_copy(node)
+        if isinstance(value(node), (int, torch.SymInt)) and not compat.data_symbols(value(node)):
+            known[node] = concrete(program.expression(value(node)), sizes)
+        if node.op == "get_attr":
+            member = getattr(program.root, str(node.target))
+            setattr(root, str(node.target), member)
+            if not isinstance(member, nn.Module):
+                env[node] = graph.get_attr(str(node.target))
+    for index, run in enumerate(pieces):
+        body = _Body(program.root, run, known)
+        name = f"piece_{index}"
+        setattr(root, name, body.module)
+        texts[name] = body.text()
+        call = graph.call_module(name, tuple(env[node] for node in body.taken))
+        for place, node in enumerate(body.given):
+            env[node] = graph.call_function(_item, (call, place))
+    graph.output(fx.map_arg(program.output.args[0], lambda old: known[old] if old in known else env[old]))
+    graph.lint()
+    return Pieces(fx.GraphModule(root, graph), texts)
 
 
 def _attributes(program: Program) -> list[tuple[str, Any]]:
@@ -93,23 +132,58 @@ def _common_prefix(left: tuple[Autocast, ...], right: tuple[Autocast, ...]) -> i
     )
 
 
+class _Body:
+    """A run of nodes as a module of its own: `taken` are the values that it reads, `given` those that others read.
+
+    Nodes with a `known` number are written as that, and submodules go where they are called.
+    """
+
+    def __init__(self, root: nn.Module, run: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> None:
+        inside = set(run)
+        outside = dict.fromkeys(s for node in run for s in node.all_input_nodes if s not in inside and s not in known)
+        modules = [n for n in outside if n.op == "get_attr" and isinstance(getattr(root, str(n.target)), nn.Module)]
+        self.taken = [node for node in outside if node not in modules]
+        self.given = [node for node in run if any(user not in inside for user in node.users)]
+        self._owner = nn.Module()
+        self.graph = fx.Graph(self._owner)
+        inner = _Writer(self.graph)
+        inner.env.update(known)
+        for node in self.taken:
+            inner.env[node] = self.graph.placeholder(node.name)
+        for node in modules:
+            setattr(self._owner, str(node.target), getattr(root, str(node.target)))
+            inner.env[node] = self.graph.get_attr(str(node.target))
+        inner.write(run)
+        inner.switch(Region())
+        self.graph.output(tuple(inner.env[node] for node in self.given))
+        self.module = fx.GraphModule(self._owner, self.graph)
+
+    def text(self) -> str:
+        """The body without names: equal texts compute the same."""
+        names = {node: f"%{index}" for index, node in enumerate(self.graph.nodes)}
+        lines = []
+        for node in self.graph.nodes:
+            target = node.name if node.op == "get_attr" else "" if node.op == "placeholder" else str(node.target)
+            given = fx.map_arg((node.args, node.kwargs), lambda old: _Name(names[old]))
+            lines.append(f"{node.op} {target} {given} {node.meta.get('recompute')}")
+        return "\n".join(lines)
+
+
+class _Name(str):
+    """A node's name among arguments: not a string that the node is given."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def _outline(writer: _Writer, root: nn.Module, name: str, run: list[fx.Node]) -> None:
     """Moves a run of nodes into a submodule that is called through `torch.utils.checkpoint`."""
-    inside = set(run)
-    taken = list(dict.fromkeys(s for node in run for s in node.all_input_nodes if s not in inside))
-    given = [node for node in run if any(user not in inside for user in node.users)]
-    body = fx.Graph(root)
-    inner = _Writer(body)
-    for node in taken:
-        inner.env[node] = body.placeholder(node.name)
-    inner.write(run)
-    inner.switch(Region())
-    body.output(tuple(inner.env[node] for node in given))
-    setattr(root, name, fx.GraphModule(root, body))
+    body = _Body(root, run, {})
+    setattr(root, name, body.module)
     writer.switch(Region())
     module = writer.graph.get_attr(name)
-    outputs = writer.graph.call_function(_checkpointed, (module, *(writer.env[node] for node in taken)))
-    for index, node in enumerate(given):
+    outputs = writer.graph.call_function(_checkpointed, (module, *(writer.env[node] for node in body.taken)))
+    for index, node in enumerate(body.given):
         writer.env[node] = writer.graph.call_function(_item, (outputs, index))
 
 

@@ -29,6 +29,7 @@ from cggr_compile.passes.select_tokens import select_tokens
 from cggr_compile.passes.verify import verify
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.program import Program, Snapshot
 
 Pass = Callable[[Program, RoutingConfig], Program]
@@ -41,34 +42,40 @@ ROUTES: dict[str, tuple[Pass, ...]] = {
 }
 
 # Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
-UNROUTED: tuple[Pass, ...] = (elide_causal_masks, join_loss, join_head, find_loss, mask_loss, lower_kernels)
+_FOUND: tuple[Pass, ...] = (elide_causal_masks, join_loss, join_head, find_loss)
+_LOWERED: tuple[Pass, ...] = (mask_loss, lower_kernels)
 
 # Only the scores of the rows: what a probe reads, and the router by itself.
-SCORES: tuple[Pass, ...] = (
-    elide_causal_masks,
-    join_loss,
-    join_head,
-    find_loss,
-    find_layers,
-    build_router,
-    score_rows,
-    keep_scores,
-    lower_kernels,
-)
+SCORES: tuple[Pass, ...] = (*_FOUND, find_layers, build_router, score_rows, keep_scores, lower_kernels)
+
+
+def find_layers_if_any(program: Program, config: RoutingConfig) -> Program:
+    """`find_layers` for what goes without: the program as it is where the stack cannot be proved."""
+    try:
+        return find_layers(program, config)
+    except CannotOptimize:
+        return program
+
+
+def passes_unrouted(config: RoutingConfig) -> tuple[Pass, ...]:
+    """The passes of a step on everything."""
+    return (*_FOUND, *([find_layers_if_any] if config.outline_layers else []), *_LOWERED)
 
 
 def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
     """The passes of the configured route. A selection that needs no scores needs no router, and no layers but for the
-    token route."""
+    token route and for compiling them by themselves."""
     scored = rule_of(config.selection).needs_scores
-    passes: list[Pass] = [elide_causal_masks, join_loss, join_head, find_loss]
+    passes = list(_FOUND)
     if scored or "token" in config.routes:
         passes.append(find_layers)
+    elif config.outline_layers:
+        passes.append(find_layers_if_any)
     if scored:
         passes += [build_router, score_rows]
     for route in config.routes:
         passes += ROUTES[route]
-    return (*passes, mask_loss, lower_kernels)
+    return (*passes, *_LOWERED)
 
 
 def routable(program: Program, config: RoutingConfig) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import fx
 
+from cggr_compile import compat
 from cggr_compile.program import Builder, is_tensor, value
 
 
@@ -62,6 +63,11 @@ def cut_vertices(source: fx.Node | Collection[fx.Node], target: fx.Node) -> list
 def carries_activations(node: fx.Node) -> bool:
     """Whether a node passes activations on: tensors do, and lists of them (`split`, `topk`); sizes do not."""
     return is_tensor(node) or isinstance(value(node), (tuple, list))
+
+
+def carries_data(node: fx.Node) -> bool:
+    """Whether a node passes on what is computed of activations: also a number that was read from them."""
+    return carries_activations(node) or bool(compat.data_symbols(value(node)))
 
 
 def clone(
