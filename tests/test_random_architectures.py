@@ -81,3 +81,10 @@ PLAIN = Spec((Layer("pre", None, "gated"),), 4, 2, 1, True, False, "rotary", "li
 def test_layers_without_numbers_are_found_by_repetition(naming: str) -> None:
     spec = Spec(**{**vars(PLAIN), "naming": naming})
     assert assert_contract(spec, random_batch(5, 7, True, 0)) == "repetition + single-residual cut"
+
+
+def test_two_norms_behind_layers_that_differ_are_no_stack() -> None:
+    """A post-norm layer ends in a norm, and the model's own follows."""
+    layers = (Layer("pre", 5, "none"), Layer("post", 2, "none"))
+    spec = Spec(**{**vars(PLAIN), "kinds": layers, "layers": 2, "rms": False, "naming": "dict"})
+    assert assert_contract(spec, random_batch(3, 5, True, 30872)) == "refused"
