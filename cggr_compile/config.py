@@ -107,6 +107,10 @@ class RoutingConfig:
         allow_compressed_recurrence: token route: let convolutions, scans and shifts of the middle layers run on the
             kept tokens as if these were neighbours; without it they raise `CannotOptimize`.
         inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
+        outline_layers: compile the layers of the stack by themselves, one for all that are alike (`outline_layers.py`).
+            Shortens compilation; a step then starts more compiled functions, which costs time on the host unless
+            `cuda_graphs` records them: `"auto"` is the value of `cuda_graphs`. Where a step cannot be divided it is
+            compiled whole and the report says why.
         cuda_graphs: record the compiled step for each batch shape and replay it (`cuda_graphs.py`), which helps where
             the host launches kernels more slowly than the device runs them. A recording keeps its activations and a
             copy of the gradients. Where a step cannot be recorded it runs as it is, with a warning, and the report
@@ -141,7 +145,7 @@ class RoutingConfig:
     resample: str = "block"
     allow_compressed_recurrence: bool = False
     inner: str = "auto"
-    outline_layers: bool = False
+    outline_layers: bool | str = "auto"
     cuda_graphs: bool = False
     # What a dict or a callable object may lack is a hash; equal configs have equal hashes without them.
     kernels: str | Mapping[str, str] = field(default="auto", hash=False)
@@ -178,11 +182,18 @@ class RoutingConfig:
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
         self._check_kernels()
-        for name in ("keep_logits", "outline_layers", "cuda_graphs"):
+        for name in ("keep_logits", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
+        if not isinstance(self.outline_layers, bool) and self.outline_layers != "auto":
+            raise ConfigError(f"outline_layers={self.outline_layers!r} is neither a bool nor 'auto'")
         if self.seed is not None and not _is_int(self.seed, 0):
             raise ConfigError(f"seed={self.seed!r} is neither None nor a non-negative integer")
+
+    @property
+    def outlines(self) -> bool:
+        """`outline_layers` with `"auto"` decided."""
+        return self.cuda_graphs if isinstance(self.outline_layers, str) else self.outline_layers
 
     @property
     def routes(self) -> tuple[str, ...]:

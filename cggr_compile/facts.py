@@ -109,6 +109,8 @@ class Report:
         passes: in order of execution.
         captures: training graphs captured so far.
         causal_attentions: attentions whose mask was proved causal and dropped.
+        outlined: "off", or into how many pieces steps were divided, how many of them were compiled, and why others
+            could not be divided.
         cuda_graphs: "off", or how many steps were recorded, and why others could not be.
         compilations: specialised programs the inner backend compiled for the latest capture.
         passive: why calls were not routed, with the number of graphs.
@@ -134,6 +136,7 @@ class Report:
     passes: tuple[str, ...]
     captures: int
     causal_attentions: int
+    outlined: str
     cuda_graphs: str
     compilations: dict[str, int]
     passive: dict[str, int]
@@ -175,6 +178,7 @@ class Report:
             passes=tuple(snapshot.name for snapshot in program.snapshots[1:]),
             captures=len(runtime.plans),
             causal_attentions=program.routing.causal_attentions,
+            outlined=_outlined(plan),
             cuda_graphs=_cuda_graphs(plan),
             compilations=_compilations(plan),
             passive=dict(Counter(runtime.passive)),
@@ -246,6 +250,7 @@ class Report:
             ("providers", ", ".join(f"{name}: {provider}" for name, provider in self.providers.items()) or "none"),
             *(("passed over", f"for {names}: {reason}") for reason, names in self._passed_over()),
             ("inner backend", self.inner),
+            ("outlined layers", self.outlined),
             ("CUDA graphs", self.cuda_graphs),
             ("passes", " → ".join(self.passes)),
             ("captures", f"{self.captures}; compiled: {_listing(self.compilations)}"),
@@ -446,6 +451,17 @@ def _variants(plan: Plan) -> dict[str, Variant]:
     if plan._unrouted is not None:
         variants["unrouted"] = plan._unrouted
     return variants
+
+
+def _outlined(plan: Plan) -> str:
+    outlines = [variant.outline for variant in _variants(plan).values() if variant.outline is not None]
+    if not plan.runtime.config.outlines:
+        return "off"
+    if not outlines:
+        return f"off: the {plan.inner} backend compiles nothing"
+    pieces, compiled = (sum(getattr(v, name) for v in _variants(plan).values()) for name in ("pieces", "bodies"))
+    reasons = dict.fromkeys(outline.reason for outline in outlines if outline.reason)
+    return "; ".join([f"{pieces} pieces, {compiled} compiled", *(f"not divided: {reason}" for reason in reasons)])
 
 
 def _cuda_graphs(plan: Plan) -> str:

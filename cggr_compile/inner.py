@@ -54,6 +54,7 @@ class Shared:
 
     def __init__(self, pieces: Pieces, inner: str) -> None:
         self.inner = inner
+        self.pieces = len(pieces.texts)
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._module = pieces.module
         for name, text in pieces.texts.items():

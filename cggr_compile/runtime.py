@@ -165,7 +165,7 @@ class Plan:
             config = self.runtime.config
             plain = run(self.captured, config, passes_unrouted(config))
             self._unrouted = Variant(
-                plain, self.inner, self.runtime.graphs_on(self.device), outlined=config.outline_layers
+                plain, self.inner, self.runtime.graphs_on(self.device), outlined=config.outlines
             )
         return self._unrouted
 
@@ -228,7 +228,7 @@ class Route:
         inner = resolve_inner(runtime.config.inner, self.device)
         # What has no backward runs rarely, and a CUDA graph records a backward.
         graphs = runtime.graphs_on(self.device) if trains else None
-        self.variant = Variant(program, inner, graphs, outlined=trains and runtime.config.outline_layers)
+        self.variant = Variant(program, inner, graphs, outlined=trains and runtime.config.outlines)
         inputs = zip(program.placeholders, program.inputs, strict=True)
         self._added = [
             (entry.name, [program.expression(size) for size in getattr(value(node), "shape", ())])
@@ -278,6 +278,21 @@ class Variant:
     @property
     def _replayed(self) -> list[Replayed]:
         return [compiled for compiled in self.specialized.values() if isinstance(compiled, Replayed)]
+
+    @property
+    def _shared(self) -> list[Shared]:
+        runs = (each.run if isinstance(each, Replayed) else each for each in self.specialized.values())
+        return [run for run in runs if isinstance(run, Shared)]
+
+    @property
+    def pieces(self) -> int:
+        """Pieces that outlined specialisations were divided into, for those that are kept."""
+        return sum(shared.pieces for shared in self._shared)
+
+    @property
+    def bodies(self) -> int:
+        """How many of those were compiled: the others are like them."""
+        return sum(len(shared.compiled) for shared in self._shared)
 
     @property
     def recordings(self) -> int:

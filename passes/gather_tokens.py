@@ -35,7 +35,7 @@ from torch import fx
 from cggr_compile import compat
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.program import ORIGIN, PART, Builder, Program, Region, Shortened, is_tensor, value
+from cggr_compile.program import ORIGIN, PART, Builder, Layers, Program, Region, Shortened, is_tensor, map_nodes, value
 
 aten = torch.ops.aten
 
@@ -103,7 +103,7 @@ class _Rewrite:
                 self._enter(self.entries[node])
         builder.output(fx.map_arg(self.program.output.args[0], self._output))
         routing = builder.routing(shortened=tuple(self.shortened))
-        return builder.finish("gather_tokens", routing=routing)
+        return builder.finish("gather_tokens", routing=routing, layers=self._layers())
 
     # -- whole sequences -------------------------------------------------------------------------------------------
 
@@ -152,6 +152,11 @@ class _Rewrite:
         if node not in self.builder.env:
             self._copy_full(node)
             _untag(self.builder.env[node])
+
+    def _layers(self) -> Layers:
+        """The stack, with the residuals of middle layers as the kept tokens have them."""
+        assert self.program.layers is not None
+        return map_nodes(self.program.layers, self._output)
 
     def _output(self, node: fx.Node) -> fx.Node:
         """An output in the whole sequence's form, or, where only the kept tokens have it, in theirs."""

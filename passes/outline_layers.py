@@ -71,7 +71,7 @@ def _places(program: Program, calls: list[fx.Node]) -> dict[fx.Node, int]:
     after = descendants([residuals[0]], carries_data)
     place: dict[fx.Node, int] = {}
     for index, (entry, leaving) in enumerate(pairwise(residuals), 1):
-        for node in ancestors([leaving], stop=[entry], through=after.__contains__) & after:
+        for node in ancestors([leaving], stop=[entry, residuals[0]]) & after:
             place.setdefault(node, index)
     # What one layer alone reads, a cast of its weights say, is its own.
     for node in reversed(calls):

@@ -59,7 +59,7 @@ def find_layers_if_any(program: Program, config: RoutingConfig) -> Program:
 
 def passes_unrouted(config: RoutingConfig) -> tuple[Pass, ...]:
     """The passes of a step on everything."""
-    return (*_FOUND, *([find_layers_if_any] if config.outline_layers else []), *_LOWERED)
+    return (*_FOUND, *([find_layers_if_any] if config.outlines else []), *_LOWERED)
 
 
 def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
@@ -69,7 +69,7 @@ def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
     passes = list(_FOUND)
     if scored or "token" in config.routes:
         passes.append(find_layers)
-    elif config.outline_layers:
+    elif config.outlines:
         passes.append(find_layers_if_any)
     if scored:
         passes += [build_router, score_rows]

@@ -1,0 +1,212 @@
+"""Layers that are compiled by themselves: the same step, fewer compilations, and no sharing of what differs."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import oracle
+import plans
+import pytest
+import token_oracle
+import torch
+import transformers as T
+from architectures import ARCHITECTURES, GROUPED, Architecture, eager_of, token_batch
+from cggr_compile.passes.outline_layers import outline_layers
+from torch import nn
+from toys import Toy, toy_batch
+
+import cggr_compile as cggr
+from cggr_compile.program import Program
+
+LAYERS = 5
+DEEP = {**GROUPED, "num_hidden_layers": LAYERS}
+LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**DEEP)), "model.layers")
+OPTIONS = {"inner": "aot_eager", "outline_layers": True, "ratio": 0.5, "router_layers": 2}
+# aot_eager runs eager's operators; gradients of what several pieces read are added in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-7}
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[nn.Module, Program]:
+    model = eager_of(LLAMA)
+    return model, plans.captured(model, token_batch())
+
+
+def rows_of(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: tensor[rows] for name, tensor in batch.items()}
+
+
+def counts(routed: plans.Routed) -> tuple[int, int]:
+    variant = routed.plan.route.variant
+    return variant.pieces, variant.bodies
+
+
+@pytest.mark.parametrize("selection", ["topk", "random"])
+def test_the_sequence_route_is_eagers_on_the_selected_rows(llama: tuple[nn.Module, Program], selection: str) -> None:
+    eager = copy.deepcopy(llama[0])
+    routed = plans.Routed(*llama, **OPTIONS, selection=selection)
+    for seed, size in ((1, 6), (2, 9)):  # the second batch has other sizes
+        batch = token_batch(size, seed=seed)
+        actual = routed.step(batch)
+        oracle.assert_same_step(*actual, *oracle.step(eager, rows_of(batch, routed.selected)), **CLOSE)
+    # In front with layer 0, one of the four alike, and the rest, for each of the two sizes.
+    assert counts(routed) == (2 * (LAYERS + 1), 2 * 3)
+
+
+def test_the_token_route_is_eagers_with_its_middle_layers_on_the_selected_tokens(
+    llama: tuple[nn.Module, Program],
+) -> None:
+    eager, batch = copy.deepcopy(llama[0]), token_batch(7, 10)
+    routed = plans.Routed(*llama, **OPTIONS, route="token")
+    actual = routed.step(batch)
+    expected = token_oracle.step(eager, LLAMA, batch, range(1, LAYERS - 1), routed.selected)
+    oracle.assert_same_step(*actual, *expected, **CLOSE)
+    # Layers 1 (it gathers), 2, 3 (it scatters) and 4 (it is on all tokens) differ.
+    assert counts(routed) == (LAYERS + 1, LAYERS + 1)
+
+
+def test_a_step_on_everything_is_divided_too(llama: tuple[nn.Module, Program]) -> None:
+    eager, batch = copy.deepcopy(llama[0]), token_batch()
+    routed = plans.Routed(*llama, **{**OPTIONS, "ratio": 1.0})
+    oracle.assert_same_step(*routed.step(batch), *oracle.step(eager, batch), **CLOSE)
+    assert (routed.plan.unrouted.pieces, routed.plan.unrouted.bodies) == (LAYERS + 1, 3)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mixtral", pytest.param("gpt2", marks=pytest.mark.long)])
+def test_other_families(name: str) -> None:
+    """Windows in turn, experts whose statistics reach the loss, another block."""
+    built = ARCHITECTURES[name].build
+    config = copy.deepcopy(built().config)
+    config.num_hidden_layers = LAYERS
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["sliding_attention" if i % 2 else "full_attention" for i in range(LAYERS)]
+    architecture = Architecture(name, lambda: type(built())(config), ARCHITECTURES[name].layers)
+    eager = eager_of(architecture)
+    batch = token_batch()
+    model = cggr.optimize(copy.deepcopy(eager), **OPTIONS)
+    actual = oracle.step(model, batch)
+    oracle.assert_same_step(*actual, *oracle.step(eager, rows_of(batch, model.cggr.selected)), **CLOSE)
+    variant = model.cggr.runtime.plans[-1].route.variant
+    assert variant.outline.reason == ""
+    assert variant.bodies <= 4  # of windows there are two kinds of layers
+
+
+@pytest.mark.parametrize("mode", ["checkpointing", "autocast"])
+def test_modes(mode: str) -> None:
+    eager, batch = eager_of(LLAMA), token_batch()
+    if mode == "checkpointing":
+        eager.gradient_checkpointing_enable()
+    model = cggr.optimize(copy.deepcopy(eager), **OPTIONS)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        loss = model(**batch).loss
+    loss.backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        expected = eager(**rows_of(batch, model.cggr.selected)).loss
+    expected.backward()
+    close = CLOSE if mode == "checkpointing" else {"rtol": 2e-2, "atol": 2e-3}
+    oracle.assert_same_step(loss.detach(), oracle.gradients(model), expected.detach(), oracle.gradients(eager), **close)
+    assert model.cggr.runtime.plans[-1].route.variant.bodies == 3
+
+
+def test_frozen_layers_are_compiled_apart_and_keep_no_gradient() -> None:
+    eager, batch = eager_of(LLAMA), token_batch()
+    for parameter in eager.model.layers[2].parameters():
+        parameter.requires_grad_(False)
+    model = cggr.optimize(copy.deepcopy(eager), **OPTIONS)
+    actual = oracle.step(model, batch)
+    oracle.assert_same_step(*actual, *oracle.step(eager, rows_of(batch, model.cggr.selected)), **CLOSE)
+    assert model.cggr.runtime.plans[-1].route.variant.bodies == 4
+
+
+def test_dropout_draws_what_eager_draws() -> None:
+    torch.manual_seed(0)
+    config = T.GPT2Config(
+        n_embd=32, n_layer=LAYERS, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    eager = eager_of(Architecture("gpt2", lambda: T.GPT2LMHeadModel(config), "transformer.h"))
+    batch = token_batch()
+    model = cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, "selection": "random"})
+    model(**batch)
+    torch.manual_seed(7)
+    actual = oracle.step(model, batch)
+    torch.manual_seed(7)
+    oracle.assert_same_step(*actual, *oracle.step(eager, rows_of(batch, model.cggr.selected)), **CLOSE)
+    assert model.cggr.runtime.plans[-1].route.variant.outline.reason == ""
+
+
+class Scaled(nn.Module):
+    """Layers that differ in a constant only."""
+
+    def __init__(self, scales: list[float]) -> None:
+        super().__init__()
+        self.scales = scales
+        self.embed = nn.Embedding(31, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in scales)
+        self.head = nn.Linear(8, 31)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor]:
+        hidden = self.embed(input_ids)
+        for layer, scale in zip(self.layers, self.scales, strict=True):
+            hidden = hidden + layer(hidden).tanh() * scale
+        return (nn.functional.cross_entropy(self.head(hidden).view(-1, 31), labels.view(-1)),)
+
+
+def test_a_constant_makes_another_body() -> None:
+    torch.manual_seed(0)
+    eager = Scaled([1.0, 0.5, 0.25, 0.5]).train()
+    ids = torch.randint(0, 31, (6, 7))
+    batch = {"input_ids": ids, "labels": ids.flip(0)}
+    model = cggr.optimize(copy.deepcopy(eager), **OPTIONS)
+    loss = model(**batch)[0]
+    loss.backward()
+    expected = eager(**rows_of(batch, model.cggr.selected))[0]
+    expected.backward()
+    oracle.assert_same_step(loss.detach(), oracle.gradients(model), expected.detach(), oracle.gradients(eager), **CLOSE)
+    # Layers 1 and 3 are one body.
+    assert model.cggr.runtime.plans[-1].route.variant.bodies == 4
+    assert "5 pieces, 4 compiled" in str(model.cggr.report())
+
+
+def test_pieces_hold_every_call_once_and_read_only_what_came_before(llama: tuple[nn.Module, Program]) -> None:
+    program = plans.Routed(*llama, **{**OPTIONS, "inner": "eager"}).plan.program
+    outline = outline_layers(program)
+    order = [node for piece in outline.pieces for node in piece]
+    place = {node: index for index, node in enumerate(order)}
+    assert len(place) == len(order)
+    for node in order:
+        assert all(place[source] < place[node] for source in node.all_input_nodes if source in place)
+    residuals = program.layers.residuals
+    assert [piece[-1] for piece in outline.pieces[1:-1]] == list(residuals[1:])
+    assert all(left in outline.pieces[i] for i, (left, _) in enumerate(pairwise(residuals)))
+
+
+def test_what_cannot_be_divided_is_compiled_whole_and_says_why() -> None:
+    torch.manual_seed(0)
+    eager = Scaled([1.0, 0.5]).train()
+    ids = torch.randint(0, 31, (6, 7))
+    batch = {"input_ids": ids, "labels": ids.flip(0)}
+    model = cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, "router_layers": 1})
+    loss = model(**batch)[0]
+    loss.backward()
+    expected = eager(**rows_of(batch, model.cggr.selected))[0]
+    expected.backward()
+    oracle.assert_same_step(loss.detach(), oracle.gradients(model), expected.detach(), oracle.gradients(eager))
+    assert model.cggr.report().outlined == "0 pieces, 0 compiled; not divided: 2 layers are fewer than 3"
+
+
+@pytest.mark.parametrize(("options", "text"), [({}, "off"), ({"outline_layers": True}, "off: the eager backend")])
+def test_the_report_says_where_nothing_is_outlined(options: dict[str, Any], text: str) -> None:
+    torch.manual_seed(0)
+    model = cggr.optimize(Toy(), ratio=0.5, router_layers=1, inner="eager", **options)
+    model(**toy_batch())[0].backward()
+    assert model.cggr.report().outlined.startswith(text)
+
+
+def test_auto_follows_the_cuda_graphs() -> None:
+    assert not cggr.RoutingConfig().outlines
+    assert cggr.RoutingConfig(cuda_graphs=True).outlines
+    assert not cggr.RoutingConfig(cuda_graphs=True, outline_layers=False).outlines
+    with pytest.raises(cggr.ConfigError, match="outline_layers=1 is neither a bool nor 'auto'"):
+        cggr.RoutingConfig(outline_layers=1)
