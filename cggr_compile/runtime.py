@@ -164,9 +164,7 @@ class Plan:
         if self._unrouted is None:
             config = self.runtime.config
             plain = run(self.captured, config, passes_unrouted(config))
-            self._unrouted = Variant(
-                plain, self.inner, self.runtime.graphs_on(self.device), outlined=config.outlines
-            )
+            self._unrouted = Variant(plain, self.inner, self.runtime.graphs_on(self.device), outlined=config.outlines)
         return self._unrouted
 
     @cached_property
