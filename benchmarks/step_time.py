@@ -278,7 +278,10 @@ def table(report: dict[str, Any]) -> str:
 
 def _compiled(arm: str) -> str:
     """The arm whose compilation an arm shares."""
-    return arm.removesuffix("+" + GRAPHS)
+    if not arm.endswith("+" + GRAPHS):
+        return arm
+    recorded = arm.removesuffix("+" + GRAPHS)
+    return recorded if "+" + OUTLINED in recorded else f"{recorded}+{OUTLINED}"
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:

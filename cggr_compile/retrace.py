@@ -35,6 +35,7 @@ from torch.fx.experimental.proxy_tensor import (
     make_fx,
     track_tensor_tree,
 )
+from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -77,6 +78,17 @@ class _Inliner(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self.regions = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except PendingUnbackedSymbolNotFound as error:
+            name = getattr(n.target, "__name__", n.target)
+            raise CannotOptimize(
+                f"torch cannot trace {name} at places or sizes that are read from data",
+                node=n,
+                hint="rewrite that line, with a mask instead of a slice, say",
+            ) from error
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.tag_activation_checkpoint:

@@ -70,6 +70,16 @@ class RandomRouter(Toy):
         return super().middle(hidden + torch.rand_like(hidden))
 
 
+class WrittenAtData(Toy):
+    """Some tokens go through the sine, written to a slice as long as they are many."""
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        flat = super().middle(hidden).flatten(0, 1)
+        output, count = torch.zeros_like(flat), (flat[:, 0] > 0).sum()
+        output[:count] = flat[:count].sin()
+        return output.view(hidden.shape)
+
+
 class Smoothed(Toy):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits.reshape(-1, WORDS), labels.reshape(-1), label_smoothing=0.1)
@@ -96,6 +106,7 @@ class TwoPredictions(Toy):
         (Unaligned, "labels and logits are not aligned"),
         (GraphBreak, r"breaks Dynamo's graph .*test_errors\.py:\d+: print"),
         (RandomRouter, r"the router would run the random operator aten\.rand_like.*test_errors\.py:\d+"),
+        (WrittenAtData, r"torch cannot trace setitem at places or sizes that are read from data .*output\[:count\]"),
         (Smoothed, "unsupported loss: class weights or label smoothing"),
     ],
 )
