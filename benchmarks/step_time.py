@@ -6,7 +6,8 @@
 
 Forward and backward (with `--optimizer`, fused AdamW too), random weights and ids, bf16 on CUDA. Every round runs each
 arm once, one after another; before the first, all arms compile side by side, so that caches on disk are warm: their
-first steps are `cold`, those of the rounds `first`. Medians over all steps are quoted, every sample is kept.
+first steps are `cold`, those of the rounds `first`. Medians over all steps are quoted, every sample is kept;
+`step_time_report.py` draws them.
 
 Arms: `eager` and `compile` are transformers on all rows, `random_compile` is torch.compile on random rows. `all` is
 this package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
@@ -20,26 +21,23 @@ too), and `…+budget=F` any arm that compiles under torch's `activation_memory_
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import transformers
 import typer
 from harness import first_line
+from step_time_report import Arm, compiled_as, table
 
 import cggr_compile as cggr
 from cggr_compile.config import kept_of
 from cggr_compile.environment import environment
-
-GRAPHS, OUTLINED, BUDGET = "graphs", "outlined", "budget="
 
 
 @dataclass(frozen=True)
@@ -148,34 +146,6 @@ ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
 }
 
 
-class Arm(NamedTuple):
-    """An arm as it is written, `NAME[@RATIO][+outlined][+budget=F][+graphs]`."""
-
-    name: str
-    ratio: float
-    graphs: bool = False
-    outlined: bool = False
-    budget: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str, ratio: float) -> Arm:
-        """The arm, with `ratio` where it names none; `typer.BadParameter` for what is no arm."""
-        first, *switches = text.split("+")
-        name, _, own = first.partition("@")
-        budgets = [switch.removeprefix(BUDGET) for switch in switches if switch.startswith(BUDGET)]
-        try:
-            kept, budget = float(own or ratio), float((budgets or ["1"])[0])
-        except ValueError:
-            kept = budget = math.nan
-        known = {GRAPHS, OUTLINED, *(BUDGET + given for given in budgets[:1])}
-        if name not in ARMS or not set(switches) <= known or not 0 < kept <= 1 or not 0 <= budget <= 1:
-            raise typer.BadParameter(
-                f"arm: got {text!r}, expected NAME[@RATIO][+{OUTLINED}][+{BUDGET}F][+{GRAPHS}], "
-                f"NAME one of {', '.join(ARMS)}"
-            )
-        return cls(name, kept, GRAPHS in switches, OUTLINED in switches, budget)
-
-
 DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
 
 
@@ -221,67 +191,6 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
         record["kernel_milliseconds"] = sum(event.self_device_time_total for event in events) / 1000
         record["kernels"] = sum(event.count for event in events)
     return record
-
-
-def table(report: dict[str, Any]) -> str:
-    """Medians over all rounds, a row an arm."""
-    shape = report["shape"]
-    medians = {
-        arm: statistics.median(s for run in runs for s in run["steps"])
-        for arm, runs in report["samples"].items()
-        if runs and all("steps" in run for run in runs)
-    }
-    kinds = {arm: Arm.parse(arm, report["ratio"]) for arm in medians}
-
-    def best(name: str, ratio: float | None = None) -> float | None:
-        alike = (a for a, kind in kinds.items() if kind.name == name and ratio in (None, kind.ratio))
-        return min((medians[a] for a in alike), default=None)
-
-    def against(arm: str, reference: float | None, share: float = 1.0) -> str:
-        return f"{medians[arm] / (share * reference):.2f}" if reference else ""
-
-    update = " and fused AdamW" if report["optimizer"] else ""
-    lines = [
-        f"{report['device']}, commit {report['commit']}, torch {report['versions']['torch']}, transformers "
-        f"{report['versions']['transformers']}: {shape['name']}'s shape, {shape['batch']} × {shape['sequence']}, "
-        f"r = {report['ratio']} where the arm names none, forward and backward{update}.\n",
-        "| arm | ms (min to max) | of compile | of the floor | of r × all | of the prediction | kernels, ms | number "
-        "| GiB | cold, s | first, s |",
-        "| --- " * 11 + "|",
-    ]
-    for arm, runs in report["samples"].items():
-        if not runs:
-            continue
-        if arm not in medians:
-            lines.append(f"| {arm} | {next(run['failed'] for run in runs if 'failed' in run)} |" + " |" * 9)
-            continue
-        every = [1000 * s for run in runs for s in run["steps"]]
-        cells = [
-            arm,
-            f"{1000 * medians[arm]:.1f} ({min(every):.1f} to {max(every):.1f})",
-            against(arm, best("compile")),
-            against(arm, best("floor", kinds[arm].ratio)),
-            against(arm, best("all"), kinds[arm].ratio),
-            against(arm, best("all"), runs[0]["predicted_share"]) if "predicted_share" in runs[0] else "",
-        ]
-        if "kernels" in runs[0]:
-            cells += [f"{runs[0]['kernel_milliseconds']:.1f}", f"{runs[0]['kernels']}"]
-            cells.append(f"{max(run['peak_bytes'] for run in runs) / 2**30:.1f}")
-        else:
-            cells += [""] * 3
-        cold = report["cold"].get(_compiled(arm))
-        cells.append(f"{cold:.0f}" if isinstance(cold, float) else "")
-        cells.append(" / ".join(f"{run['first']:.0f}" for run in runs))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _compiled(arm: str) -> str:
-    """The arm whose compilation an arm shares."""
-    if not arm.endswith("+" + GRAPHS):
-        return arm
-    recorded = arm.removesuffix("+" + GRAPHS)
-    return recorded if "+" + OUTLINED in recorded else f"{recorded}+{OUTLINED}"
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
@@ -337,7 +246,8 @@ def main(
         return
     arms = list(arm or DEFAULT_ARMS)
     for name in arms:
-        Arm.parse(name, ratio)
+        if Arm.parse(name, ratio).name not in ARMS:
+            raise typer.BadParameter(f"arm: got {name!r}, expected one of {', '.join(ARMS)} in front of its switches")
     command = [sys.executable, __file__, "--device", device, "--model", model, "--ratio", str(ratio)]
     command += ["--batch", str(shape.batch), "--sequence", str(shape.sequence)] + ["--optimizer"] * optimizer
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
@@ -347,7 +257,7 @@ def main(
         "shape": asdict(shape), "ratio": ratio, "optimizer": optimizer, "side_by_side": side_by_side, "cold": cold,
         "samples": samples,
     }  # fmt: skip
-    waiting = list(dict.fromkeys(_compiled(name) for name in arms)) if side_by_side else []
+    waiting = list(dict.fromkeys(compiled_as(name) for name in arms)) if side_by_side else []
     while waiting:
         now, waiting = waiting[:side_by_side], waiting[side_by_side:]
         compiling = [start([*command, "--steps", "0", "--only", name]) for name in now]

@@ -178,9 +178,16 @@ def test_nothing_compiles_after_the_warm_up() -> None:
 
 def test_the_step_benchmark_runs(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "step_time.py"
-    arms = [f"--arm={arm}" for arm in ("eager", "floor", "sampled@0.5")]
+    arms = [f"--arm={arm}" for arm in ("eager", "floor", "sampled@0.5+budget=0.7")]
     command = [sys.executable, str(script), "--quick", "--device", "cpu", *arms, "--output", str(tmp_path / "out.json")]
     subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment())
     samples = json.loads((tmp_path / "out.json").read_text())["samples"]
     assert [len(runs[0]["steps"]) for runs in samples.values()] == [3, 3, 3]
-    assert (tmp_path / "out.md").read_text().count("\n| ") == 5
+    table = (tmp_path / "out.md").read_text()
+    assert table.count("\n| ") == 5
+    subprocess.run(
+        [sys.executable, str(script.with_name("step_time_report.py")), str(tmp_path / "out.json")],
+        check=True, capture_output=True, timeout=60, env=environment(),
+    )  # fmt: skip
+    assert (tmp_path / "out.md").read_text() == table
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

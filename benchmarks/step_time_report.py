@@ -1,0 +1,152 @@
+"""What `step_time.py` measured, as a table and as a plot.
+
+    python benchmarks/step_time_report.py benchmarks/results/step_time-*.json
+
+writes both beside each file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+
+GRAPHS, OUTLINED, BUDGET = "graphs", "outlined", "budget="
+
+
+class Arm(NamedTuple):
+    """An arm as it is written, `NAME[@RATIO][+outlined][+budget=F][+graphs]`."""
+
+    name: str
+    ratio: float
+    graphs: bool = False
+    outlined: bool = False
+    budget: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str, ratio: float) -> Arm:
+        """The arm, with `ratio` where it names none; `typer.BadParameter` for other switches or fractions."""
+        first, *switches = text.split("+")
+        name, _, own = first.partition("@")
+        budgets = [switch.removeprefix(BUDGET) for switch in switches if switch.startswith(BUDGET)]
+        try:
+            kept, budget = float(own or ratio), float((budgets or ["1"])[0])
+        except ValueError:
+            kept = budget = math.nan
+        known = {GRAPHS, OUTLINED, *(BUDGET + given for given in budgets[:1])}
+        if not set(switches) <= known or not 0 < kept <= 1 or not 0 <= budget <= 1:
+            raise typer.BadParameter(f"arm: got {text!r}, expected NAME[@RATIO][+{OUTLINED}][+{BUDGET}F][+{GRAPHS}]")
+        return cls(name, kept, GRAPHS in switches, OUTLINED in switches, budget)
+
+
+def table(report: dict[str, Any]) -> str:
+    """Medians over all rounds, a row an arm."""
+    shape = report["shape"]
+    medians = _medians(report)
+    kinds = {arm: Arm.parse(arm, report["ratio"]) for arm in medians}
+
+    def best(name: str, ratio: float | None = None) -> float | None:
+        alike = (a for a, kind in kinds.items() if kind.name == name and ratio in (None, kind.ratio))
+        return min((medians[a] for a in alike), default=None)
+
+    def against(arm: str, reference: float | None, share: float = 1.0) -> str:
+        return f"{medians[arm] / (share * reference):.2f}" if reference else ""
+
+    update = " and fused AdamW" if report["optimizer"] else ""
+    lines = [
+        f"{report['device']}, commit {report['commit']}, torch {report['versions']['torch']}, transformers "
+        f"{report['versions']['transformers']}: {shape['name']}'s shape, {shape['batch']} × {shape['sequence']}, "
+        f"r = {report['ratio']} where the arm names none, forward and backward{update}.\n",
+        "| arm | ms (min to max) | of compile | of the floor | of r × all | of the prediction | kernels, ms | number "
+        "| GiB | cold, s | first, s |",
+        "| --- " * 11 + "|",
+    ]
+    for arm, runs in report["samples"].items():
+        if not runs:
+            continue
+        if arm not in medians:
+            lines.append(f"| {arm} | {next(run['failed'] for run in runs if 'failed' in run)} |" + " |" * 9)
+            continue
+        every = [1000 * s for run in runs for s in run["steps"]]
+        cells = [
+            arm,
+            f"{1000 * medians[arm]:.1f} ({min(every):.1f} to {max(every):.1f})",
+            against(arm, best("compile")),
+            against(arm, best("floor", kinds[arm].ratio)),
+            against(arm, best("all"), kinds[arm].ratio),
+            against(arm, best("all"), runs[0]["predicted_share"]) if "predicted_share" in runs[0] else "",
+        ]
+        if "kernels" in runs[0]:
+            cells += [f"{runs[0]['kernel_milliseconds']:.1f}", f"{runs[0]['kernels']}"]
+            cells.append(f"{max(run['peak_bytes'] for run in runs) / 2**30:.1f}")
+        else:
+            cells += [""] * 3
+        cold = report["cold"].get(compiled_as(arm))
+        cells.append(f"{cold:.0f}" if isinstance(cold, float) else "")
+        cells.append(" / ".join(f"{run['first']:.0f}" for run in runs))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """A bar for each arm: the median step time, and from the fastest to the slowest step.
+
+    A dashed line is the ratio of the step on all rows. Needs matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    medians = _medians(report)
+    if not medians:
+        return
+    arms, shape = list(medians), report["shape"]
+    middle = [1000 * medians[arm] for arm in arms]
+    every = [[1000 * s for run in report["samples"][arm] for s in run["steps"]] for arm in arms]
+    below = [median - min(samples) for median, samples in zip(middle, every, strict=True)]
+    above = [max(samples) - median for median, samples in zip(middle, every, strict=True)]
+    figure = Figure(figsize=(7, 0.9 + 0.4 * len(arms)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(arms, middle, xerr=[below, above], color="#1a7f37", ecolor="#59636e", height=0.6)
+    axes.bar_label(bars, fmt="%.1f", padding=12)
+    everything = [median for arm, median in medians.items() if Arm.parse(arm, report["ratio"]).name == "all"]
+    if everything:
+        ideal = 1000 * report["ratio"] * min(everything)
+        axes.axvline(ideal, linestyle="--", color="#bc4c00", label=f"{report['ratio']} × all: {ideal:.1f} ms")
+        axes.legend(loc="lower right")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("ms a step")
+    axes.set_title(f"{shape['name']}, {shape['batch']} × {shape['sequence']}, {report['device']}", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def _medians(report: dict[str, Any]) -> dict[str, float]:
+    """Seconds by arm, of the arms whose every round ended well."""
+    return {
+        arm: statistics.median(s for run in runs for s in run["steps"])
+        for arm, runs in report["samples"].items()
+        if runs and all("steps" in run for run in runs)
+    }
+
+
+def compiled_as(arm: str) -> str:
+    """The arm whose compilation an arm shares."""
+    if not arm.endswith("+" + GRAPHS):
+        return arm
+    recorded = arm.removesuffix("+" + GRAPHS)
+    return recorded if "+" + OUTLINED in recorded else f"{recorded}+{OUTLINED}"
+
+
+def main(files: list[Path]) -> None:
+    """Writes table and plot beside each JSON."""
+    for file in files:
+        report = json.loads(file.read_text())
+        file.with_suffix(".md").write_text(table(report))
+        plot(report, file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
