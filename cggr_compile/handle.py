@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError, Unsupported, UserError
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    InternalTorchDynamoError,
+    TorchRuntimeError,
+    Unsupported,
+    UserError,
+)
 
 from cggr_compile import compat
 from cggr_compile.backend import Backend
@@ -230,6 +236,11 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
         raise CannotOptimize(
             f"the model fails while Dynamo traces it ({str(error).splitlines()[0]})",
             hint="check that the same call works without cggr, and that all inputs are on one device",
+        ) from error
+    except InternalTorchDynamoError as error:
+        raise CannotOptimize(
+            f"Dynamo itself fails while it traces the model ({str(error).splitlines()[0]})",
+            hint="report it to PyTorch if torch.compile fails alike; fallback='eager' trains without routing",
         ) from error
 
 

@@ -80,6 +80,14 @@ class WrittenAtData(Toy):
         return output.view(hidden.shape)
 
 
+class CountedFromData(Toy):
+    """A range between two numbers read from tensors, which Dynamo fails on."""
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(hidden.shape[1])
+        return super().middle(hidden + torch.arange(places[-1] + 1, places[0] - places[-1], -1).float().sum())
+
+
 class Smoothed(Toy):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits.reshape(-1, WORDS), labels.reshape(-1), label_smoothing=0.1)
@@ -107,6 +115,7 @@ class TwoPredictions(Toy):
         (GraphBreak, r"breaks Dynamo's graph .*test_errors\.py:\d+: print"),
         (RandomRouter, r"the router would run the random operator aten\.rand_like.*test_errors\.py:\d+"),
         (WrittenAtData, r"torch cannot trace setitem at places or sizes that are read from data .*output\[:count\]"),
+        (CountedFromData, r"Dynamo itself fails while it traces the model \(PendingUnbackedSymbolNotFound"),
         (Smoothed, "unsupported loss: class weights or label smoothing"),
     ],
 )
