@@ -307,12 +307,16 @@ def test_results_are_kept_and_the_page_counts_them(tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.mark.parametrize(("name", "route"), [("architectures", "sequence"), ("architectures-token", "token")])
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [("architectures", "sequence"), ("architectures-token", "token"), ("architectures-oldest", "sequence")],
+)
 def test_the_documented_table_is_that_of_the_committed_results(name: str, route: str) -> None:
     path = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
     results = load(path)
     records = [results[c] for c in EVERY if c in results]
-    missing = [c for c in EVERY if c not in results]
+    # An older transformers lacks some classes.
+    missing = [c for c in EVERY if c not in results] if "oldest" not in name else []
     surroundings = json.loads(path.read_text(encoding="utf-8"))["environment"]
     page = render(records, missing, surroundings, route)
     assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == page
