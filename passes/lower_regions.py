@@ -13,10 +13,10 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+from cggr_compile.passes.outline_layers import is_size
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from cggr_compile import compat
 from cggr_compile.program import PART, REGION, TRAINED_PARTS, Autocast, Program, Region, value
 from cggr_compile.sizes import concrete
 
@@ -66,7 +66,7 @@ def lower_pieces(program: Program, pieces: Sequence[Sequence[fx.Node]], sizes: M
     for node in program.graph.nodes:
         if node.op == "placeholder":
             env[node] = graph.node_copy(node)
-        if isinstance(value(node), (int, torch.SymInt)) and not compat.data_symbols(value(node)):
+        if is_size(node):
             known[node] = concrete(program.expression(value(node)), sizes)
         if node.op == "get_attr":
             member = getattr(program.root, str(node.target))
