@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 import torch
 from cggr_compile.passes import build_router as build_router_module
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from processes import environment
 from random_models import VOCABULARY, Layer, RandomModel, Spec
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
@@ -328,3 +331,14 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "'lama' is no model type or class of transformers' mappings" in result.output
     assert "llama" in result.output
+
+
+def test_the_script_examines_on_both_routes(tmp_path: Path) -> None:
+    for folder in ("benchmarks/results", "docs"):
+        (tmp_path / folder).mkdir(parents=True)
+    script = [sys.executable, str(ROOT / "benchmarks" / "architectures.py"), "--root", str(tmp_path)]
+    subprocess.run([*script, "--only", "gpt2"], check=True, capture_output=True, timeout=300, env=environment())
+    for name in ("architectures", "architectures-token"):
+        (record,) = load(tmp_path / "benchmarks" / "results" / f"{name}-cpu.json").values()
+        assert (record.candidate.model_class, record.status) == ("GPT2LMHeadModel", "exact")
+        assert "| gpt2 | GPT2LMHeadModel | yes |" in (tmp_path / "docs" / f"{name}.md").read_text(encoding="utf-8")
