@@ -262,7 +262,7 @@ class Report:
     def _causal_masks(self) -> str:
         if not self.causal_attentions:
             return "none dropped: none was proved to be key <= query for the captured lengths"
-        return f"{self.causal_attentions} dropped: proved to be key <= query for every size"
+        return f"{self.causal_attentions} dropped: proved to be key <= query for the captured lengths"
 
     def _inserted(self) -> str:
         own = {name: count for name, count in self.inserted.items() if name.startswith("cggr.")}
@@ -454,12 +454,13 @@ def _variants(plan: Plan) -> dict[str, Variant]:
 
 
 def _outlined(plan: Plan) -> str:
-    outlines = [variant.outline for variant in _variants(plan).values() if variant.outline is not None]
+    variants = list(_variants(plan).values())
+    outlines = [variant.outline for variant in variants if variant.outline is not None]
     if not plan.runtime.config.outlines:
         return "off"
     if not outlines:
         return f"off: the {plan.inner} backend compiles nothing"
-    pieces, compiled = (sum(getattr(v, name) for v in _variants(plan).values()) for name in ("pieces", "bodies"))
+    pieces, compiled = sum(variant.pieces for variant in variants), sum(variant.bodies for variant in variants)
     reasons = dict.fromkeys(outline.reason for outline in outlines if outline.reason)
     return "; ".join([f"{pieces} pieces, {compiled} compiled", *(f"not divided: {reason}" for reason in reasons)])
 

@@ -163,7 +163,7 @@ class _Body:
         names = {node: f"%{index}" for index, node in enumerate(self.graph.nodes)}
         lines = []
         for node in self.graph.nodes:
-            target = node.name if node.op == "get_attr" else "" if node.op == "placeholder" else str(node.target)
+            target = "" if node.op == "placeholder" else str(node.target)
             given = fx.map_arg((node.args, node.kwargs), lambda old: _Name(names[old]))
             lines.append(f"{node.op} {target} {given} {node.meta.get('recompute')}")
         return "\n".join(lines)

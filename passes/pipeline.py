@@ -41,8 +41,8 @@ ROUTES: dict[str, tuple[Pass, ...]] = {
     "loss": (select_loss,),
 }
 
-# Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
 _FOUND: tuple[Pass, ...] = (elide_causal_masks, join_loss, join_head, find_loss)
+# Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
 _LOWERED: tuple[Pass, ...] = (mask_loss, lower_kernels)
 
 # Only the scores of the rows: what a probe reads, and the router by itself.

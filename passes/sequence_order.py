@@ -289,8 +289,8 @@ def _of_body(program: Program, node: fx.Node) -> str | None:
     body = getattr(program.root, str(forward.target))
     with program.fake_mode, program.shape_env.suppress_guards():
         traced = make_fx(body, tracing_mode="real")(*(value(source) for source in inputs))
-    nodes = traced.graph.nodes
-    reasons = (order_dependence(program, inner, nodes) for inner in nodes)
+    inside = set(traced.graph.nodes)
+    reasons = (order_dependence(program, inner, inside) for inner in traced.graph.nodes)
     return next((f"in {node.target}: {reason}" for reason in reasons if reason), None)
 
 

@@ -13,7 +13,7 @@ import token_oracle
 import torch
 import transformers as T
 from architectures import ARCHITECTURES, GROUPED, Architecture, eager_of, token_batch
-from cggr_compile.passes.outline_layers import outline_layers
+from cggr_compile.passes.outline_layers import is_size, outline_layers
 from torch import nn
 from toys import Toy, toy_batch
 
@@ -34,10 +34,6 @@ def llama() -> tuple[nn.Module, Program]:
     return model, plans.captured(model, token_batch())
 
 
-def rows_of(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: tensor[rows] for name, tensor in batch.items()}
-
-
 def counts(routed: plans.Routed) -> tuple[int, int]:
     variant = routed.plan.route.variant
     return variant.pieces, variant.bodies
@@ -50,7 +46,7 @@ def test_the_sequence_route_is_eagers_on_the_selected_rows(llama: tuple[nn.Modul
     for seed, size in ((1, 6), (2, 9)):  # the second batch has other sizes
         batch = token_batch(size, seed=seed)
         actual = routed.step(batch)
-        oracle.assert_same_step(*actual, *oracle.step(eager, rows_of(batch, routed.selected)), **CLOSE)
+        oracle.assert_same_step(*actual, *oracle.step(eager, oracle.rows_of(batch, routed.selected)), **CLOSE)
     # In front with layer 0, one of the four alike, and the rest, for each of the two sizes.
     assert counts(routed) == (2 * (LAYERS + 1), 2 * 3)
 
@@ -87,7 +83,7 @@ def test_other_families(name: str) -> None:
     batch = token_batch()
     model = cggr.optimize(copy.deepcopy(eager), **OPTIONS)
     actual = oracle.step(model, batch)
-    oracle.assert_same_step(*actual, *oracle.step(eager, rows_of(batch, model.cggr.selected)), **CLOSE)
+    oracle.assert_same_step(*actual, *oracle.step(eager, oracle.rows_of(batch, model.cggr.selected)), **CLOSE)
     variant = model.cggr.runtime.plans[-1].route.variant
     assert variant.outline.reason == ""
     assert variant.bodies <= 4  # of windows there are two kinds of layers
@@ -103,7 +99,7 @@ def test_modes(mode: str) -> None:
         loss = model(**batch).loss
     loss.backward()
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-        expected = eager(**rows_of(batch, model.cggr.selected)).loss
+        expected = eager(**oracle.rows_of(batch, model.cggr.selected)).loss
     expected.backward()
     close = CLOSE if mode == "checkpointing" else {"rtol": 2e-2, "atol": 2e-3}
     oracle.assert_same_step(loss.detach(), oracle.gradients(model), expected.detach(), oracle.gradients(eager), **close)
@@ -116,7 +112,7 @@ def test_frozen_layers_are_compiled_apart_and_keep_no_gradient() -> None:
         parameter.requires_grad_(False)
     model = cggr.optimize(copy.deepcopy(eager), **OPTIONS)
     actual = oracle.step(model, batch)
-    oracle.assert_same_step(*actual, *oracle.step(eager, rows_of(batch, model.cggr.selected)), **CLOSE)
+    oracle.assert_same_step(*actual, *oracle.step(eager, oracle.rows_of(batch, model.cggr.selected)), **CLOSE)
     assert model.cggr.runtime.plans[-1].route.variant.bodies == 4
 
 
@@ -132,7 +128,7 @@ def test_dropout_draws_what_eager_draws() -> None:
     torch.manual_seed(7)
     actual = oracle.step(model, batch)
     torch.manual_seed(7)
-    oracle.assert_same_step(*actual, *oracle.step(eager, rows_of(batch, model.cggr.selected)), **CLOSE)
+    oracle.assert_same_step(*actual, *oracle.step(eager, oracle.rows_of(batch, model.cggr.selected)), **CLOSE)
     assert model.cggr.runtime.plans[-1].route.variant.outline.reason == ""
 
 
@@ -161,7 +157,7 @@ def test_a_constant_makes_another_body() -> None:
     model = cggr.optimize(copy.deepcopy(eager), **OPTIONS)
     loss = model(**batch)[0]
     loss.backward()
-    expected = eager(**rows_of(batch, model.cggr.selected))[0]
+    expected = eager(**oracle.rows_of(batch, model.cggr.selected))[0]
     expected.backward()
     oracle.assert_same_step(loss.detach(), oracle.gradients(model), expected.detach(), oracle.gradients(eager), **CLOSE)
     # Layers 1 and 3 are one body.
@@ -175,6 +171,7 @@ def test_pieces_hold_every_call_once_and_read_only_what_came_before(llama: tuple
     order = [node for piece in outline.pieces for node in piece]
     place = {node: index for index, node in enumerate(order)}
     assert len(place) == len(order)
+    assert set(place) == {n for n in program.graph.nodes if n.op == "call_function" and not is_size(n)}
     for node in order:
         assert all(place[source] < place[node] for source in node.all_input_nodes if source in place)
     residuals = program.layers.residuals
@@ -190,7 +187,7 @@ def test_what_cannot_be_divided_is_compiled_whole_and_says_why() -> None:
     model = cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, "router_layers": 1})
     loss = model(**batch)[0]
     loss.backward()
-    expected = eager(**rows_of(batch, model.cggr.selected))[0]
+    expected = eager(**oracle.rows_of(batch, model.cggr.selected))[0]
     expected.backward()
     oracle.assert_same_step(loss.detach(), oracle.gradients(model), expected.detach(), oracle.gradients(eager))
     assert model.cggr.report().outlined == "0 pieces, 0 compiled; not divided: 2 layers are fewer than 3"
