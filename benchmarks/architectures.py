@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from cggr_compile.sweep import UnknownArchitecture, sweep
+from cggr_compile.cli import architectures
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"sequence": "architectures", "token": "architectures-token"}
@@ -27,15 +27,14 @@ def main(
     root: Annotated[Path, typer.Option(help="where benchmarks/results and docs are")] = ROOT,
 ) -> None:
     """Runs both sweeps; exit status 1 where a class fails or cannot be checked."""
-    failed = 0
+    status = 0
     for route, name in NAMES.items():
         output, page = root / "benchmarks" / "results" / f"{name}-cpu.json", root / "docs" / f"{name}.md"
         try:
-            failed += sweep(only or [], jobs, time_limit, memory_limit, output, page, route)
-        except UnknownArchitecture as error:
-            raise typer.BadParameter(str(error)) from error
-    if failed:
-        raise typer.Exit(1)
+            architectures(only, jobs, time_limit, memory_limit, output, page, route)
+        except typer.Exit as ended:
+            status = ended.exit_code
+    raise typer.Exit(status)
 
 
 if __name__ == "__main__":
