@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,12 +147,15 @@ ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
 }
 
 
+# Steps before those that are measured: the first compiles, under CUDA graphs the second records.
+WARM_UP = 3
 DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
 
 
 def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optimizer: bool) -> dict[str, Any]:
-    """Seconds of each step after three warm-up steps, seconds of the first step, peak memory in bytes, and of one step
-    on CUDA the milliseconds in kernels and their number. Of this package's arms also what the cost model predicts, as a
+    """Seconds of each step after the warm-up, one right after the other as in training: nothing waits for the device
+    between them. Seconds of the first step, peak memory in bytes, and of one step on CUDA the milliseconds in kernels
+    and their number. Of this package's arms also what the cost model predicts, as a
     share of a step on everything."""
     parsed = Arm.parse(arm, ratio)
     torch._functorch.config.activation_memory_budget = parsed.budget
@@ -169,16 +173,16 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
         if update is not None:
             update.step()
 
-    seconds = []
-    for index in range(steps + 3):
-        if index == 3 and device == "cuda":
+    mark, elapsed = _clock(device)
+    marks = [mark()]
+    for index in range(steps + WARM_UP):
+        if index == WARM_UP and device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        sync()
-        start = time.perf_counter()
         one_step()
-        sync()
-        seconds.append(time.perf_counter() - start)
-    record: dict[str, Any] = {"first": seconds[0], "steps": seconds[3:]}
+        marks.append(mark())
+    sync()
+    seconds = [elapsed(*pair) for pair in pairwise(marks)]
+    record: dict[str, Any] = {"first": seconds[0], "steps": seconds[WARM_UP:]}
     if hasattr(model, "cggr") and model.cggr.config.ratio < 1:
         record["predicted_share"] = model.cggr.report().cost.step_ratio
     if device == "cuda":
@@ -191,6 +195,19 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
         record["kernel_milliseconds"] = sum(event.self_device_time_total for event in events) / 1000
         record["kernels"] = sum(event.count for event in events)
     return record
+
+
+def _clock(device: str) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """Marks a point of the steps, and the seconds between two marks: of the device on CUDA."""
+    if device != "cuda":
+        return time.perf_counter, lambda begin, end: end - begin
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    return mark, lambda begin, end: begin.elapsed_time(end) / 1000
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
