@@ -11,11 +11,12 @@ first steps are `cold`, those of the rounds `first`. Medians over all steps are 
 
 Arms: `eager` and `compile` are transformers on all rows, `random_compile` is torch.compile on random rows. `all` is
 this package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
-sampled head. `floor` is `all` on a batch of just the kept rows. `token`, `loss` and `token_loss` are the other routes,
-scored by the sampled head, `token_random` draws its tokens. `liger`, `liger_compile`, `original`, `original_compile`
-are Liger's kernels and CGGR 0.5.0, which must be installed. `NAME@R` keeps the fraction R instead of `--ratio`;
-`…+outlined` and `…+graphs` run this package's arms under `outline_layers=True` and `cuda_graphs=True` (which outlines
-too), and `…+budget=F` any arm that compiles under torch's `activation_memory_budget` F.
+sampled head, `ahead` with the router of the next step beside each. `floor` is `all` on a batch of just the kept rows.
+`token`, `loss` and `token_loss` are the other routes, scored by the sampled head, `token_random` draws its tokens.
+`liger`, `liger_compile`, `original`, `original_compile` are Liger's kernels and CGGR 0.5.0, which must be installed.
+`NAME@R` keeps the fraction R instead of `--ratio`; `…+outlined` and `…+graphs` run this package's arms under
+`outline_layers=True` and `cuda_graphs=True` (which outlines too), and `…+budget=F` any arm that compiles under torch's
+`activation_memory_budget` F.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,6 +97,18 @@ def _ours(**options: Any) -> Callable[..., Any]:
     return make
 
 
+def _ahead(model: torch.nn.Module, arm: Arm) -> Callable[..., Any]:
+    routed = _ours(router_head="sampled")(model, arm)
+    following: Iterator[Any] | None = None
+
+    def step(**batch: torch.Tensor) -> Any:
+        nonlocal following
+        following = following or iter(model.cggr.score_ahead(repeat(batch)))
+        return routed(**next(following))
+
+    return step
+
+
 def _liger(model: torch.nn.Module, *_: Any) -> torch.nn.Module:
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -136,6 +149,7 @@ ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
     "random": _ours(selection="random"),
     "routed": _ours(),
     "sampled": _ours(router_head="sampled"),
+    "ahead": _ahead,
     "token": _ours(route="token", router_head="sampled"),
     "token_random": _ours(route="token", selection="random"),
     "loss": _ours(route="loss", router_head="sampled"),

@@ -6,7 +6,7 @@ import inspect
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch._dynamo.exc import (
 )
 
 from cggr_compile import compat
+from cggr_compile.ahead import ScoredAhead, ScoresReady
 from cggr_compile.backend import Backend
 from cggr_compile.capture import batch_dims
 from cggr_compile.config import RoutingConfig
@@ -115,6 +116,66 @@ class Handle:
         if not rule.needs_scores:
             raise ValueError(f"selection={rule.name!r} runs no router; choose a selection by scores to time one")
         self.runtime.router_time.ask()
+
+    def score(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The router's scores [B] fp32 of a batch (the forward's arguments, labels included) by the weights as they
+        are, for `use_scores`. Nothing trains, and nothing is read back.
+
+        Raises:
+            ValueError: the model is not in training mode, or no step of this configuration takes scores from outside.
+            CannotOptimize: the model or the batch cannot be routed.
+        """
+        self._check_scores_from_outside()
+        if not self.model.training:
+            raise ValueError("score: the model is in eval mode, and only training steps are routed; call train() first")
+        arguments = _named_arguments(self.original(), (), dict(batch))
+        given = self.runtime.given
+        given.wanted = True
+        try:
+            with torch.enable_grad():  # what a step is captured under
+                self._routed(arguments)
+        except ScoresReady as ready:
+            return ready.scores
+        finally:
+            given.wanted = False
+        raise CannotOptimize("the batch cannot be routed", hint="see model.cggr.report()")
+
+    def use_scores(self, scores: torch.Tensor) -> None:
+        """Lets the next training step select by these scores [B] instead of running the router: scores of `score`, or
+        the user's own, say of an earlier pass over the data. Where that step keeps every row they are not used.
+
+        Raises:
+            ValueError: no step of this configuration takes scores from outside. (The step itself raises it where the
+                number of rows is another.)
+        """
+        self._check_scores_from_outside()
+        self.runtime.given.give(scores)
+
+    def score_ahead(self, batches: Iterable[Mapping[str, Any]], trial: int = 0) -> ScoredAhead:
+        """The batches again, to be trained on one by one, each scored while the one before it trains: on CUDA by a
+        stream of its own. The scores are those of the weights before that step's update.
+
+        Whether this is faster depends on the device: `trial` steps with the router inside are timed, then as many
+        scored ahead (either after SETTLING steps that are not), and the faster of the two goes on. `seconds` of the
+        result has both.
+
+        Raises:
+            ValueError: no step of this configuration takes scores from outside.
+        """
+        self._check_scores_from_outside()
+        return ScoredAhead(self, batches, trial)
+
+    def _check_scores_from_outside(self) -> None:
+        config, rule = self.config, rule_of(self.runtime.in_force.selection)
+        problem = ""
+        if config.routes != ("sequence",):
+            problem = f"route={config.route!r} selects by the scores of tokens"
+        elif not rule.needs_scores:
+            problem = f"selection={rule.name!r} reads no scores"
+        elif config.follows_confidence:
+            problem = "dynamic_threshold=True needs the router's confidence in every step"
+        if problem:
+            raise ValueError(f"scores of rows cannot come from outside: {problem}")
 
     def _without_gradient(self) -> int | None:
         return self.runtime.gradients.seen(self.model, self.captures)

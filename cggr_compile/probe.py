@@ -247,7 +247,7 @@ def measure(plan: Plan, inputs: Sequence[Any]) -> Measurement | Skipped:
     """
     runtime = plan.runtime
     config, steps = runtime.config, runtime.steps
-    rows = plan.batch_rows(inputs)
+    rows = plan.sizes(inputs)[0]
     kept = config.kept_rows(rows, steps)
     if kept >= rows:
         return Skipped(f"every one of the {rows} rows is kept")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cggr_compile import compat
+from cggr_compile.ahead import GivenScores, ScoresReady
 from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
 from cggr_compile.cuda_graphs import Pool, Replayed, obstacle_of
@@ -26,6 +27,7 @@ from cggr_compile.passes.lower_regions import lower_pieces, lower_regions
 from cggr_compile.passes.outline_layers import outline_layers
 from cggr_compile.passes.pipeline import SCORES, Pass, passes_for, passes_unrouted, routable, run
 from cggr_compile.passes.score_rows import token_ids
+from cggr_compile.passes.take_scores import GIVEN_SCORES
 from cggr_compile.probe import Probe, break_even
 from cggr_compile.program import Program, value
 from cggr_compile.router_head import Basis
@@ -51,6 +53,7 @@ class Runtime:
         self.confidence = Confidence()
         self.gradients = Gradients()
         self.router_time = RouterTime()
+        self.given = GivenScores()
         self.basis = Basis(config.router_head_refresh)
         self.pool: Pool | None = None
         self.probe = Probe(config) if config.selection == "auto" else None
@@ -148,6 +151,11 @@ class Plan:
         passes = passes_for(config) if self.routable else passes_unrouted(config)
         return self._derived(rule_name(config.selection), config, passes, trains=True)
 
+    def with_scores(self, config: RoutingConfig) -> Route:
+        """The program that trains under a configuration on rows whose scores are an input."""
+        name = f"{rule_name(config.selection)}, scores given"
+        return self._derived(name, config, passes_for(config, scores_given=True), trains=True)
+
     def scoring(self, name: str, config: RoutingConfig) -> Route:
         """The program of the rows' scores alone, under a configuration."""
         return self._derived(name, config, SCORES, trains=False)
@@ -172,15 +180,20 @@ class Plan:
         """ω: what a step on rows chosen by score must be worth, in steps on equally many random rows."""
         return break_even(self)
 
-    def batch_rows(self, inputs: Sequence[Any]) -> int:
-        """The batch size of a call."""
-        return inputs[self._ids].shape[0]
+    def sizes(self, inputs: Sequence[Any]) -> tuple[int, int]:
+        """Batch size and sequence length of a call."""
+        rows, length = inputs[self._ids].shape
+        return rows, length
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        given = self.runtime.given
+        if given.wanted:
+            raise ScoresReady(given.run(self, inputs))
         if self.runtime.probe is not None:
             self.runtime.probe.before_step(self, inputs)
         self.runtime.router_time.before_step(self, inputs, self.runtime.in_force)
-        rows, length = inputs[self._ids].shape
+        rows, length = self.sizes(inputs)
+        scores = given.take(rows, self.device)
         config, steps = self.runtime.config, self.runtime.steps
         confidence = self.runtime.confidence.last() if config.follows_confidence else None
         amounts = amounts_of(self.program, config, steps, rows, length, confidence)
@@ -188,7 +201,8 @@ class Plan:
         planned = amounts if confidence is None else amounts_of(self.program, config, steps, rows, length)
         plain = not self.routable or all(amount.kept >= amount.total for amount in planned.values())
         with compat.modes_kept(self.device.type):
-            outputs = self.unrouted(*inputs) if plain else self._run_routed(inputs, rows, length, amounts)
+            outputs = self.unrouted(*inputs) if plain else self._run_routed(inputs, amounts, scores)
+        given.join()
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,
@@ -209,11 +223,13 @@ class Plan:
         return outputs[: -len(EXTRA_OUTPUTS)]
 
     def _run_routed(
-        self, inputs: Sequence[Any], rows: int, length: int, amounts: Mapping[str, Amount]
+        self, inputs: Sequence[Any], amounts: Mapping[str, Amount], scores: torch.Tensor | None
     ) -> tuple[Any, ...]:
-        sizes = sizes_of(self.program, rows, length, amounts)
-        added = self.route.added_inputs(sizes, amounts, self.runtime.basis, self.runtime.generator(self.device))
-        return self.route.variant(*inputs, *added)
+        route = self.route if scores is None else self.with_scores(self.runtime.in_force)
+        sizes = sizes_of(route.program, *self.sizes(inputs), amounts)
+        generator = self.runtime.generator(self.device)
+        added = route.added_inputs(sizes, amounts, self.runtime.basis, generator, scores)
+        return route.variant(*inputs, *added)
 
 
 class Route:
@@ -235,11 +251,17 @@ class Route:
         ]
 
     def added_inputs(
-        self, sizes: Mapping[Any, int], amounts: Mapping[str, Amount], basis: Basis, generator: torch.Generator
+        self,
+        sizes: Mapping[Any, int],
+        amounts: Mapping[str, Amount],
+        basis: Basis,
+        generator: torch.Generator,
+        scores: torch.Tensor | None = None,
     ) -> Iterator[Any]:
         """What the passes' own inputs get in one step, in their order; noise is uniform fp32 from the generator.
 
-        `sizes` are those of the program's symbols (`sizes_of`), `amounts` what each route keeps.
+        `sizes` are those of the program's symbols (`sizes_of`), `amounts` what each route keeps, `scores` those of the
+        rows where they are given.
         """
         kept = {KEPT[route]: amount.kept for route, amount in amounts.items()}
         for name, shape in self._added:
@@ -248,6 +270,8 @@ class Route:
             elif name == "basis":
                 width, rank = shape
                 yield basis.on(width, rank, generator)
+            elif name == GIVEN_SCORES:
+                yield scores
             else:
                 yield uniform_noise([concrete(size, sizes) for size in shape], self.device, generator)
 

@@ -26,6 +26,7 @@ from cggr_compile.passes.score_rows import score_rows
 from cggr_compile.passes.select_loss import select_loss
 from cggr_compile.passes.select_rows import select_rows
 from cggr_compile.passes.select_tokens import select_tokens
+from cggr_compile.passes.take_scores import take_scores
 from cggr_compile.passes.verify import verify
 
 from cggr_compile.config import RoutingConfig
@@ -62,10 +63,10 @@ def passes_unrouted(config: RoutingConfig) -> tuple[Pass, ...]:
     return (*_FOUND, *([find_layers_if_any] if config.outlines else []), *_LOWERED)
 
 
-def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
-    """The passes of the configured route. A selection that needs no scores needs no router, and no layers but for the
-    token route and for compiling them by themselves."""
-    scored = rule_of(config.selection).needs_scores
+def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass, ...]:
+    """The passes of the configured route, the scores of its rows an input if `scores_given`. A step without a router
+    needs no layers but for the token route and for compiling them by themselves."""
+    scored = rule_of(config.selection).needs_scores and not scores_given
     passes = list(_FOUND)
     if scored or "token" in config.routes:
         passes.append(find_layers)
@@ -73,6 +74,8 @@ def passes_for(config: RoutingConfig) -> tuple[Pass, ...]:
         passes.append(find_layers_if_any)
     if scored:
         passes += [build_router, score_rows]
+    elif scores_given:
+        passes.append(take_scores)
     for route in config.routes:
         passes += ROUTES[route]
     return (*passes, *_LOWERED)

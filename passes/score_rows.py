@@ -62,6 +62,15 @@ def score_rows(program: Program, config: RoutingConfig) -> Program:
     return builder.finish("score_rows", routing=routing)
 
 
+def selectable(builder: Builder) -> tuple[fx.Node, fx.Node]:
+    """Which rows have counted targets, [B] bool, and how many, [B] int64; of the placeholders in `builder.env`."""
+    head = builder.program.head
+    assert head is not None
+    inputs = {node: builder.env[node] for node in builder.program.placeholders}
+    counts = count_by_row(builder, head, clone(builder, [head.target], inputs)[head.target])
+    return builder.call(aten.gt.Scalar, counts, 0), counts
+
+
 def count_by_row(builder: Builder, head: Head, target: fx.Node) -> fx.Node:
     """How many targets of each row are counted, [B] int64."""
     counted = builder.call(aten.ne.Scalar, target, head.ignore_index)

@@ -15,8 +15,7 @@ import torch
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.kernels.selection_ops import register
 from cggr_compile.passes.build_router import quiet_region
-from cggr_compile.passes.score_rows import count_by_row
-from cggr_compile.passes.subgraph import clone
+from cggr_compile.passes.score_rows import selectable
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
@@ -34,22 +33,18 @@ def select_rows(program: Program, config: RoutingConfig) -> Program:
     the rule's weight).
     """
     assert program.head is not None
-    head = program.head
     builder = Builder(program)
     builder.copy_inputs()
     kept = builder.placeholder("kept", fresh_size(program, "kept", program.batch))
     builder.copy_parts("router", "score")
     builder.part, builder.region = "select", quiet_region(program)
     rule = rule_of(config.selection)
-    noise = builder.tensor_input("noise", (program.batch,), head.target) if rule.needs_noise else None
+    noise = builder.tensor_input("noise", (program.batch,), program.head.target) if rule.needs_noise else None
     if rule.needs_scores:
         routing = builder.routing()
         ranked = routing.scores
     else:
-        inputs = {node: builder.env[node] for node in program.placeholders}
-        target = clone(builder, [head.target], inputs)[head.target]
-        counts = count_by_row(builder, head, target)
-        valid = builder.call(aten.gt.Scalar, counts, 0)
+        valid, counts = selectable(builder)
         routing = builder.routing(valid=valid, counts=counts)
         ranked = noise
     if rule.ranking is not None:

@@ -1,0 +1,143 @@
+"""Scores from outside the step: computed ahead of it, on a CUDA stream beside the step before, or kept from earlier.
+
+The router scores a batch before the batch trains, and nothing of the step before is needed for that but the weights:
+so the next batch can be scored while this one trains. Scores are then those of the weights before this step's update.
+The step waits for the router between its forward and its backward, so no optimizer writes what the router reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cggr_compile.sizes import sizes_of
+
+if TYPE_CHECKING:
+    from cggr_compile.handle import Handle
+    from cggr_compile.runtime import Plan
+
+SETTLING = 3
+"""Steps of a trial that are not timed: they compile and record."""
+
+
+class ScoresReady(Exception):
+    """Ends a call of the compiled forward that was for the scores only."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+
+class GivenScores:
+    """The scores that the next step takes, and the router that runs beside a step."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._given: Tensor | None = None
+        self._beside: torch.cuda.Stream | None = None
+        self._running = False
+
+    def give(self, scores: Tensor) -> None:
+        """For the next training step."""
+        self._given = scores
+
+    def take(self, rows: int, device: torch.device) -> Tensor | None:
+        """The scores given for this step, [rows] fp32 on the device; None where none were.
+
+        Raises:
+            ValueError: they are for another number of rows.
+        """
+        scores, self._given = self._given, None
+        if scores is None:
+            return None
+        if scores.shape != (rows,):
+            raise ValueError(f"use_scores: scores of shape {tuple(scores.shape)} for a batch of {rows} rows")
+        return scores.to(device, torch.float32)
+
+    def run(self, plan: Plan, inputs: Sequence[Any]) -> Tensor:
+        """The router's scores [B] of the inputs of a step."""
+        runtime = plan.runtime
+        route = plan.scoring("router scores", runtime.in_force)
+        sizes = sizes_of(route.program, *plan.sizes(inputs), {})
+        added = route.added_inputs(sizes, {}, runtime.basis, runtime.generator(plan.device))
+        scores, _, image = route.variant(*inputs, *added)
+        if isinstance(image, Tensor):
+            runtime.basis.update(image)
+        return scores
+
+    def beside(self) -> torch.cuda.Stream:
+        """The stream for the router, behind what the current one has been given so far."""
+        if self._beside is None:
+            self._beside = torch.cuda.Stream()
+        self._beside.wait_stream(torch.cuda.current_stream())
+        self._running = True
+        return self._beside
+
+    def join(self) -> None:
+        """Lets the current stream wait for a router that runs beside it."""
+        if self._running and self._beside is not None:
+            torch.cuda.current_stream().wait_stream(self._beside)
+        self._running = False
+
+
+class ScoredAhead:
+    """Batches of an iterable, each scored while the one before it trains.
+
+    Attributes:
+        seconds: mean time of a step, by what was tried: `"inside"` (the router in the step) and `"ahead"`; empty
+            without a trial and before its end.
+        ahead: whether batches are scored ahead now.
+    """
+
+    def __init__(self, handle: Handle, batches: Iterable[Mapping[str, Any]], trial: int) -> None:
+        self.handle = handle
+        self.batches = batches
+        self.trial = trial
+        self.seconds: dict[str, float] = {}
+        self.ahead = trial == 0
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        remaining = iter(self.batches)
+        current = next(remaining, None)
+        scores: Tensor | None = None
+        step, begin = 0, 0.0
+        while current is not None:
+            begin = self._try(step, begin)
+            following = next(remaining, None)
+            if scores is not None:
+                self.handle.runtime.given.join()  # for a batch that no step was made of
+                self.handle.use_scores(scores)
+            scores = self._score(following) if self.ahead and following is not None else None
+            yield current
+            current = following
+            step += 1
+
+    def _try(self, step: int, begin: float) -> float:
+        """Moves the trial on in front of a step; when what is being timed began."""
+        each = SETTLING + self.trial
+        if not self.trial or step > 2 * each:
+            return begin
+        if step in (SETTLING, each + SETTLING):
+            return self._now()
+        if step in (each, 2 * each):
+            self.seconds["ahead" if self.ahead else "inside"] = (self._now() - begin) / self.trial
+            self.ahead = step == each or self.seconds["ahead"] < self.seconds["inside"]
+        return begin
+
+    def _now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _score(self, batch: Mapping[str, Any]) -> Tensor:
+        if not any(isinstance(given, Tensor) and given.is_cuda for given in batch.values()):
+            return self.handle.score(batch)
+        training = torch.cuda.current_stream()
+        with torch.cuda.stream(self.handle.runtime.given.beside()):
+            scores = self.handle.score(batch)
+        scores.record_stream(training)
+        return scores

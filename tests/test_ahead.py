@@ -1,0 +1,195 @@
+"""Scores from outside a step: the router's own ahead of it, any others, and what cannot take them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from architectures import ARCHITECTURES, build, token_batch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import Toy, route, toy_batch
+
+import cggr_compile as cggr
+from cggr_compile.ahead import SETTLING
+
+OPTIONS: dict[str, Any] = {"ratio": 0.5, "router_layers": 2}
+
+
+def toy(**options: Any) -> Toy:
+    torch.manual_seed(0)
+    return cggr.optimize(Toy().train(), **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_scores_are_the_router_s_and_the_step_is_as_if_it_had_run(name: str) -> None:
+    """Against eager: the scores choose the rows that the eager router chooses, and gradients are those rows' alone."""
+    architecture, eager = ARCHITECTURES[name], build(name)
+    batch = token_batch(takes_mask=architecture.takes_mask)
+    model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1)
+    scores = model.cggr.score(batch)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.cggr.use_scores(scores)
+    model(**batch).loss.backward()
+    rows = model.cggr.selected
+    torch.testing.assert_close(rows, oracle.expected_rows(eager, architecture, batch, 0.5, 1))
+    oracle.step(eager, {key: each[rows] for key, each in batch.items()})
+    for (key, expected), found in zip(oracle.gradients(eager).items(), model.parameters(), strict=True):
+        assert torch.equal(found.grad, expected), key
+    assert model.cggr.captures == 1
+
+
+@given(scores=st.lists(st.floats(-9, 9, width=32), min_size=6, max_size=6, unique=True), kept=st.integers(1, 6))
+def test_any_scores_choose_their_highest_rows(scores: list[float], kept: int) -> None:
+    model = _toy_of(kept)
+    batch = toy_batch(6)
+    model.cggr.use_scores(torch.tensor(scores))
+    model(**batch)
+    assert model.cggr.selected.tolist() == sorted(sorted(range(6), key=lambda row: -scores[row])[:kept])
+    model(**batch)  # they were for one step
+    assert model.cggr.selected.tolist() == route(model, batch).hardest(kept)
+
+
+_TOYS: dict[int, Toy] = {}
+
+
+def _toy_of(kept: int) -> Toy:
+    if kept not in _TOYS:
+        _TOYS[kept] = toy(ratio=kept / 6)
+    return _TOYS[kept]
+
+
+def test_a_row_without_counted_tokens_is_not_selected_whatever_its_score() -> None:
+    model, batch = toy(), toy_batch(4, ignored=0.2)
+    model.cggr.use_scores(torch.tensor([0.0, 9.0, 1.0, 2.0]))
+    model(**batch)
+    assert model.cggr.selected.tolist() == [2, 3]
+    found = model.cggr.metrics()
+    assert found["score_mean"].item() == pytest.approx(1.0)
+    assert found["tokens_total"].item() == (batch["labels"][:, 1:] != -100).sum()
+
+
+@pytest.mark.parametrize("trial", [0, 2])
+def test_batches_ahead_are_scored_by_the_weights_before_the_update(trial: int) -> None:
+    """Every step against an eager router: that of the step's own weights inside, that of the step before ahead."""
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+    batches = [toy_batch(8, seed=seed) for seed in range(14)]
+    ahead = model.cggr.score_ahead(batches, trial=trial)
+    before, steps, differs = None, 0, 0
+    for batch, expected in zip(ahead, batches, strict=True):
+        assert batch is expected
+        by_own, by_last = route(model, batch).hardest(4), before and route(before, batch).hardest(4)
+        first_ahead = 1 if trial == 0 else SETTLING + trial + 1
+        tried = steps >= first_ahead and (trial == 0 or steps < 2 * (SETTLING + trial))
+        optimizer.zero_grad()
+        model(**batch)[0].backward()
+        if tried or steps < first_ahead:
+            assert model.cggr.selected.tolist() == (by_last if tried else by_own), steps
+            differs += tried and by_last != by_own
+        before = copy.deepcopy(cggr.restore(copy.deepcopy(model)))
+        optimizer.step()
+        steps += 1
+    assert steps == len(batches)
+    assert differs, "the two routers never disagree: nothing was tested"
+    assert set(ahead.seconds) == ({"inside", "ahead"} if trial else set())
+    if trial:
+        assert ahead.ahead == (ahead.seconds["ahead"] < ahead.seconds["inside"])
+    assert model.cggr.captures == 1
+
+
+def test_scoring_leaves_training_as_it_is() -> None:
+    """Random numbers, gradients, metrics and the outputs that a step stores."""
+    model, batch = toy(), toy_batch(8)
+    model(**batch)[0].backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    selected, state = model.cggr.selected, torch.get_rng_state()
+    model.cggr.score(toy_batch(8, seed=5))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.cggr.selected is selected
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_one_row_and_warm_up_keep_everything_and_drop_the_scores() -> None:
+    model = toy(warmup_steps=2)
+    model.cggr.use_scores(model.cggr.score(toy_batch(8)))
+    model(**toy_batch(8))
+    assert model.cggr.selected.tolist() == list(range(8))
+    model.cggr.step()
+    model.cggr.step()
+    model(**toy_batch(8))
+    assert model.cggr.selected.tolist() == route(model, toy_batch(8)).hardest(4)
+    model.cggr.use_scores(model.cggr.score(toy_batch(1)))
+    model(**toy_batch(1))
+    assert model.cggr.selected.tolist() == [0]
+
+
+def test_other_inner_backends_take_them() -> None:
+    model, eager = toy(inner="aot_eager"), toy()
+    scores = torch.tensor([3.0, 1.0, 2.0, 0.0])
+    for each in (model, eager):
+        each.cggr.use_scores(scores)
+        each(**toy_batch(4))[0].backward()
+        assert each.cggr.selected.tolist() == [0, 2]
+    for found, expected in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"route": "token"}, "route='token' selects by the scores of tokens"),
+        ({"route": ("sequence", "loss")}, "selects by the scores of tokens"),
+        ({"selection": "random"}, "selection='random' reads no scores"),
+        ({"selection": "auto"}, "selection='random' reads no scores"),
+        ({"dynamic_threshold": True}, "dynamic_threshold=True needs the router's confidence"),
+    ],
+)
+def test_what_cannot_take_scores_says_so(options: dict[str, Any], problem: str) -> None:
+    model = toy(**options)
+    for call in (model.cggr.score, model.cggr.use_scores, model.cggr.score_ahead):
+        with pytest.raises(ValueError, match=problem.replace("(", r"\(")):
+            call(toy_batch())
+
+
+def test_bad_scores_and_calls_are_refused_and_leave_no_trace() -> None:
+    model = toy()
+    model.cggr.use_scores(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"scores of shape \(3,\) for a batch of 4 rows"):
+        model(**toy_batch(4))
+    model(**toy_batch(4))
+    with pytest.raises(cggr.CannotOptimize, match="labels"):
+        model.cggr.score({"input_ids": toy_batch()["input_ids"]})
+    model.eval()
+    with pytest.raises(ValueError, match="eval mode"):
+        model.cggr.score(toy_batch())
+    model.train()
+    model(**toy_batch(4))[0].backward()
+    assert model.cggr.selected.tolist() == route(model, toy_batch(4)).hardest(2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_router_beside_the_step_chooses_the_same_rows(graphs: bool) -> None:
+    """On a stream of its own, with and without CUDA graphs: rows and weights of scoring each batch before the update,
+    in the order of one stream."""
+    models = [cggr.optimize(build("llama").cuda(), **OPTIONS, inner="aot_eager", cuda_graphs=graphs) for _ in range(2)]
+    beside, inline = models
+    batches = [{key: each.cuda() for key, each in token_batch(8, seed=seed).items()} for seed in range(8)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
+    scores = None
+    for place, batch in enumerate(beside.cggr.score_ahead(batches)):
+        if scores is not None:
+            inline.cggr.use_scores(scores)
+        scores = inline.cggr.score(batches[place + 1]) if place + 1 < len(batches) else None
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+        assert torch.equal(beside.cggr.selected, inline.cggr.selected), place
+    for found, expected in zip(beside.parameters(), inline.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
