@@ -15,17 +15,21 @@ from typing import Any, NamedTuple
 
 import typer
 
-GRAPHS, OUTLINED, BUDGET = "graphs", "outlined", "budget="
+GRAPHS, OUTLINED, RECOMPUTE, BUDGET = "graphs", "outlined", "recompute", "budget="
+
+
+_SWITCHES = ("+outlined", "+recompute", "+budget=F", "+graphs")
 
 
 class Arm(NamedTuple):
-    """An arm as it is written, `NAME[@RATIO][+outlined][+budget=F][+graphs]`."""
+    """An arm as it is written, `NAME[@RATIO][+recompute][+outlined][+budget=F][+graphs]`."""
 
     name: str
     ratio: float
     graphs: bool = False
     outlined: bool = False
     budget: float = 1.0
+    recompute: bool = False
 
     @classmethod
     def parse(cls, text: str, ratio: float) -> Arm:
@@ -37,10 +41,10 @@ class Arm(NamedTuple):
             kept, budget = float(own or ratio), float((budgets or ["1"])[0])
         except ValueError:
             kept = budget = math.nan
-        known = {GRAPHS, OUTLINED, *(BUDGET + given for given in budgets[:1])}
+        known = {GRAPHS, OUTLINED, RECOMPUTE, *(BUDGET + given for given in budgets[:1])}
         if not set(switches) <= known or not 0 < kept <= 1 or not 0 <= budget <= 1:
-            raise typer.BadParameter(f"arm: got {text!r}, expected NAME[@RATIO][+{OUTLINED}][+{BUDGET}F][+{GRAPHS}]")
-        return cls(name, kept, GRAPHS in switches, OUTLINED in switches, budget)
+            raise typer.BadParameter(f"arm: got {text!r}, expected NAME[@RATIO][+SWITCH…] of {', '.join(_SWITCHES)}")
+        return cls(name, kept, GRAPHS in switches, OUTLINED in switches, budget, RECOMPUTE in switches)
 
 
 def table(report: dict[str, Any]) -> str:

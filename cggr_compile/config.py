@@ -111,6 +111,9 @@ class RoutingConfig:
             Shortens compilation; a step then starts more compiled functions, which costs time on the host unless
             `cuda_graphs` records them: `"auto"` is the value of `cuda_graphs`. Where a step cannot be divided it is
             compiled whole and the report says why.
+        recompute_elementwise: save fewer activations: what the forward computes element by element (norms, the inside of
+            a gated MLP) is computed again where the backward needs it as the operand of a matrix product, which costs a
+            little time. For inner backends with torch's partitioner (inductor, aot_eager_decomp_partition).
         cuda_graphs: record the compiled step for each batch shape and replay it (`cuda_graphs.py`), which helps where
             the host launches kernels more slowly than the device runs them. A recording keeps its activations and a
             copy of the gradients. Where a step cannot be recorded it runs as it is, with a warning, and the report
@@ -146,6 +149,7 @@ class RoutingConfig:
     allow_compressed_recurrence: bool = False
     inner: str = "auto"
     outline_layers: bool | str = "auto"
+    recompute_elementwise: bool = False
     cuda_graphs: bool = False
     # What a dict or a callable object may lack is a hash; equal configs have equal hashes without them.
     kernels: str | Mapping[str, str] = field(default="auto", hash=False)
@@ -182,7 +186,7 @@ class RoutingConfig:
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
         self._check_kernels()
-        for name in ("keep_logits", "cuda_graphs"):
+        for name in ("keep_logits", "cuda_graphs", "recompute_elementwise"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
         if not isinstance(self.outline_layers, bool) and self.outline_layers != "auto":

@@ -32,8 +32,11 @@ def resolve_inner(inner: str, device: torch.device) -> str:
     return "inductor" if device.type == "cuda" else "eager"
 
 
-def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Callable[..., Any]:
-    """Compiles a module with every size input replaced by its value; call it with the same inputs, sizes too."""
+def compile_static(
+    module: fx.GraphModule, inputs: list[Any], inner: str, recompute: bool = False
+) -> Callable[..., Any]:
+    """Compiles a module with every size input replaced by its value; call it with the same inputs, sizes too.
+    `recompute` is `RoutingConfig.recompute_elementwise`."""
     places = [place for place, given in enumerate(inputs) if not isinstance(given, int)]
     tensors = [inputs[place] for place in places]
     static = _static(module, inputs)
@@ -43,7 +46,9 @@ def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Cal
     # The mode remembers a fake tensor for as long as somebody holds it; without, AOT makes one with symbols.
     fakes = [mode.from_tensor(each, static_shapes=True) for each in tensors if isinstance(each, torch.Tensor)]
     cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=_named_functions(static))
-    with tracing(TracingContext(mode)), cacheable:
+    # torch forbids it by default, because it is slower, if little.
+    partition = torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute)
+    with tracing(TracingContext(mode)), cacheable, partition:
         compiled = torch._dynamo.lookup_backend(inner)(static, tensors)
     del fakes
     return lambda *given: compiled(*(given[place] for place in places))
@@ -52,8 +57,9 @@ def compile_static(module: fx.GraphModule, inputs: list[Any], inner: str) -> Cal
 class Shared:
     """Pieces of a step (`lower_pieces`), compiled when they first run: one for all that are alike."""
 
-    def __init__(self, pieces: Pieces, inner: str) -> None:
+    def __init__(self, pieces: Pieces, inner: str, recompute: bool = False) -> None:
         self.inner = inner
+        self.recompute = recompute
         self.pieces = len(pieces.texts)
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._module = pieces.module
@@ -80,7 +86,7 @@ class Shared:
         key = (text, *map(_kind, inputs))
         if key not in self.compiled:
             leaves = [x if x.is_leaf else x.detach().requires_grad_() for x in inputs]
-            self.compiled[key] = compile_static(body, leaves, self.inner)
+            self.compiled[key] = compile_static(body, leaves, self.inner, self.recompute)
         return self.compiled[key]
 
 

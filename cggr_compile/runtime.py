@@ -172,7 +172,8 @@ class Plan:
         if self._unrouted is None:
             config = self.runtime.config
             plain = run(self.captured, config, passes_unrouted(config))
-            self._unrouted = Variant(plain, self.inner, self.runtime.graphs_on(self.device), outlined=config.outlines)
+            graphs = self.runtime.graphs_on(self.device)
+            self._unrouted = Variant(plain, self.inner, graphs, config.outlines, config.recompute_elementwise)
         return self._unrouted
 
     @cached_property
@@ -242,7 +243,8 @@ class Route:
         inner = resolve_inner(runtime.config.inner, self.device)
         # What has no backward runs rarely, and a CUDA graph records a backward.
         graphs = runtime.graphs_on(self.device) if trains else None
-        self.variant = Variant(program, inner, graphs, outlined=trains and runtime.config.outlines)
+        outlined, recompute = trains and runtime.config.outlines, runtime.config.recompute_elementwise
+        self.variant = Variant(program, inner, graphs, outlined, recompute)
         inputs = zip(program.placeholders, program.inputs, strict=True)
         self._added = [
             (entry.name, [program.expression(size) for size in getattr(value(node), "shape", ())])
@@ -284,8 +286,16 @@ def uniform_noise(shape: Sequence[int], device: torch.device, generator: torch.G
 class Variant:
     """One lowered program and its compiled code for each concrete (batch, sequence, k)."""
 
-    def __init__(self, program: Program, inner: str, pool: Pool | None = None, outlined: bool = False) -> None:
+    def __init__(
+        self,
+        program: Program,
+        inner: str,
+        pool: Pool | None = None,
+        outlined: bool = False,
+        recompute: bool = False,
+    ) -> None:
         self.inner = inner
+        self.recompute = recompute
         self.pool = pool
         self.program = program
         self.module = lower_regions(program, checkpoints=inner == "eager")
@@ -341,9 +351,9 @@ class Variant:
 
     def _compile(self, inputs: tuple[Any, ...]) -> Callable[..., Any]:
         if self.outline is None or self.outline.reason:
-            return compile_static(self.module, list(inputs), self.inner)
+            return compile_static(self.module, list(inputs), self.inner, self.recompute)
         sizes = symbols_of(self.program, inputs)
-        return Shared(lower_pieces(self.program, self.outline.pieces, sizes), self.inner)
+        return Shared(lower_pieces(self.program, self.outline.pieces, sizes), self.inner, self.recompute)
 
 
 def _shapes(inputs: tuple[Any, ...]) -> tuple[int, ...]:

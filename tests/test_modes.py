@@ -63,6 +63,19 @@ def test_the_partitioners_memory_budget_holds_inside() -> None:
     oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"outline_layers": True}, pytest.param({"inner": "inductor"}, marks=pytest.mark.long)], ids=str
+)
+def test_elementwise_results_are_recomputed_where_asked(options: dict[str, Any]) -> None:
+    eager, batch = build("llama"), token_batch(8, 32)
+    options = {"inner": "aot_eager", **options}
+    plain, frugal = optimized(eager, **options), optimized(eager, **options, recompute_elementwise=True)
+    assert saved_bytes(frugal, batch) < 0.9 * saved_bytes(plain, batch)
+    loss, gradients = oracle.step(frugal, batch)
+    rows = oracle.rows_of(batch, frugal.cggr.selected)
+    oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", pytest.param("mixtral", marks=pytest.mark.long)])
 def test_autocast_loses_no_gradient(name: str) -> None:
     """The original CGGR's router filled autocast's weight cache under no_grad: 28 of 56 parameters got no gradient."""
