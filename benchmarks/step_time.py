@@ -35,7 +35,7 @@ import torch
 import transformers
 import typer
 from harness import first_line
-from step_time_report import Arm, compiled_as, table
+from step_time_report import Arm, compiled_as, page, table
 
 import cggr_compile as cggr
 from cggr_compile.config import kept_of
@@ -170,8 +170,8 @@ DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled
 def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optimizer: bool) -> dict[str, Any]:
     """Seconds of each step after the warm-up, one right after the other as in training: nothing waits for the device
     between them. Seconds of the first step, peak memory in bytes, and of one step on CUDA the milliseconds in kernels
-    and their number. Of this package's arms also what the cost model predicts, as a
-    share of a step on everything."""
+    and their number, in all and by kernel (name, number, microseconds). Of this package's arms also what the cost model
+    predicts, as a share of a step on everything."""
     parsed = Arm.parse(arm, ratio)
     torch._functorch.config.activation_memory_budget = parsed.budget
     model = build(shape, device)
@@ -209,6 +209,7 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
         events = [event for event in profile.key_averages() if event.self_device_time_total]
         record["kernel_milliseconds"] = sum(event.self_device_time_total for event in events) / 1000
         record["kernels"] = sum(event.count for event in events)
+        record["profile"] = [[event.key[:100], event.count, event.self_device_time_total] for event in events]
     return record
 
 
@@ -246,7 +247,7 @@ def save(report: dict[str, Any], output: Path | None) -> None:
     """Writes what there is so far: a machine may be lost in the middle."""
     if output is not None:
         output.write_text(json.dumps(report, indent=1) + "\n")
-        output.with_suffix(".md").write_text(table(report))
+        output.with_suffix(".md").write_text(page(report))
 
 
 def main(

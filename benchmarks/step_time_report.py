@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +93,52 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# Parts of a step, by what the name of a kernel begins with or contains; the first that fits is its part.
+_PARTS = (
+    ("attention", r"flash|sdpa|fmha|cudnn"),
+    ("matrix products", r"nvjet|gemm|cutlass|cublas|splitK"),
+    ("fused elementwise and norms", r"^triton_"),
+    ("copies and fills", r"^Mem|copy|multi_tensor_apply|fill|vectorized_elementwise"),
+    ("other kernels of torch", r"^void|at::"),
+    ("scores, selection, loss (Triton, this package)", r""),
+)
+
+
+def profile(report: dict[str, Any]) -> str:
+    """Where the step of the fastest routed arm goes, by parts and by kernel; empty without a profile."""
+    routed = {
+        arm: seconds
+        for arm, seconds in _medians(report).items()
+        if "predicted_share" in report["samples"][arm][0] and "profile" in report["samples"][arm][0]
+    }
+    if not routed:
+        return ""
+    arm = min(routed, key=routed.__getitem__)
+    total, kernels = 1000 * routed[arm], report["samples"][arm][0]["profile"]
+    parts: dict[str, list[float]] = {name: [0, 0.0] for name, _ in _PARTS}
+    for name, count, micros in kernels:
+        part = parts[next(part for part, pattern in _PARTS if re.search(pattern, name))]
+        part[0] += count
+        part[1] += micros / 1000
+    rest = total - sum(milliseconds for _, milliseconds in parts.values())
+    lines = [
+        f"Where the {total:.1f} ms of `{arm}` go, by one profiled step:\n",
+        "| part | kernels | ms | share |", "| --- " * 4 + "|",
+    ]  # fmt: skip
+    for name, (count, milliseconds) in sorted(parts.items(), key=lambda part: -part[1][1]):
+        lines.append(f"| {name} | {count:.0f} | {milliseconds:.2f} | {milliseconds / total:.0%} |")
+    lines.append(f"| between kernels | | {rest:.2f} | {rest / total:.0%} |")
+    lines += ["", "| kernel | number | ms |", "| --- " * 3 + "|"]
+    for name, count, micros in sorted(kernels, key=lambda kernel: -kernel[2])[:16]:
+        lines.append(f"| `{name[:80]}` | {count} | {micros / 1000:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def page(report: dict[str, Any]) -> str:
+    """Table and profile."""
+    return "\n".join(filter(None, [table(report), profile(report)]))
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """A bar for each arm: the median step time, and from the fastest to the slowest step.
 
@@ -151,7 +198,7 @@ def main(files: list[Path]) -> None:
     """Writes table and plot beside each JSON."""
     for file in files:
         report = json.loads(file.read_text())
-        file.with_suffix(".md").write_text(table(report))
+        file.with_suffix(".md").write_text(page(report))
         plot(report, file.with_suffix(".png"))
 
 

@@ -111,9 +111,9 @@ class RoutingConfig:
             Shortens compilation; a step then starts more compiled functions, which costs time on the host unless
             `cuda_graphs` records them: `"auto"` is the value of `cuda_graphs`. Where a step cannot be divided it is
             compiled whole and the report says why.
-        recompute_elementwise: save fewer activations: what the forward computes element by element (norms, the inside of
-            a gated MLP) is computed again where the backward needs it as the operand of a matrix product, which costs a
-            little time. For inner backends with torch's partitioner (inductor, aot_eager_decomp_partition).
+        recompute_elementwise: save fewer activations: what the forward computes element by element (norms, the inside
+            of a gated MLP) is computed again where the backward needs it as the operand of a matrix product, which
+            costs a little time. For inner backends with torch's partitioner (inductor, aot_eager).
         cuda_graphs: record the compiled step for each batch shape and replay it (`cuda_graphs.py`), which helps where
             the host launches kernels more slowly than the device runs them. A recording keeps its activations and a
             copy of the gradients. Where a step cannot be recorded it runs as it is, with a warning, and the report
