@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from architectures import ARCHITECTURES, build, token_batch
+from documents import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import Toy, route, toy_batch
@@ -70,6 +71,19 @@ def test_a_row_without_counted_tokens_is_not_selected_whatever_its_score() -> No
     found = model.cggr.metrics()
     assert found["score_mean"].item() == pytest.approx(1.0)
     assert found["tokens_total"].item() == (batch["labels"][:, 1:] != -100).sum()
+
+
+def test_the_examples_of_the_documentation() -> None:
+    model, batches = toy(), [toy_batch(8, seed=seed) for seed in range(3)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+    expected = [route(model, batch).hardest(4) for batch in batches]
+    chosen = []
+    optimizer.register_step_pre_hook(lambda *_: chosen.append(model.cggr.selected.tolist()))
+    examples("integrations.md", "epochs_on_first_scores")["epochs_on_first_scores"](model, batches, optimizer, 2)
+    assert chosen == expected * 2
+    seconds = examples("integrations.md", "train")["train"](model, batches * 20, optimizer)
+    assert set(seconds) == {"inside", "ahead"}
+    assert len(chosen) == 66
 
 
 @pytest.mark.parametrize("trial", [0, 2])
