@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.sizes import sizes_of
 
 if TYPE_CHECKING:
@@ -133,11 +134,18 @@ class ScoredAhead:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _score(self, batch: Mapping[str, Any]) -> Tensor:
-        if not any(isinstance(given, Tensor) and given.is_cuda for given in batch.values()):
-            return self.handle.score(batch)
-        training = torch.cuda.current_stream()
-        with torch.cuda.stream(self.handle.runtime.given.beside()):
-            scores = self.handle.score(batch)
+    def _score(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The scores; None where the model does not train now, or cannot be routed and may train all the same."""
+        if not self.handle.model.training:
+            return None
+        try:
+            if not any(isinstance(given, Tensor) and given.is_cuda for given in batch.values()):
+                return self.handle.score(batch)
+            training = torch.cuda.current_stream()
+            with torch.cuda.stream(self.handle.runtime.given.beside()):
+                scores = self.handle.score(batch)
+        except CannotOptimize as error:
+            self.handle.refuse(error)
+            return None
         scores.record_stream(training)
         return scores

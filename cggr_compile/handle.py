@@ -160,9 +160,11 @@ class Handle:
         result has both.
 
         Raises:
-            ValueError: no step of this configuration takes scores from outside.
+            ValueError: no step of this configuration takes scores from outside, or `trial` is negative.
         """
         self._check_scores_from_outside()
+        if trial < 0:
+            raise ValueError(f"score_ahead: trial={trial} is not a number of steps")
         return ScoredAhead(self, batches, trial)
 
     def _check_scores_from_outside(self) -> None:

@@ -186,6 +186,28 @@ def test_bad_scores_and_calls_are_refused_and_leave_no_trace() -> None:
     assert model.cggr.selected.tolist() == route(model, toy_batch(4)).hardest(2)
 
 
+def test_what_cannot_be_scored_ahead_is_handed_on() -> None:
+    """A batch without labels, where training without routing is allowed; an evaluation between two steps."""
+    model = toy(fallback="eager")
+    unlabelled = {"input_ids": toy_batch()["input_ids"]}
+    batches = [toy_batch(), toy_batch(), toy_batch(), unlabelled, toy_batch()]
+
+    def train() -> list[int]:
+        places = []
+        for place, batch in enumerate(model.cggr.score_ahead(batches)):
+            model.train(place != 0)
+            model(**batch)
+            places.append(place)
+        return places
+
+    with pytest.warns(RuntimeWarning, match="labels"):
+        places = train()
+    assert places == [0, 1, 2, 3, 4]
+    assert model.cggr.selected.tolist() == route(model, toy_batch()).hardest(2)
+    with pytest.raises(ValueError, match="trial=-1"):
+        model.cggr.score_ahead([], trial=-1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_router_beside_the_step_chooses_the_same_rows(graphs: bool) -> None:
