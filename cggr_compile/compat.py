@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import Logger
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_slot, set_proxy_slot, snapshot_fake
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -222,6 +223,49 @@ def inherit_range(old: Any, new: Any) -> None:
     shape_env.constrain_symbol_range(now, known.lower, known.upper)
     if was in shape_env.size_like:
         shape_env.size_like.add(now)
+
+
+def unobserved() -> Any:
+    """Keeps a trace's function modes from what is done within: they would see every attribute that is read."""
+    return torch._C.DisableTorchFunction()
+
+
+def traced_node(tracer: Any, value: Any) -> fx.Node | None:
+    """The node that stands for a tensor or a symbolic number in the trace under way, made where a number is waiting to
+    be used; None for a tensor that is not traced, or is a constant."""
+    slot = get_proxy_slot(value, tracer, None)
+    if not isinstance(value, torch.Tensor):
+        return slot if slot is None else slot.force().node
+    return None if slot is None or slot.constant is not None else slot.proxy.node
+
+
+def trace_call(tracer: Any, target: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
+    """Adds a call to the trace under way without running it, named as the tracer names those that run."""
+    packet = getattr(target, "overloadpacket", target)
+    name = tracer.graph._target_to_str(packet.__name__)
+    return tracer.create_node("call_function", target, args, kwargs, name)
+
+
+def track(tracer: Any, tensor: torch.Tensor, node: fx.Node) -> None:
+    """Makes a node stand for a tensor in the trace under way. Its sizes are not tracked: they are another's."""
+    set_proxy_slot(tensor, tracer, _ProxyTensor(tracer.proxy(node), None))
+
+
+class _Computed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return snapshot_fake(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise NotImplementedError("a trace has no backward")
+
+
+def copy_of_fake(value: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """A fake tensor like `value`, computed by nothing; where it requires grad, not a leaf, as results are. With gradients
+    enabled: to enable them would be traced."""
+    copy = snapshot_fake(value)
+    return _Computed.apply(copy.requires_grad_()) if requires_grad else copy
 
 
 def _size_functions() -> dict[Any, Any]:

@@ -279,14 +279,13 @@ def is_tensor(node: Any) -> bool:
 def describe(item: Any) -> Any:
     """A hashable description of an argument: all of a tensor that the fake run of an operator can depend on."""
     if isinstance(item, torch.Tensor):
-        sizes = tuple(map(str, (*item.shape, *item.stride())))
-        return (item.dtype, item.device, item.requires_grad, sizes)
+        return (item.dtype, item.device, item.requires_grad, *map(describe, (*item.shape, *item.stride())))
     if isinstance(item, (tuple, list)):
         return (type(item), *(describe(part) for part in item))
     if isinstance(item, dict):
         return tuple((name, describe(part)) for name, part in item.items())
     if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return str(item)
+        return item.node.expr
     return (type(item), id(item) if isinstance(item, nn.Module) else item)
 
 

@@ -39,7 +39,9 @@ from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
+from cggr_compile import compat
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.replay import Calls, Mutation, Replayer, mutates
 
 aten = torch.ops.aten
 
@@ -54,29 +56,37 @@ def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
     """
     gm = _with_vmaps_traced(gm)
 
+    calls = Calls()
+    device = next(fake.device.type for fake in fakes if isinstance(fake, torch.Tensor))
+
     def run(*args: Any) -> Any:
-        return _Inliner(gm).run(*args)
+        return _Inliner(gm, calls).run(*args)
 
     def run_with_mutable_dropout(*args: Any) -> Any:
         return _MutableDropout(gm).run(*args)
 
     with fx_traceback.preserve_node_meta():
-        traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)
-        if any(_mutates(node) for node in traced.graph.nodes):
+        try:
+            with compat.modes_kept(device):
+                traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)
+            functional = not any(map(mutates, traced.graph.nodes))
+        except Mutation:
+            functional = False
+        if not functional:
             with enable_python_dispatcher():
                 mode = FunctionalTensorMode(pre_dispatch=True, export=True)
-                functional = dispatch_functionalize(run_with_mutable_dropout, mode)
+                functionalized = dispatch_functionalize(run_with_mutable_dropout, mode)
                 decompositions = {aten.copy.default: _copy}
-                traced = make_fx(functional, decompositions, pre_dispatch=True, tracing_mode="real")(*fakes)
+                traced = make_fx(functionalized, decompositions, pre_dispatch=True, tracing_mode="real")(*fakes)
     _refuse_escaped_values(traced)
     return traced
 
 
-class _Inliner(fx.Interpreter):
+class _Inliner(Replayer):
     """Runs Dynamo's graph for tracing: checkpointed bodies inline, autograd functions opaque."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: fx.GraphModule, calls: Calls | None = None) -> None:
+        super().__init__(gm, calls)
         self.regions = 0
 
     def run_node(self, n: fx.Node) -> Any:
@@ -97,7 +107,7 @@ class _Inliner(fx.Interpreter):
             for node in body.graph.nodes:
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                 node.meta["ac_graph_id"] = self.regions
-            return fx.Interpreter(body).run(*inputs)
+            return Replayer(body, self.calls).run(*inputs)
         if target is torch.ops.higher_order.autograd_function_apply:
             return _opaque(target, args, kwargs)
         return super().call_function(target, args, kwargs)
@@ -204,10 +214,6 @@ def _item(values: tuple, index: int) -> Any:
 def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """`aten.copy` without its missing derivative: the source in the destination's dtype, device and shape."""
     return source.to(destination, non_blocking=non_blocking).expand_as(destination).clone()
-
-
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _refuse_escaped_values(traced: fx.GraphModule) -> None:
