@@ -127,7 +127,8 @@ class Calls:
             raise Mutation
         if key is not None and key not in self._recorded:
             with compat.unobserved():
-                self._recorded[key] = _record(tracer, created, values, nodes, result)
+                unchanged = key[-1] == _describe((args, kwargs))
+                self._recorded[key] = _record(tracer, created, values, nodes, result) if unchanged else None
         return result
 
 
@@ -214,8 +215,9 @@ def _record(
     tracer: Any, nodes: tuple[fx.Node, ...], values: list[Any], inputs: tuple[fx.Node, ...], result: Any
 ) -> _Recorded | None:
     """What the call recorded; None where it cannot be replayed."""
+    nodes = tuple(_live(nodes))
     known = {*nodes, *inputs}
-    if not nodes or not all(_is_plain(node) for node in nodes):
+    if not all(_is_plain(node) for node in nodes):
         return None
     if not all(node in known or node.op == "placeholder" for made in nodes for node in made.all_input_nodes):
         return None
@@ -224,11 +226,22 @@ def _record(
     leaves, structure = pytree.tree_flatten(result)
     outputs = [_output(tracer, leaf, values) for leaf in leaves]
     computed = [output.node for output in outputs if isinstance(output, _Output)]
-    if None in outputs or len(set(computed)) < len(computed) or not {*computed, *rebound.values()} <= set(nodes):
+    if not outputs or None in outputs or len(set(computed)) < len(computed) or not {*computed, *rebound.values()} <= set(nodes):
         return None
     if compat.data_symbols((values, leaves, [node.meta["val"] for node in nodes])):
         return None
     return _Recorded(nodes, inputs, rebound, tuple(outputs), structure)
+
+
+def _live(nodes: tuple[fx.Node, ...]) -> list[fx.Node]:
+    """The nodes without those for sizes that were looked up in vain; the tracer drops these in the end."""
+    live: list[fx.Node] = []
+    read: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node in read or not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            live.append(node)
+            read.update(node.all_input_nodes)
+    return live[::-1]
 
 
 def _is_plain(node: fx.Node) -> bool:
