@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -286,7 +288,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     for name, dims in batch_dims(tensors).items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
-        with compat.whole_graphs(), compat.tracing_options():
+        with compat.whole_graphs(), compat.tracing_options(), _collector_paused():
             return compiled(arguments)
     except BackendCompilerFailed as error:
         cause = error.inner_exception
@@ -305,6 +307,19 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
             f"Dynamo itself fails while it traces the model ({str(error).splitlines()[0]})",
             hint="report it to PyTorch if torch.compile fails alike; fallback='eager' trains without routing",
         ) from error
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keeps Python from looking for garbage within: a trace makes many objects that live as long as it does, and each
+    search goes through all of them, and through all that the process had before."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _graph_break(error: Unsupported | UserError) -> CannotOptimize:

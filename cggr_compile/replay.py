@@ -226,7 +226,12 @@ def _record(
     leaves, structure = pytree.tree_flatten(result)
     outputs = [_output(tracer, leaf, values) for leaf in leaves]
     computed = [output.node for output in outputs if isinstance(output, _Output)]
-    if not outputs or None in outputs or len(set(computed)) < len(computed) or not {*computed, *rebound.values()} <= set(nodes):
+    if (
+        not outputs
+        or None in outputs
+        or len(set(computed)) < len(computed)
+        or not {*computed, *rebound.values()} <= set(nodes)
+    ):
         return None
     if compat.data_symbols((values, leaves, [node.meta["val"] for node in nodes])):
         return None
