@@ -253,7 +253,7 @@ def track(tracer: Any, tensor: torch.Tensor, node: fx.Node) -> None:
 
 class _Computed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
         return snapshot_fake(value)
 
     @staticmethod
@@ -262,8 +262,8 @@ class _Computed(torch.autograd.Function):
 
 
 def copy_of_fake(value: torch.Tensor, requires_grad: bool) -> torch.Tensor:
-    """A fake tensor like `value`, computed by nothing; where it requires grad, not a leaf, as results are. With gradients
-    enabled: to enable them would be traced."""
+    """A fake tensor like `value`, with its storage; where it requires grad, not a leaf, as results are (gradients must
+    be enabled then: to enable them would be traced)."""
     copy = snapshot_fake(value)
     return _Computed.apply(copy.requires_grad_()) if requires_grad else copy
 

@@ -94,7 +94,7 @@ class _Recorded:
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     rebound: dict[int, fx.Node]
-    outputs: tuple[int | _Output | None, ...]
+    outputs: tuple[int | _Output, ...]
     structure: pytree.TreeSpec
 
 
@@ -224,26 +224,30 @@ def _record(
     after = [compat.traced_node(tracer, value) for value in values]
     rebound = {place: node for place, node in enumerate(after) if node is not inputs[place]}
     leaves, structure = pytree.tree_flatten(result)
-    outputs = [_output(tracer, leaf, values) for leaf in leaves]
+    found = [_output(tracer, leaf, values) for leaf in leaves]
+    outputs = tuple(output for output in found if output is not None)
     computed = [output.node for output in outputs if isinstance(output, _Output)]
     if (
         not outputs
-        or None in outputs
+        or None in found
         or len(set(computed)) < len(computed)
         or not {*computed, *rebound.values()} <= set(nodes)
     ):
         return None
     if compat.data_symbols((values, leaves, [node.meta["val"] for node in nodes])):
         return None
-    return _Recorded(nodes, inputs, rebound, tuple(outputs), structure)
+    return _Recorded(nodes, inputs, rebound, outputs, structure)
 
 
 def _live(nodes: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """The nodes without those for sizes that were looked up in vain; the tracer drops these in the end."""
+    """The nodes without those for sizes that were looked up in vain, which the tracer drops in the end; numbers that are
+    read from data stay."""
     live: list[fx.Node] = []
     read: set[fx.Node] = set()
     for node in reversed(nodes):
-        if node in read or not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        val = node.meta.get("val")
+        is_size = isinstance(val, (torch.SymInt, torch.SymBool)) and not compat.data_symbols(val)
+        if node in read or not is_size:
             live.append(node)
             read.update(node.all_input_nodes)
     return live[::-1]

@@ -11,16 +11,16 @@ import pytest
 import torch
 import transformers as T
 from architectures import ARCHITECTURES, GPT, VOCABULARY, token_batch
-from cggr_compile.program import describe
 from torch import fx, nn
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile import capture, retrace
+from cggr_compile.program import describe
 from cggr_compile.replay import Calls
 
 LAYERS = 4
-# Written by the tracer, and unlike in two traces whatever is traced: counters of autograd's nodes, identities of graphs.
+# Written by the tracer, and never the same in two traces: counts of autograd's nodes, identities of graphs.
 OF_THE_TRACE = {"seq_nr", "from_node"}
 
 
