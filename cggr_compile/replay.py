@@ -240,8 +240,8 @@ def _record(
 
 
 def _live(nodes: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """The nodes without those for sizes that were looked up in vain, which the tracer drops in the end; numbers that are
-    read from data stay."""
+    """The nodes without those for sizes that were looked up in vain, which the tracer drops in the end; numbers that
+    are read from data stay."""
     live: list[fx.Node] = []
     read: set[fx.Node] = set()
     for node in reversed(nodes):
