@@ -120,7 +120,7 @@ class Calls:
             if recorded is not None:
                 self.replayed += 1
                 return _replay(recorded, tracer, values, nodes)
-        last = next(reversed(tracer.graph.nodes))
+        last = next(iter(reversed(tracer.graph.nodes)))
         result = call(target, args, kwargs)
         created = tuple(_after(last))
         if any(map(mutates, created)):
