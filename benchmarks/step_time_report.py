@@ -122,12 +122,12 @@ def profile(report: dict[str, Any]) -> str:
         part[1] += micros / 1000
     rest = total - sum(milliseconds for _, milliseconds in parts.values())
     lines = [
-        f"Where the {total:.1f} ms of `{arm}` go, by one profiled step:\n",
+        f"Where the {total:.1f} ms of `{arm}` go, by one profiled step (rest: between kernels, and kernels that were faster in it):\n",
         "| part | kernels | ms | share |", "| --- " * 4 + "|",
     ]  # fmt: skip
     for name, (count, milliseconds) in sorted(parts.items(), key=lambda part: -part[1][1]):
         lines.append(f"| {name} | {count:.0f} | {milliseconds:.2f} | {milliseconds / total:.0%} |")
-    lines.append(f"| between kernels | | {rest:.2f} | {rest / total:.0%} |")
+    lines.append(f"| rest | | {rest:.2f} | {rest / total:.0%} |")
     lines += ["", "| kernel | number | ms |", "| --- " * 3 + "|"]
     for name, count, micros in sorted(kernels, key=lambda kernel: -kernel[2])[:16]:
         lines.append(f"| `{name[:80]}` | {count} | {micros / 1000:.2f} |")

@@ -204,5 +204,5 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
     )  # fmt: skip
     found = (tmp_path / "out.md").read_text()
     assert found.count("| 2 | 0.50 | 12% |") == 6
-    assert "| between kernels | | 1.00 | 25% |" in found
+    assert "| rest | | 1.00 | 25% |" in found
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
