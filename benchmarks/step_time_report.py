@@ -122,7 +122,7 @@ def profile(report: dict[str, Any]) -> str:
         part[1] += micros / 1000
     rest = total - sum(milliseconds for _, milliseconds in parts.values())
     lines = [
-        f"Where the {total:.1f} ms of `{arm}` go, by one profiled step (rest: between kernels, and kernels that were faster in it):\n",
+        f"Where the {total:.1f} ms of `{arm}` go, by one profiled step (rest: between kernels, and in slower ones):\n",
         "| part | kernels | ms | share |", "| --- " * 4 + "|",
     ]  # fmt: skip
     for name, (count, milliseconds) in sorted(parts.items(), key=lambda part: -part[1][1]):
