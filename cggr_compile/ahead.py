@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,9 +38,11 @@ class GivenScores:
 
     def __init__(self) -> None:
         self.wanted = False
+        self.stepped = False
         self._given: Tensor | None = None
         self._beside: torch.cuda.Stream | None = None
         self._running = False
+        self._autocast: tuple[str, torch.dtype, bool] | None = None
 
     def give(self, scores: Tensor) -> None:
         """For the next training step."""
@@ -68,6 +71,21 @@ class GivenScores:
         if isinstance(image, Tensor):
             runtime.basis.update(image)
         return scores
+
+    def after_forward(self, device_type: str) -> None:
+        """What a step's forward leaves for the next scores: the stream waits, and how the step computed is known."""
+        self.join()
+        self.stepped = True
+        if torch.amp.is_autocast_available(device_type):
+            enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+            self._autocast = (device_type, dtype, enabled)
+
+    def as_in_the_step(self) -> AbstractContextManager[Any]:
+        """The autocast that the last step ran under: batches are fetched outside of it."""
+        if self._autocast is None:
+            return nullcontext()
+        device_type, dtype, enabled = self._autocast
+        return torch.autocast(device_type, dtype, enabled=enabled)
 
     def beside(self) -> torch.cuda.Stream:
         """The stream for the router, behind what the current one has been given so far."""
@@ -135,15 +153,18 @@ class ScoredAhead:
         return time.perf_counter()
 
     def _score(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """The scores; None where the model does not train now, or cannot be routed and may train all the same."""
-        if not self.handle.model.training:
+        """The scores; None where the model does not train now, where no step has shown under which autocast it does,
+        and where it cannot be routed and may train all the same."""
+        given = self.handle.runtime.given
+        if not self.handle.model.training or not given.stepped:
             return None
         try:
-            if not any(isinstance(given, Tensor) and given.is_cuda for given in batch.values()):
-                return self.handle.score(batch)
-            training = torch.cuda.current_stream()
-            with torch.cuda.stream(self.handle.runtime.given.beside()):
-                scores = self.handle.score(batch)
+            with given.as_in_the_step():
+                if not any(isinstance(each, Tensor) and each.is_cuda for each in batch.values()):
+                    return self.handle.score(batch)
+                training = torch.cuda.current_stream()
+                with torch.cuda.stream(given.beside()):
+                    scores = self.handle.score(batch)
         except CannotOptimize as error:
             self.handle.refuse(error)
             return None

@@ -121,7 +121,7 @@ class Handle:
 
     def score(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The router's scores [B] fp32 of a batch (the forward's arguments, labels included) by the weights as they
-        are, for `use_scores`. Nothing trains, and nothing is read back.
+        are, for `use_scores`. Nothing trains, and nothing is read back. Call it under the autocast of the steps.
 
         Raises:
             ValueError: the model is not in training mode, or no step of this configuration takes scores from outside.
@@ -155,7 +155,8 @@ class Handle:
 
     def score_ahead(self, batches: Iterable[Mapping[str, Any]], trial: int = 0) -> ScoredAhead:
         """The batches again, to be trained on one by one, each scored while the one before it trains: on CUDA by a
-        stream of its own. The scores are those of the weights before that step's update.
+        stream of its own, under the autocast of the step before. The scores are those of the weights before that
+        step's update. The first two batches of a model are scored in their steps.
 
         Whether this is faster depends on the device: `trial` steps with the router inside are timed, then as many
         scored ahead (either after SETTLING steps that are not), and the faster of the two goes on. `seconds` of the

@@ -203,7 +203,7 @@ class Plan:
         plain = not self.routable or all(amount.kept >= amount.total for amount in planned.values())
         with compat.modes_kept(self.device.type):
             outputs = self.unrouted(*inputs) if plain else self._run_routed(inputs, amounts, scores)
-        given.join()
+        given.after_forward(self.device.type)
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,

@@ -97,7 +97,7 @@ def test_batches_ahead_are_scored_by_the_weights_before_the_update(trial: int) -
     for batch, expected in zip(ahead, batches, strict=True):
         assert batch is expected
         by_own, by_last = route(model, batch).hardest(4), before and route(before, batch).hardest(4)
-        first_ahead = 1 if trial == 0 else SETTLING + trial + 1
+        first_ahead = 2 if trial == 0 else SETTLING + trial + 1
         tried = steps >= first_ahead and (trial == 0 or steps < 2 * (SETTLING + trial))
         optimizer.zero_grad()
         model(**batch)[0].backward()
@@ -113,6 +113,21 @@ def test_batches_ahead_are_scored_by_the_weights_before_the_update(trial: int) -
     if trial:
         assert ahead.ahead == (ahead.seconds["ahead"] < ahead.seconds["inside"])
     assert model.cggr.captures == 1
+
+
+def test_batches_ahead_are_scored_under_the_autocast_of_the_steps() -> None:
+    """They are fetched outside of it; in fp32 they would be another capture, and other scores."""
+    model = toy()
+    scored = []
+    use = model.cggr.use_scores
+    model.cggr.use_scores = lambda scores: (scored.append(scores), use(scores))
+    for batch in model.cggr.score_ahead([toy_batch(8)] * 3):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**batch)
+            inside = model.cggr.score(batch)
+    assert model.cggr.captures == 1
+    assert torch.equal(scored[-1], inside)
+    assert not torch.equal(inside, model.cggr.score(batch)), "bf16 and fp32 agree: nothing was tested"
 
 
 def test_scoring_leaves_training_as_it_is() -> None:
@@ -221,7 +236,7 @@ def test_a_router_beside_the_step_chooses_the_same_rows(graphs: bool) -> None:
     for place, batch in enumerate(beside.cggr.score_ahead(batches)):
         if scores is not None:
             inline.cggr.use_scores(scores)
-        scores = inline.cggr.score(batches[place + 1]) if place + 1 < len(batches) else None
+        scores = inline.cggr.score(batches[place + 1]) if 0 < place < len(batches) - 1 else None
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
             model(**batch).loss.backward()
