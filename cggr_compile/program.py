@@ -185,7 +185,7 @@ class Program:
         batch, sequence: symbolic sizes; `sequence` is None where the capture specialised it.
         stored: indices of the outputs that the model's forward puts into objects that outlive the call.
         loss_output: index of the loss among the outputs.
-        head, layers, routing: what the passes found and inserted.
+        head, layers, routing: what the passes found and inserted; `no_layers` is why no stack was found.
         snapshots: the graph after each pass so far, the capture first.
     """
 
@@ -199,6 +199,7 @@ class Program:
     loss_output: int = -1
     head: Head | None = None
     layers: Layers | None = None
+    no_layers: str = ""
     routing: Routing = field(default_factory=Routing)
     snapshots: tuple[Snapshot, ...] = ()
 

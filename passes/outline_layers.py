@@ -51,7 +51,7 @@ def is_size(node: fx.Node) -> bool:
 
 def _obstacle(program: Program, calls: list[fx.Node]) -> str:
     if program.layers is None:
-        return "no stack of layers was found"
+        return program.no_layers or "layers were not looked for"
     if len(program.layers) < FEWEST:
         return f"{len(program.layers)} layers are fewer than {FEWEST}"
     present = set(calls)

@@ -51,11 +51,11 @@ SCORES: tuple[Pass, ...] = (*_FOUND, find_layers, build_router, score_rows, keep
 
 
 def find_layers_if_any(program: Program, config: RoutingConfig) -> Program:
-    """`find_layers` for what goes without: the program as it is where the stack cannot be proved."""
+    """`find_layers` for what goes without: where the stack cannot be proved, the program with the reason."""
     try:
         return find_layers(program, config)
-    except CannotOptimize:
-        return program
+    except CannotOptimize as error:
+        return dataclasses.replace(program, no_layers=error.reason)
 
 
 def passes_unrouted(config: RoutingConfig) -> tuple[Pass, ...]:

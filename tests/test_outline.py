@@ -193,6 +193,17 @@ def test_what_cannot_be_divided_is_compiled_whole_and_says_why() -> None:
     assert model.cggr.report().outlined == "0 pieces, 0 compiled; not divided: 2 layers are fewer than 3"
 
 
+def test_a_model_without_a_stack_says_what_is_missing() -> None:
+    class Flat(Toy):
+        def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.layers[0](hidden).tanh()
+
+    torch.manual_seed(0)
+    model = cggr.optimize(Flat().train(), **OPTIONS, selection="random")
+    model(**toy_batch())[0].backward()
+    assert "not divided: no layer stack: no equal blocks" in model.cggr.report().outlined
+
+
 @pytest.mark.parametrize(("options", "text"), [({}, "off"), ({"outline_layers": True}, "off: the eager backend")])
 def test_the_report_says_where_nothing_is_outlined(options: dict[str, Any], text: str) -> None:
     torch.manual_seed(0)
