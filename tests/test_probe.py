@@ -198,7 +198,7 @@ def test_between_probes_no_router_runs_and_a_probe_runs_the_same_code(
 
 def test_a_step_that_keeps_every_row_is_skipped() -> None:
     runtime = SimpleNamespace(config=cggr.RoutingConfig(selection="auto", ratio=1.0), steps=0)
-    found = probing.measure(SimpleNamespace(runtime=runtime, batch_rows=lambda inputs: 4), ())
+    found = probing.measure(SimpleNamespace(runtime=runtime, sizes=lambda inputs: (4, 8)), ())
     assert found == Skipped("every one of the 4 rows is kept")
 
 
