@@ -95,7 +95,16 @@ def step(model: nn.Module, autocast: bool = False) -> None:
         optimized(**batch)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert", "gpt_neox", "bloom"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "gemma2",
+        "gpt2",
+        "bert",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("gpt_neox", "bloom")),
+    ],
+)
 def test_the_graph_is_the_traced_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both(monkeypatch)
     step(deep(name))
