@@ -24,7 +24,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, repeat
@@ -34,12 +33,13 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from harness import first_line
+from harness import WARM_UP, first_line
 from step_time_report import Arm, compiled_as, page, table
 
 import cggr_compile as cggr
 from cggr_compile.config import kept_of
 from cggr_compile.environment import environment
+from cggr_compile.router_time import mark, seconds_between
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,6 @@ ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
 }
 
 
-# Steps before those that are measured: the first compiles, under CUDA graphs the second records.
-WARM_UP = 3
 DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
 
 
@@ -188,15 +186,14 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
         if update is not None:
             update.step()
 
-    mark, elapsed = _clock(device)
-    marks = [mark()]
+    marks = [mark(torch.device(device))]
     for index in range(steps + WARM_UP):
         if index == WARM_UP and device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         one_step()
-        marks.append(mark())
+        marks.append(mark(torch.device(device)))
     sync()
-    seconds = [elapsed(*pair) for pair in pairwise(marks)]
+    seconds = [seconds_between(*pair) for pair in pairwise(marks)]
     record: dict[str, Any] = {"first": seconds[0], "steps": seconds[WARM_UP:]}
     if hasattr(model, "cggr") and model.cggr.config.ratio < 1:
         record["predicted_share"] = model.cggr.report().cost.step_ratio
@@ -211,19 +208,6 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
         record["kernels"] = sum(event.count for event in events)
         record["profile"] = [[event.key[:100], event.count, event.self_device_time_total] for event in events]
     return record
-
-
-def _clock(device: str) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """Marks a point of the steps, and the seconds between two marks: of the device on CUDA."""
-    if device != "cuda":
-        return time.perf_counter, lambda begin, end: end - begin
-
-    def mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    return mark, lambda begin, end: begin.elapsed_time(end) / 1000
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:

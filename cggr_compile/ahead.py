@@ -7,20 +7,19 @@ The step waits for the router between its forward and its backward, so no optimi
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.sizes import sizes_of
+from cggr_compile.program import Autocast, Region
+from cggr_compile.router_time import Mark, mark, seconds_between
 
 if TYPE_CHECKING:
     from cggr_compile.handle import Handle
-    from cggr_compile.runtime import Plan
 
 SETTLING = 3
 """Steps of a trial that are not timed: they compile and record."""
@@ -38,11 +37,10 @@ class GivenScores:
 
     def __init__(self) -> None:
         self.wanted = False
-        self.stepped = False
         self._given: Tensor | None = None
         self._beside: torch.cuda.Stream | None = None
         self._running = False
-        self._autocast: tuple[str, torch.dtype, bool] | None = None
+        self._region = Region()
 
     def give(self, scores: Tensor) -> None:
         """For the next training step."""
@@ -58,34 +56,20 @@ class GivenScores:
         if scores is None:
             return None
         if scores.shape != (rows,):
-            raise ValueError(f"use_scores: scores of shape {tuple(scores.shape)} for a batch of {rows} rows")
+            given = tuple(scores.shape)
+            raise ValueError(f"use_scores: scores of shape {given} for a batch of {rows} rows; give one score a row")
         return scores.to(device, torch.float32)
-
-    def run(self, plan: Plan, inputs: Sequence[Any]) -> Tensor:
-        """The router's scores [B] of the inputs of a step."""
-        runtime = plan.runtime
-        route = plan.scoring("router scores", runtime.in_force)
-        sizes = sizes_of(route.program, *plan.sizes(inputs), {})
-        added = route.added_inputs(sizes, {}, runtime.basis, runtime.generator(plan.device))
-        scores, _, image = route.variant(*inputs, *added)
-        if isinstance(image, Tensor):
-            runtime.basis.update(image)
-        return scores
 
     def after_forward(self, device_type: str) -> None:
         """What a step's forward leaves for the next scores: the stream waits, and how the step computed is known."""
         self.join()
-        self.stepped = True
         if torch.amp.is_autocast_available(device_type):
             enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-            self._autocast = (device_type, dtype, enabled)
+            self._region = Region(autocasts=(Autocast(device_type, dtype, enabled, None),))
 
-    def as_in_the_step(self) -> AbstractContextManager[Any]:
+    def as_in_the_step(self) -> AbstractContextManager[None]:
         """The autocast that the last step ran under: batches are fetched outside of it."""
-        if self._autocast is None:
-            return nullcontext()
-        device_type, dtype, enabled = self._autocast
-        return torch.autocast(device_type, dtype, enabled=enabled)
+        return self._region.active()
 
     def beside(self) -> torch.cuda.Stream:
         """The stream for the router, behind what the current one has been given so far."""
@@ -117,12 +101,13 @@ class ScoredAhead:
         self.trial = trial
         self.seconds: dict[str, float] = {}
         self.ahead = trial == 0
+        self._device = next(handle.model.parameters()).device
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         remaining = iter(self.batches)
         current = next(remaining, None)
         scores: Tensor | None = None
-        step, begin = 0, 0.0
+        step, begin = 0, mark(self._device)
         while current is not None:
             begin = self._try(step, begin)
             following = next(remaining, None)
@@ -134,29 +119,23 @@ class ScoredAhead:
             current = following
             step += 1
 
-    def _try(self, step: int, begin: float) -> float:
+    def _try(self, step: int, begin: Mark) -> Mark:
         """Moves the trial on in front of a step; when what is being timed began."""
         each = SETTLING + self.trial
         if not self.trial or step > 2 * each:
             return begin
         if step in (SETTLING, each + SETTLING):
-            return self._now()
+            return mark(self._device)
         if step in (each, 2 * each):
-            self.seconds["ahead" if self.ahead else "inside"] = (self._now() - begin) / self.trial
+            self.seconds["ahead" if self.ahead else "inside"] = seconds_between(begin, mark(self._device)) / self.trial
             self.ahead = step == each or self.seconds["ahead"] < self.seconds["inside"]
         return begin
-
-    def _now(self) -> float:
-        """Seconds, when all that was asked of the device is done."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def _score(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The scores; None where the model does not train now, where no step has shown under which autocast it does,
         and where it cannot be routed and may train all the same."""
         given = self.handle.runtime.given
-        if not self.handle.model.training or not given.stepped:
+        if not self.handle.model.training or not self.handle.runtime.last:
             return None
         try:
             with given.as_in_the_step():

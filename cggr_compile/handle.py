@@ -140,7 +140,8 @@ class Handle:
             return ready.scores
         finally:
             given.wanted = False
-        raise CannotOptimize("the batch cannot be routed", hint="see model.cggr.report()")
+        reason = f"the step has no rows to score: {self.runtime.passive[-1]}"
+        raise CannotOptimize(reason, hint="pass labels, to a model that computes its loss from them")
 
     def use_scores(self, scores: torch.Tensor) -> None:
         """Lets the next training step select by these scores [B] instead of running the router: scores of `score`, or

@@ -309,20 +309,9 @@ def _undisturbed(device: torch.device, inputs: Sequence[Any]) -> Iterator[None]:
 
 
 def router_scores(plan: Plan, inputs: Sequence[Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The router's score and the counted labels of every row, both [B] and on the host.
-
-    A low-rank router head is scored with after its basis has been refreshed once, not with the random one it starts
-    with.
-    """
-    basis = plan.runtime.basis
-    route = plan.scoring("router scores", by_score(plan.runtime.config))
-    while True:
-        scores, counts, image = route.variant(*inputs, *route.added_inputs({}, {}, basis, generator))
-        fresh = basis.updates == 0
-        if image is not None:
-            basis.update(image)
-        if image is None or not fresh:
-            return scores.cpu(), counts.cpu()
+    """The router's score and the counted labels of every row, both [B] and on the host."""
+    scores, counts = plan.row_scores(inputs, by_score(plan.runtime.config), generator)
+    return scores.cpu(), counts.cpu()
 
 
 def main_losses(plan: Plan, inputs: Sequence[Any]) -> Tensor:

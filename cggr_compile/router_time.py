@@ -10,7 +10,7 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 RUNS = 3
 
+Mark: TypeAlias = float | torch.cuda.Event
+
 
 class RouterTime:
     """Runs of the router alone, timed in the step after `ask`; nothing is read back until `seconds`."""
 
     def __init__(self) -> None:
         self._asked = False
-        self._spans: list[float | tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: list[tuple[Mark, Mark]] = []
 
     def ask(self) -> None:
         """Measure in the next training step."""
@@ -46,9 +48,9 @@ class RouterTime:
         spans = []
         for _ in range(1 + RUNS):
             added = list(route.added_inputs({}, {}, basis, generator))
-            start = _now(plan.device)
+            start = mark(plan.device)
             route.variant(*inputs, *added)
-            spans.append(_since(start))
+            spans.append((start, mark(plan.device)))
         self._spans = spans[1:]
 
     @property
@@ -56,10 +58,11 @@ class RouterTime:
         """The median of the runs, None before the first measurement; waits for them on CUDA."""
         if not self._spans:
             return None
-        return statistics.median(span if isinstance(span, float) else _elapsed(*span) for span in self._spans)
+        return statistics.median(seconds_between(*span) for span in self._spans)
 
 
-def _now(device: torch.device) -> float | torch.cuda.Event:
+def mark(device: torch.device) -> Mark:
+    """A point in the work of a device, for `seconds_between`; nothing waits for it."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -67,14 +70,9 @@ def _now(device: torch.device) -> float | torch.cuda.Event:
     return event
 
 
-def _since(start: float | torch.cuda.Event) -> float | tuple[torch.cuda.Event, torch.cuda.Event]:
-    if isinstance(start, float):
-        return time.perf_counter() - start
-    end = torch.cuda.Event(enable_timing=True)
-    end.record()
-    return start, end
-
-
-def _elapsed(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+def seconds_between(begin: Any, end: Any) -> float:
+    """Seconds between two marks of one device; waits for the second on CUDA."""
+    if isinstance(begin, float):
+        return end - begin
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return begin.elapsed_time(end) / 1000

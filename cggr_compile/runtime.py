@@ -160,6 +160,24 @@ class Plan:
         """The program of the rows' scores alone, under a configuration."""
         return self._derived(name, config, SCORES, trains=False)
 
+    def row_scores(
+        self, inputs: Sequence[Any], config: RoutingConfig, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The router's score and the counted labels of every row of a call, both [B].
+
+        A low-rank router head is scored with after its basis has been refreshed once, not with the random one it starts
+        with.
+        """
+        basis = self.runtime.basis
+        route = self.scoring("router scores", config)
+        while True:
+            scores, counts, image = route.variant(*inputs, *route.added_inputs({}, {}, basis, generator))
+            fresh = basis.updates == 0
+            if image is not None:
+                basis.update(image)
+            if image is None or not fresh:
+                return scores, counts
+
     def _derived(self, name: str, config: RoutingConfig, passes: Sequence[Pass], trains: bool) -> Route:
         """What the passes make of this capture, built when `name` is first asked for."""
         if name not in self.routes:
@@ -189,7 +207,8 @@ class Plan:
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         given = self.runtime.given
         if given.wanted:
-            raise ScoresReady(given.run(self, inputs))
+            config, generator = self.runtime.in_force, self.runtime.generator(self.device)
+            raise ScoresReady(self.row_scores(inputs, config, generator)[0])
         if self.runtime.probe is not None:
             self.runtime.probe.before_step(self, inputs)
         self.runtime.router_time.before_step(self, inputs, self.runtime.in_force)

@@ -158,12 +158,11 @@ def test_one_row_and_warm_up_keep_everything_and_drop_the_scores() -> None:
 
 
 def test_other_inner_backends_take_them() -> None:
-    model, eager = toy(inner="aot_eager"), toy()
-    scores = torch.tensor([3.0, 1.0, 2.0, 0.0])
-    for each in (model, eager):
-        each.cggr.use_scores(scores)
-        each(**toy_batch(4))[0].backward()
-        assert each.cggr.selected.tolist() == [0, 2]
+    model, eager, batch = toy(inner="aot_eager"), cggr.restore(toy()), toy_batch(4)
+    model.cggr.use_scores(torch.tensor([3.0, 1.0, 2.0, 0.0]))
+    model(**batch)[0].backward()
+    assert model.cggr.selected.tolist() == [0, 2]
+    eager(**oracle.rows_of(batch, torch.tensor([0, 2])))[0].backward()
     for found, expected in zip(model.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad)
 
@@ -221,6 +220,16 @@ def test_what_cannot_be_scored_ahead_is_handed_on() -> None:
     assert model.cggr.selected.tolist() == route(model, toy_batch()).hardest(2)
     with pytest.raises(ValueError, match="trial=-1"):
         model.cggr.score_ahead([], trial=-1)
+
+
+def test_a_step_without_a_loss_says_why_it_has_no_scores() -> None:
+    class Unread(Toy):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> tuple:
+            return super().forward(input_ids)
+
+    model = cggr.optimize(Unread().train(), **OPTIONS)
+    with pytest.raises(cggr.CannotOptimize, match="no rows to score: no labels were passed"):
+        model.cggr.score(toy_batch())
 
 
 @pytest.mark.gpu

@@ -184,7 +184,11 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out.json").read_text())
     samples = report["samples"]
     assert [len(runs[0]["steps"]) for runs in samples.values()] == [3, 3, 3]
-    assert (tmp_path / "out.md").read_text().count("\n| ") == 5
+    table = (tmp_path / "out.md").read_text()
+    assert table.count("\n| ") == 5
+    drawn = [sys.executable, str(script.with_name("step_time_report.py")), str(tmp_path / "out.json")]
+    subprocess.run(drawn, check=True, capture_output=True, timeout=60, env=environment())
+    assert (tmp_path / "out.md").read_text() == table
     # What a profile on CUDA adds: every kernel is in one part, and the parts are the step.
     routed = samples["sampled@0.5+budget=0.7"][0]
     routed["steps"] = [0.004] * 3
@@ -198,10 +202,7 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
     ]
     routed["profile"] = [[name, 2, 500.0] for name in kernels]
     (tmp_path / "out.json").write_text(json.dumps(report))
-    subprocess.run(
-        [sys.executable, str(script.with_name("step_time_report.py")), str(tmp_path / "out.json")],
-        check=True, capture_output=True, timeout=60, env=environment(),
-    )  # fmt: skip
+    subprocess.run(drawn, check=True, capture_output=True, timeout=60, env=environment())
     found = (tmp_path / "out.md").read_text()
     assert found.count("| 2 | 0.50 | 12% |") == 6
     assert "| rest | | 1.00 | 25% |" in found
