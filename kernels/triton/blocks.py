@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 from cggr_compile.kernels.triton import exponentials
+from cggr_compile.kernels.triton.launch import launch
 from cggr_compile.kernels.triton.rows import Rows, padded
 from cggr_compile.kernels.triton.score import Head
 from cggr_compile.kernels.triton.tiles import GROUP, Tile, descriptor, precision, processors, tile_for
@@ -40,41 +41,43 @@ class Exponentials:
         blocks = triton.cdiv(size, rows)
         flagged = torch.zeros(triton.next_power_of_2(blocks), dtype=torch.int32, device=out.device)
         self._launch(out, part, 0, None, None, total, most)
-        with torch.cuda.device_of(out):
-            exponentials.survey_kernel[(blocks,)](
-                total,
-                most,
-                self.shift[part],
-                flagged,
-                self.rows.count,
-                size,
-                column_tiles,
-                part.start,
-                LIMIT=OVERFLOW,
-                BLOCK_M=rows,
-                BLOCK_T=tiles,
-            )
+        launch(
+            exponentials.survey_kernel,
+            blocks,
+            total,
+            most,
+            self.shift[part],
+            flagged,
+            self.rows.count,
+            size,
+            column_tiles,
+            part.start,
+            LIMIT=OVERFLOW,
+            BLOCK_M=rows,
+            BLOCK_T=tiles,
+        )
         self._launch(out, part, 0, None, flagged, total, most)
-        with torch.cuda.device_of(out):
-            exponentials.settle_kernel[(blocks,)](
-                out,
-                total,
-                self.shift[part],
-                self.rows.target[part],
-                own[part],
-                loss_factor[part],
-                losses[part],
-                scale[part],
-                self.rows.count,
-                size,
-                column_tiles,
-                part.start,
-                out.stride(0),
-                softcap,
-                SOFTCAP=softcap > 0,
-                BLOCK_M=rows,
-                BLOCK_T=tiles,
-            )
+        launch(
+            exponentials.settle_kernel,
+            blocks,
+            out,
+            total,
+            self.shift[part],
+            self.rows.target[part],
+            own[part],
+            loss_factor[part],
+            losses[part],
+            scale[part],
+            self.rows.count,
+            size,
+            column_tiles,
+            part.start,
+            out.stride(0),
+            softcap,
+            SOFTCAP=softcap > 0,
+            BLOCK_M=rows,
+            BLOCK_T=tiles,
+        )
 
     def _launch(
         self,
@@ -90,59 +93,61 @@ class Exponentials:
         size = part.stop - part.start
         tiles = triton.cdiv(size, tile.rows) * triton.cdiv(columns, tile.columns)
         programs = min(tiles, processors(out.device))
-        with torch.cuda.device_of(out):
-            exponentials.exponentials_kernel[(programs,)](
-                descriptor(self.rows.hidden[part], tile.rows, tile),
-                self.weight,
-                TensorDescriptor.from_tensor(out, [tile.rows, tile.columns]),
-                self.bias,
-                self.rows.target[part],
-                self.shift[part],
-                *(per_row or (None, None, None)),
-                self.rows.count,
-                flagged,
-                total,
-                most,
-                size,
-                self.classes,
-                self.rows.hidden.shape[1],
-                linear.factor,
-                linear.softcap,
-                part.start,
-                first_column,
-                columns,
-                HAS_BIAS=self.bias is not None,
-                SOFTCAP=linear.softcap > 0,
-                NORMALIZED=per_row is not None,
-                FLAGS=0 if flagged is None else flagged.shape[0],
-                PROGRAMS=programs,
-                GROUP=GROUP,
-                PRECISION=precision(out.dtype),
-                BLOCK_M=tile.rows,
-                BLOCK_N=tile.columns,
-                BLOCK_K=tile.depth,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+        launch(
+            exponentials.exponentials_kernel,
+            programs,
+            descriptor(self.rows.hidden[part], tile.rows, tile),
+            self.weight,
+            TensorDescriptor.from_tensor(out, [tile.rows, tile.columns]),
+            self.bias,
+            self.rows.target[part],
+            self.shift[part],
+            *(per_row or (None, None, None)),
+            self.rows.count,
+            flagged,
+            total,
+            most,
+            size,
+            self.classes,
+            self.rows.hidden.shape[1],
+            linear.factor,
+            linear.softcap,
+            part.start,
+            first_column,
+            columns,
+            HAS_BIAS=self.bias is not None,
+            SOFTCAP=linear.softcap > 0,
+            NORMALIZED=per_row is not None,
+            FLAGS=0 if flagged is None else flagged.shape[0],
+            PROGRAMS=programs,
+            GROUP=GROUP,
+            PRECISION=precision(out.dtype),
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            BLOCK_K=tile.depth,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
 
 
 def scale_rows(x: Tensor, row_scale: Tensor, out: Tensor, row_of: Tensor | None) -> None:
     """out[row_of[n]] (or out[n]) = row_scale[n] x[n], in the dtype of `out`."""
     block = 4
-    with torch.cuda.device_of(x):
-        exponentials.scale_rows_kernel[(triton.cdiv(x.shape[0], block),)](
-            x,
-            row_scale,
-            row_of,
-            out,
-            x.shape[0],
-            x.shape[1],
-            x.stride(0),
-            out.stride(0),
-            HAS_ROW_OF=row_of is not None,
-            BLOCK_M=block,
-            BLOCK_K=512,
-        )
+    launch(
+        exponentials.scale_rows_kernel,
+        triton.cdiv(x.shape[0], block),
+        x,
+        row_scale,
+        row_of,
+        out,
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        out.stride(0),
+        HAS_ROW_OF=row_of is not None,
+        BLOCK_M=block,
+        BLOCK_K=512,
+    )
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -165,19 +170,26 @@ def add_product(to: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 def add_column_sums(to: Tensor, x: Tensor, row_scale: Tensor) -> None:
     block = 64
-    with torch.cuda.device_of(x):
-        exponentials.column_sums_kernel[(triton.cdiv(x.shape[1], block),)](
-            x, row_scale, to, x.shape[0], x.shape[1], x.stride(0), BLOCK_M=64, BLOCK_N=block
-        )
+    launch(
+        exponentials.column_sums_kernel,
+        triton.cdiv(x.shape[1], block),
+        x,
+        row_scale,
+        to,
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        BLOCK_M=64,
+        BLOCK_N=block,
+    )
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor (0-d) times contiguous x, multiplied in fp32 and rounded once to `dtype`."""
     out = torch.empty_like(x, dtype=dtype)
     block = 4096
-    with torch.cuda.device_of(x):
-        if x.numel():
-            exponentials.scale_kernel[(triton.cdiv(x.numel(), block),)](x, factor, out, x.numel(), BLOCK=block)
+    if x.numel():
+        launch(exponentials.scale_kernel, triton.cdiv(x.numel(), block), x, factor, out, x.numel(), BLOCK=block)
     return out
 
 

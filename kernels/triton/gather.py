@@ -15,6 +15,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from cggr_compile.kernels.triton.launch import launch
 from torch import Tensor
 
 TILE = 2048
@@ -44,20 +45,21 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     source = _around(x, dim)
     inner = source.shape[2]
     block_rows, block_inner, programs = _tiles(out.numel() // inner, inner)
-    with torch.cuda.device_of(x):
-        _gather_kernel[(programs,)](
-            source.view(_BITS[x.element_size()]),
-            index.contiguous(),
-            out.view(_BITS[x.element_size()]),
-            out.numel() // inner,
-            source.shape[1],
-            index.numel(),
-            inner,
-            *source.stride(),
-            BLOCK_ROWS=block_rows,
-            BLOCK_INNER=block_inner,
-            sanitize_overflow=False,
-        )
+    launch(
+        _gather_kernel,
+        programs,
+        source.view(_BITS[x.element_size()]),
+        index.contiguous(),
+        out.view(_BITS[x.element_size()]),
+        out.numel() // inner,
+        source.shape[1],
+        index.numel(),
+        inner,
+        *source.stride(),
+        BLOCK_ROWS=block_rows,
+        BLOCK_INNER=block_inner,
+        sanitize_overflow=False,
+    )
     return out
 
 
@@ -82,20 +84,21 @@ def gather_backward(grad: Tensor, index: Tensor, dim: int, size: int) -> Tensor:
     # Row i was taken by the places place[bound[i]:bound[i + 1]].
     bound = torch.searchsorted(rows, torch.arange(size + 1, dtype=rows.dtype, device=rows.device))
     block_rows, block_inner, programs = _tiles(out.numel() // inner, inner)
-    with torch.cuda.device_of(grad):
-        _gather_backward_kernel[(programs,)](
-            source,
-            place,
-            bound,
-            out,
-            out.numel() // inner,
-            size,
-            inner,
-            *source.stride(),
-            ACCUMULATOR=_ACCUMULATORS[grad.dtype],
-            BLOCK_ROWS=block_rows,
-            BLOCK_INNER=block_inner,
-        )
+    launch(
+        _gather_backward_kernel,
+        programs,
+        source,
+        place,
+        bound,
+        out,
+        out.numel() // inner,
+        size,
+        inner,
+        *source.stride(),
+        ACCUMULATOR=_ACCUMULATORS[grad.dtype],
+        BLOCK_ROWS=block_rows,
+        BLOCK_INNER=block_inner,
+    )
     return out
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from cggr_compile.kernels.triton.gather import gather
+from cggr_compile.kernels.triton.launch import is_aligned, launch
 from torch import Tensor
 
 BLOCK = 4096
@@ -56,24 +57,25 @@ def counted_first(
     weights = target.new_empty(size, dtype=torch.float32)
     count = target.new_empty(1, dtype=torch.int32)
     divisor = target.new_empty((), dtype=torch.float32)
-    with torch.cuda.device_of(target):
-        _order_kernel[(1,)](
-            target.contiguous(),
-            rows if rows is None else rows.contiguous(),
-            row_weight if row_weight is None else row_weight.contiguous(),
-            num_items,
-            index,
-            place,
-            labels,
-            weights,
-            count,
-            divisor,
-            size,
-            ignore_index,
-            REDUCTION=reduction,
-            BLOCK=BLOCK,
-            num_warps=16,
-        )
+    launch(
+        _order_kernel,
+        1,
+        target.contiguous(),
+        rows if rows is None else rows.contiguous(),
+        row_weight if row_weight is None else row_weight.contiguous(),
+        num_items,
+        index,
+        place,
+        labels,
+        weights,
+        count,
+        divisor,
+        size,
+        ignore_index,
+        REDUCTION=reduction,
+        BLOCK=BLOCK,
+        num_warps=16,
+    )
     return Rows(index, place, labels, weights, count, divisor, padded(gather(hidden, index, 0)))
 
 
@@ -82,7 +84,7 @@ def padded(x: Tensor) -> Tensor:
     per_line = 16 // x.element_size()
     if x.shape[1] % per_line:
         return F.pad(x, (0, -x.shape[1] % per_line))
-    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x if x.is_contiguous() and is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit

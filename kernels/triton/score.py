@@ -11,6 +11,7 @@ from cggr_compile.kernels.router_heads import next_image, quantize_rows
 from cggr_compile.kernels.triton import head
 from cggr_compile.kernels.triton import statistics as statistics_kernels
 from cggr_compile.kernels.triton.gather import gather
+from cggr_compile.kernels.triton.launch import launch
 from cggr_compile.kernels.triton.rows import Rows, counted_first, padded
 from cggr_compile.kernels.triton.tiles import GROUP, Tile, descriptor, precision, splits_for, tile_for
 from torch import Tensor
@@ -144,27 +145,28 @@ def _scores(
     if wants["nll"] >= 0 or sample is not None:
         logits, _ = target_logits(rows, own)
     block = 128
-    with torch.cuda.device_of(out):
-        statistics_kernels.quantities_kernel[(triton.cdiv(size, block),)](
-            statistics.most,
-            statistics.total,
-            statistics.moment,
-            statistics.second,
-            logits,
-            rows.place,
-            rows.count,
-            out,
-            size,
-            statistics.most.shape[0],
-            size,
-            WITH_TARGET=sample is not None,
-            NLL=wants["nll"],
-            ENTROPY=wants["entropy"],
-            MARGIN=wants["margin"],
-            CONFIDENCE=wants["confidence"],
-            BLOCK_M=block,
-            num_warps=4,
-        )
+    launch(
+        statistics_kernels.quantities_kernel,
+        triton.cdiv(size, block),
+        statistics.most,
+        statistics.total,
+        statistics.moment,
+        statistics.second,
+        logits,
+        rows.place,
+        rows.count,
+        out,
+        size,
+        statistics.most.shape[0],
+        size,
+        WITH_TARGET=sample is not None,
+        NLL=wants["nll"],
+        ENTROPY=wants["entropy"],
+        MARGIN=wants["margin"],
+        CONFIDENCE=wants["confidence"],
+        BLOCK_M=block,
+        num_warps=4,
+    )
     # A quantity asked for twice has one place in the kernel.
     for place, name in enumerate(quantities):
         if wants[name] != place:
@@ -193,44 +195,45 @@ class Statistics:
         self.moment = slices("entropy" in quantities)
         self.second = slices("margin" in quantities)
         self.logit_sum = slices("logit_sum" in quantities)
-        with torch.cuda.device_of(hidden):
-            statistics_kernels.statistics_kernel[(triton.cdiv(size, tile.rows) * splits,)](
-                descriptor(hidden, tile.rows, tile),
-                descriptor(padded(of.weight), tile.columns, tile),
-                of.bias if of.bias is None else of.bias.contiguous(),
-                of.log_weight,
-                of.class_of,
-                rows.target,
-                of.row_scale,
-                of.column_scale,
-                rows.count,
-                self.most,
-                self.total,
-                self.moment,
-                self.second,
-                self.logit_sum,
-                size,
-                classes,
-                hidden.shape[1],
-                of.factor,
-                of.softcap,
-                HAS_BIAS=of.bias is not None,
-                SOFTCAP=of.softcap > 0,
-                WEIGHTED=of.log_weight is not None,
-                WITHOUT_TARGET=without_target,
-                SCALED=of.row_scale is not None,
-                MOMENT="entropy" in quantities,
-                SECOND="margin" in quantities,
-                LOGIT_SUM="logit_sum" in quantities,
-                SPLITS=splits,
-                GROUP=GROUP,
-                PRECISION=precision(hidden.dtype),
-                BLOCK_M=tile.rows,
-                BLOCK_N=tile.columns,
-                BLOCK_K=tile.depth,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+        launch(
+            statistics_kernels.statistics_kernel,
+            triton.cdiv(size, tile.rows) * splits,
+            descriptor(hidden, tile.rows, tile),
+            descriptor(padded(of.weight), tile.columns, tile),
+            of.bias if of.bias is None else of.bias.contiguous(),
+            of.log_weight,
+            of.class_of,
+            rows.target,
+            of.row_scale,
+            of.column_scale,
+            rows.count,
+            self.most,
+            self.total,
+            self.moment,
+            self.second,
+            self.logit_sum,
+            size,
+            classes,
+            hidden.shape[1],
+            of.factor,
+            of.softcap,
+            HAS_BIAS=of.bias is not None,
+            SOFTCAP=of.softcap > 0,
+            WEIGHTED=of.log_weight is not None,
+            WITHOUT_TARGET=without_target,
+            SCALED=of.row_scale is not None,
+            MOMENT="entropy" in quantities,
+            SECOND="margin" in quantities,
+            LOGIT_SUM="logit_sum" in quantities,
+            SPLITS=splits,
+            GROUP=GROUP,
+            PRECISION=precision(hidden.dtype),
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            BLOCK_K=tile.depth,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
 
 
 def target_logits(rows: Rows, of: Head) -> tuple[Tensor, Tensor]:
@@ -240,29 +243,30 @@ def target_logits(rows: Rows, of: Head) -> tuple[Tensor, Tensor]:
     logit, shift = torch.empty((2, size), dtype=torch.float32, device=rows.target.device)
     weight = of.weight if of.weight.stride(1) == 1 else of.weight.contiguous()
     block = 16
-    with torch.cuda.device_of(weight):
-        head.target_logits_kernel[(triton.cdiv(size, block),)](
-            rows.hidden,
-            weight,
-            of.bias if of.bias is None else of.bias.contiguous(),
-            rows.target,
-            of.row_scale,
-            of.column_scale,
-            rows.count,
-            logit,
-            shift,
-            size,
-            weight.shape[0],
-            weight.shape[1],
-            rows.hidden.stride(0),
-            weight.stride(0),
-            of.factor,
-            of.softcap,
-            HAS_BIAS=of.bias is not None,
-            SOFTCAP=of.softcap > 0,
-            SCALED=of.row_scale is not None,
-            BLOCK_M=block,
-            BLOCK_K=128,
-            num_warps=4,
-        )
+    launch(
+        head.target_logits_kernel,
+        triton.cdiv(size, block),
+        rows.hidden,
+        weight,
+        of.bias if of.bias is None else of.bias.contiguous(),
+        rows.target,
+        of.row_scale,
+        of.column_scale,
+        rows.count,
+        logit,
+        shift,
+        size,
+        weight.shape[0],
+        weight.shape[1],
+        rows.hidden.stride(0),
+        weight.stride(0),
+        of.factor,
+        of.softcap,
+        HAS_BIAS=of.bias is not None,
+        SOFTCAP=of.softcap > 0,
+        SCALED=of.row_scale is not None,
+        BLOCK_M=block,
+        BLOCK_K=128,
+        num_warps=4,
+    )
     return logit, shift

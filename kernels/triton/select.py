@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from cggr_compile.kernels import reference
+from cggr_compile.kernels.triton.launch import launch
 from torch import Tensor
 
 BLOCK = 8192
@@ -50,10 +51,18 @@ def select(scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor | Non
     if rows == 0 or k == 0:
         return index, weight
     block = min(triton.next_power_of_2(max(length, 1)), BLOCK)
-    with torch.cuda.device_of(key):
-        _select_kernel[(rows,)](
-            key, valid, index, weight, length, k, BLOCK=block, num_warps=min(max(block // _KEYS_PER_WARP, 4), 32)
-        )
+    launch(
+        _select_kernel,
+        rows,
+        key,
+        valid,
+        index,
+        weight,
+        length,
+        k,
+        BLOCK=block,
+        num_warps=min(max(block // _KEYS_PER_WARP, 4), 32),
+    )
     return index, weight
 
 
