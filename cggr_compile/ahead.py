@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.program import Autocast, Region
+from cggr_compile.program import Region, callers_region
 from cggr_compile.router_time import Mark, mark, seconds_between
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ class GivenScores:
     def after_forward(self, device_type: str) -> None:
         """What a step's forward leaves for the next scores: the stream waits, and how the step computed is known."""
         self.join()
-        if torch.amp.is_autocast_available(device_type):
-            enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-            self._region = Region(autocasts=(Autocast(device_type, dtype, enabled, None),))
+        self._region = callers_region(device_type)
 
     def as_in_the_step(self) -> AbstractContextManager[None]:
         """The autocast that the last step ran under: batches are fetched outside of it."""

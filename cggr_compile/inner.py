@@ -55,11 +55,17 @@ def compile_static(
 
 
 class Shared:
-    """Pieces of a step (`lower_pieces`), compiled when they first run: one for all that are alike."""
+    """Pieces of a step (`lower_pieces`), compiled when they first run: one for all that are alike.
 
-    def __init__(self, pieces: Pieces, inner: str, recompute: bool = False) -> None:
+    `before_running` is called when a piece has been compiled and is about to run for the first time.
+    """
+
+    def __init__(
+        self, pieces: Pieces, inner: str, recompute: bool = False, before_running: Callable[[], None] = lambda: None
+    ) -> None:
         self.inner = inner
         self.recompute = recompute
+        self.before_running = before_running
         self.pieces = len(pieces.texts)
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._module = pieces.module
@@ -87,6 +93,7 @@ class Shared:
         if key not in self.compiled:
             leaves = [x if x.is_leaf else x.detach().requires_grad_() for x in inputs]
             self.compiled[key] = compile_static(body, leaves, self.inner, self.recompute)
+            self.before_running()
         return self.compiled[key]
 
 

@@ -62,6 +62,14 @@ class Region(NamedTuple):
             yield
 
 
+def callers_region(device_type: str) -> Region:
+    """The autocast that holds where this is called, to enter elsewhere: in another thread, or after its end."""
+    if not torch.amp.is_autocast_available(device_type):
+        return Region()
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    return Region(autocasts=(Autocast(device_type, dtype, enabled, None),))
+
+
 @dataclass(frozen=True)
 class Input:
     """One placeholder: `name` in the graph, `path` for people (`model.layers.0.mlp.up_proj.weight`, `input_ids`) and

@@ -22,6 +22,7 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.cuda_graphs import Pool, Replayed, obstacle_of
 from cggr_compile.inner import Shared, compile_static, resolve_inner
 from cggr_compile.kernels.selection import rule_name
+from cggr_compile.kernels_ahead import KernelsAhead
 from cggr_compile.metrics import Gradients
 from cggr_compile.passes.lower_regions import lower_pieces, lower_regions
 from cggr_compile.passes.outline_layers import outline_layers
@@ -369,10 +370,13 @@ class Variant:
         return tuple(self.specialized[key](*inputs))
 
     def _compile(self, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+        kernels = KernelsAhead(self.program, inputs)
         if self.outline is None or self.outline.reason:
-            return compile_static(self.module, list(inputs), self.inner, self.recompute)
-        sizes = symbols_of(self.program, inputs)
-        return Shared(lower_pieces(self.program, self.outline.pieces, sizes), self.inner, self.recompute)
+            compiled = compile_static(self.module, list(inputs), self.inner, self.recompute)
+            kernels.wait()
+            return compiled
+        pieces = lower_pieces(self.program, self.outline.pieces, symbols_of(self.program, inputs))
+        return Shared(pieces, self.inner, self.recompute, before_running=kernels.wait)
 
 
 def _shapes(inputs: tuple[Any, ...]) -> tuple[int, ...]:

@@ -137,6 +137,11 @@ def _triton(attribute: str) -> Callable[[], Callable[..., Any]]:
     return load
 
 
+def launches_triton(implementation: Any) -> bool:
+    """Whether it is the implementation of a Triton provider."""
+    return getattr(implementation, "__module__", "") in ("torch._ops.cggr_triton", "cggr_compile.kernels.triton.ops")
+
+
 PROVIDERS: dict[str, dict[str, Provider]] = {
     "score": {
         "triton": Provider("triton", _without_head_kernels, _triton("score"), _interpreted),
