@@ -167,12 +167,13 @@ DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled
 
 def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optimizer: bool) -> dict[str, Any]:
     """Seconds of each step after the warm-up, one right after the other as in training: nothing waits for the device
-    between them. Seconds of the first step, peak memory in bytes, and of one step on CUDA the milliseconds in kernels
-    and their number, in all and by kernel (name, number, microseconds). Of this package's arms also what the cost model
-    predicts, as a share of a step on everything."""
+    between them. Seconds from the call that optimises or compiles the model to the end of the first step, peak memory
+    in bytes, and of one step on CUDA the milliseconds in kernels and their number, in all and by kernel (name, number,
+    microseconds). Of this package's arms also what the cost model predicts, as a share of a step on everything."""
     parsed = Arm.parse(arm, ratio)
     torch._functorch.config.activation_memory_budget = parsed.budget
     model = build(shape, device)
+    marks = [mark(torch.device(device))]
     step = ARMS[parsed.name](model, parsed)
     rows = kept_of(parsed.ratio, shape.batch) if parsed.name == "floor" else shape.batch
     ids = torch.randint(0, shape.vocabulary, (rows, shape.sequence), device=device)
@@ -186,7 +187,6 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
         if update is not None:
             update.step()
 
-    marks = [mark(torch.device(device))]
     for index in range(steps + WARM_UP):
         if index == WARM_UP and device == "cuda":
             torch.cuda.reset_peak_memory_stats()

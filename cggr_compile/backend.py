@@ -38,6 +38,8 @@ class Backend:
         self.__name__ = "cggr"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        if resolve_inner(self.runtime.config.inner, _device_of(example_inputs)) == "inductor":
+            compat.start_inductor_workers()
         reason = _passive_reason()
         if reason is None:
             program = capture(gm, example_inputs)
@@ -112,7 +114,8 @@ def _no_loss_wanted(program: Program) -> str | None:
 
 
 def _unchanged(gm: fx.GraphModule, example_inputs: list[Any], inner: str) -> Callable[..., Any]:
-    device = next(
-        (example.device for example in example_inputs if isinstance(example, torch.Tensor)), torch.device("cpu")
-    )
-    return torch._dynamo.lookup_backend(resolve_inner(inner, device))(gm, example_inputs)
+    return torch._dynamo.lookup_backend(resolve_inner(inner, _device_of(example_inputs)))(gm, example_inputs)
+
+
+def _device_of(example_inputs: list[Any]) -> torch.device:
+    return next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))

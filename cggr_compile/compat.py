@@ -115,6 +115,14 @@ def _autocast_depth() -> int:
     return torch.autocast_decrement_nesting()
 
 
+def start_inductor_workers() -> None:
+    """Starts the processes that compile inductor's kernels: inductor itself does when it is first called, which here is
+    after the passes."""
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+
+
 def graph_break_of(gm: fx.GraphModule) -> Any:
     """Why Dynamo ended this graph before its frame returned, as `(reason, user_stack)`; None where it did not."""
     reason = getattr(gm, "compile_subgraph_reason", None)

@@ -79,7 +79,7 @@ def _call(program: Program, node: fx.Node, sizes: Mapping[Any, int], trained: se
         return concrete(program.expression(size), sizes) if isinstance(size, (int, torch.SymInt)) else size
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), stand_in)
-    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    target: Callable[..., Any] = node.target
     with caller.active(), node.meta[REGION].active():
         outputs = target(*args, **kwargs)
     if isinstance(outputs, torch.Tensor) and outputs.requires_grad:
