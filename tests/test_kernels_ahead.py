@@ -95,6 +95,7 @@ def test_a_step_says_so_and_goes_on_where_kernels_cannot_be_compiled_ahead(monke
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("error:kernels could not be compiled ahead")
 @pytest.mark.parametrize("router_head", ["exact", "sampled"])
 def test_a_step_compiles_no_kernel_itself(router_head: str) -> None:
     import threading

@@ -46,7 +46,7 @@ def compile_kernels(calls: Iterable[Callable[[], Any]], device: torch.device) ->
 
     def load(kernel: Any) -> None:
         with torch.cuda.device(index):
-            _ = kernel.run  # builds the launcher, and loads the kernel
+            _ = kernel.result().run  # builds the launcher, and loads the kernel
 
     with ThreadPoolExecutor(MOST_THREADS, "cggr-kernels") as threads:
         with torch.cuda.device(index), AsyncCompileMode(threads) as mode, FakeTensorMode(), _LaunchingOperators():
