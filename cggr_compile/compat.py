@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from logging import Logger
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_slot, set_proxy_slot, snapshot_fake
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 # What writes a message; the last three are transformers' additions, there once it is imported.
@@ -274,6 +276,43 @@ def copy_of_fake(value: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     be enabled then: to enable them would be traced)."""
     copy = snapshot_fake(value)
     return _Computed.apply(copy.requires_grad_()) if requires_grad else copy
+
+
+def new_fake(
+    mode: FakeTensorMode,
+    shape: Sequence[Any],
+    stride: Sequence[Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    requires_grad: bool,
+) -> torch.Tensor:
+    """A fake tensor with a storage of its own; where it requires grad, not a leaf, as results are."""
+    with no_dispatch():
+        meta = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="meta")
+    fake = FakeTensor(mode, meta, device)
+    return _Computed.apply(fake.requires_grad_()) if requires_grad else fake
+
+
+def transforms_are_active() -> bool:
+    """Whether a function transform (vmap, grad) is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextmanager
+def fake_runs_by(run: Callable[[fx.Node, Any, Any, Callable[[], Any]], Any]) -> Iterator[None]:
+    """Within, Dynamo's runs of graph nodes on fake tensors go through `run(node, args, kwargs, call)`."""
+    from torch._dynamo import utils
+
+    original = utils.run_node
+
+    def run_node(tracer: Any, node: fx.Node, args: Any, kwargs: Any, nnmodule: Any) -> Any:
+        return run(node, args, kwargs, lambda: original(tracer, node, args, kwargs, nnmodule))
+
+    utils.run_node = run_node
+    try:
+        yield
+    finally:
+        utils.run_node = original
 
 
 def _size_functions() -> dict[Any, Any]:

@@ -27,6 +27,7 @@ from cggr_compile.backend import Backend
 from cggr_compile.capture import batch_dims
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, PlanComplete
+from cggr_compile.fake_runs import FakeRuns
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.metrics import metrics_of
 from cggr_compile.report import Diff, Report
@@ -290,7 +291,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     for name, dims in batch_dims(tensors).items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
-        with compat.whole_graphs(), compat.tracing_options(), _collector_paused():
+        with compat.whole_graphs(), compat.tracing_options(), compat.fake_runs_by(FakeRuns().run), _collector_paused():
             return compiled(arguments)
     except BackendCompilerFailed as error:
         cause = error.inner_exception

@@ -27,12 +27,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
 from cggr_compile import compat
-from cggr_compile.program import describe
+from cggr_compile.alike import described, is_torchs, modes_of, pattern_of, values_of
 
-_CONSTANTS = (
-    *(int, float, bool, complex, str, type(None), type(...)),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-)
 # What of a node's meta comes from running it; the rest says where it stands, which the tracer writes.
 _RESULTS = ("val", "tensor_meta", "original_aten", "eager_input_vals", "low_precision_pointwise_barrier")
 
@@ -54,7 +50,7 @@ class Replayer(fx.Interpreter):
         self.calls = calls
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.calls is None or not _is_torchs(target):
+        if self.calls is None or not is_torchs(target):
             return super().call_function(target, args, kwargs)
         return self.calls.run(super().call_function, target, args, kwargs)
 
@@ -62,16 +58,6 @@ class Replayer(fx.Interpreter):
         if self.calls is None:
             return super().call_method(target, args, kwargs)
         return self.calls.run(super().call_method, target, args, kwargs)
-
-
-def _is_torchs(target: Any) -> bool:
-    """Whether a function has no state that two calls of it could differ by."""
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return True
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return False
-    module = getattr(target, "__module__", None) or ("torch" if hasattr(torch, target.__name__) else "")
-    return module.partition(".")[0] in ("torch", "_operator")
 
 
 @dataclass(frozen=True)
@@ -127,7 +113,7 @@ class Calls:
             raise Mutation
         if key is not None and key not in self._recorded:
             with compat.unobserved():
-                unchanged = key[-1] == _describe((args, kwargs))
+                unchanged = key[-1] == described((args, kwargs))
                 self._recorded[key] = _record(tracer, created, values, nodes, result) if unchanged else None
         return result
 
@@ -137,71 +123,18 @@ def _compared(
 ) -> tuple[Any, list[Any], tuple[fx.Node, ...]]:
     """What alike calls have in common (None: the call is like no other), the tensors and symbolic numbers of this one,
     and their nodes."""
-    values = _values((args, kwargs))
-    if values is None:
+    values = values_of((args, kwargs))
+    if values is None or any(map(_is_constant, values)):
         return None, [], ()
     nodes = tuple(compat.traced_node(tracer, value) for value in values)
     if None in nodes:
         return None, [], ()
-    key = (target, _modes(values), _pattern(nodes), _pattern(map(id, values)), _describe((args, kwargs)))
+    key = (target, modes_of(values), pattern_of(nodes), pattern_of(map(id, values)), described((args, kwargs)))
     return key, values, nodes
 
 
-def _values(item: Any) -> list[Any] | None:
-    """The tensors and symbolic numbers among arguments, in order; None where there is something that has no description
-    or may differ without it."""
-    if isinstance(item, FakeTensor):
-        return [item]
-    if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return None if item.node.expr.is_number else [item]
-    if isinstance(item, _CONSTANTS):
-        return []
-    if isinstance(item, slice):
-        item = (item.start, item.stop, item.step)
-    if isinstance(item, dict):
-        item = tuple(item.values())
-    if not isinstance(item, (tuple, list)):
-        return None
-    found: list[Any] = []
-    for part in item:
-        values = _values(part)
-        if values is None:
-            return None
-        found += values
-    return found
-
-
-def _describe(item: Any) -> Any:
-    """`describe`, telling apart all that may end up in a node or its value."""
-    if isinstance(item, torch.Tensor):
-        more = (item.storage_offset(), item.layout, item.is_conj(), item.is_neg(), item.is_inference())
-        return (describe(item), describe(more))
-    if isinstance(item, slice):
-        return (slice, _describe(item.start), _describe(item.stop), _describe(item.step))
-    if isinstance(item, (tuple, list)):
-        return (type(item), *map(_describe, item))
-    if isinstance(item, dict):
-        return tuple((name, _describe(part)) for name, part in item.items())
-    if isinstance(item, (float, complex)):
-        return (type(item), repr(item))  # the zeros of either sign are equal
-    return describe(item)
-
-
-def _modes(values: list[Any]) -> Any:
-    """The modes that decide what a call gives."""
-    devices = {value.device.type for value in values if isinstance(value, torch.Tensor)}
-    casts = tuple(
-        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in sorted(devices)
-        if torch.amp.is_autocast_available(device)
-    )
-    return (torch.is_grad_enabled(), casts)
-
-
-def _pattern(items: Any) -> tuple[int, ...]:
-    """Which items are the same, whatever they are."""
-    first: dict[Any, int] = {}
-    return tuple(first.setdefault(item, place) for place, item in enumerate(items))
+def _is_constant(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) and bool(value.node.expr.is_number)
 
 
 def _after(last: fx.Node) -> Iterator[fx.Node]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
-from architectures import ARCHITECTURES, GPT, VOCABULARY, token_batch
+from architectures import DEEP, GPT, VOCABULARY, deep, token_batch
 from torch import fx, nn
 from toys import Toy, toy_batch
 
@@ -19,7 +19,6 @@ from cggr_compile import capture, retrace
 from cggr_compile.program import describe
 from cggr_compile.replay import Calls
 
-LAYERS = 4
 # Written by the tracer, and never the same in two traces: counts of autograd's nodes, identities of graphs.
 OF_THE_TRACE = {"seq_nr", "from_node"}
 
@@ -75,19 +74,6 @@ def table(graph: fx.Graph) -> list[dict[str, Any]]:
     return rows
 
 
-def deep(name: str, **options: Any) -> nn.Module:
-    """A model of `LAYERS` layers; kinds of layers that alternate do so."""
-    config = copy.deepcopy(ARCHITECTURES[name].build().config)
-    config.num_hidden_layers = LAYERS
-    if getattr(config, "layer_types", None):
-        config.layer_types = ["sliding_attention" if i % 2 else "full_attention" for i in range(LAYERS)]
-    for option, setting in options.items():
-        setattr(config, option, setting)
-    torch.manual_seed(0)
-    model = ARCHITECTURES[name].build()
-    return type(model)(config).train()
-
-
 def step(model: nn.Module, autocast: bool = False) -> None:
     optimized = cggr.optimize(model, inner="eager", ratio=0.5)
     batch = token_batch()
@@ -124,7 +110,7 @@ def test_deeper_stacks_are_traced_with_as_many_calls(monkeypatch: pytest.MonkeyP
             return super().run(counted, *given)
 
     monkeypatch.setattr(retrace, "Calls", Counted)
-    for layers in (LAYERS, 2 * LAYERS):
+    for layers in (DEEP, 2 * DEEP):
         traced.append(0)
         step(deep("llama", num_hidden_layers=layers))
     assert traced[0] == traced[1] > 0
@@ -133,7 +119,7 @@ def test_deeper_stacks_are_traced_with_as_many_calls(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("autocast", [False, True])
 def test_dropout_and_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both(monkeypatch)
-    config = T.GPT2Config(**{**GPT, "n_layer": LAYERS, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1})
+    config = T.GPT2Config(**{**GPT, "n_layer": DEEP, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1})
     step(T.GPT2LMHeadModel(config).train(), autocast)
     both.assert_equal()
     assert both.replayed
@@ -147,7 +133,7 @@ def test_checkpointed_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     both.assert_equal()
     assert both.replayed
     regions = {node.meta.get("ac_graph_id") for node in both.graphs[0].nodes}
-    assert regions >= set(range(1, LAYERS + 1))
+    assert regions >= set(range(1, DEEP + 1))
 
 
 def test_experts_whose_graph_mutates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +146,7 @@ def test_an_encoder_and_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both(monkeypatch)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": VOCABULARY}
     ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    config = T.T5Config(**sizes, **ends, num_layers=LAYERS, num_decoder_layers=LAYERS)
+    config = T.T5Config(**sizes, **ends, num_layers=DEEP, num_decoder_layers=DEEP)
     step(T.T5ForConditionalGeneration(config).train())
     both.assert_equal()
     assert both.replayed
@@ -206,7 +192,7 @@ class Stack(Toy):
     """Layers that apply one function each to the residual."""
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__(LAYERS)
+        super().__init__(DEEP)
         self.function = function
 
     def middle(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers as T
 
 VOCABULARY = 97
 LAYERS = 3
+DEEP = 4
 
 COMMON = {
     "hidden_size": 32,
@@ -236,3 +239,16 @@ def token_batch(
         if takes_mask:
             batch_dict["attention_mask"] = mask
     return batch_dict
+
+
+def deep(name: str, **options: Any) -> torch.nn.Module:
+    """A model of `DEEP` layers; kinds of layers that alternate do so."""
+    config = copy.deepcopy(ARCHITECTURES[name].build().config)
+    config.num_hidden_layers = DEEP
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["sliding_attention" if i % 2 else "full_attention" for i in range(DEEP)]
+    for option, setting in options.items():
+        setattr(config, option, setting)
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name].build()
+    return type(model)(config).train()

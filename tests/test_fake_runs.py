@@ -1,0 +1,137 @@
+"""Dynamo's graph and its fake values are the same where calls that are alike are run once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from architectures import deep, token_batch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from cggr_compile import compat
+from cggr_compile.fake_runs import FakeRuns
+from cggr_compile.program import describe
+
+
+def _graph(function: Callable[..., Any], batch: dict[str, Any], run: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Dynamo's nodes: calls, descriptions of the values, and which of the values share memory."""
+    rows: list[dict[str, Any]] = []
+
+    def record(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        storages: dict[StorageWeakRef, int] = {}
+        for node in gm.graph.nodes:
+            row = {"op": node.op, "target": str(node.target), "arguments": str((node.args, node.kwargs))}
+            found = node.meta.get("example_value")
+            for x in found if isinstance(found, (tuple, list)) else [found]:
+                if isinstance(x, FakeTensor):
+                    storage = storages.setdefault(StorageWeakRef(x.untyped_storage()), len(storages))
+                    row["value"] = (describe(x), describe(x.storage_offset()), x.is_leaf, storage)
+            rows.append(row)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with compat.fake_runs_by(run), compat.tracing_options():
+        torch.compile(function, backend=record, dynamic=True, fullgraph=True)(**batch)
+    return rows
+
+
+def assert_same_graph(function: Callable[..., Any], batch: dict[str, Any]) -> int:
+    """The number of calls that were not run."""
+    runs = FakeRuns()
+    expected = _graph(function, batch, lambda node, args, kwargs, call: call())
+    actual = _graph(function, batch, runs.run)
+    assert len(actual) == len(expected) > 1
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got == wanted
+    return runs.saved
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert", "bloom"])
+def test_the_graph_of_a_model(name: str) -> None:
+    model = deep(name)
+    batch = token_batch(6, 16)
+    assert assert_same_graph(model, {**batch, "use_cache": False}) > 20
+
+
+class _Block(nn.Module):
+    def __init__(self, body: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = self.body(x, self.weight)
+        return x
+
+
+def _in_place(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    y, z = x @ weight, x @ weight
+    y += 1
+    return y * z.mul_(2)
+
+
+def _views(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    y = (x @ weight).view(-1, 2, 4).transpose(1, 2)
+    return (y + y.contiguous()).reshape(x.shape).to(x.dtype)
+
+
+def _without_gradient(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        y = x @ weight
+    return (x @ weight) + y.detach()
+
+
+def _casts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nn.functional.linear(x, weight)
+    return nn.functional.linear(y.float(), weight) + nn.functional.dropout(x, 0.5)
+
+
+def _mapped(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.vmap(lambda row: row * 2 + weight[0])(x) * 2 + weight[0]
+
+
+def _numbers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (x @ weight) * x.shape[0] + x.shape[0] * 1.5 + torch.arange(x.shape[0], device=x.device)[:, None]
+
+
+@pytest.mark.parametrize("body", [_in_place, _views, _without_gradient, _casts, _mapped, _numbers])
+def test_calls_of_all_kinds(body: Callable[..., Any]) -> None:
+    assert assert_same_graph(_Block(body), {"x": torch.randn(6, 8)}) > 0
+
+
+def test_a_result_does_not_share_memory_with_the_one_it_is_like() -> None:
+    """In a graph that goes on with both, a mutation of one is not seen by the other."""
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        y, z = torch.sin(x), torch.sin(x)
+        y.add_(1)
+        return y - z
+
+    x = torch.randn(5)
+    seen: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        seen.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    runs = FakeRuns()
+    with compat.fake_runs_by(runs.run):
+        got = torch.compile(body, backend=keep)(x)
+    assert runs.saved == 1
+    torch.testing.assert_close(got, torch.ones(5))
+
+
+def test_dynamo_is_itself_again_afterwards() -> None:
+    from torch._dynamo import utils
+
+    before = utils.run_node
+    with pytest.raises(RuntimeError, match="stop"), compat.fake_runs_by(FakeRuns().run):
+        raise RuntimeError("stop")
+    assert utils.run_node is before
