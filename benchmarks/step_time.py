@@ -14,9 +14,10 @@ this package with ratio=1, `random` with random rows, `routed` with scored rows 
 sampled head, `ahead` with the router of the next step beside each. `floor` is `all` on a batch of just the kept rows.
 `token`, `loss` and `token_loss` are the other routes, scored by the sampled head, `token_random` draws its tokens.
 `liger`, `liger_compile`, `original`, `original_compile` are Liger's kernels and CGGR 0.5.0, which must be installed.
-`NAME@R` keeps the fraction R instead of `--ratio`; `…+outlined`, `…+recompute` and `…+graphs` run this package's arms
-under `outline_layers=True`, `recompute_elementwise=True` and `cuda_graphs=True` (which outlines too), and `…+budget=F`
-any arm that compiles under torch's `activation_memory_budget` F.
+`NAME@R` keeps the fraction R instead of `--ratio`. Switches of this package's arms: `…+outlined`, `…+recompute` and
+`…+graphs` are `outline_layers=True`, `recompute_elementwise=True` and `cuda_graphs=True` (which outlines too),
+`…+small` the loss in small blocks (`triton_one_pass_small`), `…+layers=N` a router of N layers. `…+budget=F` runs any
+arm that compiles under torch's `activation_memory_budget` F.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def build(shape: Shape, device: str) -> torch.nn.Module:
 def _ours(**options: Any) -> Callable[..., Any]:
     def make(model: torch.nn.Module, arm: Arm) -> Callable[..., Any]:
         switches = {"cuda_graphs": arm.graphs, "outline_layers": arm.outlined or "auto"}
-        switches["recompute_elementwise"] = arm.recompute
+        switches |= {"recompute_elementwise": arm.recompute, "router_layers": arm.layers or "auto"}
+        switches["kernels"] = {"masked_loss": "triton_one_pass_small"} if arm.small else "auto"
         return cggr.optimize(model, **{"ratio": arm.ratio, **options}, **switches)
 
     return make

@@ -16,36 +16,39 @@ from typing import Any, NamedTuple
 
 import typer
 
-GRAPHS, OUTLINED, RECOMPUTE, BUDGET = "graphs", "outlined", "recompute", "budget="
-
-
-_SWITCHES = ("+outlined", "+recompute", "+budget=F", "+graphs")
+GRAPHS, OUTLINED = "graphs", "outlined"
+_SWITCHES = ("+outlined", "+recompute", "+small", "+layers=N", "+budget=F", "+graphs")
 
 
 class Arm(NamedTuple):
-    """An arm as it is written, `NAME[@RATIO][+recompute][+outlined][+budget=F][+graphs]`."""
+    """An arm as it is written, `NAME[@RATIO][+SWITCH…]`; `layers` is None where none is given."""
 
     name: str
     ratio: float
     graphs: bool = False
     outlined: bool = False
-    budget: float = 1.0
     recompute: bool = False
+    small: bool = False
+    layers: int | None = None
+    budget: float = 1.0
 
     @classmethod
     def parse(cls, text: str, ratio: float) -> Arm:
         """The arm, with `ratio` where it names none; `typer.BadParameter` for other switches or fractions."""
         first, *switches = text.split("+")
         name, _, own = first.partition("@")
-        budgets = [switch.removeprefix(BUDGET) for switch in switches if switch.startswith(BUDGET)]
+        given = dict(switch.partition("=")[::2] for switch in switches)
+        flags = {switch for switch, number in given.items() if not number}
+        numbers = {switch: number for switch, number in given.items() if number}
         try:
-            kept, budget = float(own or ratio), float((budgets or ["1"])[0])
+            kept, budget, layers = float(own or ratio), float(numbers.get("budget", 1)), int(numbers.get("layers", 1))
         except ValueError:
-            kept = budget = math.nan
-        known = {GRAPHS, OUTLINED, RECOMPUTE, *(BUDGET + given for given in budgets[:1])}
-        if not set(switches) <= known or not 0 < kept <= 1 or not 0 <= budget <= 1:
+            kept = budget = layers = math.nan
+        known = flags <= {GRAPHS, OUTLINED, "recompute", "small"} and set(numbers) <= {"budget", "layers"}
+        if not (known and 0 < kept <= 1 and 0 <= budget <= 1 and layers >= 1):
             raise typer.BadParameter(f"arm: got {text!r}, expected NAME[@RATIO][+SWITCH…] of {', '.join(_SWITCHES)}")
-        return cls(name, kept, GRAPHS in switches, OUTLINED in switches, budget, RECOMPUTE in switches)
+        chosen = dict.fromkeys(flags, True)
+        return cls(name, kept, **chosen, layers=layers if "layers" in numbers else None, budget=budget)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -105,11 +108,11 @@ _PARTS = (
 
 
 def profile(report: dict[str, Any]) -> str:
-    """Where the step of the fastest routed arm goes, by parts and by kernel; empty without a profile."""
+    """Where the step of the fastest arm that routes by scores goes, by parts and by kernel; empty without a profile."""
     routed = {
         arm: seconds
         for arm, seconds in _medians(report).items()
-        if "predicted_share" in report["samples"][arm][0] and "profile" in report["samples"][arm][0]
+        if "random" not in arm and {"predicted_share", "profile"} <= set(report["samples"][arm][0])
     }
     if not routed:
         return ""

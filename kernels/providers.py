@@ -162,6 +162,9 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         "triton_one_pass": Provider(
             "triton_one_pass", _without_head_kernels, _triton("masked_loss_one_pass"), _by_name_only
         ),
+        "triton_one_pass_small": Provider(
+            "triton_one_pass_small", _without_head_kernels, _triton("masked_loss_one_pass_small"), _by_name_only
+        ),
         "triton_recompute": Provider(
             "triton_recompute", _without_head_kernels, _triton("masked_loss_recompute"), _by_name_only
         ),

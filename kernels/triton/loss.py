@@ -1,9 +1,11 @@
-"""`masked_loss` without logits, by one of two algorithms.
+"""`masked_loss` without logits, by one of three algorithms.
 
 `one_pass` computes the gradients with the loss, a block of rows at a time: the exponentials of a block's logits are
 written once, unnormalised (2^(x - x[target])), and both gradient products read them. Normalisation is a factor a row,
 which multiplies the rows of hidden and of hidden's gradient instead: three matrix products in all, as many as with
 stored logits.
+
+`one_pass_small` is the same in smaller blocks: less memory, for more additions to the head's gradient.
 
 `recompute` saves each row's log-sum-exp in the forward pass, a fourth product, and in the backward pass makes the
 gradient by the logits a block of columns at a time. It needs the least memory and takes every option.
@@ -34,6 +36,8 @@ from torch import Tensor
 
 ONE_PASS_BYTES = 2**31
 """Most bytes of exponentials that `one_pass` holds: a block of rows by the whole vocabulary."""
+SMALL_BYTES = 2**29
+"""The same of `one_pass_small`."""
 RECOMPUTE_BYTES = 2**26
 """Most bytes of gradients by logits that `recompute` holds: all rows by a block of columns."""
 
@@ -63,7 +67,7 @@ class Outcome(NamedTuple):
         divisor: 0-d fp32, what the weighted sum was divided by.
         log_total, missed: fp32 [M], each row's log-sum-exp in units of log 2 and the probability that it leaves to
             other classes than its target, 0 for ignored rows (`recompute`; else empty).
-        hidden, weight, bias: the gradients for a `grad` of 1, where wanted (`one_pass`; else empty), for `scaled`;
+        hidden, weight, bias: the gradients for a `grad` of 1, where wanted (in one pass; else empty), for `scaled`;
             of the parameters in fp32 where more than one block of rows was added up.
     """
 
@@ -77,9 +81,15 @@ class Outcome(NamedTuple):
     bias: Tensor
 
 
-def one_pass_rows(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a block of `one_pass`."""
-    return _evenly(rows, max(1, ONE_PASS_BYTES // (classes * dtype.itemsize)), tile_for(dtype, device).rows)
+def is_one_pass(algorithm: str | None) -> bool:
+    """Whether an algorithm makes the gradients with the loss."""
+    return algorithm in ("one_pass", "one_pass_small")
+
+
+def one_pass_rows(algorithm: str, rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a block of `one_pass` or `one_pass_small`."""
+    most = SMALL_BYTES if algorithm == "one_pass_small" else ONE_PASS_BYTES
+    return _evenly(rows, max(1, most // (classes * dtype.itemsize)), tile_for(dtype, device).rows)
 
 
 def why_not_one_pass(dtype: torch.dtype, options: Options) -> str | None:
@@ -109,19 +119,20 @@ def forward(
     wanted: tuple[bool, bool, bool],
     algorithm: str,
 ) -> Outcome:
-    """The loss and, by `one_pass`, the wanted gradients of (hidden, weight, bias)."""
+    """The loss and, in one pass, the wanted gradients of (hidden, weight, bias)."""
     numbers = options.ignore_index, row_weight, options.reduction, num_items
     chosen = counted_first(hidden, target, rows, *numbers)
     if chosen.target.shape[0] == 0:
-        return _of_no_rows(hidden, weight, bias, wanted if algorithm == "one_pass" else (False,) * 3)
+        return _of_no_rows(hidden, weight, bias, wanted if is_one_pass(algorithm) else (False,) * 3)
     linear = Head(weight, bias, options.factor, options.softcap)
     own, shift = target_logits(chosen, linear)
 
     def in_order(x: Tensor) -> Tensor:
         return torch.empty_like(x).scatter_(0, chosen.place, x)
 
-    if algorithm == "one_pass" and any(wanted):
-        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, rows is None, wanted)
+    if is_one_pass(algorithm) and any(wanted):
+        height = one_pass_rows(algorithm, chosen.target.shape[0], len(weight), hidden.dtype, hidden.device)
+        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, rows is None, wanted, height)
         log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
     else:
         losses, *statistics = _by_statistics(chosen, linear, own, options)
@@ -240,12 +251,12 @@ def _one_pass(
     shift: Tensor,
     every_row_once: bool,
     wanted: tuple[bool, bool, bool],
+    height: int,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Each row's loss and the wanted gradients of the weighted, divided sum of losses."""
+    """Each row's loss and the wanted gradients of the weighted, divided sum of losses, `height` rows at a time."""
     weight = linear.weight
     size, classes, width = rows.hidden.shape[0], weight.shape[0], hidden.shape[1]
     block = Exponentials(rows, linear, shift)
-    height = one_pass_rows(size, classes, hidden.dtype, hidden.device)
     losses, scale = own.new_empty((2, size))
     loss_factor = rows.weights * (linear.factor / rows.divisor)
     of_hidden = hidden.new_empty((size, width)) if wanted[0] else hidden.new_empty(0)

@@ -58,7 +58,7 @@ def _checked(args: tuple[Any, ...]) -> tuple[Any, Options, tuple[bool, bool, boo
 @masked_loss_forward.register_fake
 def _masked_loss_fake(*args: Any) -> tuple[Tensor, ...]:
     (hidden, weight, _, target, _, rows, _), _, wanted, algorithm = _checked(args)
-    with_gradients = algorithm == "one_pass" and any(wanted)
+    with_gradients = loss_kernels.is_one_pass(algorithm) and any(wanted)
     size = target.shape[0] if rows is None else rows.shape[0]
 
     def single(*shape: Any) -> Tensor:
@@ -66,7 +66,7 @@ def _masked_loss_fake(*args: Any) -> tuple[Tensor, ...]:
 
     of_hidden, of_weight, of_bias = (hidden.new_empty(0) for _ in range(3))
     if with_gradients and size > 0:
-        once = loss_kernels.one_pass_rows(size, weight.shape[0], hidden.dtype, hidden.device) >= size
+        once = loss_kernels.one_pass_rows(algorithm, size, weight.shape[0], hidden.dtype, hidden.device) >= size
         of_hidden = hidden.new_empty(hidden.shape) if wanted[0] else of_hidden
         of_weight = (
             weight.new_empty(weight.shape, dtype=weight.dtype if once else torch.float32) if wanted[1] else of_weight
@@ -127,7 +127,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     loss, row_loss, divisor, log_total, missed, *rest = ctx.saved_tensors
     gradients, tensors = rest[:3], rest[3:]
     hidden = tensors[0]
-    if ctx.algorithm == "one_pass":
+    if loss_kernels.is_one_pass(ctx.algorithm):
         found = [
             torch.ops.cggr_triton.scaled(x, grad, hidden.dtype) if want else None
             for x, want in zip(gradients, ctx.wanted, strict=True)
@@ -174,18 +174,18 @@ def masked_loss(
 ) -> Tensor:
     """`reference.masked_loss`, except that logits stay in fp32 and that a label outside [0, V) makes the loss NaN.
 
-    `algorithm` is `"one_pass"` or `"recompute"` (see `loss`); None takes `one_pass` where it applies. Raises
-    ValueError for `"one_pass"` where it does not.
+    `algorithm` is `"one_pass"`, `"one_pass_small"` or `"recompute"` (see `loss`); None takes `one_pass` where it
+    applies. Raises ValueError for the first two where they do not.
     """
     numbers = (scale, divisor, softcap, ignore_index, reduction, label_smoothing, z_loss)
     autocasts = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocasts else hidden.dtype
     obstacle = why_not_one_pass(dtype, Options(*numbers))
-    if algorithm == "one_pass" and obstacle:
-        raise ValueError(f"masked_loss: algorithm 'one_pass' does not apply: {obstacle}; use 'recompute'")
+    if loss_kernels.is_one_pass(algorithm) and obstacle:
+        raise ValueError(f"masked_loss: algorithm {algorithm!r} does not apply: {obstacle}; use 'recompute'")
     algorithm = algorithm or default_algorithm(dtype, Options(*numbers))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    if algorithm == "one_pass" and not any(wanted):
+    if loss_kernels.is_one_pass(algorithm) and not any(wanted):
         algorithm = "recompute"
     return torch.ops.cggr_triton.masked_loss(
         hidden, weight, bias, target, row_weight, rows, num_items, *numbers, wanted, algorithm
@@ -195,6 +195,11 @@ def masked_loss(
 def masked_loss_one_pass(*args: Any, **options: Any) -> Tensor:
     """`masked_loss` with the algorithm `"one_pass"`."""
     return masked_loss(*args, **{**options, "algorithm": "one_pass"})
+
+
+def masked_loss_one_pass_small(*args: Any, **options: Any) -> Tensor:
+    """`masked_loss` with the algorithm `"one_pass_small"`."""
+    return masked_loss(*args, **{**options, "algorithm": "one_pass_small"})
 
 
 def masked_loss_recompute(*args: Any, **options: Any) -> Tensor:

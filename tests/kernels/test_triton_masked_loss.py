@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -571,6 +572,26 @@ def test_default_algorithm_is_one_pass_where_it_applies(options: dict[str, float
     case = one_tile()
     expected = steps("triton_recompute" if options else "triton_one_pass", case, **options)
     assert_same(steps("triton", case, **options), expected)
+
+
+def test_small_blocks_are_one_pass_in_smaller_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[slice] = []
+    compute = loss_kernels.Exponentials.unnormalized
+
+    def counted(self: object, *args: Any) -> None:
+        blocks.append(args[-1])
+        compute(self, *args)
+
+    case = draw(300, 9, 19, torch.bfloat16, ignored=3)
+    expected = steps("triton_one_pass", case)  # in blocks of a tile
+    whole_blocks(monkeypatch)
+    monkeypatch.setattr(loss_kernels, "SMALL_BYTES", 1)
+    monkeypatch.setattr(loss_kernels.Exponentials, "unnormalized", counted)
+    assert_same(steps("triton_one_pass_small", case), expected)
+    assert len(blocks) > 1
+    blocks.clear()
+    steps("triton_one_pass", case)
+    assert len(blocks) == 1
 
 
 # Dispatch.
