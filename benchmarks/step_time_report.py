@@ -96,6 +96,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_SCORING = ("routed", "sampled", "token", "loss", "token_loss")
 # Parts of a step, by what the name of a kernel begins with or contains; the first that fits is its part.
 _PARTS = (
     ("attention", r"flash|sdpa|fmha|cudnn"),
@@ -108,11 +109,11 @@ _PARTS = (
 
 
 def profile(report: dict[str, Any]) -> str:
-    """Where the step of the fastest arm that routes by scores goes, by parts and by kernel; empty without a profile."""
+    """Where the step of the fastest arm that scores within it goes, by parts and by kernel; empty without a profile."""
     routed = {
         arm: seconds
         for arm, seconds in _medians(report).items()
-        if "random" not in arm and {"predicted_share", "profile"} <= set(report["samples"][arm][0])
+        if Arm.parse(arm, report["ratio"]).name in _SCORING and "profile" in report["samples"][arm][0]
     }
     if not routed:
         return ""
@@ -165,7 +166,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     if everything is not None:
         ideal = 1000 * report["ratio"] * everything
         axes.axvline(ideal, linestyle="--", color="#bc4c00", label=f"{report['ratio']} × all: {ideal:.1f} ms")
-        axes.legend(loc="lower right")
+        axes.legend(loc="center right")
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("ms a step")
