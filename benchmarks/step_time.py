@@ -6,8 +6,9 @@
 
 Forward and backward (with `--optimizer`, fused AdamW too), random weights and ids, bf16 on CUDA. Every round runs each
 arm once, one after another; before the first, all arms compile side by side, so that caches on disk are warm: their
-first steps are `cold`, those of the rounds `first`. Medians over all steps are quoted, every sample is kept;
-`step_time_report.py` draws them.
+first steps are `cold`, those of the rounds `first`. Medians over all steps are quoted, every sample is kept and written
+as it comes: `--resume` goes on where a machine was lost. `step_time_report.py` draws them; `step_time_matrix.py` has
+the runs that this project reports.
 
 Arms: `eager` and `compile` are transformers on all rows, `random_compile` is torch.compile on random rows. `all` is
 this package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
@@ -23,8 +24,10 @@ arm that compiles under torch's `activation_memory_budget` F.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, repeat
@@ -164,6 +167,7 @@ ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
 }
 
 
+UNCOMPILED = ("eager", "liger", "original")
 DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
 
 
@@ -219,7 +223,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 def outcome(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
     """What the process printed last, or why it failed."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=max(timeout, 0))
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
@@ -227,6 +231,20 @@ def outcome(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
     if process.returncode != 0:
         return {"failed": first_line("\n".join(reversed(err.splitlines())))}
     return json.loads(out.splitlines()[-1])
+
+
+def resume(report: dict[str, Any], output: Path) -> None:
+    """Takes over what an interrupted run of the same commit, machine and options has measured; `typer.BadParameter`
+    where the output is of another one."""
+    before = json.loads(output.read_text())
+    for key in ("commit", "device", "versions", "shape", "ratio", "optimizer"):
+        if before[key] != report[key]:
+            raise typer.BadParameter(
+                f"resume: {output} has {key} {before[key]}, not {report[key]}; name another output"
+            )
+    report["cold"] |= {name: found for name, found in before["cold"].items() if isinstance(found, float)}
+    for name, runs in report["samples"].items():
+        runs += [run for run in before["samples"].get(name, []) if "steps" in run]
 
 
 def save(report: dict[str, Any], output: Path | None) -> None:
@@ -250,6 +268,8 @@ def main(
     optimizer: Annotated[bool, typer.Option(help="with a step of fused AdamW")] = False,
     side_by_side: Annotated[int, typer.Option(help="processes that compile at once before round 1")] = 4,
     timeout: Annotated[float, typer.Option(help="seconds after which a process is stopped")] = 300,
+    budget: Annotated[float, typer.Option(help="seconds after which all of them are, and no other starts")] = math.inf,
+    again: Annotated[bool, typer.Option("--resume", help="go on where the run that wrote the output ended")] = False,
     quick: Annotated[bool, typer.Option(help="the tiny model, one round")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON; the table goes beside it")] = None,
     commit: Annotated[str | None, typer.Option(help="the commit measured, where there is no checkout")] = None,
@@ -276,18 +296,28 @@ def main(
         "shape": asdict(shape), "ratio": ratio, "optimizer": optimizer, "side_by_side": side_by_side, "cold": cold,
         "samples": samples,
     }  # fmt: skip
-    waiting = list(dict.fromkeys(compiled_as(name) for name in arms)) if side_by_side else []
-    while waiting:
+    if again and output is not None and output.exists():
+        resume(report, output)
+    end = time.monotonic() + budget
+
+    def left() -> float:
+        return min(timeout, end - time.monotonic())
+
+    compiled = dict.fromkeys(compiled_as(name) for name in arms if Arm.parse(name, ratio).name not in UNCOMPILED)
+    waiting = [name for name in compiled if name not in cold] if side_by_side else []
+    while waiting and left() > 0:
         now, waiting = waiting[:side_by_side], waiting[side_by_side:]
         compiling = [start([*command, "--steps", "0", "--only", name]) for name in now]
         for name, process in zip(now, compiling, strict=True):
-            found = outcome(process, timeout)
+            found = outcome(process, left())
             cold[name] = found.get("first", found.get("failed"))
             print(f"compiled {name}: {cold[name]}", file=sys.stderr, flush=True)
         save(report, output)
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name in arms:
-            samples[name].append(outcome(start([*command, "--steps", str(steps), "--only", name]), timeout))
+            if len(samples[name]) > turn or left() <= 0:
+                continue
+            samples[name].append(outcome(start([*command, "--steps", str(steps), "--only", name]), left()))
             print(f"{name}: {samples[name][-1]}", file=sys.stderr, flush=True)
             save(report, output)
     print(table(report))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ import torch
 import transformers
 from architectures import build, token_batch
 from documents import examples
-from processes import environment
 from toys import AS_IT_IS, Toy, toy_batch
 
 import cggr_compile as cggr
@@ -174,36 +170,3 @@ def test_nothing_compiles_after_the_warm_up() -> None:
     assert len(model.cggr.runtime.plans) == 1
     assert compiled[49] <= 2 * (LADDER_RUNGS + 1)
     assert compiled[49] == compiled[-1]
-
-
-def test_the_step_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "step_time.py"
-    arms = [f"--arm={arm}" for arm in ("eager", "floor", "sampled@0.5+budget=0.7")]
-    command = [sys.executable, str(script), "--quick", "--device", "cpu", *arms, "--output", str(tmp_path / "out.json")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment())
-    report = json.loads((tmp_path / "out.json").read_text())
-    samples = report["samples"]
-    assert [len(runs[0]["steps"]) for runs in samples.values()] == [3, 3, 3]
-    table = (tmp_path / "out.md").read_text()
-    assert table.count("\n| ") == 5
-    drawn = [sys.executable, str(script.with_name("step_time_report.py")), str(tmp_path / "out.json")]
-    subprocess.run(drawn, check=True, capture_output=True, timeout=60, env=environment())
-    assert (tmp_path / "out.md").read_text() == table
-    # What a profile on CUDA adds: every kernel is in one part, and the parts are the step.
-    routed = samples["sampled@0.5+budget=0.7"][0]
-    routed["steps"] = [0.004] * 3
-    kernels = [
-        "nvjet_tst",
-        "flash_fprop",
-        "triton_poi_fused_mul_0",
-        "Memset (Unknown)",
-        "void at::native::x",
-        "_select",
-    ]
-    routed["profile"] = [[name, 2, 500.0] for name in kernels]
-    (tmp_path / "out.json").write_text(json.dumps(report))
-    subprocess.run(drawn, check=True, capture_output=True, timeout=60, env=environment())
-    found = (tmp_path / "out.md").read_text()
-    assert found.count("| 2 | 0.50 | 12% |") == 6
-    assert "| rest | | 1.00 | 25% |" in found
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

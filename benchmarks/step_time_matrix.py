@@ -1,0 +1,72 @@
+"""The step times that this project reports: every model, batch, ratio and arm, a file each.
+
+    python benchmarks/step_time_matrix.py results
+    python benchmarks/step_time_matrix.py results --budget 580 --part 0 --parts 2
+
+A file that an earlier call began is gone on with; one of another commit or machine is refused. With `--parts`, each of
+several GPUs takes its share (say which by CUDA_VISIBLE_DEVICES).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# What was measured least comes first; as many processes compile side by side as 80 GB hold.
+MATRIX = {
+    "llama-1b": (
+        "--model Llama-3.2-1B --side-by-side 3",
+        "compile sampled+graphs floor+graphs all+graphs all+outlined+recompute+small random_compile original_compile",
+    ),
+    "smollm": (
+        "--side-by-side 5",
+        "compile original_compile sampled+graphs floor+graphs random_compile all+graphs sampled+layers=2+graphs "
+        "all+outlined+recompute sampled@0.5+graphs floor@0.5+graphs routed+graphs random+graphs ahead+graphs",
+    ),
+    "smollm-peers": (
+        "--side-by-side 4",
+        "compile liger_compile sampled+graphs loss+graphs token+graphs liger original eager",
+    ),
+    "smollm-adamw": ("--optimizer --side-by-side 4", "compile sampled+graphs floor+graphs all+graphs"),
+    "qwen": (
+        "--model Qwen2.5-0.5B --side-by-side 3",
+        "compile sampled+graphs floor+graphs all+graphs all+outlined+recompute+small random_compile original_compile",
+    ),
+    "smollm-360m": (
+        "--model SmolLM-360M --side-by-side 2",
+        "compile sampled+graphs all+graphs all+outlined+recompute+small floor+graphs",
+    ),
+    "smollm-4096": (
+        "--batch 8 --sequence 4096 --side-by-side 4",
+        "compile sampled+graphs floor+graphs all+graphs sampled@0.5+graphs",
+    ),
+}
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="for the JSON files and their tables")],
+    budget: Annotated[float, typer.Option(help="seconds for all of it")] = 3600.0,
+    part: Annotated[int, typer.Option(help="which share, from 0")] = 0,
+    parts: Annotated[int, typer.Option(help="how many there are")] = 1,
+    commit: Annotated[str | None, typer.Option(help="the commit measured, where there is no checkout")] = None,
+) -> None:
+    """Runs the benchmark for every file of this part."""
+    end = time.monotonic() + budget
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (options, arms) in list(MATRIX.items())[part::parts]:
+        command = [sys.executable, str(Path(__file__).with_name("step_time.py")), "--device", "cuda", "--rounds", "1"]
+        command += [*options.split(), *(f"--arm={arm}" for arm in arms.split())]
+        command += ["--output", str(folder / f"step_time-{name}-h100.json"), "--resume"]
+        command += ["--commit", commit] if commit else []
+        left = end - time.monotonic()
+        if left > 0:
+            subprocess.run([*command, "--budget", str(left)], check=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

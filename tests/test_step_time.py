@@ -1,0 +1,97 @@
+"""The step benchmark: it runs, its tables and plot are drawn, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from processes import environment
+
+
+def test_an_interrupted_step_benchmark_goes_on_with_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    step_time = importlib.import_module("step_time")
+    started: list[str] = []
+
+    def measured(command: list[str]) -> str:
+        started.append(command[-1])
+        return command[-1]
+
+    monkeypatch.setattr(step_time, "start", measured)
+    monkeypatch.setattr(step_time, "outcome", lambda process, _: {"first": 1.0, "steps": [float(len(started))]})
+    output = tmp_path / "out.json"
+    options = {"device": "cpu", "quick": True, "output": output, "commit": "one"}
+
+    step_time.main(**options, arm=["compile", "floor"], budget=0)
+    assert not started
+    step_time.main(**options, arm=["compile"])
+    before = output.read_text()
+    step_time.main(**options, arm=["compile", "floor"], again=True)
+    assert started == ["compile", "floor"]
+    assert json.loads(output.read_text())["samples"] == {
+        "compile": json.loads(before)["samples"]["compile"],
+        "floor": [{"first": 1.0, "steps": [2.0]}],
+    }
+    with pytest.raises(typer.BadParameter, match="has commit one, not two; name another output"):
+        step_time.main(**{**options, "commit": "two"}, arm=["compile"], again=True)
+    assert started == ["compile", "floor"]
+
+
+def test_the_step_benchmark_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "step_time.py"
+    arms = [f"--arm={arm}" for arm in ("floor", "sampled@0.5+budget=0.7")]
+    command = [sys.executable, str(script), "--quick", "--device", "cpu", *arms, "--output", str(tmp_path / "out.json")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment())
+    report = json.loads((tmp_path / "out.json").read_text())
+    samples = report["samples"]
+    assert [len(runs[0]["steps"]) for runs in samples.values()] == [3, 3]
+    table = (tmp_path / "out.md").read_text()
+    assert table.count("\n| ") == 4
+    drawn = [sys.executable, str(script.with_name("step_time_report.py")), str(tmp_path / "out.json")]
+    subprocess.run(drawn, check=True, capture_output=True, timeout=60, env=environment())
+    assert (tmp_path / "out.md").read_text() == table
+    # What a profile on CUDA adds: every kernel is in one part, and the parts are the step.
+    routed = samples["sampled@0.5+budget=0.7"][0]
+    routed["steps"] = [0.004] * 3
+    kernels = [
+        "nvjet_tst",
+        "flash_fprop",
+        "triton_poi_fused_mul_0",
+        "Memset (Unknown)",
+        "void at::native::x",
+        "_select",
+    ]
+    routed["profile"] = [[name, 2, 500.0] for name in kernels]
+    (tmp_path / "out.json").write_text(json.dumps(report))
+    subprocess.run(drawn, check=True, capture_output=True, timeout=60, env=environment())
+    found = (tmp_path / "out.md").read_text()
+    assert found.count("| 2 | 0.50 | 12% |") == 6
+    assert "| rest | | 1.00 | 25% |" in found
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_matrix_names_arms_that_exist_and_is_shared_out_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    matrix, step_time = map(importlib.import_module, ("step_time_matrix", "step_time"))
+    commands: list[list[str]] = []
+    monkeypatch.setattr(matrix.subprocess, "run", lambda command, check: commands.append(command))
+    for part in range(2):
+        matrix.main(tmp_path / "new", budget=60, part=part, parts=2)
+    outputs = [Path(command[command.index("--output") + 1]).name for command in commands]
+    assert sorted(outputs) == sorted(f"step_time-{name}-h100.json" for name in matrix.MATRIX)
+    for command in commands:
+        assert 0 < float(command[command.index("--budget") + 1]) <= 60
+        for argument in command:
+            if argument.startswith("--arm="):
+                assert step_time.Arm.parse(argument.removeprefix("--arm="), 0.25).name in step_time.ARMS
+        if "--model" in command:
+            assert command[command.index("--model") + 1] in step_time.SHAPES
