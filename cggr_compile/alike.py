@@ -21,7 +21,7 @@ def is_torchs(target: Any) -> bool:
         return True
     if isinstance(target, torch._ops.HigherOrderOperator):
         return False
-    module = getattr(target, "__module__", None) or ("torch" if hasattr(torch, target.__name__) else "")
+    module = getattr(target, "__module__", None) or ("torch" if hasattr(torch, getattr(target, "__name__", "")) else "")
     return module.partition(".")[0] in ("torch", "_operator")
 
 

@@ -4,7 +4,7 @@ Dynamo runs every call of the model on fake tensors to know what it gives. Where
 time of a capture, and the layers of a stack call the same functions on values of the same description. A call that
 computes a new tensor, and nothing else, gives a new one of the same description when it comes again: this module makes
 that one, with memory of its own, without running the call. The graph is recorded by Dynamo as ever; views, mutations,
-calls that give anything but one tensor and calls that read sizes from data run each time.
+calls on numbers that the trace knows, that give anything but one tensor, or that read sizes from data run each time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FakeRuns:
         """What `call()`, the call of a node with these arguments, gives."""
         values = values_of((args, kwargs)) if _is_plain(node) else None
         tensors = [x for x in values or [] if isinstance(x, FakeTensor)]
-        if not tensors or compat.transforms_are_active():
+        if not tensors or any(x.constant is not None for x in tensors) or compat.transforms_are_active():
             return call()
         mode = tensors[0].fake_mode
         known = self._known.setdefault(mode, {})
@@ -69,10 +69,11 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 def _is_new(result: Any, arguments: list[FakeTensor]) -> bool:
-    """Whether a result is like any that is computed: no argument or view of one, no leaf, no size from data."""
+    """Whether a result is like any that is computed: no argument or view of one, no leaf, no size from data, and its
+    numbers are not known."""
     if type(result) is not FakeTensor or result.layout != torch.strided or result.storage_offset() != 0:
         return False
-    if result.is_conj() or result.is_neg() or result.is_inference():
+    if result.constant is not None or result.is_conj() or result.is_neg() or result.is_inference():
         return False
     if result.requires_grad and (result.is_leaf or not torch.is_grad_enabled()):
         return False

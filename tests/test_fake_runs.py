@@ -100,7 +100,12 @@ def _numbers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (x @ weight) * x.shape[0] + x.shape[0] * 1.5 + torch.arange(x.shape[0], device=x.device)[:, None]
 
 
-@pytest.mark.parametrize("body", [_in_place, _views, _without_gradient, _casts, _mapped, _numbers])
+def _known_numbers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    two, three = torch.tensor(1) * 2, torch.tensor(1.5) * 2
+    return x * two.item() + (x @ weight) * three.item()
+
+
+@pytest.mark.parametrize("body", [_known_numbers, _in_place, _views, _without_gradient, _casts, _mapped, _numbers])
 def test_calls_of_all_kinds(body: Callable[..., Any]) -> None:
     assert assert_same_graph(_Block(body), {"x": torch.randn(6, 8)}) > 0
 
