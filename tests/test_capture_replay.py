@@ -86,9 +86,7 @@ def step(model: nn.Module, autocast: bool = False) -> None:
     [
         "llama",
         "gemma2",
-        "gpt2",
-        "bert",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("gpt_neox", "bloom")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("gpt2", "bert", "gpt_neox", "bloom")),
     ],
 )
 def test_the_graph_is_the_traced_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +140,7 @@ def test_experts_whose_graph_mutates(monkeypatch: pytest.MonkeyPatch) -> None:
     both.assert_equal()
 
 
+@pytest.mark.long
 def test_an_encoder_and_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both(monkeypatch)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "vocab_size": VOCABULARY}

@@ -64,7 +64,9 @@ def test_the_partitioners_memory_budget_holds_inside() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"outline_layers": True}, pytest.param({"inner": "inductor"}, marks=pytest.mark.long)], ids=str
+    "options",
+    [{"outline_layers": True}, *(pytest.param(o, marks=pytest.mark.long) for o in ({}, {"inner": "inductor"}))],
+    ids=str,
 )
 def test_elementwise_results_are_recomputed_where_asked(options: dict[str, Any]) -> None:
     eager, batch = build("llama"), token_batch(8, 32)

@@ -70,7 +70,7 @@ def test_a_step_on_everything_is_divided_too(llama: tuple[nn.Module, Program]) -
     assert (routed.plan.unrouted.pieces, routed.plan.unrouted.bodies) == (LAYERS + 1, 3)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mixtral", pytest.param("gpt2", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["gemma2", *(pytest.param(n, marks=pytest.mark.long) for n in ("mixtral", "gpt2"))])
 def test_other_families(name: str) -> None:
     """Windows in turn, experts whose statistics reach the loss, another block."""
     built = ARCHITECTURES[name].build
