@@ -168,6 +168,7 @@ ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
 
 
 UNCOMPILED = ("eager", "liger", "original")
+PEERS = ("compile", "random_compile", "liger_compile", "original_compile", *UNCOMPILED)
 DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
 
 
@@ -285,8 +286,13 @@ def main(
         return
     arms = list(arm or DEFAULT_ARMS)
     for name in arms:
-        if Arm.parse(name, ratio).name not in ARMS:
+        parsed = Arm.parse(name, ratio)
+        if parsed.name not in ARMS:
             raise typer.BadParameter(f"arm: got {name!r}, expected one of {', '.join(ARMS)} in front of its switches")
+        if parsed.name in PEERS and parsed != Arm(parsed.name, parsed.ratio, budget=parsed.budget):
+            raise typer.BadParameter(
+                f"arm: got {name!r}, but the switches except +budget=F are for this package's arms"
+            )
     command = [sys.executable, __file__, "--device", device, "--model", model, "--ratio", str(ratio)]
     command += ["--batch", str(shape.batch), "--sequence", str(shape.sequence)] + ["--optimizer"] * optimizer
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}

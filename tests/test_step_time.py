@@ -13,10 +13,14 @@ import typer
 from processes import environment
 
 
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
 def test_an_interrupted_step_benchmark_goes_on_with_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     step_time = importlib.import_module("step_time")
     started: list[str] = []
 
@@ -80,7 +84,6 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
 def test_the_matrix_names_arms_that_exist_and_is_shared_out_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     matrix, step_time = map(importlib.import_module, ("step_time_matrix", "step_time"))
     commands: list[list[str]] = []
     monkeypatch.setattr(matrix.subprocess, "run", lambda command, check: commands.append(command))
@@ -95,3 +98,19 @@ def test_the_matrix_names_arms_that_exist_and_is_shared_out_whole(
                 assert step_time.Arm.parse(argument.removeprefix("--arm="), 0.25).name in step_time.ARMS
         if "--model" in command:
             assert command[command.index("--model") + 1] in step_time.SHAPES
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("sampld", "got 'sampld', expected one of eager, compile"),
+        ("compile+graphs", "the switches except .budget=F are for this package's arms"),
+        ("sampled+graph", "expected NAME.@RATIO."),
+        ("sampled@1.5", "expected NAME.@RATIO."),
+        ("sampled+layers=0", "expected NAME.@RATIO."),
+        ("sampled+budget=a", "expected NAME.@RATIO."),
+    ],
+)
+def test_an_arm_that_is_none_is_named(arm: str, message: str) -> None:
+    with pytest.raises(typer.BadParameter, match=message):
+        importlib.import_module("step_time").main(quick=True, arm=[arm])
