@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
-from processes import environment
 
 
 @pytest.fixture(autouse=True)
@@ -48,18 +45,18 @@ def test_an_interrupted_step_benchmark_goes_on_with_what_is_missing(
     assert started == ["compile", "floor"]
 
 
-def test_the_step_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "step_time.py"
-    arms = [f"--arm={arm}" for arm in ("floor", "sampled@0.5+budget=0.7")]
-    command = [sys.executable, str(script), "--quick", "--device", "cpu", *arms, "--output", str(tmp_path / "out.json")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment())
-    report = json.loads((tmp_path / "out.json").read_text())
+def test_the_step_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # arms are processes, as for a user
+    output = tmp_path / "out.json"
+    arms = ["floor", "sampled@0.5+budget=0.7"]
+    importlib.import_module("step_time").main(device="cpu", quick=True, arm=arms, output=output)
+    report = json.loads(output.read_text())
     samples = report["samples"]
     assert [len(runs[0]["steps"]) for runs in samples.values()] == [3, 3]
     table = (tmp_path / "out.md").read_text()
     assert table.count("\n| ") == 4
-    drawn = [sys.executable, str(script.with_name("step_time_report.py")), str(tmp_path / "out.json")]
-    subprocess.run(drawn, check=True, capture_output=True, timeout=60, env=environment())
+    draw = importlib.import_module("step_time_report").main
+    draw([output])
     assert (tmp_path / "out.md").read_text() == table
     # What a profile on CUDA adds: every kernel is in one part, and the parts are the step.
     routed = samples["sampled@0.5+budget=0.7"][0]
@@ -73,8 +70,8 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
         "_select",
     ]
     routed["profile"] = [[name, 2, 500.0] for name in kernels]
-    (tmp_path / "out.json").write_text(json.dumps(report))
-    subprocess.run(drawn, check=True, capture_output=True, timeout=60, env=environment())
+    output.write_text(json.dumps(report))
+    draw([output])
     found = (tmp_path / "out.md").read_text()
     assert found.count("| 2 | 0.50 | 12% |") == 6
     assert "| rest | | 1.00 | 25% |" in found
