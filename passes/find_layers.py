@@ -277,8 +277,8 @@ def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
     """The longest run of equal consecutive blocks of segments; a segment is what lies between two cuts.
 
     It ends where the repetition does, so that what is left of a block runs in front of it. What a block consists of is
-    nowhere else: of layers A B A no two are blocks, even where a part of B is like one of A. And it makes up most of
-    the graph: two norms in a row behind layers that differ are no stack.
+    nowhere else: of layers A B A no two are blocks, even where a part of B is like one of A. It makes up most of the
+    graph, and less than a block follows it: of layers that differ, two norms in a row or equal attentions are no stack.
     """
     cuts = stream.cuts
     signatures = [_signature(program, before, after) for before, after in pairwise(cuts)]
@@ -301,9 +301,12 @@ def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
             if repeats > 1 and not elsewhere and (best is None or weight > best[0]):
                 best = (weight, start, period, repeats)
             run = 0
-    if best is None or 2 * best[0] <= sum(weights):
+    if best is None:
         return None
-    _, start, period, repeats = best
+    weight, start, period, repeats = best
+    of_one, behind = sum(weights[start : start + period]), sum(weights[start + repeats * period :])
+    if 2 * weight <= sum(weights) or behind >= of_one:
+        return None
     residuals = tuple(cuts[start + period * (index + 1)] for index in range(repeats))
     return Layers("", "repetition + single-residual cut", stream.entry, residuals)
 

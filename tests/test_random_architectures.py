@@ -83,6 +83,13 @@ def test_layers_without_numbers_are_found_by_repetition(naming: str) -> None:
     assert assert_contract(spec, random_batch(5, 7, True, 0)) == "repetition + single-residual cut"
 
 
+def test_equal_attentions_of_layers_that_differ_are_no_stack() -> None:
+    """Only the second layer has a feed-forward, which would end up behind the stack."""
+    layers = (Layer("post", None, "none"), Layer("post", 2, "plain"))
+    spec = Spec(layers, 2, 1, 1, False, True, "learned", "attributes", False, False, False, 7.0, 1.0)
+    assert assert_contract(spec, random_batch(2, 5, True, 1000)) == "refused"
+
+
 def test_two_norms_behind_layers_that_differ_are_no_stack() -> None:
     """A post-norm layer ends in a norm, and the model's own follows."""
     layers = (Layer("pre", 5, "none"), Layer("post", 2, "none"))
