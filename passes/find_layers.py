@@ -278,7 +278,8 @@ def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
 
     It ends where the repetition does, so that what is left of a block runs in front of it. What a block consists of is
     nowhere else: of layers A B A no two are blocks, even where a part of B is like one of A. It makes up most of the
-    graph, and less than a block follows it: of layers that differ, two norms in a row or equal attentions are no stack.
+    graph, and less than a block follows it on the same residual: of layers that differ, two norms in a row or equal
+    attentions are no stack.
     """
     cuts = stream.cuts
     signatures = [_signature(program, before, after) for before, after in pairwise(cuts)]
@@ -304,8 +305,12 @@ def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
     if best is None:
         return None
     weight, start, period, repeats = best
-    of_one, behind = sum(weights[start : start + period]), sum(weights[start + repeats * period :])
-    if 2 * weight <= sum(weights) or behind >= of_one:
+    end = start + repeats * period
+    shape = value(cuts[end]).shape
+    behind = [
+        w for w, cut in zip(weights[end:], cuts[end + 1 :], strict=True) if program.same_shape(value(cut).shape, shape)
+    ]
+    if 2 * weight <= sum(weights) or sum(behind) >= sum(weights[start : start + period]):
         return None
     residuals = tuple(cuts[start + period * (index + 1)] for index in range(repeats))
     return Layers("", "repetition + single-residual cut", stream.entry, residuals)
