@@ -146,10 +146,17 @@ def _random_compiled(model: torch.nn.Module, arm: Arm) -> Callable[..., Any]:
     return step
 
 
-ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
+Make = Callable[..., Callable[..., Any]]
+PEERS: dict[str, Make] = {
     "eager": lambda model, *_: model,
     "compile": lambda model, *_: torch.compile(model),
     "random_compile": _random_compiled,
+    "liger": _liger,
+    "liger_compile": lambda model, *_: torch.compile(_liger(model)),
+    "original": _original,
+    "original_compile": _original_compiled,
+}
+OURS: dict[str, Make] = {
     "all": _ours(ratio=1.0),
     "floor": _ours(ratio=1.0),
     "random": _ours(selection="random"),
@@ -160,15 +167,9 @@ ARMS: dict[str, Callable[..., Callable[..., Any]]] = {
     "token_random": _ours(route="token", selection="random"),
     "loss": _ours(route="loss", router_head="sampled"),
     "token_loss": _ours(route=("token", "loss"), router_head="sampled"),
-    "liger": _liger,
-    "liger_compile": lambda model, *_: torch.compile(_liger(model)),
-    "original": _original,
-    "original_compile": _original_compiled,
 }
-
-
+ARMS = PEERS | OURS
 UNCOMPILED = ("eager", "liger", "original")
-PEERS = ("compile", "random_compile", "liger_compile", "original_compile", *UNCOMPILED)
 DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
 
 

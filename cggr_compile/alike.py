@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from cggr_compile.program import describe
+from cggr_compile.program import callers_region, describe
 
 _CONSTANTS = (
     *(int, float, bool, complex, str, type(None), type(...)),
@@ -68,12 +68,7 @@ def described(item: Any) -> Any:
 def modes_of(values: list[Any]) -> Any:
     """The modes that decide what a call gives."""
     devices = {value.device.type for value in values if isinstance(value, torch.Tensor)}
-    casts = tuple(
-        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in sorted(devices)
-        if torch.amp.is_autocast_available(device)
-    )
-    return (torch.is_grad_enabled(), casts)
+    return (torch.is_grad_enabled(), *map(callers_region, sorted(devices)))
 
 
 def pattern_of(items: Any) -> tuple[int, ...]:

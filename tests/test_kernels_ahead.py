@@ -108,7 +108,7 @@ def test_a_step_compiles_no_kernel_itself(router_head: str) -> None:
     compiled: dict[str, set[str]] = {}
 
     def note(*_: Any, fn: Any, **__: Any) -> None:
-        compiled.setdefault(threading.current_thread().name, set()).add(fn.name)
+        compiled.setdefault(threading.current_thread().name, set()).add(f"{fn.module}.{fn.name}")
 
     model = cggr.optimize(build("llama").cuda().bfloat16(), ratio=0.5, router_head=router_head)
     batch: dict[str, Tensor] = {key: tensor.cuda() for key, tensor in token_batch(48, 32).items()}
@@ -118,6 +118,6 @@ def test_a_step_compiles_no_kernel_itself(router_head: str) -> None:
         model(**batch).loss.backward()
     finally:
         hooks.jit_post_compile_hook = before
-    elsewhere = compiled.pop(threading.current_thread().name, set())
-    assert compiled, "nothing was compiled on other threads"
-    assert not {name for name in elsewhere if "cggr" in name}
+    ours = {thread: {name for name in names if "cggr" in name} for thread, names in compiled.items()}
+    assert any(names for thread, names in ours.items() if thread.startswith("cggr-kernels"))
+    assert not {name for thread, names in ours.items() if not thread.startswith("cggr-kernels") for name in names}

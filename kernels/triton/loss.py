@@ -34,10 +34,9 @@ from cggr_compile.kernels.triton.score import Head, Statistics, target_logits
 from cggr_compile.kernels.triton.tiles import tile_for
 from torch import Tensor
 
-ONE_PASS_BYTES = 2**31
-"""Most bytes of exponentials that `one_pass` holds: a block of rows by the whole vocabulary."""
-SMALL_BYTES = 2**29
-"""The same of `one_pass_small`."""
+ONE_PASS_BYTES = {"one_pass": 2**31, "one_pass_small": 2**29}
+"""The algorithms that make the gradients with the loss, each with the most bytes of exponentials that it holds, a block
+of rows by the whole vocabulary."""
 RECOMPUTE_BYTES = 2**26
 """Most bytes of gradients by logits that `recompute` holds: all rows by a block of columns."""
 
@@ -81,15 +80,10 @@ class Outcome(NamedTuple):
     bias: Tensor
 
 
-def is_one_pass(algorithm: str | None) -> bool:
-    """Whether an algorithm makes the gradients with the loss."""
-    return algorithm in ("one_pass", "one_pass_small")
-
-
 def one_pass_rows(algorithm: str, rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a block of `one_pass` or `one_pass_small`."""
-    most = SMALL_BYTES if algorithm == "one_pass_small" else ONE_PASS_BYTES
-    return _evenly(rows, max(1, most // (classes * dtype.itemsize)), tile_for(dtype, device).rows)
+    """Rows of a block of an algorithm of `ONE_PASS_BYTES`."""
+    most = ONE_PASS_BYTES[algorithm] // (classes * dtype.itemsize)
+    return _evenly(rows, max(1, most), tile_for(dtype, device).rows)
 
 
 def why_not_one_pass(dtype: torch.dtype, options: Options) -> str | None:
@@ -123,14 +117,14 @@ def forward(
     numbers = options.ignore_index, row_weight, options.reduction, num_items
     chosen = counted_first(hidden, target, rows, *numbers)
     if chosen.target.shape[0] == 0:
-        return _of_no_rows(hidden, weight, bias, wanted if is_one_pass(algorithm) else (False,) * 3)
+        return _of_no_rows(hidden, weight, bias, wanted if algorithm in ONE_PASS_BYTES else (False,) * 3)
     linear = Head(weight, bias, options.factor, options.softcap)
     own, shift = target_logits(chosen, linear)
 
     def in_order(x: Tensor) -> Tensor:
         return torch.empty_like(x).scatter_(0, chosen.place, x)
 
-    if is_one_pass(algorithm) and any(wanted):
+    if algorithm in ONE_PASS_BYTES and any(wanted):
         height = one_pass_rows(algorithm, chosen.target.shape[0], len(weight), hidden.dtype, hidden.device)
         losses, gradients = _one_pass(chosen, hidden, linear, own, shift, rows is None, wanted, height)
         log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))

@@ -58,7 +58,7 @@ def _checked(args: tuple[Any, ...]) -> tuple[Any, Options, tuple[bool, bool, boo
 @masked_loss_forward.register_fake
 def _masked_loss_fake(*args: Any) -> tuple[Tensor, ...]:
     (hidden, weight, _, target, _, rows, _), _, wanted, algorithm = _checked(args)
-    with_gradients = loss_kernels.is_one_pass(algorithm) and any(wanted)
+    with_gradients = algorithm in loss_kernels.ONE_PASS_BYTES and any(wanted)
     size = target.shape[0] if rows is None else rows.shape[0]
 
     def single(*shape: Any) -> Tensor:
@@ -127,7 +127,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     loss, row_loss, divisor, log_total, missed, *rest = ctx.saved_tensors
     gradients, tensors = rest[:3], rest[3:]
     hidden = tensors[0]
-    if loss_kernels.is_one_pass(ctx.algorithm):
+    if ctx.algorithm in loss_kernels.ONE_PASS_BYTES:
         found = [
             torch.ops.cggr_triton.scaled(x, grad, hidden.dtype) if want else None
             for x, want in zip(gradients, ctx.wanted, strict=True)
@@ -181,11 +181,11 @@ def masked_loss(
     autocasts = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocasts else hidden.dtype
     obstacle = why_not_one_pass(dtype, Options(*numbers))
-    if loss_kernels.is_one_pass(algorithm) and obstacle:
+    if algorithm in loss_kernels.ONE_PASS_BYTES and obstacle:
         raise ValueError(f"masked_loss: algorithm {algorithm!r} does not apply: {obstacle}; use 'recompute'")
     algorithm = algorithm or default_algorithm(dtype, Options(*numbers))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    if loss_kernels.is_one_pass(algorithm) and not any(wanted):
+    if algorithm in loss_kernels.ONE_PASS_BYTES and not any(wanted):
         algorithm = "recompute"
     return torch.ops.cggr_triton.masked_loss(
         hidden, weight, bias, target, row_weight, rows, num_items, *numbers, wanted, algorithm

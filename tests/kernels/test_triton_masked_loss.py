@@ -142,7 +142,7 @@ def test_int64_offsets_into_a_block_with_huge_rows(algorithm: str, monkeypatch: 
         torch.empty(32, stride, dtype=torch.bfloat16)
     except RuntimeError:
         pytest.skip("no 8 GiB of virtual memory")
-    monkeypatch.setattr(loss_kernels, "ONE_PASS_BYTES", 2**50)
+    monkeypatch.setitem(loss_kernels.ONE_PASS_BYTES, "one_pass", 2**50)
     monkeypatch.setattr(loss_kernels, "RECOMPUTE_BYTES", 2**50)
     monkeypatch.setattr(loss_kernels, "aligned", lambda columns, x: stride)
     check(algorithm, draw(19, 9, 11, torch.bfloat16, ignored=0), roundings=ROUNDINGS)
@@ -153,7 +153,7 @@ def test_int64_offsets_into_a_block_with_huge_rows(algorithm: str, monkeypatch: 
 def test_int64_offsets_beyond_32_bits_on_cuda(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, width, classes = 16384, 64, 151936
     assert rows * classes > 2**31
-    monkeypatch.setattr(loss_kernels, "ONE_PASS_BYTES", 2**40)
+    monkeypatch.setitem(loss_kernels.ONE_PASS_BYTES, "one_pass", 2**40)
     monkeypatch.setattr(loss_kernels, "RECOMPUTE_BYTES", 2**40)
     case = draw(rows, width, classes, torch.bfloat16, ignored=0)
     found = steps(algorithm, case, reduction="sum")
@@ -585,7 +585,7 @@ def test_small_blocks_are_one_pass_in_smaller_blocks(monkeypatch: pytest.MonkeyP
     case = draw(300, 9, 19, torch.bfloat16, ignored=3)
     expected = steps("triton_one_pass", case)  # in blocks of a tile
     whole_blocks(monkeypatch)
-    monkeypatch.setattr(loss_kernels, "SMALL_BYTES", 1)
+    monkeypatch.setitem(loss_kernels.ONE_PASS_BYTES, "one_pass_small", 1)
     monkeypatch.setattr(loss_kernels.Exponentials, "unnormalized", counted)
     assert_same(steps("triton_one_pass_small", case), expected)
     assert len(blocks) > 1

@@ -324,7 +324,7 @@ def shrink_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     SHAPE then has three tiles in each dimension, the last of them ragged, on either device.
     """
-    monkeypatch.setattr(loss_kernels, "ONE_PASS_BYTES", 1)
+    monkeypatch.setitem(loss_kernels.ONE_PASS_BYTES, "one_pass", 1)
     monkeypatch.setattr(loss_kernels, "RECOMPUTE_BYTES", 1)
     if DEVICE.type == "cuda":
         return
@@ -340,7 +340,7 @@ def shrink_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undoes the small blocks of `shrink_tiles`: all rows, or all columns, are one block of several tiles."""
-    monkeypatch.setattr(loss_kernels, "ONE_PASS_BYTES", 2**30)
+    monkeypatch.setitem(loss_kernels.ONE_PASS_BYTES, "one_pass", 2**30)
     monkeypatch.setattr(loss_kernels, "RECOMPUTE_BYTES", 2**30)
 
 
