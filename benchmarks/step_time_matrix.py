@@ -21,7 +21,8 @@ import typer
 MATRIX = {
     "llama-1b": (
         "--model Llama-3.2-1B --side-by-side 3",
-        "compile sampled+graphs floor+graphs all+graphs all+outlined+recompute+small random_compile original_compile",
+        "compile sampled+graphs floor+graphs all+graphs all+outlined+recompute+small random_compile original_compile "
+        "all+outlined+recompute+small+budget=0.75",
     ),
     "smollm": (
         "--side-by-side 5",
@@ -32,14 +33,15 @@ MATRIX = {
         "--side-by-side 4",
         "compile liger_compile sampled+graphs loss+graphs token+graphs liger original eager",
     ),
-    "smollm-adamw": ("--optimizer --side-by-side 4", "compile sampled+graphs floor+graphs all+graphs"),
     "qwen": (
         "--model Qwen2.5-0.5B --side-by-side 3",
         "compile sampled+graphs floor+graphs all+graphs all+outlined+recompute+small random_compile original_compile",
     ),
+    "smollm-adamw": ("--optimizer --side-by-side 4", "compile sampled+graphs floor+graphs all+graphs"),
     "smollm-360m": (
         "--model SmolLM-360M --side-by-side 2",
-        "compile sampled+graphs all+graphs all+outlined+recompute+small floor+graphs",
+        "compile sampled+graphs all+graphs all+outlined+recompute+small floor+graphs "
+        "all+outlined+recompute+small+budget=0.9",
     ),
     "smollm-4096": (
         "--batch 8 --sequence 4096 --side-by-side 4",

@@ -95,9 +95,9 @@ class Replayed:
             warnings.warn(f"running without CUDA graphs: {self.obstacle}", RuntimeWarning, stacklevel=4)
 
 
-def obstacle_of(module: fx.GraphModule) -> str | None:
+def obstacle_of(graph: fx.Graph) -> str | None:
     """Why a step cannot be recorded, or None as far as its graph tells."""
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
             continue

@@ -84,4 +84,5 @@ def _call(program: Program, node: fx.Node, sizes: Mapping[Any, int], trained: se
         outputs = target(*args, **kwargs)
     if isinstance(outputs, torch.Tensor) and outputs.requires_grad:
         leaves = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
-        torch.autograd.grad(outputs, leaves, torch.empty_like(outputs))
+        with torch.autograd.set_multithreading_enabled(False):  # another thread would not know that this only compiles
+            torch.autograd.grad(outputs, leaves, torch.empty_like(outputs))

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import fx
 
 from cggr_compile import compat
 from cggr_compile.ahead import GivenScores, ScoresReady
@@ -318,7 +319,6 @@ class Variant:
         self.recompute = recompute
         self.pool = pool
         self.program = program
-        self.module = lower_regions(program, checkpoints=inner == "eager")
         self.outline = outline_layers(program) if outlined and inner != "eager" else None
         self.specialized: OrderedDict[tuple[int, ...], Callable[..., Any]] = OrderedDict()
         self.compilations = 0
@@ -326,6 +326,11 @@ class Variant:
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         return self._run(*inputs)
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """All of the program as one module: what runs, or is compiled, where it is not in pieces."""
+        return lower_regions(self.program, checkpoints=self.inner == "eager")
 
     @property
     def _replayed(self) -> list[Replayed]:
@@ -362,7 +367,7 @@ class Variant:
             self.compilations += 1
             compiled = self._compile(inputs)
             if self.pool is not None:
-                compiled = Replayed(compiled, self.pool, obstacle_of(self.module))
+                compiled = Replayed(compiled, self.pool, obstacle_of(self.program.graph))
             self.specialized[key] = compiled
             if len(self.specialized) > MAX_SPECIALIZATIONS:
                 self.specialized.popitem(last=False)

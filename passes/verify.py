@@ -57,10 +57,19 @@ def _check_effects(before: Program, after: Program, pass_name: str) -> None:
 
 
 def _effects(program: Program) -> Counter:
+    known: dict[object, bool] = {}
+
+    def acts(node: fx.Node) -> bool:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return node.is_impure()
+        if node.target not in known:  # an operator acts by its schema, whatever its arguments
+            known[node.target] = node.is_impure()
+        return known[node.target]
+
     return Counter(
         str(node.target)
         for node in program.graph.nodes
-        if node.op == "call_function" and node.meta[PART] in TRAINED_PARTS and node.is_impure()
+        if node.op == "call_function" and node.meta[PART] in TRAINED_PARTS and acts(node)
     )
 
 

@@ -18,7 +18,7 @@ from cggr_compile.program import describe
 
 
 def _graph(function: Callable[..., Any], batch: dict[str, Any], run: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Dynamo's nodes: calls, descriptions of the values, and which of the values share memory."""
+    """Dynamo's nodes: calls, descriptions of the values, which of these share memory, and which are views."""
     rows: list[dict[str, Any]] = []
 
     def record(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
@@ -28,8 +28,11 @@ def _graph(function: Callable[..., Any], batch: dict[str, Any], run: Callable[..
             found = node.meta.get("example_value")
             for x in found if isinstance(found, (tuple, list)) else [found]:
                 if isinstance(x, FakeTensor):
-                    storage = storages.setdefault(StorageWeakRef(x.untyped_storage()), len(storages))
-                    row["value"] = (describe(x), describe(x.storage_offset()), x.is_leaf, storage)
+                    reference = StorageWeakRef(x.untyped_storage())
+                    # Some operators compute views of tensors that nobody has.
+                    is_view = reference in storages and x._is_view()
+                    storage = storages.setdefault(reference, len(storages))
+                    row["value"] = (describe(x), describe(x.storage_offset()), x.is_leaf, storage, is_view)
             rows.append(row)
         return gm.forward
 
@@ -83,6 +86,16 @@ def _views(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (y + y.contiguous()).reshape(x.shape).to(x.dtype)
 
 
+def _views_of_views(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    y = (x @ weight)[:, 2:].unsqueeze(1).expand(-1, 3, -1)
+    with torch.no_grad():
+        z = x.detach()[1:].T.T
+    last = y[..., -1:].detach()
+    y = y.contiguous()
+    y[0].mul_(2)
+    return (x[1:] * z).sum() + last.sum() + x + y.sum(1)[:, :1]
+
+
 def _without_gradient(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         y = x @ weight
@@ -108,7 +121,9 @@ def _known_numbers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * two.item() + (x @ weight) * three.item()
 
 
-@pytest.mark.parametrize("body", [_known_numbers, _in_place, _views, _without_gradient, _casts, _mapped, _numbers])
+@pytest.mark.parametrize(
+    "body", [_known_numbers, _in_place, _views, _views_of_views, _without_gradient, _casts, _mapped, _numbers]
+)
 def test_calls_of_all_kinds(body: Callable[..., Any]) -> None:
     assert assert_same_graph(_Block(body), {"x": torch.randn(6, 8)}) > 0
 
