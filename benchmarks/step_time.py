@@ -10,7 +10,7 @@ first steps are `cold`, those of the rounds `first`. Medians over all steps are 
 as it comes: `--resume` goes on where a machine was lost. `step_time_report.py` draws them; `step_time_matrix.py` has
 the runs that this project reports.
 
-Arms: `eager` and `compile` are transformers on all rows, `random_compile` is torch.compile on random rows. `all` is
+Arms: `eager` and `compile` are transformers on all rows, `random_eager` and `random_compile` on random rows. `all` is
 this package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
 sampled head, `ahead` with the router of the next step beside each. `floor` is `all` on a batch of just the kept rows.
 `token`, `loss` and `token_loss` are the other routes, scored by the sampled head, `token_random` draws its tokens.
@@ -135,13 +135,11 @@ def _original_compiled(model: torch.nn.Module, arm: Arm) -> torch.nn.Module:
     return routed
 
 
-def _random_compiled(model: torch.nn.Module, arm: Arm) -> Callable[..., Any]:
-    compiled = torch.compile(model)
-
+def _on_random_rows(model: Callable[..., Any], arm: Arm) -> Callable[..., Any]:
     def step(input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
         order = torch.randperm(len(input_ids), device=input_ids.device)
         rows = order[: kept_of(arm.ratio, len(input_ids))].sort().values
-        return compiled(input_ids=input_ids[rows], labels=labels[rows])
+        return model(input_ids=input_ids[rows], labels=labels[rows])
 
     return step
 
@@ -150,7 +148,8 @@ Make = Callable[..., Callable[..., Any]]
 PEERS: dict[str, Make] = {
     "eager": lambda model, *_: model,
     "compile": lambda model, *_: torch.compile(model),
-    "random_compile": _random_compiled,
+    "random_eager": _on_random_rows,
+    "random_compile": lambda model, arm: _on_random_rows(torch.compile(model), arm),
     "liger": _liger,
     "liger_compile": lambda model, *_: torch.compile(_liger(model)),
     "original": _original,
@@ -169,7 +168,7 @@ OURS: dict[str, Make] = {
     "token_loss": _ours(route=("token", "loss"), router_head="sampled"),
 }
 ARMS = PEERS | OURS
-UNCOMPILED = ("eager", "liger", "original")
+UNCOMPILED = ("eager", "random_eager", "liger", "original")
 DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
 
 

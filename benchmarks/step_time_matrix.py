@@ -31,7 +31,7 @@ MATRIX = {
     ),
     "smollm-peers": (
         "--side-by-side 4",
-        "compile liger_compile sampled+graphs loss+graphs token+graphs liger original eager",
+        "compile liger_compile sampled+graphs loss+graphs token+graphs liger original eager random_eager",
     ),
     "qwen": (
         "--model Qwen2.5-0.5B --side-by-side 3",
@@ -52,15 +52,18 @@ MATRIX = {
 
 def main(
     folder: Annotated[Path, typer.Argument(help="for the JSON files and their tables")],
+    only: Annotated[list[str] | None, typer.Option(help="repeatable: " + ", ".join(MATRIX))] = None,
     budget: Annotated[float, typer.Option(help="seconds for all of it")] = 3600.0,
     part: Annotated[int, typer.Option(help="which share, from 0")] = 0,
     parts: Annotated[int, typer.Option(help="how many there are")] = 1,
     commit: Annotated[str | None, typer.Option(help="the commit measured, where there is no checkout")] = None,
 ) -> None:
     """Runs the benchmark for every file of this part."""
+    if unknown := set(only or ()) - set(MATRIX):
+        raise typer.BadParameter(f"only: got {', '.join(sorted(unknown))}, expected some of {', '.join(MATRIX)}")
     end = time.monotonic() + budget
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (options, arms) in list(MATRIX.items())[part::parts]:
+    for name, (options, arms) in [(name, MATRIX[name]) for name in only or MATRIX][part::parts]:
         command = [sys.executable, str(Path(__file__).with_name("step_time.py")), "--device", "cuda", "--rounds", "1"]
         command += [*options.split(), *(f"--arm={arm}" for arm in arms.split())]
         command += ["--output", str(folder / f"step_time-{name}-h100.json"), "--resume"]

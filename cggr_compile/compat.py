@@ -166,25 +166,30 @@ class _Functions(str):
 
 @contextmanager
 def tracing_options() -> Iterator[None]:
-    """Two options of Dynamo for traces within.
+    """Options of Dynamo for traces within.
 
     Calls of `logging` loggers, which it cannot trace otherwise, are passed over: a compiled step would not log either.
     Not for traces of others, which may rely on the graph break. Fake tensors are computed, not cached: an entry costs
-    more than it saves where sizes are symbols.
+    more than it saves where sizes are symbols. Garbage is left to Python's collector, which looks for it anyway.
 
     `torch._dynamo.config.patch` defines a class at every call; the first option has another name in older versions.
     """
     config = torch._dynamo.config
     ignored = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
-    before = getattr(config, ignored), config.fake_tensor_cache_enabled
     silent = {getattr(Logger, name) for name in _LOGGING if hasattr(Logger, name)}
-    setattr(config, ignored, _Functions(frozenset(before[0]) | silent))
-    config.fake_tensor_cache_enabled = False
+    options = {
+        ignored: _Functions(frozenset(getattr(config, ignored)) | silent),
+        "fake_tensor_cache_enabled": False,
+        "run_gc_after_compile": False,
+    }
+    before = {name: getattr(config, name) for name in options}
+    for name, option in options.items():
+        setattr(config, name, option)
     try:
         yield
     finally:
-        setattr(config, ignored, before[0])
-        config.fake_tensor_cache_enabled = before[1]
+        for name, option in before.items():
+            setattr(config, name, option)
 
 
 def unmark_buffers(model: nn.Module) -> None:

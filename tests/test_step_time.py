@@ -95,6 +95,14 @@ def test_the_matrix_names_arms_that_exist_and_is_shared_out_whole(
                 assert step_time.Arm.parse(argument.removeprefix("--arm="), 0.25).name in step_time.ARMS
         if "--model" in command:
             assert command[command.index("--model") + 1] in step_time.SHAPES
+    commands.clear()
+    matrix.main(tmp_path / "some", only=["qwen", "smollm"])
+    assert [Path(command[command.index("--output") + 1]).name for command in commands] == [
+        "step_time-qwen-h100.json",
+        "step_time-smollm-h100.json",
+    ]
+    with pytest.raises(typer.BadParameter, match="only: got qwem, expected some of llama-1b"):
+        matrix.main(tmp_path / "none", only=["qwem", "qwen"])
 
 
 @pytest.mark.parametrize(
