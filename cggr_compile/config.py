@@ -115,9 +115,10 @@ class RoutingConfig:
             of a gated MLP) is computed again where the backward needs it as the operand of a matrix product, which
             costs a little time. For inner backends with torch's partitioner (inductor, aot_eager).
         cuda_graphs: record the compiled step for each batch shape and replay it (`cuda_graphs.py`), which helps where
-            the host launches kernels more slowly than the device runs them. A recording keeps its activations and a
-            copy of the gradients. Where a step cannot be recorded it runs as it is, with a warning, and the report
-            says why.
+            the host launches kernels more slowly than the device runs them. A recording keeps the memory of its
+            activations and gradients; gradients are copied out of it only where a loop holds one over a step, as
+            accumulation does. Where a step cannot be recorded it runs as it is, with a warning, and the report says
+            why.
         kernels: implementations of the operators: `"auto"` (the best that can run), the name of a provider for every
             operator that has it (`"triton"`, `"reference"`), or a mapping from operators to providers, e.g.
             `{"masked_loss": "triton_recompute"}`. One that cannot run raises `CannotOptimize`.

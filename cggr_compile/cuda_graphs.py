@@ -4,8 +4,8 @@ Where the host launches kernels more slowly than the device runs them, a replay 
 recording has fixed memory, so what must not be confused is kept apart here:
 
 * Inputs are copied into the recording's own; parameters are used where they are, and one that has moved causes a new
-  recording. Results and gradients are copied out, so that those of two micro-batches add up, and a loss that is kept
-  stays what it was.
+  recording. Results are copied out, so that a loss that is kept stays what it was; gradients are handed out where they
+  are, and what is held of them survives the next replay (`graph_memory`).
 * Activations live from a forward to its backward. A forward that comes while another one still waits for its backward
   is not replayed but run; a backward whose activations are gone raises.
 * Recording runs the step a few times. It takes the random-number state back afterwards, and refuses steps that change
@@ -15,43 +15,16 @@ recording has fixed memory, so what must not be confused is kept apart here:
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from cggr_compile.graph_memory import Pool, Turn, gradients_of
+
 WARM_UP = 2
 """Runs before a recording: libraries and Triton allocate and compile in the first."""
-
-
-class Pool:
-    """What the recordings of one model share: memory, and the turn of the forward that waits for its backward."""
-
-    def __init__(self) -> None:
-        self.handle = torch.cuda.graph_pool_handle()
-        self._open: weakref.ReferenceType[_Turn] | None = None
-        # A pool whose last graph is gone cannot be recorded into again; this one stays.
-        self._keeper = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._keeper, pool=self.handle):
-            torch.zeros(1, device="cuda")
-
-    @property
-    def busy(self) -> bool:
-        """Whether a replayed forward still waits for its backward: its loss is alive and was not differentiated."""
-        turn = None if self._open is None else self._open()
-        return turn is not None and not turn.over
-
-    def open(self, turn: _Turn) -> None:
-        """Hands the memory for activations to a forward."""
-        self._open = weakref.ref(turn)
-
-
-class _Turn:
-    """One replayed forward, kept alive by its autograd node."""
-
-    over = False
 
 
 class Replayed:
@@ -139,11 +112,12 @@ class _Recording:
         torch.cuda.set_rng_state(state)
 
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, pool=pool.handle):
+        with torch.cuda.graph(self._forward, pool=pool.activations.handle):
             outputs = run(*self._leaves)
         self._of_outputs = [torch.zeros_like(x) for x in _differentiable(outputs)]
-        with torch.cuda.graph(self._backward, pool=pool.handle):
-            self._gradients = gradients(outputs, self._of_outputs)
+        with torch.cuda.graph(self._backward, pool=pool.gradients.handle):
+            found = gradients(outputs, self._of_outputs)
+        self._gradients = gradients_of(found, pool.gradients.holder())
         self._outputs = [x.detach() if isinstance(x, Tensor) else x for x in outputs]
         self._differentiable = [isinstance(x, Tensor) and x.requires_grad for x in outputs]
 
@@ -172,12 +146,11 @@ class _Recording:
         return [not differs for x, differs in pairs if isinstance(x, Tensor)]
 
     def backward(self, of_outputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Replays the backward; copies of the gradients."""
-        torch._foreach_copy_(self._of_outputs, list(of_outputs))
-        self._backward.replay()
-        copies = [None if x is None else torch.empty_like(x) for x in self._gradients]
-        torch._foreach_copy_(_present(copies), _present(self._gradients))
-        return copies
+        """Replays the backward; the gradients, as the pool lends them."""
+        with self.pool.lending.held_kept():
+            torch._foreach_copy_(self._of_outputs, list(of_outputs))
+            self._backward.replay()
+            return self.pool.lending.hand_out(self._gradients)
 
 
 class _Replay(torch.autograd.Function):
@@ -185,7 +158,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, recording: _Recording, inputs: tuple[Any, ...], *sources: Tensor) -> tuple[Tensor, ...]:
-        ctx.recording, ctx.turn = recording, _Turn()
+        ctx.recording, ctx.turn = recording, Turn()
         recording.pool.open(ctx.turn)
         found = recording.forward(inputs)
         ctx.constants = recording.constants
@@ -215,10 +188,6 @@ def _leaf(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return x
     return (x.detach() if _stays(x) else x.detach().clone()).requires_grad_(x.requires_grad)
-
-
-def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
 
 
 def _differentiable(outputs: Sequence[Any]) -> list[Tensor]:

@@ -111,7 +111,8 @@ class Report:
         causal_attentions: attentions whose mask was proved causal and dropped.
         outlined: "off", or into how many pieces steps were divided, how many of them were compiled, and why others
             could not be divided.
-        cuda_graphs: "off", or how many steps were recorded, and why others could not be.
+        cuda_graphs: "off", or how many steps were recorded, whether their gradients are copied out, and why others
+            could not be recorded.
         compilations: specialised programs the inner backend compiled for the latest capture.
         passive: why calls were not routed, with the number of graphs.
     """
@@ -471,7 +472,9 @@ def _cuda_graphs(plan: Plan) -> str:
     variants = _variants(plan).values()
     obstacles = dict.fromkeys(text for variant in variants for text in variant.obstacles)
     recorded = f"{sum(variant.recordings for variant in variants)} recorded"
-    return "; ".join([recorded, *(f"not recorded: {text}" for text in obstacles)])
+    pool = plan.runtime.pool
+    copied = ["gradients copied: one was held over a step"] if pool is not None and pool.lending.copies else []
+    return "; ".join([recorded, *copied, *(f"not recorded: {text}" for text in obstacles)])
 
 
 def _listing(counts: dict[str, int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -119,6 +120,81 @@ def test_a_second_backward_raises() -> None:
         loss.backward()
 
 
+def cleared(model: torch.nn.Module) -> None:
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.gpu
+def test_gradients_that_nobody_holds_are_not_copied() -> None:
+    replayed, plain = pair()
+    places = []
+    for batch in batches(6):
+        for model in (replayed, plain):
+            cleared(model)
+            model(**batch).loss.backward()
+        assert_same(replayed, plain)
+        places.append([parameter.grad.data_ptr() for parameter in replayed.parameters()])
+    assert places[2] == places[3] == places[4] == places[5]
+    assert replayed.cggr.report().cuda_graphs == "1 recorded"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda parameter: parameter.grad,
+        lambda parameter: parameter.grad.view(-1)[1:],
+        lambda parameter: parameter.grad.detach(),
+    ],
+)
+def test_gradients_that_are_held_keep_their_values(held: Callable[[torch.nn.Parameter], torch.Tensor]) -> None:
+    replayed, plain = pair()
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for step, batch in enumerate(batches(8)):
+        for model in (replayed, plain):
+            cleared(model)
+            model(**batch).loss.backward()
+        assert_same(replayed, plain)
+        if step in (3, 4, 6):
+            some = list(replayed.parameters())[::2]
+            kept += [(held(parameter), held(parameter).clone()) for parameter in some]
+    for now, then in kept:
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_gradients_held_while_another_size_is_replayed() -> None:
+    replayed, plain = pair()
+    small, large = batches(4, batch=4), batches(4, batch=8)
+    # Both sizes are recorded, and nothing is held over a step so far.
+    for batch in (*small, *large, *small):
+        for model in (replayed, plain):
+            cleared(model)
+            model(**batch).loss.backward()
+    for pattern in (small[:1] + large[:2], large[:1] + small[:1] + large[:1]):
+        for model in (replayed, plain):
+            cleared(model)
+            for batch in pattern:
+                model(**batch).loss.backward()
+        assert_same(replayed, plain)
+
+
+@pytest.mark.gpu
+def test_gradients_cleared_by_zeros_or_between_forward_and_backward() -> None:
+    replayed, plain = pair()
+    for step, batch in enumerate(batches(12)):
+        for model in (replayed, plain):
+            if step < 6:
+                loss = model(**batch).loss
+                cleared(model)
+            else:
+                model.zero_grad(set_to_none=False)
+                loss = model(**batch).loss
+            loss.backward()
+        assert_same(replayed, plain)
+        assert ("copied" in replayed.cggr.report().cuda_graphs) == (step > 6)
+
+
 @pytest.mark.gpu
 def test_parameters_that_moved_are_recorded_anew() -> None:
     replayed, plain = pair()
@@ -128,7 +204,7 @@ def test_parameters_that_moved_are_recorded_anew() -> None:
                 parameter.data = parameter.data.clone()
             model(**batch).loss.backward()
         assert_same(replayed, plain)
-    assert replayed.cggr.report().cuda_graphs == "5 recorded"
+    assert replayed.cggr.report().cuda_graphs == "5 recorded; gradients copied: one was held over a step"
 
 
 @pytest.mark.gpu
