@@ -2,9 +2,9 @@
 
 Activations and gradients have a memory pool each: what a backward writes is never where a forward writes, so gradients
 can be handed out where a replay left them, without a copy. The next replay of any backward writes there again. Whoever
-holds a gradient until then (`.grad` in a loop that adds up micro-batches or clears by zeros, a tensor kept aside, a view
-of one) keeps its values: they are set aside and written back behind the replay. From then on gradients are copied out,
-for what was held once will be again. Work on another stream that reads a gradient has to hold it until it is done.
+holds a gradient until then (`.grad` in a loop that adds up micro-batches or clears by zeros, a tensor kept aside or a
+view of one) keeps its values: they are set aside and written back behind the replay. From then on gradients are copied
+out, for what was held once will be again. Work on another stream that reads a gradient has to hold it until it is done.
 """
 
 from __future__ import annotations

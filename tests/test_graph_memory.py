@@ -1,4 +1,4 @@
-"""Gradients that are lent: who holds one keeps its values. A replay is played by writing to the memory it would write."""
+"""Gradients that are lent: who holds one keeps its values. A replay is played by writing where it would."""
 
 from __future__ import annotations
 
