@@ -4,10 +4,10 @@ Where the host launches kernels more slowly than the device runs them, a replay 
 recording has fixed memory, so what must not be confused is kept apart here:
 
 * Inputs are copied into the recording's own; parameters are used where they are, and one that has moved causes a new
-  recording. Results are copied out, so that a loss that is kept stays what it was; gradients are handed out where they
-  are, and what is held of them survives the next replay (`graph_memory`).
-* Activations live from a forward to its backward. A forward that comes while another one still waits for its backward
-  is not replayed but run; a backward whose activations are gone raises.
+  recording. Results are copied out, so that a loss that is kept stays what it was; gradients are where no loop holds
+  them up to its next forward (`graph_memory`).
+* Activations live from a forward to its backward. A forward that comes while another one still waits for its backward,
+  or while a gradient in this memory is held, is not replayed but run; a backward whose activations are gone raises.
 * Recording runs the step a few times. It takes the random-number state back afterwards, and refuses steps that change
   their inputs, which such runs would change too.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from cggr_compile.graph_memory import Pool, Turn, gradients_of
+from cggr_compile.graph_memory import Pool, Turn
 
 WARM_UP = 2
 """Runs before a recording: libraries and Triton allocate and compile in the first."""
@@ -44,7 +44,7 @@ class Replayed:
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         # A shape that comes once, as the last batch of an epoch may, is not worth a recording.
-        if not self._called or self.obstacle is not None or self.pool.busy:
+        if not self._called or self.obstacle is not None or not self.pool.is_free():
             self._called = True
             return tuple(self.run(*inputs))
         if self._recording is None or not self._recording.fits(inputs):
@@ -112,12 +112,13 @@ class _Recording:
         torch.cuda.set_rng_state(state)
 
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, pool=pool.activations.handle):
+        with torch.cuda.graph(self._forward, pool=pool.handle):
             outputs = run(*self._leaves)
         self._of_outputs = [torch.zeros_like(x) for x in _differentiable(outputs)]
-        with torch.cuda.graph(self._backward, pool=pool.gradients.handle):
-            found = gradients(outputs, self._of_outputs)
-        self._gradients = gradients_of(found, pool.gradients.holder())
+        with torch.cuda.graph(self._backward, pool=pool.handle):
+            self._gradients = gradients(outputs, self._of_outputs)
+        # A loop that still has gradients at this forward will have them at the next ones.
+        pool.lending.copies |= any(x.is_leaf and x.grad is not None for x in (inputs[place] for place in self._places))
         self._outputs = [x.detach() if isinstance(x, Tensor) else x for x in outputs]
         self._differentiable = [isinstance(x, Tensor) and x.requires_grad for x in outputs]
 
@@ -147,10 +148,9 @@ class _Recording:
 
     def backward(self, of_outputs: Sequence[Tensor]) -> list[Tensor | None]:
         """Replays the backward; the gradients, as the pool lends them."""
-        with self.pool.lending.held_kept():
-            torch._foreach_copy_(self._of_outputs, list(of_outputs))
-            self._backward.replay()
-            return self.pool.lending.hand_out(self._gradients)
+        torch._foreach_copy_(self._of_outputs, list(of_outputs))
+        self._backward.replay()
+        return self.pool.lending.hand_out(self._gradients)
 
 
 class _Replay(torch.autograd.Function):

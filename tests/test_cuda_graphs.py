@@ -158,41 +158,40 @@ def test_gradients_that_are_held_keep_their_values(held: Callable[[torch.nn.Para
         if step in (3, 4, 6):
             some = list(replayed.parameters())[::2]
             kept += [(held(parameter), held(parameter).clone()) for parameter in some]
-    for now, then in kept:
-        torch.testing.assert_close(now, then, rtol=0, atol=0)
+        for now, then in kept:
+            torch.testing.assert_close(now, then, rtol=0, atol=0)
+    assert "copied" in replayed.cggr.report().cuda_graphs
 
 
 @pytest.mark.gpu
-def test_gradients_held_while_another_size_is_replayed() -> None:
+def test_micro_batches_after_steps_without() -> None:
     replayed, plain = pair()
     small, large = batches(4, batch=4), batches(4, batch=8)
-    # Both sizes are recorded, and nothing is held over a step so far.
     for batch in (*small, *large, *small):
         for model in (replayed, plain):
             cleared(model)
             model(**batch).loss.backward()
-    for pattern in (small[:1] + large[:2], large[:1] + small[:1] + large[:1]):
+    assert replayed.cggr.report().cuda_graphs == "2 recorded"
+    for pattern in (small[:1] + large[:2], large[:1] + small[:1] + large[:1], small):
         for model in (replayed, plain):
             cleared(model)
             for batch in pattern:
                 model(**batch).loss.backward()
         assert_same(replayed, plain)
+    assert replayed.cggr.report().cuda_graphs == "2 recorded; gradients copied: one was held over a step"
 
 
 @pytest.mark.gpu
-def test_gradients_cleared_by_zeros_or_between_forward_and_backward() -> None:
+@pytest.mark.parametrize("zeros", [False, True])
+def test_gradients_that_live_up_to_the_next_backward(zeros: bool) -> None:
     replayed, plain = pair()
-    for step, batch in enumerate(batches(12)):
+    for step, batch in enumerate(batches(8)):
         for model in (replayed, plain):
-            if step < 6:
-                loss = model(**batch).loss
-                cleared(model)
-            else:
-                model.zero_grad(set_to_none=False)
-                loss = model(**batch).loss
+            loss = model(**batch).loss
+            model.zero_grad(set_to_none=not zeros)
             loss.backward()
         assert_same(replayed, plain)
-        assert ("copied" in replayed.cggr.report().cuda_graphs) == (step > 6)
+        assert ("copied" in replayed.cggr.report().cuda_graphs) == (step > 0)
 
 
 @pytest.mark.gpu

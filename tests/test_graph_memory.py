@@ -1,4 +1,5 @@
-"""Gradients that are lent: who holds one keeps its values. A replay is played by writing where it would."""
+"""Gradients that are lent: whether somebody holds one, and that two never share memory. Replays are played on the CPU
+by writing where they would."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cggr_compile.graph_memory import Lending, gradients_of
+from cggr_compile.graph_memory import Lending
 
 HOLDERS: list[Callable[[Tensor], object]] = [
     lambda gradient: gradient,
@@ -23,20 +24,16 @@ HOLDERS: list[Callable[[Tensor], object]] = [
 class Recording:
     """A backward with gradients at fixed places; a replay writes the number of the step to all of them."""
 
-    def __init__(self, lending: Lending, backward_alone: bool = True) -> None:
+    def __init__(self, lending: Lending) -> None:
         self.lending = lending
         self.memory = [torch.zeros(2, 3), None, torch.zeros(4), torch.zeros(())]
-        self.gradients = gradients_of(self.memory, lambda x: backward_alone)
 
     def backward(self, step: float) -> list[Tensor | None]:
-        with self.lending.held_kept():
-            for x in self.memory:
-                if x is not None:
-                    x.fill_(step)
-            return self.lending.hand_out(self.gradients)
-
-    def places(self) -> list[int | None]:
-        return [None if x is None else x.data_ptr() for x in self.memory]
+        assert not self.lending.held
+        for x in self.memory:
+            if x is not None:
+                x.fill_(step)
+        return self.lending.hand_out(self.memory)
 
 
 def places(gradients: list[Tensor | None]) -> list[int | None]:
@@ -44,58 +41,57 @@ def places(gradients: list[Tensor | None]) -> list[int | None]:
 
 
 def test_what_nobody_holds_is_lent_again() -> None:
-    lending = Lending()
-    recording = Recording(lending)
+    recording = Recording(Lending())
     for step in range(4):
         found = recording.backward(step)
-        assert places(found) == recording.places()
+        assert places(found) == places(recording.memory)
         assert all(x is None or bool((x == step).all()) for x in found)
         del found
-    assert not lending.copies
 
 
 @pytest.mark.parametrize("hold", HOLDERS)
-def test_what_is_held_keeps_its_values(hold: Callable[[Tensor], object]) -> None:
+def test_a_holder_is_noticed_until_it_lets_go(hold: Callable[[Tensor], object]) -> None:
     lending = Lending()
     recording = Recording(lending)
     held = hold(recording.backward(1)[0])
-    for step in (2, 3):
-        found = recording.backward(step)
-        assert all(x is None or bool((x == step).all()) for x in found)
-    kept = held[0] if isinstance(held, list) else held
-    assert bool((kept == 1).all())
-    assert lending.copies
+    assert lending.held
+    assert lending.held
+    del held
+    assert not lending.held
 
 
-def test_gradients_of_a_recording_that_is_gone_are_kept_too() -> None:
+def test_a_gradient_of_a_recording_that_is_gone_is_still_held() -> None:
     lending = Lending()
-    first, second = Recording(lending), Recording(lending)
-    second.memory[0] = first.memory[0]  # as if what the one needs in between lay where the other's gradient is
-    held = first.backward(1)[0]
-    del first
-    second.backward(2)
-    assert bool((held == 1).all())
+    held = Recording(lending).backward(1)[0]
+    assert lending.held
+    del held
+    assert not lending.held
 
 
-def test_memory_that_is_written_by_others_is_not_lent() -> None:
-    recording = Recording(Lending(), backward_alone=False)
-    found = recording.backward(1)
-    assert all(x is None or x.data_ptr() != place for x, place in zip(found, recording.places(), strict=True))
+def test_copies_are_nobody_elses() -> None:
+    lending = Lending()
+    lending.copies = True
+    recording = Recording(lending)
+    first = recording.backward(1)
+    second = recording.backward(2)
+    assert all(x is None or bool((x == 1).all()) for x in first)
+    assert all(x is None or bool((x == 2).all()) for x in second)
+    assert not lending.held
 
 
-def test_gradients_that_share_memory_are_not_lent() -> None:
-    whole = torch.zeros(6)
-    gradients = gradients_of([whole[:3], whole[3:], torch.zeros(2)], lambda x: True)
+def test_gradients_that_share_memory_are_copied() -> None:
+    whole, alone, twice = torch.arange(6.0), torch.arange(2.0), torch.arange(3.0)
+    gradients = [whole[:3], whole[3:], alone, twice, twice]
     found = Lending().hand_out(gradients)
-    shared = range(whole.data_ptr(), whole.data_ptr() + 24)
-    assert [x.data_ptr() in shared for x in found] == [False, False, False]
-    assert found[2].data_ptr() == gradients[2].tensor.data_ptr()
+    assert all(bool((x == y).all()) for x, y in zip(found, gradients, strict=True))
+    assert len({x.untyped_storage().data_ptr() for x in found}) == 5
+    assert found[2].data_ptr() == alone.data_ptr()
 
 
-def test_gradients_that_something_else_refers_to_are_not_lent() -> None:
+def test_a_gradient_that_something_else_refers_to_is_copied() -> None:
     x = torch.zeros(3)
     constant = x.view(3)
-    (found,) = Lending().hand_out(gradients_of([x], lambda x: True))
+    (found,) = Lending().hand_out([x])
     assert found.data_ptr() != constant.data_ptr()
 
 
@@ -113,28 +109,31 @@ def test_autograd_takes_what_is_lent() -> None:
             return recording.backward(1)[0]
 
     Step.apply(parameter).backward()
-    assert parameter.grad.data_ptr() == recording.places()[0]
+    assert parameter.grad.data_ptr() == recording.memory[0].data_ptr()
+    assert recording.lending.held
     parameter.grad = None
-    Step.apply(parameter).backward()
-    assert not recording.lending.copies
+    assert not recording.lending.held
 
 
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3), st.booleans()), max_size=12))
-def test_micro_batches_add_up(steps: list[tuple[int, int, bool]]) -> None:
-    """Two recordings by turns, a gradient held by one of four holders or not, `.grad` added up by hand."""
+def tensor_of(held: object) -> Tensor:
+    return held[0] if isinstance(held, list) else held
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, len(HOLDERS)), st.booleans()), max_size=12))
+def test_no_replay_changes_what_is_held(steps: list[tuple[int, int, bool]]) -> None:
+    """Two recordings in the same memory by turns, which are not replayed while anything is held."""
     lending = Lending()
     recordings = [Recording(lending), Recording(lending)]
-    held: list[tuple[Tensor, float]] = []
-    total, expected = None, 0.0
-    for step, (which, holder, clear) in enumerate(steps, 1):
+    recordings[1].memory = recordings[0].memory
+    held: list[tuple[object, float]] = []
+    for step, (which, holder, release) in enumerate(steps, 1):
+        if release:
+            held.clear()
+        if lending.held:
+            assert held
+            continue
         found = recordings[which].backward(step)[0]
-        if clear:
-            total, expected = found, float(step)
-        else:
-            total, expected = found if total is None else total.add_(found), expected + step
         if holder:
-            kept = HOLDERS[holder](recordings[which].backward(step)[0])
-            held.append((kept[0] if isinstance(kept, list) else kept, float(step)))
+            held.append((HOLDERS[holder - 1](found), float(step)))
         del found
-        assert bool((total == expected).all())
-        assert all(bool((x == value).all()) for x, value in held)
+        assert all(bool((tensor_of(kept) == value).all()) for kept, value in held)
