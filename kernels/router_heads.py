@@ -88,9 +88,10 @@ def sampled_score(
 
     def rows_of(hidden: Tensor, target: Tensor) -> ShiftedRows:
         own = _target_linear(hidden, weight, bias, target)
-        x = torch.cat([own.unsqueeze(1), F.linear(hidden, read, read_bias)], 1)
-        x = scaled(x, scale, divisor, softcap).float()
-        x = x.masked_fill(F.pad(columns == target.unsqueeze(1), (1, 0)), -math.inf)
+        own = scaled(own, scale, divisor, softcap).float()
+        drawn = scaled(F.linear(hidden, read, read_bias), scale, divisor, softcap).float()
+        drawn = drawn.masked_fill(columns == target.unsqueeze(1), -math.inf)
+        x = torch.cat([own.unsqueeze(1), drawn], 1)
         return ShiftedRows(x, torch.zeros_like(target), F.pad(column_weight, (1, 0), value=1.0))
 
     return statistics(rows_of, hidden, target, quantities, columns.shape[0] + 1, ignore_index)

@@ -53,6 +53,15 @@ def test_any_shape_and_option(
     torch.testing.assert_close(actual, fp8_truth(args, options), **close)
 
 
+def test_inductor_compiles_the_sampled_head() -> None:
+    args = operands(56, 64, 257, seed=0)
+    columns, times = router_heads.sample_columns(args[3], torch.rand(1), 257, 16, 16)
+    compiled = torch.compile(router_heads.sampled_score, fullgraph=True)
+    actual = compiled(*args, columns, times, SAMPLED).double()
+    truth = sampled_truth(args, columns, times)
+    torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-4)
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     classes=st.integers(1, 12),
