@@ -321,7 +321,8 @@ def main_losses(plan: Plan, inputs: Sequence[Any]) -> Tensor:
     """
     analysed = plan.routed(by_score(plan.runtime.config)).program
     assert analysed.layers is not None
-    whole = replace(plan.runtime.config, router_layers=len(analysed.layers), router_head="exact", scoring="loss")
+    exact = {"router_body": "exact", "router_head": "exact", "scoring": "loss"}
+    whole = replace(plan.runtime.config, router_layers=len(analysed.layers), **exact)
     losses, _, _ = plan.scoring("main losses", whole).variant(*inputs)
     return losses.cpu()
 
