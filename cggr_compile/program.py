@@ -164,7 +164,9 @@ class Routing:
     `loss_rows` and `loss_weights` the loss route's; `gathered` lists the inputs that the sequence route gathered,
     `shortened` what the token route's middle layers read.
 
-    `quantized` is None where the router's products are exact. `causal_attentions` counts the attentions that lost their mask to `is_causal`.
+    `quantized` is None where the router's products are exact.
+
+    `causal_attentions` counts the attentions that lost their mask to `is_causal`.
     """
 
     causal_attentions: int = 0

@@ -36,7 +36,7 @@ def fp8_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def scaled_mm(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`fp8_linear` by `torch._scaled_mm`, which on CUDA takes bfloat16 operands of sizes that are multiples of MULTIPLE.
+    """`fp8_linear` by `torch._scaled_mm`, on CUDA for operands in bfloat16 whose D and O are multiples of MULTIPLE.
 
     Scales and bias are applied to the sums before these are rounded to the result's dtype. The sums are the tensor
     cores' own (`use_fast_accum`), which keep fewer bits than fp32.
