@@ -242,9 +242,8 @@ def test_scaled_mm_asks_for_the_card(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("autocast", "compiled"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(
     ("lead", "width", "outputs", "with_bias"),
     [((1,), 16, 16, True), ((3, 5), 64, 48, False), ((3, 5), 64, 48, True), ((2, 65), 512, 128, True)],
@@ -252,7 +251,8 @@ def test_scaled_mm_asks_for_the_card(
 def test_scaled_mm_on_a_gpu(
     lead: tuple[int, ...], width: int, outputs: int, with_bias: bool, autocast: bool, transposed: bool, compiled: bool
 ) -> None:
-    """Weights as a linear and as GPT-2 keep them; the tensor cores' sums keep fewer bits than fp32."""
+    """Weights as a linear and as GPT-2 keep them; the tensor cores' sums keep fewer bits than fp32. Not compiled under
+    autocast: inductor leaves out the rounding to bfloat16 between two operations that it fuses."""
     provider = choose("fp8_linear", torch.device("cuda"), torch.bfloat16)
     assert provider.name == "scaled_mm"
     dtype = torch.float32 if autocast else torch.bfloat16
