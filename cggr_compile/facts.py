@@ -105,7 +105,7 @@ class Report:
         amounts: for each route, what it keeps of the captured batch once warm-up is over: kept, of how many.
         gathered: inputs reduced to the kept rows, with the dimension.
         shortened: what the token route's middle layers read for the kept tokens, and how.
-        providers: implementation chosen for each operator.
+        providers: implementation chosen for each operator, or several for the places where it is called.
         passed_over: for operators left to the reference, the other providers and why they cannot run.
         passes: in order of execution.
         captures: training graphs captured so far.

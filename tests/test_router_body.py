@@ -13,11 +13,14 @@ import pytest
 import torch
 import transformers as T
 from architectures import ARCHITECTURES, GROUPED, Architecture, build, eager_of, token_batch
+from cggr_compile.kernels import fp8_linear
+from cggr_compile.kernels.providers import PROVIDERS, Place, Provider
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import cggr_compile as cggr
 from cggr_compile import probe as probing
+from cggr_compile.graph_text import operator_counts
 from cggr_compile.program import PART, Program, value
 
 RATIO, LAYERS, DEEP = 0.4, 2, 5
@@ -184,6 +187,31 @@ def test_a_router_without_such_products_is_refused() -> None:
 def test_a_provider_that_cannot_run_is_refused() -> None:
     with pytest.raises(cggr.CannotOptimize, match="provider 'scaled_mm' is unavailable on cpu"):
         cggr.explain(build("llama"), token_batch(), **OPTIONS, kernels={"fp8_linear": "scaled_mm"})
+
+
+@pytest.mark.parametrize("route", ["token", "loss", ("sequence", "loss")])
+def test_other_routes_score_their_tokens_with_it(route: str | tuple[str, ...]) -> None:
+    """In place of the exact body's operators, and of no others."""
+    counts = []
+    for body in ("fp8", "exact"):
+        model = cggr.optimize(build("llama"), **{**OPTIONS, "router_body": body}, route=route)
+        assert oracle.step(model, token_batch())[0].isfinite()
+        counts.append(operator_counts(model.cggr.runtime.plans[-1].program.graph))
+    assert counts[0] - counts[1] == {"cggr.fp8_linear[reference]": 14}
+    assert counts[1] - counts[0] == {"aten.linear": 14}
+
+
+def test_every_provider_of_an_operator_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of one router may differ in what can make them."""
+
+    def other_width(place: Place) -> str | None:
+        return None if place.length == 48 else f"for 48 columns, not {place.length}"
+
+    fast = Provider("fast", other_width, lambda: fp8_linear.fp8_linear)
+    monkeypatch.setitem(PROVIDERS, "fp8_linear", {"fast": fast, "reference": PROVIDERS["fp8_linear"]["reference"]})
+    report = cggr.explain(build("llama"), token_batch(), **OPTIONS).report()
+    assert report.providers["fp8_linear"] == "reference, fast"
+    assert report.passed_over["fp8_linear"] == "fast: for 48 columns, not 32"
 
 
 def test_a_probe_compares_with_the_models_own_losses(monkeypatch: pytest.MonkeyPatch) -> None:
