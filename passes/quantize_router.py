@@ -3,9 +3,9 @@
 Scores only rank rows, and nothing else reads the router, so rounding its operands moves no loss and no gradient of the
 rows that are selected. A product is quantised where it is a linear by definition, `linear(x, W, b)` or a product with a
 table of two dimensions that is computed from the model's state alone, and where the sizes of that table are multiples
-of what tensor cores take (`fp8_linear.MULTIPLE`); that rule does not ask for the device, so that rows are selected
-alike on all. Everything else stays exact and is counted: experts' grouped products, convolutions, small tables. The
-head is an operator of its own (`score_head`).
+of what tensor cores take (`fp8_linear.MULTIPLE`); the rule does not ask for the device, so that the same products are
+quantised on all. Tables of other sizes, experts' grouped products and convolutions stay exact and are counted; so does,
+uncounted, whatever other operator reads weights. The head is an operator of its own (`score_head`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def quantize_router(program: Program, config: RoutingConfig) -> Program:
         place = _place_of_weight(node)
         if node.op == "output":
             continue
-        if place is None or node.meta[PART] != "router" or node.args[place] not in weights:
+        if place is None or node.meta[PART] != "router" or node.args[place] not in weights or node in weights:
             builder.copy(node)
             continue
         obstacle = _obstacle(node)

@@ -166,6 +166,26 @@ def test_an_exact_body_has_no_pass_and_no_operator() -> None:
     assert around[0] == around[1]
 
 
+class Merged(nn.Linear):
+    """A linear whose weight is a table and a product of two others."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.down, self.up = (nn.Parameter(torch.randn(shape) / 8) for shape in ((16, inputs), (outputs, 16)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight + self.up @ self.down)
+
+
+def test_products_of_weights_alone_stay_exact() -> None:
+    model = build("llama")
+    model.model.layers[0].self_attn.q_proj = Merged(32, 32)
+    explained = cggr.explain(model, token_batch(), **OPTIONS)
+    assert explained.report().router.body == "fp8 body (14 of 14 products with weights)"
+    parts = [node.meta[PART] for node in explained.program.graph.nodes if node.target == torch.ops.aten.matmul.default]
+    assert sorted(parts) == ["main", "router"]
+
+
 def test_without_a_router_the_option_means_nothing() -> None:
     report = cggr.explain(build("llama"), token_batch(), ratio=RATIO, selection="random", router_body="fp8").report()
     assert report.router is None
