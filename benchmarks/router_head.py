@@ -1,4 +1,5 @@
-"""How well the router's cheap heads keep the order of rows, and what they cost: real weights, real text.
+"""How well the router's cheap heads and its fp8 body keep the order of rows, and what the heads cost: real weights,
+real text.
 
     python benchmarks/router_head.py --output benchmarks/results/router_head-cpu
     python benchmarks/router_head.py --quick      # a few short rows
@@ -6,7 +7,8 @@
 Routers are the first n layers of SmolLM2-135M with its final norm; every head scores the same hidden states of the same
 batches of Paradise Lost. Rank correlations (Spearman) are with the exact head of the same router, over the rows of a
 batch (mean nll) and over its tokens. A time is one call of the operator's reference, divided by the exact head's call
-on the same hidden states. The low-rank basis has been refreshed on other rows only, as in training.
+on the same hidden states. The low-rank basis has been refreshed on other rows only, as in training. Behind the fp8
+body, heads score the hidden states of layers whose linears are `cggr::fp8_linear`, against those of the exact body.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +26,7 @@ from pathlib import Path
 import cggr_compile.kernels.router_head_ops  # noqa: F401  registers torch.ops.cggr
 import torch
 import typer
+from cggr_compile.kernels.fp8_linear import MULTIPLE
 from cggr_compile.kernels.router_heads import refreshed
 from torch import Tensor
 
@@ -32,6 +36,7 @@ from cggr_compile.environment import environment
 from cggr_compile.router_head import cost_factor
 
 SAMPLES = ((64, 64), (256, 256), (512, 512), (1024, 1024), (2048, 2048))
+BODY_SAMPLE = (1024, 1024)
 RANKS = (64, 128)
 STRIDES = (8,)
 REFRESHES = 4
@@ -41,9 +46,11 @@ ops = torch.ops.cggr
 
 @dataclass(frozen=True)
 class Problem:
-    """Hidden states [N, D] of one batch behind one router, those of other rows [M, D], and the targets of both."""
+    """Hidden states [N, D] of one batch behind one router, by the exact and by the fp8 body, those of other rows
+    [M, D], and the targets of both."""
 
     hidden: Tensor
+    fp8_hidden: Tensor
     target: Tensor
     other_hidden: Tensor
     other_target: Tensor
@@ -69,6 +76,20 @@ def hidden_by_depth(model: torch.nn.Module, ids: Tensor, depths: list[int]) -> d
     return {depth: torch.cat(parts) for depth, parts in found.items()}
 
 
+@contextmanager
+def fp8_body(model: torch.nn.Module) -> Iterator[None]:
+    """Puts the operator in place of the layers' linears, as `quantize_router` does."""
+    linears = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    for linear in linears:
+        assert not any(size % MULTIPLE for size in linear.weight.shape)
+        linear.forward = lambda x, linear=linear: ops.fp8_linear(x, linear.weight, linear.bias)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
 def low_rank_basis(problem: Problem, rank: int) -> Tensor:
     """A random basis after REFRESHES refreshes on the other rows."""
     generator = torch.Generator().manual_seed(0)
@@ -79,14 +100,14 @@ def low_rank_basis(problem: Problem, rank: int) -> Tensor:
     return basis
 
 
-def heads(problem: Problem, seed: int) -> Iterator[tuple[str, dict, float, Tensor]]:
-    """Name, options, seconds and token scores [N] of each head; the exact one first."""
+def heads(problem: Problem, seed: int) -> Iterator[tuple[str, dict, float | None, Tensor]]:
+    """Name, options, seconds (None behind the fp8 body) and token scores [N] of each head; the exact one first."""
     operands = (problem.hidden, problem.weight, None, problem.target)
     noise = torch.rand(1, generator=torch.Generator().manual_seed(seed))
 
-    def sampled(frequent: int, drawn: int) -> Tensor:
+    def sampled(frequent: int, drawn: int, hidden: Tensor = problem.hidden) -> Tensor:
         columns = ops.sample_columns(problem.target, noise, len(problem.weight), frequent, drawn)
-        return ops.sampled_score(*operands, *columns, ["nll"])
+        return ops.sampled_score(hidden, *operands[1:], *columns, ["nll"])
 
     yield "exact", {"router_head": "exact"}, *timed(lambda: ops.score(*operands, ["nll"]))
     for frequent, drawn in SAMPLES:
@@ -97,6 +118,11 @@ def heads(problem: Problem, seed: int) -> Iterator[tuple[str, dict, float, Tenso
         call = timed(lambda basis=basis: ops.low_rank_score(*operands, basis, ["nll"])[0])
         yield f"low rank, {rank}", {"router_head": "low_rank", "router_head_rank": rank}, *call
     yield "fp8", {"router_head": "fp8"}, *timed(lambda: ops.fp8_score(*operands, ["nll"]))
+    body = {"router_body": "fp8"}
+    yield "exact, fp8 body", body, None, ops.score(problem.fp8_hidden, *operands[1:], ["nll"])[0]
+    frequent, drawn = BODY_SAMPLE
+    options = {**body, "router_head": "sampled", "router_head_frequent": frequent, "router_head_sampled": drawn}
+    yield f"sampled, {frequent} + {drawn}, fp8 body", options, None, sampled(*BODY_SAMPLE, problem.fp8_hidden)[0]
 
 
 def timed(call) -> tuple[float, Tensor]:
@@ -112,6 +138,7 @@ def compare(problem: Problem, seed: int) -> Iterator[dict]:
     exact_seconds, exact = 0.0, torch.empty(0)
     for name, options, seconds, tokens in heads(problem, seed):
         if name == "exact":
+            assert seconds is not None
             exact_seconds, exact = seconds, tokens
             for stride in STRIDES:
                 strided = exact.view(problem.rows, -1)[:, ::stride].mean(1)
@@ -122,8 +149,7 @@ def compare(problem: Problem, seed: int) -> Iterator[dict]:
             "row": spearman(tokens.view(problem.rows, -1).mean(1), exact.view(problem.rows, -1).mean(1)),
             "token": spearman(tokens, exact),
             "bias": (tokens - exact).mean().item(),
-            "seconds": seconds,
-            "time": seconds / exact_seconds,
+            **({} if seconds is None else {"seconds": seconds, "time": seconds / exact_seconds}),
             "flops": cost_factor(RoutingConfig(**options), len(tokens), vocabulary, width),
         }
 
@@ -137,12 +163,16 @@ def problems(
     other_states = hidden_by_depth(model, other, depths)
     for index, ids in enumerate(windows.batches(steps=batches, batch_size=rows, seed=0)):
         states = hidden_by_depth(model, ids, depths)
+        with fp8_body(model):
+            fp8_states = hidden_by_depth(model, ids, depths)
         for depth in depths:
             parts = [
                 (x[:, :-1].flatten(0, 1), y[:, 1:].flatten())
                 for x, y in ((states[depth], ids), (other_states[depth], other))
             ]
-            yield index, depth, Problem(*parts[0], *parts[1], weight, rows)
+            (hidden, target), others = parts
+            fp8_hidden = fp8_states[depth][:, :-1].flatten(0, 1)
+            yield index, depth, Problem(hidden, fp8_hidden, target, *others, weight, rows)
 
 
 def render(report: dict) -> str:
@@ -152,8 +182,8 @@ def render(report: dict) -> str:
     lines = [
         f"{report['model']}, {report['text']}, {report['shape']}; {report['device']}, commit {report['commit']}, "
         f"{versions}. `{report['command']}`\n",
-        "Cells: lowest rank correlation with the exact head over the batches, of rows / of tokens; **bold** where the "
-        f"rows' is at least {WANTED}.\n",
+        "Cells: lowest rank correlation with the exact head and body over the batches, of rows / of tokens; **bold** "
+        f"where the rows' is at least {WANTED}.\n",
         f"| head | FLOPs | time | {' | '.join(f'{depth} layers' for depth in depths)} |",
         "| --- " * (3 + len(depths)) + "|",
     ]
@@ -177,7 +207,7 @@ def _cell(records: list[dict]) -> str:
 def main(
     rows: int = 64, sequence_length: int = 256, batches: int = 3, quick: bool = False, output: Path | None = None
 ) -> None:
-    """Measures every head and prints the table; `--output NAME` writes NAME.json and NAME.md."""
+    """Measures every head and the fp8 body, and prints the table; `--output NAME` writes NAME.json and NAME.md."""
     if quick:
         rows, sequence_length, batches = 8, 64, 1
     pretrained = load_pretrained(None)

@@ -23,6 +23,7 @@ ROUTES = ("sequence", "token", "loss")
 COMPOSITIONS = (("sequence", "loss"), ("token", "loss"))
 RESAMPLES = ("block", "layer")
 SCORINGS = tuple(reference.SCORINGS)
+ROUTER_BODIES = ("exact", "fp8")
 ROUTER_HEADS = ("exact", "sampled", "low_rank", "fp8")
 FALLBACKS = ("raise", "eager")
 
@@ -69,6 +70,9 @@ class RoutingConfig:
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); a row's score is the mean over its counted tokens, in fp32.
+        router_body: how the products of the router's layers with the model's weights are made: `"exact"`, as the model
+            makes them, or `"fp8"`, of rows rounded to float8_e4m3fn (`quantize_router.py`), which ranks rows a little
+            differently. Where the router has no such product `"fp8"` raises `CannotOptimize`.
         router_head: how the router's logits are computed: `"exact"`, or estimated by `"sampled"` (a sample of the
             vocabulary; `"loss"` and `"entropy"` only), `"low_rank"` or `"fp8"`. The loss is always exact.
         router_head_frequent, router_head_sampled: sampled head: how many of the batch's most frequent tokens, and how
@@ -132,6 +136,7 @@ class RoutingConfig:
     ratio: float = 0.5
     router_layers: int | str = "auto"
     scoring: str = "loss"
+    router_body: str = "exact"
     router_head: str = "exact"
     router_head_frequent: int = 1024
     router_head_sampled: int = 1024
@@ -161,6 +166,7 @@ class RoutingConfig:
     def __post_init__(self) -> None:
         self._check_route()
         _choice("scoring", self.scoring, SCORINGS)
+        _choice("router_body", self.router_body, ROUTER_BODIES)
         _choice("router_head", self.router_head, ROUTER_HEADS)
         self._check_selection()
         _choice("fallback", self.fallback, FALLBACKS)

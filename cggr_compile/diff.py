@@ -116,7 +116,7 @@ class Diff:
             path = f" ({analysed.layers.path})" if analysed.layers.path else ""
             yield (
                 f"+ router: {layer_range(routing.router_layers)} of {len(analysed.layers)}{path}, "
-                f"{tail_text(self.report.router.tail)}head; shared weights, no gradient"
+                f"{tail_text(self.report.router.tail)}head; {self.report.router.body}; shared weights, no gradient"
             )
             yield f"+ score: {config.scoring}, {self.report.router.head}, fp32, {score_text(config.route)}"
         unsure = ", more while the router is unsure" if config.follows_confidence else ""

@@ -48,8 +48,8 @@ class Stack:
 @dataclass(frozen=True)
 class Router:
     """The cut and what runs in front of it: `layers` of the stack, then `tail` (modules after the last layer) and the
-    `head`, in words. `parameters` counts distinct elements, all shared with the model; `flops_share` is of a plain
-    forward."""
+    `head`, in words; `body` is how the products in front of the head are made. `parameters` counts
+    distinct elements, all shared with the model; `flops_share` is of a plain forward."""
 
     layers: int
     cut: str
@@ -57,6 +57,7 @@ class Router:
     tail: tuple[str, ...]
     parameters: int
     flops_share: float
+    body: str
     head: str
 
 
@@ -104,7 +105,7 @@ class Report:
         amounts: for each route, what it keeps of the captured batch once warm-up is over: kept, of how many.
         gathered: inputs reduced to the kept rows, with the dimension.
         shortened: what the token route's middle layers read for the kept tokens, and how.
-        providers: implementation chosen for each operator.
+        providers: implementation chosen for each operator, or several for the places where it is called.
         passed_over: for operators left to the reference, the other providers and why they cannot run.
         passes: in order of execution.
         captures: training graphs captured so far.
@@ -267,7 +268,8 @@ class Report:
 
     def _inserted(self) -> str:
         own = {name: count for name, count in self.inserted.items() if name.startswith("cggr.")}
-        helpers = sum(self.parts.get(part, 0) for part in ("score", "select", "gather", "loss")) - sum(own.values())
+        around = {name: count for name, count in own.items() if not name.startswith("cggr.fp8_linear")}
+        helpers = sum(self.parts.get(part, 0) for part in ("score", "select", "gather", "loss")) - sum(around.values())
         names = ", ".join(f"{name.partition('[')[0]} ×{count}" for name, count in own.items())
         return f"{names}, and {helpers} small nodes around them"
 
@@ -280,7 +282,7 @@ class Report:
             ("cut", f"after layer {router.layers - 1}, at %{router.cut}: {router.cut_type}"),
             (
                 "router",
-                f"{layer_range(router.layers)} of {self.stack.layers}, {tail_text(router.tail)}head; "
+                f"{layer_range(router.layers)} of {self.stack.layers}, {tail_text(router.tail)}head; {router.body}; "
                 f"{router.parameters:,} parameters, all shared; {router.flops_share:.1%} of a forward's FLOPs",
             ),
             ("score", f"{self.config['scoring']}, {router.head}, fp32, {score_text(self.config['route'])}"),
@@ -403,6 +405,7 @@ def _router(plan: Plan, analysed: Program, predicted: Cost) -> Router | None:
             value(node).numel() for node in plan.captured.placeholders if _trains(node) and node.name in read
         ),
         flops_share=predicted.router_share,
+        body=str(routing.quantized or "exact body"),
         head=describe(plan.runtime.config, *value(analysed.head.weight).shape),
     )
 

@@ -317,11 +317,12 @@ def router_scores(plan: Plan, inputs: Sequence[Any], generator: torch.Generator)
 def main_losses(plan: Plan, inputs: Sequence[Any]) -> Tensor:
     """The model's own mean token loss of every row, without dropout: float32 [B], on the host.
 
-    That is what a router of all layers with the exact head scores by loss.
+    That is what a router of all layers with exact body and head scores by loss.
     """
     analysed = plan.routed(by_score(plan.runtime.config)).program
     assert analysed.layers is not None
-    whole = replace(plan.runtime.config, router_layers=len(analysed.layers), router_head="exact", scoring="loss")
+    exact = replace(plan.runtime.config, router_body="exact", router_head="exact", scoring="loss")
+    whole = replace(exact, router_layers=len(analysed.layers))
     losses, _, _ = plan.scoring("main losses", whole).variant(*inputs)
     return losses.cpu()
 

@@ -139,6 +139,24 @@ class Shortened:
 
 
 @dataclass(frozen=True)
+class QuantizedBody:
+    """How many of the router's products with weights are made in float8, and which are not, each with its number."""
+
+    products: int
+    exact: tuple[tuple[str, int], ...]
+
+    @property
+    def left(self) -> str:
+        """The products that stay exact, in words."""
+        return "; ".join(f"{count} × {what}" for what, count in self.exact) or "none"
+
+    def __str__(self) -> str:
+        total = self.products + sum(count for _, count in self.exact)
+        left = f"; exact: {self.left}" if self.exact else ""
+        return f"fp8 body ({self.products} of {total} products with weights{left})"
+
+
+@dataclass(frozen=True)
 class Routing:
     """Nodes inserted by the passes; None until the pass that inserts each has run.
 
@@ -146,12 +164,15 @@ class Routing:
     `loss_rows` and `loss_weights` the loss route's; `gathered` lists the inputs that the sequence route gathered,
     `shortened` what the token route's middle layers read.
 
+    `quantized` is None where the router's products are exact.
+
     `causal_attentions` counts the attentions that lost their mask to `is_causal`.
     """
 
     causal_attentions: int = 0
     router_layers: int = 0
     router_hidden: fx.Node | None = None
+    quantized: QuantizedBody | None = None
     token_scores: fx.Node | None = None
     basis_image: fx.Node | None = None
     scores: fx.Node | None = None

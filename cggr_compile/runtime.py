@@ -27,7 +27,7 @@ from cggr_compile.kernels_ahead import KernelsAhead
 from cggr_compile.metrics import Gradients
 from cggr_compile.passes.lower_regions import lower_pieces, lower_regions
 from cggr_compile.passes.outline_layers import outline_layers
-from cggr_compile.passes.pipeline import SCORES, Pass, passes_for, passes_unrouted, routable, run
+from cggr_compile.passes.pipeline import Pass, passes_for, passes_scores, passes_unrouted, routable, run
 from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.take_scores import GIVEN_SCORES
 from cggr_compile.probe import Probe, break_even
@@ -160,7 +160,7 @@ class Plan:
 
     def scoring(self, name: str, config: RoutingConfig) -> Route:
         """The program of the rows' scores alone, under a configuration."""
-        return self._derived(name, config, SCORES, trains=False)
+        return self._derived(name, config, passes_scores(config), trains=False)
 
     def row_scores(
         self, inputs: Sequence[Any], config: RoutingConfig, generator: torch.Generator

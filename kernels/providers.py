@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cggr_compile.kernels import reference, router_heads, selection_ops, token_ops
+from cggr_compile.kernels import fp8_linear, reference, router_heads, selection_ops, token_ops
 
 LONGEST_SELECT = 2**17
 """Rows longer than this are left to the reference, whose sorts use the whole device where one program of the Triton
@@ -100,6 +100,22 @@ def _without_fp8(place: Place) -> str | None:
     return obstacle
 
 
+def _without_scaled_mm(place: Place) -> str | None:
+    """Why torch's product of float8 rows with a scale each cannot run there, or None."""
+    device = place.device
+    if device.type != "cuda":
+        return f"torch's fp8 product is for CUDA, not {device.type}"
+    if place.dtype != torch.bfloat16:
+        return f"torch's fp8 product gives bfloat16, not {place.dtype}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.version.hip is not None:
+        return "torch's fp8 product is not tested on ROCm"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "torch's fp8 product with a scale a row needs compute capability 9.0"
+    return None
+
+
 def _interpreted(place: Place) -> str | None:
     return "the interpreter is for tests" if place.device.type == "cpu" else None
 
@@ -183,6 +199,10 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     "fp8_score": {
         "triton": Provider("triton", _without_fp8, _triton("fp8_score"), _interpreted),
         **_reference(router_heads.fp8_score),
+    },
+    "fp8_linear": {
+        "scaled_mm": Provider("scaled_mm", _without_scaled_mm, lambda: fp8_linear.scaled_mm),
+        **_reference(fp8_linear.fp8_linear),
     },
 }
 

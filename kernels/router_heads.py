@@ -131,7 +131,7 @@ def low_rank_score(
 
 def next_image(hidden: Tensor, weight: Tensor, projected: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """(HᵀH) Wᵀ P, float32 [D, R], up to a factor, H the hidden states of the counted rows and P = W Q `projected`."""
-    with _without_autocast(hidden):
+    with without_autocast(hidden):
         counted = hidden.float().masked_fill((target == ignore_index).unsqueeze(1), 0.0)
         pulled = weight.T.float() @ projected.float()
         # Only the span matters, and fp32 must not overflow.
@@ -178,7 +178,7 @@ def fp8_score(
     by casting the float8 values back, so that it runs on every device.
     """
     hidden, weight, bias = _detached(hidden, weight, bias)
-    with _without_autocast(hidden):
+    with without_autocast(hidden):
         weight_values, weight_scale = quantize_rows(weight)
         weight_values = weight_values.float()
 
@@ -201,8 +201,8 @@ def _target_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: 
     return own if bias is None else own + bias.index_select(0, target)
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Products in the dtype they are written in, also where the operator was lowered into an autocast region."""
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Products in the dtype they are written in, also where an operator on `x` was lowered into an autocast region."""
     if not torch.amp.is_autocast_available(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

@@ -8,6 +8,7 @@ through; a Triton provider is an operator of its own, opaque to them like the on
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -37,8 +38,9 @@ def lower_kernels(program: Program, config: RoutingConfig) -> Program:
     """
     builder = Builder(program)
     builder.copy_rest()
-    providers: dict[str, str] = {}
-    reasons: dict[str, str] = {}
+    # Of each operator, in order: one that is called in several places may have several.
+    providers: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    reasons: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for node in builder.graph.nodes:
         name = operator_name(node)
         if name is None:
@@ -54,13 +56,13 @@ def lower_kernels(program: Program, config: RoutingConfig) -> Program:
         node.target = provider.implementation
         chosen = provider.name if provider.algorithm is None else f"{provider.name} ({provider.algorithm(place.dtype)})"
         node.meta[PROVIDER] = f"cggr.{name}: {chosen}"
-        providers[name] = chosen
-        if forced is None and provider.name == "reference":
-            reasons[name] = _in_words(passed_over(name, place))
+        providers[name][chosen] = None
+        if forced is None and provider.name == "reference" and (words := _in_words(passed_over(name, place))):
+            reasons[name][words] = None
     routing = dataclasses.replace(
         builder.routing(),
-        providers=tuple(providers.items()),
-        passed_over=tuple((k, v) for k, v in reasons.items() if v),
+        providers=tuple((name, ", ".join(found)) for name, found in providers.items()),
+        passed_over=tuple((name, "; ".join(found)) for name, found in reasons.items()),
     )
     return builder.finish("lower_kernels", routing=routing)
 

@@ -22,6 +22,7 @@ from cggr_compile.passes.join_loss import join_loss
 from cggr_compile.passes.keep_scores import keep_scores
 from cggr_compile.passes.lower_kernels import lower_kernels
 from cggr_compile.passes.mask_loss import mask_loss
+from cggr_compile.passes.quantize_router import quantize_router
 from cggr_compile.passes.score_rows import score_rows
 from cggr_compile.passes.select_loss import select_loss
 from cggr_compile.passes.select_rows import select_rows
@@ -46,9 +47,6 @@ _FOUND: tuple[Pass, ...] = (elide_causal_masks, join_loss, join_head, find_loss)
 # Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
 _LOWERED: tuple[Pass, ...] = (mask_loss, lower_kernels)
 
-# Only the scores of the rows: what a probe reads, and the router by itself.
-SCORES: tuple[Pass, ...] = (*_FOUND, find_layers, build_router, score_rows, keep_scores, lower_kernels)
-
 
 def find_layers_if_any(program: Program, config: RoutingConfig) -> Program:
     """`find_layers` for what goes without: where the stack cannot be proved, the program with the reason."""
@@ -56,6 +54,16 @@ def find_layers_if_any(program: Program, config: RoutingConfig) -> Program:
         return find_layers(program, config)
     except CannotOptimize as error:
         return dataclasses.replace(program, no_layers=error.reason)
+
+
+def _scoring(config: RoutingConfig) -> tuple[Pass, ...]:
+    body = (quantize_router,) if config.router_body == "fp8" else ()
+    return (build_router, *body, score_rows)
+
+
+def passes_scores(config: RoutingConfig) -> tuple[Pass, ...]:
+    """The passes of the rows' scores alone: what a probe reads, and the router by itself."""
+    return (*_FOUND, find_layers, *_scoring(config), keep_scores, lower_kernels)
 
 
 def passes_unrouted(config: RoutingConfig) -> tuple[Pass, ...]:
@@ -73,7 +81,7 @@ def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass,
     elif config.outlines:
         passes.append(find_layers_if_any)
     if scored:
-        passes += [build_router, score_rows]
+        passes += _scoring(config)
     elif scores_given:
         passes.append(take_scores)
     for route in config.routes:

@@ -153,7 +153,7 @@ def test_report_of_a_random_selection_has_no_router(at_random: Explanation) -> N
 def test_diff_speaks_of_the_model(trained: cggr.Handle) -> None:
     lines = trained.diff().summary().splitlines()
     assert lines[:4] == [
-        "+ router: layers 0–1 of 3 (model.layers), final norm, head; shared weights, no gradient",
+        "+ router: layers 0–1 of 3 (model.layers), final norm, head; exact body; shared weights, no gradient",
         "+ score: loss, exact head, fp32, mean over counted tokens",
         "+ select: topk, k = ceil(0.25 · B)",
         lines[3],

@@ -106,11 +106,29 @@ def test_the_matrix_names_arms_that_exist_and_is_shared_out_whole(
 
 
 @pytest.mark.parametrize(
+    ("arm", "given"),
+    [
+        ("sampled", {"ratio": 0.25, "router_body": "exact", "router_layers": "auto", "cuda_graphs": False}),
+        ("sampled@0.5+fp8", {"ratio": 0.5, "router_body": "fp8", "router_head": "sampled"}),
+        ("routed+fp8+layers=3+graphs", {"router_body": "fp8", "router_layers": 3, "cuda_graphs": True}),
+    ],
+)
+def test_switches_are_options(arm: str, given: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_time = importlib.import_module("step_time")
+    monkeypatch.setattr(step_time.cggr, "optimize", lambda model, **options: options)
+    parsed = step_time.Arm.parse(arm, 0.25)
+    options = step_time.ARMS[parsed.name](None, parsed)
+    assert {name: options[name] for name in given} == given
+
+
+@pytest.mark.parametrize(
     ("arm", "message"),
     [
         ("sampld", "got 'sampld', expected one of eager, compile"),
         ("compile+graphs", "the switches except .budget=F are for this package's arms"),
         ("sampled+graph", "expected NAME.@RATIO."),
+        ("sampled+fp8=1", r"expected NAME.@RATIO.*\+fp8"),
+        ("compile+fp8", "the switches except .budget=F are for this package's arms"),
         ("sampled@1.5", "expected NAME.@RATIO."),
         ("sampled+layers=0", "expected NAME.@RATIO."),
         ("sampled+budget=a", "expected NAME.@RATIO."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cggr_compile.kernels import ops, providers, reference, router_head_ops, selection_ops, token_ops
+from cggr_compile.kernels import fp8_linear, ops, providers, reference, router_head_ops, selection_ops, token_ops
 from cggr_compile.kernels.providers import LONGEST_SELECT, PROVIDERS, Place, Provider, choose, passed_over
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -77,7 +77,7 @@ def test_the_choice_on_a_gpu(op: str, dtype: torch.dtype, name: str) -> None:
 
 
 def test_the_table_covers_the_operators_and_names_providers_by_their_keys() -> None:
-    defined = {name for module in (ops, router_head_ops, selection_ops, token_ops) for name in vars(module)}
+    defined = {name for module in (fp8_linear, ops, router_head_ops, selection_ops, token_ops) for name in vars(module)}
     assert all(op in defined and hasattr(torch.ops.cggr, op) for op in PROVIDERS)
     assert all(name == provider.name for table in PROVIDERS.values() for name, provider in table.items())
 

@@ -68,19 +68,20 @@ def low_rank_truth(args: tuple, basis: Tensor, options: tuple = (1.0, 1.0, 0.0))
     return statistics_of(x, own[:, 0], torch.ones_like(x), target, IGNORED)
 
 
-def fp8_truth(args: tuple, options: tuple = (1.0, 1.0, 0.0)) -> Tensor:
-    """Quantised entry by entry to the nearest of the 253 finite float8 numbers, ties to the even code."""
+def quantised(x: Tensor) -> Tensor:
+    """float64 [R, D] of rows whose entries are rounded to the nearest of the 253 finite float8 numbers, ties to the
+    even code, times the row's scale."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
-    finite = codes.isfinite()
+    scale = (x.abs().amax(1, keepdim=True).float() / 448).double()
+    scale = torch.where(scale == 0, 1.0, scale)
+    gap = (x.float() / scale.float()).double().unsqueeze(-1) - codes
+    odd = torch.arange(256) % 2
+    rank = torch.where(codes.isfinite(), gap.abs(), math.inf) + odd * 1e-12
+    return codes[rank.argmin(-1)] * scale
 
-    def quantised(x: Tensor) -> Tensor:
-        scale = (x.abs().amax(1, keepdim=True).float() / 448).double()
-        scale = torch.where(scale == 0, 1.0, scale)
-        gap = (x.float() / scale.float()).double().unsqueeze(-1) - codes
-        odd = torch.arange(256) % 2
-        rank = torch.where(finite, gap.abs(), math.inf) + odd * 1e-12
-        return codes[rank.argmin(-1)] * scale
 
+def fp8_truth(args: tuple, options: tuple = (1.0, 1.0, 0.0)) -> Tensor:
+    """The exact statistics of quantised rows."""
     hidden, weight, bias, target = args
     x = logits(quantised(hidden), quantised(weight), bias, *options)
     own = x.gather(1, target.clamp(min=0).unsqueeze(1))[:, 0]
