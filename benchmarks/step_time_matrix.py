@@ -17,32 +17,33 @@ from typing import Annotated
 
 import typer
 
-# What was measured least comes first; as many processes compile side by side as 80 GB hold.
+# The targets' models come first; as many processes compile side by side as 80 GB hold.
 MATRIX = {
     "llama-1b": (
         "--model Llama-3.2-1B --side-by-side 3",
-        "compile sampled+graphs floor+graphs all+graphs all+outlined+recompute+small random_compile original_compile "
-        "all+outlined+recompute+small+budget=0.75",
+        "compile sampled+fp8+graphs floor+graphs random_compile all+graphs sampled+graphs all+outlined+recompute+small "
+        "original_compile",
     ),
     "smollm": (
         "--side-by-side 5",
-        "compile original_compile sampled+graphs floor+graphs random_compile all+graphs sampled+layers=2+graphs "
-        "all+outlined+recompute sampled@0.5+graphs floor@0.5+graphs routed+graphs random+graphs ahead+graphs",
-    ),
-    "smollm-peers": (
-        "--side-by-side 4",
-        "compile liger_compile sampled+graphs loss+graphs token+graphs liger original eager random_eager",
+        "compile sampled+graphs floor+graphs random_compile all+graphs original_compile sampled+fp8+graphs "
+        "all+outlined+recompute sampled+layers=2+graphs routed+graphs random+graphs sampled@0.5+graphs "
+        "floor@0.5+graphs ahead+graphs",
     ),
     "qwen": (
         "--model Qwen2.5-0.5B --side-by-side 3",
-        "compile sampled+graphs floor+graphs all+graphs all+outlined+recompute+small random_compile original_compile",
+        "compile sampled+fp8+graphs floor+graphs random_compile all+graphs sampled+graphs all+outlined+recompute+small "
+        "original_compile",
     ),
-    "smollm-adamw": ("--optimizer --side-by-side 4", "compile sampled+graphs floor+graphs all+graphs"),
+    "smollm-peers": (
+        "--side-by-side 4",
+        "compile eager random_eager liger liger_compile original loss+graphs token+graphs sampled+graphs",
+    ),
     "smollm-360m": (
         "--model SmolLM-360M --side-by-side 2",
-        "compile sampled+graphs all+graphs all+outlined+recompute+small floor+graphs "
-        "all+outlined+recompute+small+budget=0.9",
+        "compile sampled+graphs floor+graphs all+graphs all+outlined+recompute+small random_compile sampled+fp8+graphs",
     ),
+    "smollm-adamw": ("--optimizer --side-by-side 4", "compile sampled+graphs floor+graphs all+graphs"),
     "smollm-4096": (
         "--batch 8 --sequence 4096 --side-by-side 4",
         "compile sampled+graphs floor+graphs all+graphs sampled@0.5+graphs",
