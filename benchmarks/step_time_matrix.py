@@ -41,7 +41,8 @@ MATRIX = {
     ),
     "smollm-360m": (
         "--model SmolLM-360M --side-by-side 2",
-        "compile sampled+graphs floor+graphs all+graphs all+outlined+recompute+small random_compile sampled+fp8+graphs",
+        "compile sampled+graphs floor+graphs all+graphs all+outlined+recompute+small random_compile sampled+fp8+graphs "
+        "all+outlined+recompute+small+budget=0.9",
     ),
     "smollm-adamw": ("--optimizer --side-by-side 4", "compile sampled+graphs floor+graphs all+graphs"),
     "smollm-4096": (

@@ -20,7 +20,8 @@ from cggr_compile import compat
 from cggr_compile.ahead import GivenScores, ScoresReady
 from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
-from cggr_compile.cuda_graphs import Pool, Replayed, obstacle_of
+from cggr_compile.cuda_graphs import Replayed, obstacle_of
+from cggr_compile.graph_memory import Pool
 from cggr_compile.inner import Shared, compile_static, resolve_inner
 from cggr_compile.kernels.selection import rule_name
 from cggr_compile.kernels_ahead import KernelsAhead
