@@ -232,7 +232,8 @@ def outcome(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
         process.communicate()
         return {"failed": f"not done in {timeout:.0f} s"}
     if process.returncode != 0:
-        return {"failed": first_line("\n".join(reversed(err.splitlines())))}
+        lines = err.splitlines()[::-1]
+        return {"failed": first_line("\n".join([line for line in lines if "Error" in line] or lines))}
     return json.loads(out.splitlines()[-1])
 
 
