@@ -4,10 +4,10 @@ Where the host launches kernels more slowly than the device runs them, a replay 
 recording has fixed memory, so what must not be confused is kept apart here:
 
 * Inputs are copied into the recording's own; parameters are used where they are, and one that has moved causes a new
-  recording. Results are copied out, so that a loss that is kept stays what it was; gradients are where no loop holds
-  them up to its next forward (`graph_memory`).
-* Activations live from a forward to its backward. A forward that comes while another one still waits for its backward,
-  or while a gradient in this memory is held, is not replayed but run; a backward whose activations are gone raises.
+  recording. Results are copied out, so that a loss that is kept stays what it was. Gradients are where they are, for
+  loops that let go of them before the next forward, and copied out for others (`graph_memory`).
+* Activations live from a forward to its backward. A forward that comes while another one still waits for its backward
+  is not replayed but run; a backward whose activations are gone raises.
 * Recording runs the step a few times. It takes the random-number state back afterwards, and refuses steps that change
   their inputs, which such runs would change too.
 """
@@ -43,8 +43,9 @@ class Replayed:
         self._recording: _Recording | None = None
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        self.pool.leave_to_holders()
         # A shape that comes once, as the last batch of an epoch may, is not worth a recording.
-        if not self._called or self.obstacle is not None or not self.pool.is_free():
+        if not self._called or self.obstacle is not None or self.pool.busy:
             self._called = True
             return tuple(self.run(*inputs))
         if self._recording is None or not self._recording.fits(inputs):
@@ -91,6 +92,7 @@ class _Recording:
 
     def __init__(self, run: Callable[..., Sequence[Any]], inputs: tuple[Any, ...], pool: Pool) -> None:
         self.pool = pool
+        self._epoch = pool.epoch
         self._leaves = [_leaf(x) for x in inputs]
         self._copied = [place for place, x in enumerate(inputs) if isinstance(x, Tensor) and not _stays(x)]
         self._places = [place for place, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
@@ -126,8 +128,8 @@ class _Recording:
         return [x.data_ptr() for x in inputs if isinstance(x, Tensor) and _stays(x)]
 
     def fits(self, inputs: tuple[Any, ...]) -> bool:
-        """Whether the parameters are where they were."""
-        return self._addresses_of(inputs) == self._addresses
+        """Whether the parameters are where they were, and nobody holds what a replay would write to."""
+        return self._epoch == self.pool.epoch and self._addresses_of(inputs) == self._addresses
 
     def __call__(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         found = iter(_Replay.apply(self, inputs, *(inputs[place] for place in self._places)))

@@ -2,8 +2,9 @@
 
 A replay writes its activations and gradients where the one before did. Gradients are handed out right there, without a
 copy, while a loop lets go of them before its next forward. Where one is held for longer (`.grad` where micro-batches
-add up or are cleared by zeros, a tensor kept aside or a view of one), nothing is replayed until it is released, and
-from then on gradients are copied out. Work on another stream that reads a gradient has to hold it until it is done.
+add up or are cleared by zeros, a tensor kept aside or a view of one), its memory is left to the holder: what was
+recorded so far may write there and is recorded anew, and from then on gradients are copied out. Work on another stream
+that reads a gradient has to hold it until it is done.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class Lending:
         self._lent = [x for x in self._lent if compat.shares_memory(x)]
         return bool(self._lent)
 
+    def stop(self) -> None:
+        """Leaves what is lent to its holders, and hands out copies from now on."""
+        self.copies, self._lent = True, []
+
     def hand_out(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """A replay's gradients, each as a tensor that nothing else of ours refers to.
 
@@ -60,10 +65,11 @@ class Lending:
 
 class Pool:
     """What the recordings of one model share: memory, the turn of the forward that waits for its backward, and the
-    gradients that are lent."""
+    gradients that are lent. Recordings of an `epoch` before this one write where somebody holds a gradient."""
 
     def __init__(self) -> None:
         self.lending = Lending()
+        self.epoch = 0
         self.handle = torch.cuda.graph_pool_handle()
         self._open: weakref.ReferenceType[Turn] | None = None
         # A pool whose last graph is gone cannot be recorded into again; this one stays.
@@ -71,14 +77,18 @@ class Pool:
         with torch.cuda.graph(self._keeper, pool=self.handle):
             torch.zeros(1, device="cuda")
 
-    def is_free(self) -> bool:
-        """Whether a forward may use the memory: no loss of a replayed forward is alive and waits for its backward, and
-        no gradient is held. Where one is, gradients are copied out from then on."""
-        if self.lending.held:
-            self.lending.copies = True
-            return False
+    @property
+    def busy(self) -> bool:
+        """Whether a replayed forward still waits for its backward: its loss is alive and was not differentiated."""
         turn = None if self._open is None else self._open()
-        return turn is None or turn.over
+        return turn is not None and not turn.over
+
+    def leave_to_holders(self) -> None:
+        """Where a lent gradient is held: ends the epoch, whose recordings are not to be replayed any more. Memory that
+        is held is not given to later ones."""
+        if self.lending.held:
+            self.lending.stop()
+            self.epoch += 1
 
     def open(self, turn: Turn) -> None:
         """Hands the memory for activations to a forward."""
