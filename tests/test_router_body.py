@@ -137,20 +137,20 @@ def test_products_keep_their_modules_and_regions() -> None:
     assert all("model.layers." in text for text in added)
 
 
-def test_outlined_layers_select_alike() -> None:
+@pytest.mark.parametrize("options", [{}, pytest.param({"router_layers": 4}, marks=pytest.mark.long)])
+def test_outlined_layers_select_alike(options: dict[str, int]) -> None:
     config = T.LlamaConfig(**{**GROUPED, "num_hidden_layers": DEEP})
     eager = eager_of(Architecture("llama", lambda: T.LlamaForCausalLM(config), "model.layers"))
-    for options in ({}, {"router_layers": 4}):
-        whole = cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, **options})
-        pieces = {**OPTIONS, "inner": "aot_eager", "outline_layers": True, **options}
-        outlined = cggr.optimize(copy.deepcopy(eager), **pieces)
-        for seed in (1, 2):
-            batch = token_batch(9, 14, seed=seed)
-            expected, actual = oracle.step(whole, batch), oracle.step(outlined, batch)
-            assert outlined.cggr.selected.tolist() == whole.cggr.selected.tolist()
-            oracle.assert_same_step(*actual, *expected, rtol=1e-5, atol=1e-7)
-        variant = outlined.cggr.runtime.plans[-1].route.variant
-        assert (variant.outline.reason, variant.pieces, variant.bodies) == ("", DEEP + 1, 3)
+    whole = cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, **options})
+    pieces = {**OPTIONS, "inner": "aot_eager", "outline_layers": True, **options}
+    outlined = cggr.optimize(copy.deepcopy(eager), **pieces)
+    for seed in (1, 2):
+        batch = token_batch(9, 14, seed=seed)
+        expected, actual = oracle.step(whole, batch), oracle.step(outlined, batch)
+        assert outlined.cggr.selected.tolist() == whole.cggr.selected.tolist()
+        oracle.assert_same_step(*actual, *expected, rtol=1e-5, atol=1e-7)
+    variant = outlined.cggr.runtime.plans[-1].route.variant
+    assert (variant.outline.reason, variant.pieces, variant.bodies) == ("", DEEP + 1, 3)
 
 
 def test_an_exact_body_has_no_pass_and_no_operator() -> None:
