@@ -333,13 +333,16 @@ def view_of_fake(source: torch.Tensor, shape: Sequence[Any], stride: Sequence[An
         return torch.ops.aten.alias(source)  # to autograd any view is alike; this one's backward keeps no sizes
 
 
-def shares_memory(x: torch.Tensor) -> bool:
-    """Whether another tensor, a view of it too, lies in the memory of this one."""
-    return _storage_owners(x) > _storage_owners(torch.empty(0))
-
-
 def _storage_owners(x: torch.Tensor) -> int:
     return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+
+
+_ALONE = _storage_owners(torch.empty(0))
+
+
+def shares_memory(x: torch.Tensor) -> bool:
+    """Whether another tensor, a view of it too, lies in the memory of this one."""
+    return _storage_owners(x) > _ALONE
 
 
 def transforms_are_active() -> bool:

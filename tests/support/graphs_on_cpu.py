@@ -25,14 +25,18 @@ from cggr_compile.runtime import Runtime
 
 
 class Block:
-    """Memory of a pool. It is in use while the storage that was made on it is."""
+    """Memory of a pool for one dtype. It is in use while the storage of its owner's tensor is."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.array = np.zeros(max(like.untyped_storage().nbytes(), 1), dtype=np.uint8)
-        self.dtype = like.dtype
-        whole = self.alias((like.untyped_storage().nbytes() // like.itemsize,), (1,), 0)
-        self.tensor_of: Callable[[], Tensor] = lambda: whole
-        self._storage = StorageWeakRef(whole.untyped_storage())
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+        self.array = np.zeros(max(elements, 1) * dtype.itemsize, dtype=np.uint8)
+        self.dtype = dtype
+        self._owner: StorageWeakRef | None = None
+
+    def give_out(self, elements: int) -> Tensor:
+        """The owner's tensor, all of it."""
+        whole = self.alias((elements,), (1,), 0)
+        self._owner = StorageWeakRef(whole.untyped_storage())
+        return whole
 
     def alias(self, size: Any, stride: Any, offset: int) -> Tensor:
         """A tensor in this memory, by a storage of its own."""
@@ -40,7 +44,7 @@ class Block:
 
     @property
     def in_use(self) -> bool:
-        return not self._storage.expired()
+        return self._owner is not None and not self._owner.expired()
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,6 @@ class Pool:
     """Graphs that share memory."""
 
     def __init__(self) -> None:
-        self.graphs: list[Graph] = []
         self.blocks: dict[int, Block] = {}
 
     def place(self, x: Tensor) -> Place | Tensor:
@@ -116,9 +119,9 @@ class _Recorder(TorchDispatchMode):
         return pytree.tree_unflatten(results, structure)
 
     def _allocated(self, x: Tensor) -> Tensor:
-        block = Block(x)
-        whole = block.tensor_of()
-        del block.tensor_of  # the storage is the caller's from here on
+        elements = x.untyped_storage().nbytes() // x.itemsize
+        block = Block(elements, x.dtype)
+        whole = block.give_out(elements)
         self.graph.pool.blocks[whole.untyped_storage().data_ptr()] = block
         self.graph.blocks.append(block)
         whole.copy_(x.as_strided(whole.shape, (1,), 0))
