@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,16 @@ def test_an_interrupted_step_benchmark_goes_on_with_what_is_missing(
     with pytest.raises(typer.BadParameter, match="has commit one, not two; name another output"):
         step_time.main(**{**options, "commit": "two"}, arm=["compile"], again=True)
     assert started == ["compile", "floor"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "reason"),
+    [("Traceback\nKeyError: 'x'\na warning at exit", "KeyError: 'x'"), ("killed\nfor memory", "for memory")],
+)
+def test_an_arm_that_dies_says_why(printed: str, reason: str) -> None:
+    step_time = importlib.import_module("step_time")
+    process = step_time.start([sys.executable, "-c", f"import sys; sys.exit({printed!r})"])
+    assert step_time.outcome(process, timeout=60) == {"failed": reason}
 
 
 def test_the_step_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
