@@ -49,6 +49,8 @@ MATRIX = {
         "--batch 8 --sequence 4096 --side-by-side 4",
         "compile sampled+graphs floor+graphs all+graphs sampled@0.5+graphs",
     ),
+    # How long first steps take: one process at a time, on a host that does nothing else.
+    "smollm-start": ("--side-by-side 1 --rounds 3", "compile sampled+graphs"),
 }
 
 
