@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile import kernels
-from cggr_compile.passes.lower_regions import Pieces
+from cggr_compile.passes.lower_regions import Body
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:
@@ -55,30 +55,33 @@ def compile_static(
 
 
 class Shared:
-    """Pieces of a step (`lower_pieces`), compiled when they first run: one for all that are alike.
+    """Pieces of a step, compiled when they first run: one for all that are alike.
 
-    `before_running` is called when a piece has been compiled and is about to run for the first time.
+    `lower(compiled)` gives the step that calls `compiled(body)` for each piece (`lower_pieces`); `before_running` is
+    called when a piece has been compiled and is about to run for the first time.
     """
 
     def __init__(
-        self, pieces: Pieces, inner: str, recompute: bool = False, before_running: Callable[[], None] = lambda: None
+        self,
+        lower: Callable[[Callable[[Body], Callable[..., Any]]], Callable[..., Any]],
+        inner: str,
+        recompute: bool = False,
+        before_running: Callable[[], None] = lambda: None,
     ) -> None:
         self.inner = inner
         self.recompute = recompute
         self.before_running = before_running
-        self.pieces = len(pieces.texts)
+        self.pieces = 0
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._module = pieces.module
-        for name, text in pieces.texts.items():
-            body = getattr(pieces.module, name)
-            delattr(pieces.module, name)
-            setattr(pieces.module, name, self._piece(body, text))
+        self._run = lower(self._piece)
 
     def __call__(self, *inputs: Any) -> Any:
-        return self._module(*inputs)
+        return self._run(*inputs)
 
-    def _piece(self, body: fx.GraphModule, text: str) -> Callable[..., Any]:
+    def _piece(self, body: Body) -> Callable[..., Any]:
         compiled: Callable[..., Any] | None = None
+        text = body.text()
+        self.pieces += 1
 
         def run(*inputs: Any) -> Any:
             nonlocal compiled
@@ -88,11 +91,11 @@ class Shared:
 
         return run
 
-    def _shared(self, body: fx.GraphModule, text: str, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+    def _shared(self, body: Body, text: str, inputs: tuple[Any, ...]) -> Callable[..., Any]:
         key = (text, *map(_kind, inputs))
         if key not in self.compiled:
             leaves = [x if x.is_leaf else x.detach().requires_grad_() for x in inputs]
-            self.compiled[key] = compile_static(body, leaves, self.inner, self.recompute)
+            self.compiled[key] = compile_static(body.module, leaves, self.inner, self.recompute)
             self.before_running()
         return self.compiled[key]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -381,8 +381,8 @@ class Variant:
             compiled = compile_static(self.module, list(inputs), self.inner, self.recompute)
             kernels.wait()
             return compiled
-        pieces = lower_pieces(self.program, self.outline.pieces, symbols_of(self.program, inputs))
-        return Shared(pieces, self.inner, self.recompute, before_running=kernels.wait)
+        lower = partial(lower_pieces, self.program, self.outline.pieces, symbols_of(self.program, inputs))
+        return Shared(lower, self.inner, self.recompute, before_running=kernels.wait)
 
 
 def _shapes(inputs: tuple[Any, ...]) -> tuple[int, ...]:

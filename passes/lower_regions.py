@@ -9,8 +9,9 @@ submodule under `torch.utils.checkpoint`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from cggr_compile.passes.outline_layers import is_size
@@ -49,17 +50,15 @@ def lower_regions(program: Program, checkpoints: bool) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
-class Pieces(NamedTuple):
-    """A module that calls the pieces of a step in turn, each a member of it, and for every piece the text of its body:
-    those of one text are alike."""
-
-    module: fx.GraphModule
-    texts: dict[str, str]
-
-
-def lower_pieces(program: Program, pieces: Sequence[Sequence[fx.Node]], sizes: Mapping[Any, int]) -> Pieces:
-    """The runnable module of a lowered program in pieces (`outline_layers`), with its symbols as `sizes`."""
-    root, texts = nn.Module(), {}
+def lower_pieces(
+    program: Program,
+    pieces: Sequence[Sequence[fx.Node]],
+    sizes: Mapping[Any, int],
+    compiled: Callable[[Body], Callable[..., Any]],
+) -> fx.GraphModule:
+    """The runnable module of a lowered program in pieces (`outline_layers`), with its symbols as `sizes`: it calls
+    `compiled(body)` for the body of each."""
+    root = nn.Module()
     graph = fx.Graph(root)
     env: dict[fx.Node, Any] = {}
     known: dict[fx.Node, Any] = {}
@@ -73,17 +72,14 @@ def lower_pieces(program: Program, pieces: Sequence[Sequence[fx.Node]], sizes: M
             setattr(root, str(node.target), member)
             if not isinstance(member, nn.Module):
                 env[node] = graph.get_attr(str(node.target))
-    for index, run in enumerate(pieces):
-        body = _Body(program.root, run, known)
-        name = f"piece_{index}"
-        setattr(root, name, body.module)
-        texts[name] = body.text()
-        call = graph.call_module(name, tuple(env[node] for node in body.taken))
+    for run in pieces:
+        body = Body(program.root, run, known)
+        call = graph.call_function(compiled(body), tuple(env[node] for node in body.taken))
         for place, node in enumerate(body.given):
             env[node] = graph.call_function(_item, (call, place))
     graph.output(fx.map_arg(program.output.args[0], lambda old: known[old] if old in known else env[old]))
     graph.lint()
-    return Pieces(fx.GraphModule(root, graph), texts)
+    return fx.GraphModule(root, graph)
 
 
 def _attributes(program: Program) -> list[tuple[str, Any]]:
@@ -132,7 +128,7 @@ def _common_prefix(left: tuple[Autocast, ...], right: tuple[Autocast, ...]) -> i
     )
 
 
-class _Body:
+class Body:
     """A run of nodes as a module of its own: `taken` are the values that it reads, `given` those that others read.
 
     Nodes with a `known` number are written as that, and submodules go where they are called.
@@ -156,7 +152,11 @@ class _Body:
         inner.write(run)
         inner.switch(Region())
         self.graph.output(tuple(inner.env[node] for node in self.given))
-        self.module = fx.GraphModule(self._owner, self.graph)
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The body, runnable."""
+        return fx.GraphModule(self._owner, self.graph)
 
     def text(self) -> str:
         """The body without names: equal texts compute the same."""
@@ -178,7 +178,7 @@ class _Name(str):
 
 def _outline(writer: _Writer, root: nn.Module, name: str, run: list[fx.Node]) -> None:
     """Moves a run of nodes into a submodule that is called through `torch.utils.checkpoint`."""
-    body = _Body(root, run, {})
+    body = Body(root, run, {})
     setattr(root, name, body.module)
     writer.switch(Region())
     module = writer.graph.get_attr(name)
