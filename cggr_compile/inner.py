@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile import kernels
-from cggr_compile.passes.lower_regions import Body
+from cggr_compile.passes.lower_regions import Body, lower_pieces
+from cggr_compile.program import Program
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:
@@ -55,15 +56,16 @@ def compile_static(
 
 
 class Shared:
-    """Pieces of a step, compiled when they first run: one for all that are alike.
+    """A step in pieces (`lower_pieces`), which are compiled when they first run: one for all that are alike.
 
-    `lower(compiled)` gives the step that calls `compiled(body)` for each piece (`lower_pieces`); `before_running` is
-    called when a piece has been compiled and is about to run for the first time.
+    `before_running` is called when a piece has been compiled and is about to run for the first time.
     """
 
     def __init__(
         self,
-        lower: Callable[[Callable[[Body], Callable[..., Any]]], Callable[..., Any]],
+        program: Program,
+        pieces: Sequence[Sequence[fx.Node]],
+        sizes: Mapping[Any, int],
         inner: str,
         recompute: bool = False,
         before_running: Callable[[], None] = lambda: None,
@@ -71,9 +73,9 @@ class Shared:
         self.inner = inner
         self.recompute = recompute
         self.before_running = before_running
-        self.pieces = 0
+        self.pieces = len(pieces)
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._run = lower(self._piece)
+        self._run = lower_pieces(program, pieces, sizes, self._piece)
 
     def __call__(self, *inputs: Any) -> Any:
         return self._run(*inputs)
@@ -81,7 +83,6 @@ class Shared:
     def _piece(self, body: Body) -> Callable[..., Any]:
         compiled: Callable[..., Any] | None = None
         text = body.text()
-        self.pieces += 1
 
         def run(*inputs: Any) -> Any:
             nonlocal compiled

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from cggr_compile.inner import Shared, compile_static, resolve_inner
 from cggr_compile.kernels.selection import rule_name
 from cggr_compile.kernels_ahead import KernelsAhead
 from cggr_compile.metrics import Gradients
-from cggr_compile.passes.lower_regions import lower_pieces, lower_regions
+from cggr_compile.passes.lower_regions import lower_regions
 from cggr_compile.passes.outline_layers import outline_layers
 from cggr_compile.passes.pipeline import Pass, passes_for, passes_scores, passes_unrouted, routable, run
 from cggr_compile.passes.score_rows import token_ids
@@ -381,8 +381,8 @@ class Variant:
             compiled = compile_static(self.module, list(inputs), self.inner, self.recompute)
             kernels.wait()
             return compiled
-        lower = partial(lower_pieces, self.program, self.outline.pieces, symbols_of(self.program, inputs))
-        return Shared(lower, self.inner, self.recompute, before_running=kernels.wait)
+        sizes = symbols_of(self.program, inputs)
+        return Shared(self.program, self.outline.pieces, sizes, self.inner, self.recompute, kernels.wait)
 
 
 def _shapes(inputs: tuple[Any, ...]) -> tuple[int, ...]:
