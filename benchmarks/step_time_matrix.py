@@ -4,11 +4,13 @@
     python benchmarks/step_time_matrix.py results --budget 580 --part 0 --parts 2
 
 A file that an earlier call began is gone on with; one of another commit or machine is refused. With `--parts`, each of
-several GPUs takes its share (say which by CUDA_VISIBLE_DEVICES).
+several GPUs takes its share (say which by CUDA_VISIBLE_DEVICES). Each file has compile caches of its own, in a folder
+`caches` beside it, so that `cold` is cold.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -49,7 +51,7 @@ MATRIX = {
         "--batch 8 --sequence 4096 --side-by-side 4",
         "compile sampled+graphs floor+graphs all+graphs sampled@0.5+graphs",
     ),
-    # How long first steps take: one process at a time, on a host that does nothing else.
+    # How long first steps take: one process at a time, and no other part on the host.
     "smollm-start": ("--side-by-side 1 --rounds 3", "compile sampled+graphs"),
 }
 
@@ -72,9 +74,11 @@ def main(
         command += [*options.split(), *(f"--arm={arm}" for arm in arms.split())]
         command += ["--output", str(folder / f"step_time-{name}-h100.json"), "--resume"]
         command += ["--commit", commit] if commit else []
+        caches = folder.resolve() / "caches" / name
+        places = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
         left = end - time.monotonic()
         if left > 0:
-            subprocess.run([*command, "--budget", str(left)], check=True)
+            subprocess.run([*command, "--budget", str(left)], check=True, env={**os.environ, **places})
 
 
 if __name__ == "__main__":

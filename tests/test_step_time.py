@@ -94,9 +94,16 @@ def test_the_matrix_names_arms_that_exist_and_is_shared_out_whole(
 ) -> None:
     matrix, step_time = map(importlib.import_module, ("step_time_matrix", "step_time"))
     commands: list[list[str]] = []
-    monkeypatch.setattr(matrix.subprocess, "run", lambda command, check: commands.append(command))
+    caches: list[str] = []
+
+    def run(command: list[str], check: bool, env: dict[str, str]) -> None:
+        commands.append(command)
+        caches.extend((env["TORCHINDUCTOR_CACHE_DIR"], env["TRITON_CACHE_DIR"]))
+
+    monkeypatch.setattr(matrix.subprocess, "run", run)
     for part in range(2):
         matrix.main(tmp_path / "new", budget=60, part=part, parts=2)
+    assert len(set(caches)) == 2 * len(matrix.MATRIX)
     outputs = [Path(command[command.index("--output") + 1]).name for command in commands]
     assert sorted(outputs) == sorted(f"step_time-{name}-h100.json" for name in matrix.MATRIX)
     for command in commands:
