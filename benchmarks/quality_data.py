@@ -1,0 +1,111 @@
+"""Text for the quality benchmark: tokens by domain, rows held out, and the regimes that spoil what trains.
+
+    python benchmarks/quality_data.py tokens.npz a.txt.xz b.txt --vocabulary 32768
+
+trains a byte-level BPE on the texts (or takes `--tokenizer DIR`) and writes the tokens of each file, a domain each, and
+the vocabulary's size. A run cuts them into rows (`rows_of`): held-out rows of every domain are taken first, so that
+what a regime does to the others never reaches them.
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import typer
+
+REGIMES = ("clean", "repeats", "noise", "dirty")
+LEAST_HELD_OUT, MOST_HELD_OUT = 16, 128
+COPIED, SOURCE, NOISE = 0.45, 0.03, 0.10
+"""Of the training rows: the share that is copied, the share that it is copied from, and the share of noise."""
+
+_CHUNK = 1 << 20  # characters
+
+
+class Rows(NamedTuple):
+    """`train` int64 [N, S], shuffled, and `held_out` int64 [M, S] by domain."""
+
+    train: np.ndarray
+    held_out: dict[str, np.ndarray]
+
+
+def rows_of(path: Path, length: int, regime: str) -> Rows:
+    """The rows of a token file under a regime, the same for every run.
+
+    "repeats": COPIED of the training rows are copies of SOURCE of them. "noise": NOISE of them are tokens drawn from
+    the whole corpus one by one. "dirty": both.
+    """
+    if regime not in REGIMES:
+        raise ValueError(f"regime: got {regime!r}, expected one of {', '.join(REGIMES)}")
+    tokens, order = np.load(path), np.random.default_rng(1)
+    train, held_out = [], {}
+    for domain in (name for name in tokens.files if name != "vocabulary"):
+        number = len(tokens[domain]) // length
+        rows = tokens[domain][: number * length].reshape(number, length).astype(np.int64)
+        rows = rows[order.permutation(number)]
+        held = max(LEAST_HELD_OUT, min(MOST_HELD_OUT, number // 20))
+        held_out[domain], rest = rows[:held], rows[held:]
+        train.append(rest)
+    rows = np.concatenate(train)
+    return Rows(_spoilt(rows[order.permutation(len(rows))], regime, order), held_out)
+
+
+def _spoilt(rows: np.ndarray, regime: str, order: np.random.Generator) -> np.ndarray:
+    number = len(rows)
+    source = rows[: int(SOURCE * number)]
+    copied = int(COPIED * number) if regime in ("repeats", "dirty") else 0
+    noisy = int(NOISE * number) if regime in ("noise", "dirty") else 0
+    kept = rows[len(source) :][: number - copied - noisy] if copied else rows[: number - noisy]
+    copies = source[order.integers(0, len(source), copied)] if copied else rows[:0]
+    flat = rows.reshape(-1)
+    noise = flat[order.integers(0, flat.size, (noisy, rows.shape[1]))]
+    found = np.concatenate([kept, copies, noise])
+    return found[order.permutation(len(found))]
+
+
+def vocabulary_of(path: Path) -> int:
+    """The size of the vocabulary that a token file was made with."""
+    return int(np.load(path)["vocabulary"])
+
+
+def _text(path: Path) -> str:
+    return lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text()
+
+
+def _chunks(texts: list[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), _CHUNK):
+            yield text[start : start + _CHUNK]
+
+
+def main(
+    output: Path,
+    texts: list[Path],
+    vocabulary: Annotated[int, typer.Option(help="Size of the BPE that is trained on the texts.")] = 32768,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer to use instead.")] = None,
+) -> None:
+    """Tokenises texts, each a domain."""
+    contents = {path.name.partition(".")[0]: _text(path) for path in texts}
+    if tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        given = AutoTokenizer.from_pretrained(tokenizer)
+        size, encode = len(given), lambda text: [i for c in _chunks([text]) for i in given(c)["input_ids"]]
+    else:
+        from tokenizers import ByteLevelBPETokenizer
+
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator(_chunks(list(contents.values())), vocab_size=vocabulary, show_progress=False)
+        size = trained.get_vocab_size()
+        encode = lambda text: [i for e in trained.encode_batch(list(_chunks([text]))) for i in e.ids]  # noqa: E731
+    kind = np.uint16 if size <= 1 << 16 else np.uint32
+    tokens = {domain: np.array(encode(text), dtype=kind) for domain, text in contents.items()}
+    np.savez_compressed(output, vocabulary=size, **tokens)
+    print({domain: len(each) for domain, each in tokens.items()}, "vocabulary", size)
+
+
+if __name__ == "__main__":
+    typer.run(main)
