@@ -210,9 +210,12 @@ def importance(
 
     total = share.cumsum(-1)
     offset = (noise.gather(-1, order[..., :1]).double() * _UNIT).long()
-    places = torch.arange(k, device=scores.device)
-    # A share is at most one unit, so thresholds one unit apart meet different rows, and the last is below the total.
-    met = torch.searchsorted(total, offset + places * _UNIT, right=True)
+    # Threshold j is offset + j units. A share is at most one unit, so they meet different rows, and the last is below
+    # the total. How many of them lie below a total is a quotient of data: j units themselves, products of an index,
+    # are beyond the 32 bits that inductor computes those in.
+    below = (total - offset + (_UNIT - 1)) // _UNIT
+    places = torch.arange(k, device=scores.device).expand(*scores.shape[:-1], k)
+    met = torch.searchsorted(below, places.contiguous(), right=True)
     drawn = places < draws
     row = torch.where(drawn, met, met[..., :1]).clamp(max=scores.shape[-1] - 1)
     weight = _UNIT / (count * share.gather(-1, row).clamp(min=1)).double()
