@@ -17,7 +17,7 @@ import torch
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.passes.build_router import quiet_region
 from cggr_compile.passes.score_rows import by_position, is_by_token, token_ids
-from cggr_compile.passes.select_rows import drawn, first, fresh_size
+from cggr_compile.passes.select_rows import drawn, first, fresh_size, preferred
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -76,7 +76,7 @@ def select_tokens(program: Program, config: RoutingConfig) -> Program:
     if noise is not None and config.resample == "layer":
         real, scores = (builder.call(aten.expand_as.default, x, noise) for x in (real, scores))
     if rule.needs_scores and noise is not None:
-        scores = _preferred(builder, *drawn(builder, config, scores, real, kept, noise), real)
+        scores = preferred(builder, *drawn(builder, config, scores, real, kept, noise), real)
     positions = first(builder, scores, real, kept)
     builder.copy_rest()
     routing = dataclasses.replace(builder.routing(), kept_tokens=kept, positions=positions)
@@ -90,9 +90,3 @@ def _real_tokens(builder: Builder, ids: fx.Node) -> fx.Node:
         if program.path(node) == "attention_mask" and is_by_token(program, value(node)):
             return builder.call(aten.ne.Scalar, builder.env[node], 0)
     return builder.call(aten.ones_like.default, builder.env[ids], dtype=torch.bool)
-
-
-def _preferred(builder: Builder, index: fx.Node, weight: fx.Node, like: fx.Node) -> fx.Node:
-    """1 at the selected places and 0 elsewhere, fp32 [..., S]; a place that only fills up (weight 0) adds nothing."""
-    zeros = builder.call(aten.zeros_like.default, like, dtype=torch.float32)
-    return builder.call(aten.scatter_add.default, zeros, -1, index, weight)
