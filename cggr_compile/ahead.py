@@ -33,9 +33,9 @@ class ScoresReady(Exception):
 
 
 def refuse_nan(scores: Tensor) -> None:
-    """Raises ValueError where a score on the host is NaN; on another device, an assertion there fails."""
+    """Raises ValueError where a score is NaN; on CUDA an assertion fails on the device, and nothing is read back."""
     nan = scores.isnan()
-    if nan.device.type != "cpu":
+    if nan.is_cuda:
         torch._assert_async(~nan.any(), "use_scores: a score is NaN")
     elif nan.any():
         rows = nan.nonzero().flatten().tolist()
