@@ -32,6 +32,16 @@ class ScoresReady(Exception):
         self.scores = scores
 
 
+def refuse_nan(scores: Tensor) -> None:
+    """Raises ValueError where a score is NaN; on CUDA an assertion fails on the device, and nothing is read back."""
+    nan = scores.isnan()
+    if nan.is_cuda:
+        torch._assert_async(~nan.any(), "use_scores: a score is NaN")
+    elif nan.any():
+        rows = nan.nonzero().flatten().tolist()
+        raise ValueError(f"use_scores: the scores of rows {rows} are NaN; give every row a score, -inf for the least")
+
+
 class GivenScores:
     """The scores that the next step takes, and the router that runs beside a step."""
 
@@ -111,7 +121,7 @@ class ScoredAhead:
             following = next(remaining, None)
             if scores is not None:
                 self.handle.runtime.given.join()  # for a batch that no step was made of
-                self.handle.use_scores(scores)
+                self.handle.runtime.given.give(scores)
             scores = self._score(following) if self.ahead and following is not None else None
             yield current
             current = following

@@ -22,7 +22,7 @@ from torch._dynamo.exc import (
 )
 
 from cggr_compile import compat
-from cggr_compile.ahead import ScoredAhead, ScoresReady
+from cggr_compile.ahead import ScoredAhead, ScoresReady, refuse_nan
 from cggr_compile.backend import Backend
 from cggr_compile.capture import batch_dims
 from cggr_compile.config import RoutingConfig
@@ -149,10 +149,11 @@ class Handle:
         the user's own, say of an earlier pass over the data. Where that step keeps every row they are not used.
 
         Raises:
-            ValueError: no step of this configuration takes scores from outside. (The step itself raises it where the
-                number of rows is another.)
+            ValueError: no step of this configuration takes scores from outside, or one is NaN, which on CUDA fails an
+                assertion on the device instead. (The step itself raises it where the number of rows is another.)
         """
         self._check_scores_from_outside()
+        refuse_nan(scores)
         self.runtime.given.give(scores)
 
     def score_ahead(self, batches: Iterable[Mapping[str, Any]], trial: int = 0) -> ScoredAhead:

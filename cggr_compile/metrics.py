@@ -30,6 +30,7 @@ METRICS: dict[str, str] = {
     "what follows",
     "score_selected_mean": "mean score of the rows that trained",
     "score_cv": "standard deviation over mean of the scores of the rows with counted tokens; 0 where the mean is",
+    "rows_nan_score": "rows with counted tokens whose score is NaN: they train only where others are fewer than k",
     "router_seconds": "median time of the router by itself on one batch; absent before `Handle.time_router()`",
     "mean_confidence": "mean over the counted tokens of the router's largest probability, with dynamic_threshold only",
     "token_kept_ratio": "share of each sequence's tokens that the middle layers ran on; token route only",
@@ -81,6 +82,7 @@ def metrics_of(
         found["selection_rate_long"] = _mean(selected, counted & (counts >= median))
         if isinstance(scores, Tensor):
             known = counted & ~scores.isnan()
+            found["rows_nan_score"] = (counted & scores.isnan()).sum()
             found["score_mean"] = _mean(scores, known)
             found["score_selected_mean"] = _mean(scores, known & selected)
             spread = _mean((scores - found["score_mean"]) ** 2, known).sqrt()

@@ -96,18 +96,17 @@ class _Selector(nn.Module):
 
     def _select(self, difficulty: Tensor, valid: Tensor, ratio: Tensor) -> Tensor:
         """bool [B, S]: max(1, floor(ratio · valid)) of the valid tokens, by the selection's order of preference."""
-        selectable = selection.selectable_rows(difficulty, valid)
         k = selection.fraction_of(ratio, valid.sum()).clamp(min=1)
         if self.selection == "sequence_aware":
             places = selection.sequence_aware_places(difficulty, valid, self.min_tokens_per_sequence)
-            k = k.maximum(selectable.sum(1).clamp(max=self.min_tokens_per_sequence).sum())
-            return selectable & (places < k)
+            k = k.maximum(valid.sum(1).clamp(max=self.min_tokens_per_sequence).sum())
+            return valid & (places < k)
         flat = difficulty.flatten(), valid.flatten()
         if self.selection == "stratified":
             places = selection.stratified_places(*flat, flat[0], self.num_strata)
         else:
             places = selection.topk_places(*flat)
-        return selectable & (places < k).view_as(selectable)
+        return valid & (places < k).view_as(valid)
 
 
 class CGGRLoss(_Selector):

@@ -412,7 +412,8 @@ class Builder:
     def tensor_input(self, name: str, shape: Sequence[Any], like: Any) -> fx.Node:
         """Adds an input of float32 [shape] on the device of the node `like`."""
         with self.program.fake_mode:
-            return self.placeholder(name, torch.empty(tuple(shape), device=value(like).device))
+            empty = torch.empty(tuple(shape), dtype=torch.float32, device=value(like).device)
+            return self.placeholder(name, empty)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Adds a call and computes its fake value."""

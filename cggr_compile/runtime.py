@@ -302,7 +302,7 @@ class Route:
 
 def uniform_noise(shape: Sequence[int], device: torch.device, generator: torch.Generator) -> torch.Tensor:
     """fp32 noise in [0, 1) for selections and router heads."""
-    return torch.rand(shape, device=device, generator=generator)
+    return torch.rand(shape, dtype=torch.float32, device=device, generator=generator)
 
 
 class Variant:

@@ -179,37 +179,43 @@ def _rows_per_chunk(rows: int | torch.SymInt, vocabulary: int | torch.SymInt, de
     return max(1, most // vocabulary) if rows * vocabulary > most else None
 
 
-def _rank_topk(scores: Tensor, noise: Tensor | None) -> Tensor:
-    return scores
+def _rank_topk(scores: Tensor, valid: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    return scores, valid
 
 
-def _rank_random(scores: Tensor, noise: Tensor | None) -> Tensor:
+def _rank_random(scores: Tensor, valid: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     if noise is None:
         raise ValueError("noise: the rule 'random' ranks by noise, which is None")
-    return noise
+    return noise, valid & ~noise.isnan()
 
 
-RANKINGS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"topk": _rank_topk, "random": _rank_random}
-"""The rules of `select`: each maps (scores, noise) to the key [..., N] that rows are ranked by, largest first."""
+RANKINGS: dict[str, Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]] = {
+    "topk": _rank_topk,
+    "random": _rank_random,
+}
+"""The rules of `select`: each maps (scores, valid, noise) to the key [..., N] that rows are ranked by, largest first,
+and to those that are selectable."""
 
 
 def select(scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k highest ranked valid rows of the last dimension: index int64 [..., k] and weight float32 [..., k].
 
-    `scores` and `noise` are float32 [..., N], `valid` is bool [..., N]. Rows that are invalid or whose key is NaN
-    are never selected; +inf ranks highest, -inf lowest, and ties go to the lower index. The result is sorted by
-    index. Each selected row appears once with weight 1; where fewer than k rows are selectable, the missing places
-    repeat the highest ranked one with weight 0, or row 0 where none is. Raises ValueError for an unknown rule and
-    for a rule whose noise is missing.
+    `scores` and `noise` are float32 [..., N], `valid` is bool [..., N]. Invalid rows are never selected, nor by
+    "random" those whose noise is NaN. +inf ranks highest, a score of NaN lowest, behind -inf: it is no reason to select
+    a row, and where nothing else is left, as in a diverged model, the loss must show it. Ties go to the lower index.
+    The result is sorted by index. Each selected row appears once with weight 1; where fewer than k rows are selectable,
+    the missing places repeat the highest ranked one with weight 0, or row 0 where none is. Raises ValueError for an
+    unknown rule and for a rule whose noise is missing.
     """
     if rule not in RANKINGS:
         raise ValueError(f"rule: got {rule!r}, expected one of {list(RANKINGS)}")
-    key = RANKINGS[rule](scores, noise)
-    selectable = valid & ~key.isnan()
-    # Two stable sorts order by (selectable, key, index): a row with key -inf still precedes an unselectable one.
-    by_key = key.masked_fill(~selectable, -math.inf).sort(dim=-1, descending=True, stable=True).indices
-    unselectable_last = (~selectable).gather(-1, by_key).to(torch.uint8).sort(dim=-1, stable=True).indices
-    ranked = by_key.gather(-1, unselectable_last)
+    key, selectable = RANKINGS[rule](scores, valid, noise)
+    # Two stable sorts order by (tier, key, index): a row with key -inf still precedes one of NaN, and that an
+    # unselectable one.
+    tier = torch.where(selectable, key.isnan().to(torch.uint8), 2)
+    by_key = key.masked_fill(tier > 0, -math.inf).sort(dim=-1, descending=True, stable=True).indices
+    by_tier = tier.gather(-1, by_key).sort(dim=-1, stable=True).indices
+    ranked = by_key.gather(-1, by_tier)
     # With no rows at all there is no highest ranked one; the padding keeps place 0 addressable.
     ranked = F.pad(ranked, (0, 1))
 

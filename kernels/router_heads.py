@@ -47,7 +47,7 @@ def sample_columns(
     `target` [N] is of any integer dtype.
     """
     if frequent + sampled >= classes:
-        return torch.arange(classes, device=noise.device), torch.ones(classes, device=noise.device)
+        return torch.arange(classes, device=noise.device), torch.ones(classes, dtype=noise.dtype, device=noise.device)
     counted = torch.where(target == ignore_index, classes, target).long()
     counts = torch.zeros(classes + 1, dtype=torch.int64, device=noise.device)
     counts.index_add_(0, counted, torch.ones_like(counted))
@@ -57,10 +57,12 @@ def sample_columns(
     least = keys.topk(frequent).values.amin() if frequent else keys.amax() + 1
     so_far = (keys >= least).cumsum(0)
     others = classes - frequent
-    # In integers, the unit being 2**-24: a float32 in [0, 1) drawn uniformly is a multiple of it.
-    start = (place[:sampled] * 2**24 + (noise * 2**24).long()) * others // (sampled * 2**24)
+    # In integers, the unit being 2**-24: a float32 in [0, 1) drawn uniformly is a multiple of it. This is
+    # (place + noise) · others / sampled, rounded down in two steps: inductor computes products of an index in 32 bits.
+    start = (place[:sampled] * others + (noise * 2**24).long() * others // 2**24) // sampled
     columns = [torch.searchsorted(so_far, place[1 : frequent + 1]), torch.searchsorted(place + 1 - so_far, start + 1)]
-    return torch.cat(columns), torch.where(place[: frequent + sampled] < frequent, 1.0, others / sampled)
+    stands_for = noise.new_full((frequent + sampled,), others / sampled)
+    return torch.cat(columns), torch.where(place[: frequent + sampled] < frequent, 1.0, stands_for)
 
 
 def sampled_score(

@@ -4,13 +4,17 @@ A rule is a function `(scores, valid, k, noise, **options) -> (index, weight)` o
 `noise` are float32 [..., N], `valid` is bool [..., N], k is a Python int; index is int64 [..., k], sorted, and weight
 float32 [..., k]. The last dimension may hold the rows of a batch or its tokens, flattened or per row.
 
-What holds for every rule here: a row is *selectable* where it is valid and what ranks it is no NaN; each of
-min(k, selectable) rows is selected once, none of the others; missing places repeat one of the selected rows (row 0
-where there is none) with weight 0; ties go to the lower index; all randomness comes from `noise`, uniform in [0, 1)
-(`draw_noise`), and nothing is read back to the host.
+What holds for every rule here: a row is *selectable* where it is valid and the noise that it is drawn by is no NaN;
+each of min(k, selectable) rows is selected once, none of the others; missing places repeat one of the selected rows
+(row 0 where there is none) with weight 0; ties go to the lower index; all randomness comes from `noise`, uniform in
+[0, 1) (`draw_noise`), and nothing is read back to the host.
+
+A score of NaN says nothing about its row. Rules that read scores deal with the rows whose score is *known*; only where
+these are fewer than k do others complete the selection, in the order of the index and with the weight of a row that is
+certain to be drawn. So one row that overflows does not train, and a model that has diverged does, with a loss of NaN.
 
 Most rules are an order of preference of which the first k rows are taken. The orders are public as `*_places`, for
-callers whose k is known to the device only: the selection is then the mask `places < k` of the selectable rows.
+callers whose k is known to the device only: the selection is then the mask `places < k` of the valid rows.
 """
 
 from __future__ import annotations
@@ -63,46 +67,50 @@ def draw_noise(scores: Tensor, generator: torch.Generator) -> Tensor:
     return noise.to(scores.device)
 
 
-def selectable_rows(scores: Tensor, valid: Tensor) -> Tensor:
+def known_rows(scores: Tensor, valid: Tensor) -> Tensor:
     """bool [..., N]: the valid rows whose score is not NaN."""
     return valid & ~scores.isnan()
 
 
 def topk_places(scores: Tensor, valid: Tensor) -> Tensor:
-    """int64 [..., N]: each row's place by score, the highest first; unselectable rows come last."""
-    return _places(selectable_rows(scores, valid), -scores)
+    """int64 [..., N]: each row's place by score, the highest first, then those of score NaN; invalid ones come last."""
+    known = known_rows(scores, valid)
+    return _places(valid, ~known, torch.where(known, -scores, 0.0))
 
 
 def stratified_places(scores: Tensor, valid: Tensor, within: Tensor, num_strata: int) -> Tensor:
     """int64 [..., N]: each row's place in the order that fills strata in proportion to their share.
 
-    The M selectable rows, ranked by score, fall into strata of M / num_strata rows (± 1). The hardest has share
+    The M rows of known score, ranked by it, fall into strata of M / num_strata rows (± 1). The hardest has share
     num_strata, the easiest 1, as in the original CGGR. The j-th row of a stratum of share s, counted from 0 in
     descending order of `within` [..., N], comes at time (2j + 1) / s. That is Webster's method of apportionment: of
     the k first rows each stratum has its share of k, rounded, and a stratum that runs out leaves its part to the
-    others, so that the total is exactly k. Raises ValueError for num_strata < 1.
+    others, so that the total is exactly k. Rows of score NaN come behind, invalid ones last. Raises ValueError for
+    num_strata < 1.
     """
     _at_least(1, num_strata=num_strata)
     stratum = _strata(scores, valid, num_strata)
-    selectable = selectable_rows(scores, valid)
+    known = known_rows(scores, valid)
     # Strata lie one after the other in this order, so a row's place less that of its stratum's first is its j.
-    place = _places(selectable, stratum, -within)
-    first = torch.where(selectable, place, place.shape[-1])
+    place = _places(known, stratum, -within)
+    first = torch.where(known, place, place.shape[-1])
     starts = torch.full((*place.shape[:-1], num_strata), place.shape[-1], device=place.device)
     starts = starts.scatter_reduce(-1, stratum, first, "amin")
     time = (2 * (place - starts.gather(-1, stratum)) + 1).float() / (num_strata - stratum)
-    return _places(selectable, time, stratum)
+    return _places(valid, ~known, torch.where(known, time, 0.0), stratum)
 
 
 def sequence_aware_places(scores: Tensor, valid: Tensor, min_tokens_per_sequence: int) -> Tensor:
     """int64 [B, S]: each token's place in the whole batch: first the `min_tokens_per_sequence` hardest of each
-    sequence, then the rest, both by score. Raises ValueError for a minimum below 1 or scores that are not 2-D."""
+    sequence, then the rest, both by score, then those of score NaN; invalid ones come last. Raises ValueError for a
+    minimum below 1 or scores that are not 2-D."""
     _at_least(1, min_tokens_per_sequence=min_tokens_per_sequence)
     if scores.dim() != 2:
         raise ValueError(f"sequence_aware: scores has shape {tuple(scores.shape)}, expected [B, S]")
-    guaranteed = topk_places(scores, valid) < min_tokens_per_sequence
-    selectable = selectable_rows(scores, valid)
-    return _places(selectable.flatten(), (~guaranteed).flatten(), -scores.flatten()).view_as(scores)
+    known = known_rows(scores, valid)
+    rest = topk_places(scores, valid) >= min_tokens_per_sequence
+    keys = (~known, rest & known, torch.where(known, -scores, 0.0))
+    return _places(valid.flatten(), *(key.flatten() for key in keys)).view_as(scores)
 
 
 def topk(scores: Tensor, valid: Tensor, k: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -123,19 +131,20 @@ def stratified(
 ) -> tuple[Tensor, Tensor]:
     """Uniform draws from strata of equal size by score, more from the harder ones (`stratified_places`).
 
-    With M_h of M selectable and m_h of m selected rows in stratum h, a row's weight is (M_h / M) / (m_h / m). The
-    weighted mean Σ w·l / Σ w is then Σ_h (M_h / M) · mean of stratum h, the stratified estimate of the mean over all
-    selectable rows: unbiased where every stratum has a draw, which k = num_strata² ensures; one without draws is not
+    With M_h of M rows of known score and m_h of m selected rows in stratum h, a row's weight is (M_h / M) / (m_h / m).
+    The weighted mean Σ w·l / Σ w is then Σ_h (M_h / M) · mean of stratum h, the stratified estimate of the mean over
+    these M: unbiased where every stratum has a draw, which k = num_strata² ensures; one without draws is not
     represented. Raises ValueError for missing noise and num_strata < 1.
     """
     noise = _check_noise("stratified", scores, valid, k, noise)
     # A row whose noise is NaN cannot be drawn, nor counted.
     valid = valid & ~noise.isnan()
-    selectable = selectable_rows(scores, valid)
     place = stratified_places(scores, valid, noise, num_strata)
     stratum = _strata(scores, valid, num_strata)
-    index, drawn = _first(place, selectable, k)
-    weight = _share(stratum, selectable, num_strata) / _share(stratum, selectable & (place < k), num_strata)
+    index, drawn = _first(place, valid, k)
+    taken = valid & (place < k)
+    # Rows of score NaN are taken where all others are: all weights are then 1.
+    weight = _share(stratum, known_rows(scores, valid) | taken, num_strata) / _share(stratum, taken, num_strata)
     # Only strata without draws divide by 0, and no selected row is of them.
     return index, torch.where(drawn == 1, weight.gather(-1, _of_stratum(stratum, index)), 0.0)
 
@@ -155,7 +164,7 @@ def sequence_aware(
             f"sequence_aware: {min_tokens_per_sequence} tokens of each of {scores.shape[0]} sequences are more than "
             f"k = {k}; raise the ratio or lower min_tokens_per_sequence"
         )
-    return _first(place.flatten(), selectable_rows(scores, valid).flatten(), k)
+    return _first(place.flatten(), valid.flatten(), k)
 
 
 def trimmed(
@@ -163,7 +172,7 @@ def trimmed(
 ) -> tuple[Tensor, Tensor]:
     """Top-k without the outliers, and a uniform share; weight 1.
 
-    Of M selectable rows the floor(tau · M) hardest are outliers. Preferred are the k - floor(epsilon · k) hardest
+    Of M rows of known score the floor(tau · M) hardest are outliers. Preferred are the k - floor(epsilon · k) hardest
     others, then uniform draws from the rest of the others; where these are too few for k, outliers complete it, the
     least extreme first. Raises ValueError for missing noise and for tau or epsilon outside [0, 1].
     """
@@ -172,14 +181,15 @@ def trimmed(
         if not 0 <= value <= 1:
             raise ValueError(f"trimmed: {name} is {value}, expected a fraction in [0, 1]")
     valid = valid & ~noise.isnan()
-    selectable = selectable_rows(scores, valid)
+    known = known_rows(scores, valid)
     place = topk_places(scores, valid)
-    outliers = fraction_of(tau, selectable.sum(-1, keepdim=True))
+    outliers = fraction_of(tau, known.sum(-1, keepdim=True))
     outlier = place < outliers
     hard = ~outlier & (place < outliers + (k - math.floor(epsilon * k + 1e-9)))
-    preference = torch.where(outlier, 2, torch.where(hard, 0, 1))
-    among = torch.where(outlier, -place.to(noise.dtype), torch.where(hard, place.to(noise.dtype), -noise))
-    return _first(_places(selectable, preference, among), selectable, k)
+    preference = torch.where(known, torch.where(outlier, 2, torch.where(hard, 0, 1)), 3)
+    by_place = place.to(noise.dtype)
+    among = torch.where(outlier, -by_place, torch.where(hard | ~known, by_place, -noise))
+    return _first(_places(valid, preference, among), valid, k)
 
 
 def importance(
@@ -187,7 +197,7 @@ def importance(
 ) -> tuple[Tensor, Tensor]:
     """Systematic sampling (Madow 1949) with inclusion probabilities π_i = min(1, c·q_i), Σ π = min(k, M).
 
-    Over the M selectable rows, q_i = (1 - floor) · s_i / Σ s + floor / M, where s is the score, shifted to 0 where
+    Over the M rows of known score, q_i = (1 - floor) · s_i / Σ s + floor / M, where s is the score, shifted to 0 where
     one is negative, -inf is the least and +inf outweighs every finite score. The defensive share `floor` keeps every
     π positive. The weight of a selected row is 1 / (M·π_i): Σ w·l has the expectation Σ l / M, for any l. Rows are
     laid out by score and one uniform number, the hardest row's noise, draws them all. π are integers over 2**30 that
@@ -199,8 +209,11 @@ def importance(
         raise ValueError(f"importance: floor is {floor}, expected a share in (0, 1]; 0 would leave rows unreachable")
     if scores.shape[-1] == 0:
         return reference.select(scores, valid, k, "topk")
-    valid = valid & ~noise.isnan()
-    selectable = selectable_rows(scores, valid)
+    known = known_rows(scores, valid & ~noise.isnan())
+    unknown = valid & ~noise.isnan() & ~known
+    # Where fewer than k are known, the first others join them, and every π is 1.
+    selectable = known | (unknown & (unknown.cumsum(-1) <= k - known.sum(-1, keepdim=True)))
+    scores = torch.where(known, scores, -math.inf)
     count = selectable.sum(-1, keepdim=True)
     draws = count.clamp(max=k)
     order = _places(selectable, -scores).argsort(-1)
@@ -210,9 +223,12 @@ def importance(
 
     total = share.cumsum(-1)
     offset = (noise.gather(-1, order[..., :1]).double() * _UNIT).long()
-    places = torch.arange(k, device=scores.device)
-    # A share is at most one unit, so thresholds one unit apart meet different rows, and the last is below the total.
-    met = torch.searchsorted(total, offset + places * _UNIT, right=True)
+    # Threshold j is offset + j units. A share is at most one unit, so they meet different rows, and the last is below
+    # the total. How many of them lie below a total is a quotient of data: j units themselves, products of an index,
+    # are beyond the 32 bits that inductor computes those in.
+    below = (total - offset + (_UNIT - 1)) // _UNIT
+    places = torch.arange(k, device=scores.device).expand(*scores.shape[:-1], k)
+    met = torch.searchsorted(below, places.contiguous(), right=True)
     drawn = places < draws
     row = torch.where(drawn, met, met[..., :1]).clamp(max=scores.shape[-1] - 1)
     weight = _UNIT / (count * share.gather(-1, row).clamp(min=1)).double()
@@ -341,9 +357,11 @@ def _at_least(least: int, **values: int) -> None:
 
 
 def _places(selectable: Tensor, *keys: Tensor) -> Tensor:
-    """Each row's place when the selectable rows come first, sorted by the keys in ascending order, then by index."""
+    """Each row's place when the selectable rows come first, sorted by the keys in ascending order, then by index.
+
+    No key of a selectable row is NaN."""
     order = torch.arange(selectable.shape[-1], device=selectable.device).expand(selectable.shape)
-    # Stable sorts, the least significant key first. What a NaN does among the unselectable rows matters to nobody.
+    # Stable sorts, the least significant key first.
     for key in (*reversed(keys), ~selectable):
         key = key.byte() if key.dtype == torch.bool else key
         order = order.gather(-1, key.gather(-1, order).sort(dim=-1, stable=True).indices)
@@ -356,8 +374,8 @@ def _first(place: Tensor, selectable: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _strata(scores: Tensor, valid: Tensor, num_strata: int) -> Tensor:
-    """int64 [..., N]: the stratum of each row by score, 0 the hardest; unselectable rows are in the last."""
-    count = selectable_rows(scores, valid).sum(-1, keepdim=True).clamp(min=1)
+    """int64 [..., N]: the stratum of each row by score, 0 the hardest; rows without one are in the last."""
+    count = known_rows(scores, valid).sum(-1, keepdim=True).clamp(min=1)
     return (topk_places(scores, valid) * num_strata // count).clamp(max=num_strata - 1)
 
 

@@ -50,7 +50,8 @@ def drawn(
     """The rule with options `names` of `values`: index int64 [..., k], sorted, and weight float32 [..., k].
 
     `scores` and `noise` are float32 [..., N], `valid` is bool [..., N]; a user's function takes [N] alone. A whole
-    number is handed on as an int, except where the option's default is a float. Raises ValueError by argument, and
+    number is handed on as an int, except where the option's default is a float. Where no valid row's score is known, a
+    user's function is not asked: the first valid rows train, as by every rule. Raises ValueError by argument, and
     ValueError or TypeError that name a user's function which returns anything else.
     """
     function = _rule(rule)
@@ -64,6 +65,10 @@ def drawn(
         # A user's rule may return any order, and views of what it was given, which an operator must not.
         index, order = index.sort(stable=True)
         weight = weight.gather(0, order)
+        # A diverged model must show in the loss, whatever the function makes of NaN.
+        known = selection.known_rows(scores, valid).any()
+        first = selection.topk(scores, valid, k)
+        index, weight = torch.where(known, index, first[0]), torch.where(known, weight, first[1])
     return index, weight
 
 

@@ -7,6 +7,7 @@ the batch symbol.
 
 from __future__ import annotations
 
+import cggr_compile.kernels.label_ops  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.passes.subgraph import clone
 from torch import fx
@@ -40,11 +41,17 @@ def gather_rows(program: Program, config: RoutingConfig) -> Program:
                 substitution[node] = builder.call(torch.ops.cggr.gather.default, substitution[node], rows, dim)
                 gathered.append((program.path(node), dim))
     builder.part = "main"
-    env = clone(builder, main_roots(program), substitution)
+    env = clone(builder, main_roots(program), substitution, _checked_before)
     builder.env.update({old: new for old, new in env.items() if old not in builder.env})
     outputs = [env.get(out, builder.env.get(out)) if isinstance(out, fx.Node) else out for out in program.outputs]
     builder.output(tuple(outputs))
     return builder.finish("gather_rows", routing=builder.routing(gathered=tuple(gathered)))
+
+
+def _checked_before(builder: Builder, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """The kept rows' labels in place of a check: those of the whole batch passed it before any row was selected."""
+    checks = node.target == torch.ops.cggr.checked_target.default
+    return env[node.args[0]] if checks else None
 
 
 def main_roots(program: Program) -> list[fx.Node]:

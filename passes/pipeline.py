@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.passes.build_router import build_router
+from cggr_compile.passes.check_labels import check_labels
 from cggr_compile.passes.elide_causal_masks import elide_causal_masks
 from cggr_compile.passes.find_layers import find_layers
 from cggr_compile.passes.find_loss import find_loss
@@ -43,7 +44,7 @@ ROUTES: dict[str, tuple[Pass, ...]] = {
     "loss": (select_loss,),
 }
 
-_FOUND: tuple[Pass, ...] = (elide_causal_masks, join_loss, join_head, find_loss)
+_FOUND: tuple[Pass, ...] = (elide_causal_masks, join_loss, join_head, find_loss, check_labels)
 # Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
 _LOWERED: tuple[Pass, ...] = (mask_loss, lower_kernels)
 

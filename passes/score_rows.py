@@ -132,7 +132,12 @@ def token_ids(program: Program) -> fx.Node:
 
 def is_by_token(program: Program, val: Any) -> bool:
     """Whether a value is an integer or boolean tensor [B, S]."""
-    if not isinstance(val, torch.Tensor) or val.dim() != 2 or val.is_floating_point():
+    return has_tokens(program, val) and not val.is_floating_point()
+
+
+def has_tokens(program: Program, val: Any) -> bool:
+    """Whether a value is a tensor [B, S]."""
+    if not isinstance(val, torch.Tensor) or val.dim() != 2:
         return False
     shape = (program.batch, program.sequence)
     return all(program.same_size(size, wanted) for size, wanted in zip(val.shape, shape, strict=True))

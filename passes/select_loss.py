@@ -2,8 +2,9 @@
 
 Tokens are the rows that the loss sees, over the whole batch; those whose label is ignored are not selectable. A rule
 whose weights only say what counts fills up with ignored tokens where fewer than k are selectable: they are ignored by
-the loss too, so no weight is needed and the loss is the mean over the others. Behind the sequence route, the batch is
-what that one kept.
+the loss too, so no weight is needed and the loss is the mean over the others. A rule that fills up by repeating a token
+with weight 0 is brought into that form, or the token would enter the loss as often as it is repeated; where weights
+enter the loss, those of 0 do it. Behind the sequence route, the batch is what that one kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.passes.build_router import quiet_region
-from cggr_compile.passes.select_rows import drawn, first, fresh_size, without_fillers
+from cggr_compile.passes.select_rows import drawn, first, fresh_size, preferred, without_fillers
 from cggr_compile.passes.subgraph import clone
 from torch import fx
 
@@ -42,12 +43,15 @@ def select_loss(program: Program, config: RoutingConfig) -> Program:
         target = without_fillers(builder, target, builder.env[program.routing.weights])
     counted = builder.call(aten.ne.Scalar, target, program.head.ignore_index)
     scores = _scores(builder, program) if rule.needs_scores else noise
+    weights = None
     if rule.needs_scores and noise is not None:
         rows, weights = drawn(builder, config, scores, counted, kept, noise)
-        if rule.weighting == "inverse":
-            weights = builder.call(aten.mul.Tensor, weights, builder.call(aten.sum.default, counted))
-    else:
-        rows, weights = first(builder, scores, counted, kept), None
+    if weights is None:
+        rows = first(builder, scores, counted, kept)
+    elif rule.weighting == "none":
+        rows, weights = first(builder, preferred(builder, rows, weights, counted), counted, kept), None
+    elif rule.weighting == "inverse":
+        weights = builder.call(aten.mul.Tensor, weights, builder.call(aten.sum.default, counted))
     builder.copy_rest()
     routing = dataclasses.replace(builder.routing(), kept_loss=kept, loss_rows=rows, loss_weights=weights)
     return builder.finish("select_loss", routing=routing)

@@ -82,6 +82,13 @@ def drawn(
     return builder.call(getitem, chosen, 0), builder.call(getitem, chosen, 1)
 
 
+def preferred(builder: Builder, index: fx.Node, weight: fx.Node, like: fx.Node) -> fx.Node:
+    """1 at the selected places and 0 elsewhere, fp32 of the shape of `like`, for `first`; a place that only fills up
+    (weight 0) adds nothing."""
+    zeros = builder.call(aten.zeros_like.default, like, dtype=torch.float32)
+    return builder.call(aten.scatter_add.default, zeros, -1, index, weight)
+
+
 def first(builder: Builder, scores: fx.Node, preferred: fx.Node, kept: fx.Node) -> fx.Node:
     """int64 [..., k], sorted: the highest scores of what is preferred; then what is preferred and scores NaN, then the
     rest. Every place is taken at most once, which `cggr::select` does not promise where few are selectable."""

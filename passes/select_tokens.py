@@ -1,10 +1,10 @@
 """Selects the tokens of each sequence that the middle layers run on.
 
-A token is selectable if it is a real one (`attention_mask` is not 0 there), whether its label counts or not: a prompt
-token carries context. Its score is that of the prediction made at its position, and 0, the lowest of every scoring,
-where the label is ignored. Positions of one sequence must be distinct, or attention would see a key twice; so where a
-sequence has fewer than k real tokens, the selection is filled up with padding, which the gathered mask hides from the
-others.
+A token is selectable if it is a real one (`attention_mask`, of any dtype, is not 0 there), whether its label counts or
+not: a prompt token carries context. Its score is that of the prediction made at its position, and 0, the lowest of
+every scoring, where the label is ignored. Positions of one sequence must be distinct, or attention would see a key
+twice; so where a sequence has fewer than k real tokens, the selection is filled up with padding, which the gathered
+mask hides from the others.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import cggr_compile.kernels.ops  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.passes.build_router import quiet_region
-from cggr_compile.passes.score_rows import by_position, is_by_token, token_ids
-from cggr_compile.passes.select_rows import drawn, first, fresh_size
+from cggr_compile.passes.score_rows import by_position, has_tokens, token_ids
+from cggr_compile.passes.select_rows import drawn, first, fresh_size, preferred
+from cggr_compile.passes.sequence_order import packet_of
+from cggr_compile.passes.subgraph import descendants
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -25,6 +27,11 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.program import Builder, Program, value
 
 aten = torch.ops.aten
+
+_MOVES = {
+    *(aten.view, aten.reshape, aten.unsqueeze, aten.expand, aten.repeat, aten.slice, aten.select, aten.index),
+    *(aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias),
+}
 
 
 def middle_layers(program: Program, config: RoutingConfig) -> range:
@@ -76,7 +83,7 @@ def select_tokens(program: Program, config: RoutingConfig) -> Program:
     if noise is not None and config.resample == "layer":
         real, scores = (builder.call(aten.expand_as.default, x, noise) for x in (real, scores))
     if rule.needs_scores and noise is not None:
-        scores = _preferred(builder, *drawn(builder, config, scores, real, kept, noise), real)
+        scores = preferred(builder, *drawn(builder, config, scores, real, kept, noise), real)
     positions = first(builder, scores, real, kept)
     builder.copy_rest()
     routing = dataclasses.replace(builder.routing(), kept_tokens=kept, positions=positions)
@@ -84,15 +91,28 @@ def select_tokens(program: Program, config: RoutingConfig) -> Program:
 
 
 def _real_tokens(builder: Builder, ids: fx.Node) -> fx.Node:
-    """bool [B, S]: False where a two-dimensional `attention_mask` says padding; every token where there is none."""
+    """bool [B, S]: False where an `attention_mask` [B, S], of any dtype, is 0; every token where there is none.
+
+    Raises:
+        CannotOptimize: the model adds the mask to something, so that 0 is what it leaves alone.
+    """
     program = builder.program
     for node in program.placeholders:
-        if program.path(node) == "attention_mask" and is_by_token(program, value(node)):
+        if program.path(node) == "attention_mask" and has_tokens(program, value(node)):
+            if value(node).is_floating_point():
+                _refuse_added(node)
             return builder.call(aten.ne.Scalar, builder.env[node], 0)
     return builder.call(aten.ones_like.default, builder.env[ids], dtype=torch.bool)
 
 
-def _preferred(builder: Builder, index: fx.Node, weight: fx.Node, like: fx.Node) -> fx.Node:
-    """1 at the selected places and 0 elsewhere, fp32 [..., S]; a place that only fills up (weight 0) adds nothing."""
-    zeros = builder.call(aten.zeros_like.default, like, dtype=torch.float32)
-    return builder.call(aten.scatter_add.default, zeros, -1, index, weight)
+def _refuse_added(mask: fx.Node) -> None:
+    """Raises where a floating mask itself, moved or in another floating dtype, is added to something or is what an
+    attention adds."""
+    for node in descendants([mask], lambda user: packet_of(user) in _MOVES and value(user).is_floating_point()):
+        for user in node.users:
+            if packet_of(user) in (aten.add, aten.add_) or user.target == aten.scaled_dot_product_attention.default:
+                raise CannotOptimize(
+                    f"attention_mask of {value(mask).dtype} is added to something, so 0 in it may mean a real token",
+                    node=user,
+                    hint="pass a mask that is 1 at real tokens and 0 at padding, or use route='sequence'",
+                )

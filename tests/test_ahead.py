@@ -119,8 +119,9 @@ def test_batches_ahead_are_scored_under_the_autocast_of_the_steps() -> None:
     """They are fetched outside of it; in fp32 they would be another capture, and other scores."""
     model = toy()
     scored = []
-    use = model.cggr.use_scores
-    model.cggr.use_scores = lambda scores: (scored.append(scores), use(scores))
+    given = model.cggr.runtime.given
+    give = given.give
+    given.give = lambda scores: (scored.append(scores), give(scores))
     for batch in model.cggr.score_ahead([toy_batch(8)] * 3):
         with torch.autocast("cpu", torch.bfloat16):
             model(**batch)
@@ -189,6 +190,8 @@ def test_bad_scores_and_calls_are_refused_and_leave_no_trace() -> None:
     model.cggr.use_scores(torch.zeros(3))
     with pytest.raises(ValueError, match=r"scores of shape \(3,\) for a batch of 4 rows"):
         model(**toy_batch(4))
+    with pytest.raises(ValueError, match=r"the scores of rows \[1, 3\] are NaN"):
+        model.cggr.use_scores(torch.tensor([0.0, torch.nan, 1.0, torch.nan]))
     model(**toy_batch(4))
     with pytest.raises(cggr.CannotOptimize, match="labels"):
         model.cggr.score({"input_ids": toy_batch()["input_ids"]})

@@ -137,6 +137,37 @@ def test_token_and_loss(llama: tuple[nn.Module, Program]) -> None:
     oracle.assert_same_step(*actual, loss, token_oracle.renamed(gradients), rtol=1e-5, atol=1e-8)
 
 
+RULES = ("topk", "random", "trimmed", "stratified", "importance")
+FEW = [
+    *(("loss", rule) for rule in RULES),
+    *((("sequence", "loss"), rule) for rule in RULES),
+    *((("token", "loss"), rule) for rule in RULES[:3]),
+]
+
+
+@pytest.mark.parametrize(("route", "rule"), FEW)
+def test_where_few_tokens_count_each_enters_the_loss_once(
+    llama: tuple[nn.Module, Program], route: Any, rule: str
+) -> None:
+    """Fewer tokens, and fewer rows, than k have a label, as with completions only: the loss is the mean over them, and
+    none of what fills a selection up is in it. All weights are 1 then."""
+    eager, batch = copy.deepcopy(llama[0]), token_batch(8, 10, masked=False)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    for row, counted in enumerate([0, 3, 0, 0, 2, 0, 1, 0]):
+        batch["labels"][row, : 10 - counted] = -100
+    step = plans.Routed(*llama, route=route, selection=rule, ratio=0.5, seed=1)
+    actual, mask = step.step(batch), labels_of(batch) != -100
+    assert mask.sum() == 6
+    selections = step.selected if isinstance(route, tuple) else (step.selected,)
+    assert torch.equal(selections[-1], mask)
+    if "token" in route:
+        short = token_oracle.shortened(eager, LLAMA, range(1, 2), selections[0])
+        loss, gradients = masked_step(short, batch, mask)
+        oracle.assert_same_step(*actual, loss, token_oracle.renamed(gradients), rtol=1e-5, atol=1e-8)
+    else:
+        oracle.assert_same_step(*actual, *masked_step(eager, batch, mask), rtol=1e-5, atol=1e-8)
+
+
 def test_num_items_keeps_the_gradient_scale() -> None:
     """A sum over the kept tokens, divided by a count of all, is scaled by counted / kept tokens."""
     torch.manual_seed(0)

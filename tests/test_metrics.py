@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -14,7 +15,7 @@ from toys import Toy, toy_batch
 import cggr_compile as cggr
 from cggr_compile.metrics import METRICS, metrics_of
 
-WITHOUT_ROUTER = {"score_mean", "score_selected_mean", "score_cv", "mean_confidence"}
+WITHOUT_ROUTER = {"score_mean", "score_selected_mean", "score_cv", "rows_nan_score", "mean_confidence"}
 OF_TOKENS = {"tokens_total", "tokens_selected", "selection_rate_short", "selection_rate_long"}
 OF_TOKEN_ROUTES = {"token_kept_ratio", "loss_kept_ratio"}
 
@@ -23,7 +24,8 @@ OF_TOKEN_ROUTES = {"token_kept_ratio", "loss_kept_ratio"}
 def steps(draw: st.DrawFn) -> dict[str, Any]:
     """Rows with counts and scores, and a selection of the counted ones, filled up with a repetition of weight 0."""
     counts = draw(st.lists(st.integers(0, 5), min_size=1, max_size=12))
-    scores = [draw(st.integers(-3, 9)) / 2 if count else 0.0 for count in counts]
+    numbers = st.integers(-3, 9).map(lambda number: number / 2) | st.just(math.nan)
+    scores = [draw(numbers) if count else 0.0 for count in counts]
     counted = [row for row, count in enumerate(counts) if count]
     selected = sorted(draw(st.sets(st.sampled_from(counted)))) if counted else []
     weights = [draw(st.sampled_from([0.25, 1.0, 3.0])) for _ in selected]
@@ -50,7 +52,7 @@ def test_figures_of_a_step(step: dict[str, Any]) -> None:
     selected = {row for row, weight in zip(step["rows"].tolist(), weights, strict=True) if weight}
     counted = [row for row, count in enumerate(counts) if count]
     median = statistics.median([counts[row] for row in counted]) if counted else 0
-    of_counted = [scores[row] for row in counted]
+    of_counted = [scores[row] for row in counted if not math.isnan(scores[row])]
     expected = {
         "rows_total": len(counts),
         "rows_selected": len(selected),
@@ -63,7 +65,8 @@ def test_figures_of_a_step(step: dict[str, Any]) -> None:
         "selection_rate_short": mean([row in selected for row in counted if counts[row] < median]),
         "selection_rate_long": mean([row in selected for row in counted if counts[row] >= median]),
         "score_mean": mean(of_counted),
-        "score_selected_mean": mean([scores[row] for row in selected]),
+        "score_selected_mean": mean([scores[row] for row in selected if not math.isnan(scores[row])]),
+        "rows_nan_score": len(counted) - len(of_counted),
         "score_cv": statistics.pstdev(of_counted) / abs(mean(of_counted)) if mean(of_counted) else 0,
     }
     found = metrics_of(step, None)

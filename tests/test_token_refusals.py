@@ -198,3 +198,31 @@ def test_layers_must_be_left() -> None:
         cggr.explain(
             model, {"input_ids": torch.randint(0, 31, (4, 7))}, route="token", first_layers=2, selection="random"
         )
+
+
+class Biased(Layers):
+    """Adds its attention mask to what its layers mix."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor]:
+        return super().forward(input_ids, labels, attention_mask)
+
+
+@pytest.mark.parametrize("mask", ["added", "counted"])
+def test_a_mask_that_is_added_does_not_tell_padding(mask: str) -> None:
+    def mix(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x + mask.unsqueeze(-1).to(x.dtype) if mask_added else x * (mask.unsqueeze(-1) != 0)
+
+    mask_added = mask == "added"
+    ids = torch.randint(31, (4, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones(4, 6)}
+    model = cggr.optimize(Biased(mix).train(), route="token", ratio=0.5, selection="random", inner="eager")
+    if mask_added:
+        with pytest.raises(cggr.CannotOptimize, match=r"attention_mask of torch.float32 is added to something"):
+            model(**batch)
+    else:
+        model(**batch)[0].backward()

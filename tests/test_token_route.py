@@ -258,3 +258,18 @@ def test_report_and_diff_name_what_is_gathered(deep: tuple[nn.Module, Program]) 
     share = 3 * layer / report.cost.forward_flops
     assert 3 / 4 * share < saved < 15 / 16 * share
     assert "tokens of each sequence" in diff.to_html()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, *([torch.bfloat16, torch.uint8] if LONG else [])])
+def test_a_padding_mask_of_any_dtype_tells_padding(dtype: torch.dtype) -> None:
+    batch = token_batch()
+    batch["attention_mask"][:, 9:] = 0
+    batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    steps, positions = [], []
+    for mask in (batch["attention_mask"], batch["attention_mask"].to(dtype)):
+        model = cggr.optimize(build("llama"), route="token", ratio=0.4, selection="random", seed=0, inner="eager")
+        steps.append(oracle.step(model, batch | {"attention_mask": mask}))
+        positions.append(model.cggr.selected)
+    assert torch.equal(*positions)
+    assert batch["attention_mask"].gather(1, positions[1]).all()
+    oracle.assert_same_step(*steps[1], *steps[0])

@@ -2,7 +2,7 @@
 
 A row's float32 key maps to an int32 that orders as the key does: with m = its bits without the sign, m where the
 key is positive and -m where it is negative. The two zeros share m = 0 and so tie; infinities are ±0x7F800000; NaN
-and invalid rows get the least int32, below every key. Bisection over these integers keeps
+gets the least int32 but one, and unselectable rows the least, below every key. Bisection over these integers keeps
 
     lo < hi  and  count(key >= lo) >= taken > count(key >= hi),
 
@@ -31,6 +31,7 @@ BLOCK = 8192
 
 _KEYS_PER_WARP = 512
 _INFINITY = tl.constexpr(0x7F800000)
+_NAN = tl.constexpr(-(2**31) + 1)
 _UNSELECTABLE = tl.constexpr(-(2**31))
 
 
@@ -42,8 +43,7 @@ def select(scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor | Non
     """
     if rule not in reference.RANKINGS:
         raise ValueError(f"rule: got {rule!r}, expected one of {list(reference.RANKINGS)}")
-    key = reference.RANKINGS[rule](scores, noise).contiguous()
-    valid = valid.contiguous()
+    key, valid = (x.contiguous() for x in reference.RANKINGS[rule](scores, valid, noise))
     *leading, length = key.shape
     index = key.new_empty((*leading, k), dtype=torch.int64)
     weight = key.new_empty((*leading, k), dtype=torch.float32)
@@ -68,13 +68,13 @@ def select(scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor | Non
 
 @triton.jit
 def _ordered_keys(key_ptr: tl.tensor, valid_ptr: tl.tensor, row: tl.tensor, length: tl.tensor) -> tl.tensor:
-    """Order-preserving int32 of the keys of `row`, a block of row numbers; the least where none may be selected."""
+    """Order-preserving int32 of the keys of `row`, a block of row numbers; the least for what is not selectable."""
     inside = row < length
     bits = tl.load(key_ptr + row, inside, other=0.0).to(tl.int32, bitcast=True)
     valid = tl.load(valid_ptr + row, inside, other=0).to(tl.int1)
     magnitude = bits & 0x7FFFFFFF
-    selectable = valid & (magnitude <= _INFINITY)
-    return tl.where(selectable, tl.where(bits < 0, -magnitude, magnitude), _UNSELECTABLE)
+    ordered = tl.where(magnitude <= _INFINITY, tl.where(bits < 0, -magnitude, magnitude), _NAN)
+    return tl.where(valid, ordered, _UNSELECTABLE)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -109,7 +109,7 @@ def _select_kernel(
     top = tl.min(tl.where(best == tl.max(best), best_row, 0x7FFFFFFF))
 
     # 64 bits hold lo + hi and hi - lo.
-    lo = tl.full([], -_INFINITY, tl.int64)
+    lo = tl.full([], _NAN, tl.int64)
     hi = tl.full([], _INFINITY + 1, tl.int64)
     at_hi = tl.full([], 0, tl.int32)
     while (at_lo != taken) & (hi - lo > 1):

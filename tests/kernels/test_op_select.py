@@ -22,8 +22,9 @@ def select(*args: object) -> tuple[Tensor, Tensor]:
 
 def truth(key: list[float], valid: list[bool], k: int) -> list[tuple[int, float]]:
     """The (index, weight) pairs by the definition."""
-    selectable = [row for row in range(len(key)) if valid[row] and not math.isnan(key[row])]
-    ranked = sorted(selectable, key=lambda row: (-key[row], row))
+    selectable = [row for row in range(len(key)) if valid[row]]
+    known = [row for row in selectable if not math.isnan(key[row])]
+    ranked = sorted(known, key=lambda row: (-key[row], row)) + [row for row in selectable if math.isnan(key[row])]
     chosen = [(row, 1.0) for row in ranked[:k]]
     filler = (ranked[0] if ranked else 0, 0.0)
     return sorted(chosen + [filler] * (k - len(chosen)), key=lambda pair: (pair[0], -pair[1]))
@@ -44,12 +45,14 @@ def selected(key: list[float], valid: list[bool], k: int) -> list[tuple[int, flo
         ([0.5, 0.5, 0.5, 0.5], [1, 1, 1, 1], 2, [(0, 1), (1, 1)]),
         ([0.1, 0.5, 0.5, 0.5], [1, 1, 1, 1], 2, [(1, 1), (2, 1)]),
         ([-0.0, 0.0, -0.0], [1, 1, 1], 2, [(0, 1), (1, 1)]),
-        ([NAN, 0.1, NAN, 0.2], [1, 1, 1, 1], 3, [(1, 1), (3, 1), (3, 0)]),
+        ([NAN, 0.1, NAN, 0.2], [1, 1, 1, 1], 2, [(1, 1), (3, 1)]),
+        ([NAN, 0.1, NAN, -INF], [1, 1, 1, 1], 3, [(0, 1), (1, 1), (3, 1)]),
         ([INF, NAN, -INF, 1.0], [1, 1, 1, 1], 2, [(0, 1), (3, 1)]),
         ([NAN, 5.0, -INF, 1.0], [1, 0, 1, 0], 1, [(2, 1)]),
         ([1.0, -INF, NAN, -INF], [0, 1, 1, 1], 2, [(1, 1), (3, 1)]),
         ([0.1, 0.9, 0.5], [0, 0, 0], 2, [(0, 0), (0, 0)]),
-        ([NAN, NAN], [1, 1], 2, [(0, 0), (0, 0)]),
+        ([NAN, NAN], [1, 1], 2, [(0, 1), (1, 1)]),
+        ([NAN, NAN, NAN], [0, 1, 0], 2, [(1, 1), (1, 0)]),
         ([0.1, 0.9, 0.5], [1, 1, 0], 3, [(0, 1), (1, 1), (1, 0)]),
         ([0.1, 0.9], [1, 1], 4, [(0, 1), (1, 1), (1, 0), (1, 0)]),
         ([7.0], [1], 1, [(0, 1)]),
@@ -75,8 +78,8 @@ def test_any_keys_with_ties_nan_and_infinities(rows: list[tuple[float, bool]], k
     assert pairs == truth(key, valid, k)
     kept = [row for row, weight in pairs if weight == 1]
     assert len(pairs) == k
-    assert len(kept) == len(set(kept)) == min(k, sum(ok and not math.isnan(x) for x, ok in rows))
-    assert all(valid[row] and not math.isnan(key[row]) for row in kept)
+    assert len(kept) == len(set(kept)) == min(k, sum(valid))
+    assert all(valid[row] for row in kept)
 
 
 @settings(deadline=None)
@@ -147,7 +150,7 @@ def test_ties_go_to_the_lower_index_on_cuda() -> None:
 
 
 def test_a_rule_added_to_the_registry_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(reference.RANKINGS, "lowest", lambda scores, noise: -scores)
+    monkeypatch.setitem(reference.RANKINGS, "lowest", lambda scores, valid, noise: (-scores, valid))
     index, _ = select(torch.tensor([3.0, 1.0, 2.0]), torch.ones(3, dtype=torch.bool), 2, "lowest")
     assert index.tolist() == [1, 2]
 

@@ -32,12 +32,17 @@ def tensors(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_score(rows: list[Row]) -> list[int]:
-    """The selectable rows, hardest first."""
+    """The rows of known score, hardest first."""
     return sorted((i for i, (x, ok, _) in enumerate(rows) if ok and not math.isnan(x)), key=lambda i: (-rows[i][0], i))
 
 
+def unknown(rows: list[Row]) -> list[int]:
+    """The valid rows of score NaN, which complete a selection that the others cannot fill."""
+    return [i for i, (x, ok, _) in enumerate(rows) if ok and math.isnan(x)]
+
+
 def topk_order(rows: list[Row], k: int) -> list[int]:
-    return by_score(rows)
+    return by_score(rows) + unknown(rows)
 
 
 def random_order(rows: list[Row], k: int) -> list[int]:
@@ -50,7 +55,7 @@ def strata_of(rows: list[Row], num_strata: int) -> dict[int, int]:
 
 
 def stratified_order(rows: list[Row], k: int, num_strata: int = 4) -> list[int]:
-    """One row at a time, to the stratum whose claim share / (2 · taken + 1) is largest (Webster)."""
+    """One row at a time, to the stratum whose claim share / (2 · taken + 1) is largest (Webster), of known rows."""
     left = {h: [i for i in random_order(rows, k) if strata_of(rows, num_strata).get(i) == h] for h in range(num_strata)}
     taken: Counter[int] = Counter()
     order = []
@@ -67,7 +72,8 @@ def trimmed_order(rows: list[Row], k: int, tau: float = 0.05, epsilon: float = 0
     cut = math.floor(tau * len(ranked) + 1e-9)
     outliers, others = ranked[:cut], ranked[cut:]
     hard = others[: k - math.floor(epsilon * k + 1e-9)]
-    return hard + [i for i in random_order(rows, k) if i in others and i not in hard] + outliers[::-1]
+    drawn = [i for i in random_order(rows, k) if i in others and i not in hard]
+    return hard + drawn + outliers[::-1] + unknown(rows)
 
 
 def pairs(index: Tensor, weight: Tensor) -> list[tuple[int, float]]:
@@ -137,13 +143,13 @@ def test_stratified_quotas_draws_and_weights(rows: list[Row], k: int, num_strata
     have, got = Counter(stratum.values()), Counter(stratum[i] for i in drawn)
     weights = {i: have[stratum[i]] / len(order) / (got[stratum[i]] / len(drawn)) for i in drawn}
     index, weight = selection.stratified(scores, valid, k, noise, num_strata=num_strata)
-    wanted = expected(order, k, weights)
+    wanted = expected(order + unknown(rows), k, weights | dict.fromkeys(unknown(rows), 1.0))
     assert index.tolist() == [i for i, _ in wanted]
     torch.testing.assert_close(weight, torch.tensor([w for _, w in wanted]), rtol=1e-6, atol=0)
     # Ordered by score within the strata, as the original does, it is the hardest of each stratum.
     place = {i: -float(p) for p, i in enumerate(by_score(rows))}
     hardest = stratified_order([(x, ok, place.get(i, 0.0)) for i, (x, ok, _) in enumerate(rows)], k, num_strata)
-    hardest = [i for i in hardest if i in place]
+    hardest = [i for i in hardest if i in place] + unknown(rows)
     places = selection.stratified_places(scores, valid, scores, num_strata)
     assert [places[i].item() for i in hardest] == list(range(len(hardest)))
 
@@ -182,11 +188,11 @@ def test_sequence_aware(data: st.DataObject, shape: tuple[int, int], minimum: in
     ranked = by_score(rows)
     sequence = {b: [i for i in ranked if i // shape[1] == b] for b in range(shape[0])}
     safe = [i for i in ranked if i in sequence[i // shape[1]][:minimum]]
-    order = safe + [i for i in ranked if i not in safe]
+    order = safe + [i for i in ranked if i not in safe] + unknown(rows)
     scores, valid, _ = (tensor.view(shape) for tensor in tensors(rows))
     result = selection.sequence_aware(scores, valid, k, min_tokens_per_sequence=minimum)
     assert pairs(*result) == expected(order, k)
-    kept = Counter(i // shape[1] for i, w in pairs(*result) if w)
+    kept = Counter(i // shape[1] for i, w in pairs(*result) if w and i in ranked)
     assert all(kept[b] >= min(minimum, len(members)) for b, members in sequence.items())
 
 
@@ -201,6 +207,9 @@ def test_sequence_aware_refuses_what_k_cannot_hold() -> None:
 def inclusion(rows: list[Row], k: int, floor: float) -> dict[int, Fraction]:
     """π by the definition: saturate, rescale the rest, repeat."""
     ranked = by_score(rows)
+    filling = unknown(rows)[: max(0, k - len(ranked))]
+    rows = [(-INF if i in filling else x, ok, u) for i, (x, ok, u) in enumerate(rows)]
+    ranked += filling
     infinite = any(rows[i][0] == INF for i in ranked)
     least = min([Fraction(0), *(Fraction(rows[i][0]) for i in ranked if math.isfinite(rows[i][0]))])
     s = {
@@ -228,7 +237,7 @@ def test_importance_is_unbiased(rows: list[Row], k: int, floor: float) -> None:
     pi = inclusion(rows, k, floor)
     assert sum(pi.values()) == min(k, len(pi))
     reached, ends = Fraction(0), {Fraction(0), Fraction(1)}
-    for i in by_score(rows):
+    for i in pi:
         reached += pi[i]
         ends.add(reached % 1)
     edges = sorted(ends)
@@ -302,12 +311,14 @@ def test_what_holds_for_every_rule(name: str, rows: list[Row], k: int) -> None:
     rule = selection.rule_of(user_rule if name == "custom" else name)
     scores, valid, noise = tensors(rows)
     index, weight = rule.function(scores, valid, k, noise)
-    selectable = set(random_order(rows, k) if name == "random" else by_score(rows))
+    selectable = set(random_order(rows, k))
     kept = [i for i, w in pairs(index, weight) if w > 0]
     assert len(index) == len(weight) == k
     assert index.tolist() == sorted(index.tolist())
     assert len(kept) == len(set(kept)) == min(k, len(selectable))
     assert set(kept) <= selectable
+    if name != "random" and set(kept) & set(unknown(rows)):
+        assert set(kept) >= set(by_score(rows))
     assert set(index.tolist()) <= set(kept) | ({0} if not kept else set())
     assert weight.isfinite().all()
 

@@ -26,8 +26,9 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 def truth(key: list[float], valid: list[bool], k: int) -> list[tuple[int, float]]:
     """The (index, weight) pairs by the definition."""
-    selectable = [row for row in range(len(key)) if valid[row] and not math.isnan(key[row])]
-    ranked = sorted(selectable, key=lambda row: (-key[row], row))
+    selectable = [row for row in range(len(key)) if valid[row]]
+    known = [row for row in selectable if not math.isnan(key[row])]
+    ranked = sorted(known, key=lambda row: (-key[row], row)) + [row for row in selectable if math.isnan(key[row])]
     chosen = [(row, 1.0) for row in ranked[:k]]
     filler = (ranked[0] if ranked else 0, 0.0)
     return sorted(chosen + [filler] * (k - len(chosen)), key=lambda pair: (pair[0], -pair[1]))
@@ -75,7 +76,8 @@ def draw(shape: tuple[int, ...], seed: int, values: int = 0, valid: float = 0.8)
         ([0.1, 0.5, 0.5, 0.5, 0.7, 0.5, 0.5], [1] * 7, 5, [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1)]),
         ([-0.0, 0.0, -0.0, 0.0, -0.0, 0.0], [1] * 6, 5, [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1)]),
         ([-TINY, -0.0, 0.0, TINY], [1] * 4, 2, [(1, 1), (3, 1)]),
-        ([NAN, 0.1, NAN, 0.2, NAN], [1] * 5, 3, [(1, 1), (3, 1), (3, 0)]),
+        ([NAN, 0.1, NAN, 0.2, NAN], [1] * 5, 2, [(1, 1), (3, 1)]),
+        ([NAN, 0.1, NAN, -INF, NAN], [1] * 5, 4, [(0, 1), (1, 1), (2, 1), (3, 1)]),
         ([0.1, 0.9, 0.5, 0.9, 0.3], [1] * 5, 7, [(0, 1), (1, 1), (1, 0), (1, 0), (2, 1), (3, 1), (4, 1)]),
         ([INF, NAN, -INF, 1.0, INF], [1] * 5, 2, [(0, 1), (4, 1)]),
         ([NAN, 5.0, -INF, 1.0], [1, 0, 1, 0], 1, [(2, 1)]),
@@ -83,7 +85,8 @@ def draw(shape: tuple[int, ...], seed: int, values: int = 0, valid: float = 0.8)
         ([-INF, -3.4028235e38], [1, 1], 1, [(1, 1)]),
         ([INF, 3.4028235e38], [1, 1], 1, [(0, 1)]),
         ([0.1, 0.9, 0.5], [0, 0, 0], 2, [(0, 0), (0, 0)]),
-        ([NAN] * 6, [1] * 6, 2, [(0, 0), (0, 0)]),
+        ([NAN] * 6, [1] * 6, 2, [(0, 1), (1, 1)]),
+        ([NAN] * 6, [0, 0, 1, 0, 1, 0], 3, [(2, 1), (2, 0), (4, 1)]),
         ([0.1, 0.9], [1, 1], 4, [(0, 1), (1, 1), (1, 0), (1, 0)]),
         ([7.0], [1], 1, [(0, 1)]),
         ([7.0], [0], 1, [(0, 0)]),
@@ -192,7 +195,7 @@ def test_unknown_rule_raises() -> None:
 
 
 def test_a_rule_added_to_the_registry_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(reference.RANKINGS, "lowest", lambda scores, noise: -scores)
+    monkeypatch.setitem(reference.RANKINGS, "lowest", lambda scores, valid, noise: (-scores, valid))
     scores = torch.tensor([3.0, 1.0, 2.0], device=DEVICE)
     assert pairs(*select(scores, scores > 0, 2, "lowest")) == [[(1, 1.0), (2, 1.0)]]
 

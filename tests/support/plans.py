@@ -11,6 +11,7 @@ from oracle import gradients
 from torch import nn
 
 import cggr_compile as cggr
+from cggr_compile.metrics import metrics_of
 from cggr_compile.program import Program
 from cggr_compile.runtime import Plan, Runtime
 from cggr_compile.selected import selected
@@ -51,3 +52,8 @@ class Routed:
     def selected(self) -> Any:
         """As `model.cggr.selected`."""
         return selected(self.runtime.config.routes, self.runtime.last)
+
+
+def metrics(routed: Routed) -> dict[str, torch.Tensor]:
+    """As `model.cggr.metrics()`, without what follows the loop."""
+    return metrics_of(routed.runtime.last, None)
