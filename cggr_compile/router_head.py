@@ -69,7 +69,7 @@ class Basis:
     def on(self, width: int, rank: int, generator: torch.Generator) -> torch.Tensor:
         """The directions on the generator's device, drawn from it where there are none of this shape."""
         if self.directions is None or self.directions.shape != (width, rank):
-            drawn = torch.randn(width, rank, device=generator.device, generator=generator)
+            drawn = torch.randn(width, rank, dtype=torch.float32, device=generator.device, generator=generator)
             self.directions = torch.linalg.qr(drawn).Q
             self.updates, self.due = 0, 1
         self.directions = self.directions.to(generator.device)

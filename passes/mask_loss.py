@@ -176,5 +176,6 @@ def _scaled_to_batch(
     else:
         kept = builder.call(aten.sum.default, builder.call(aten.mul.Tensor, row_weight, kept))
         kept = builder.call(aten.where.ScalarSelf, builder.call(aten.eq.Scalar, kept, 0), 1.0, kept)
-    share = builder.call(aten.div.Tensor, counted, kept)
+    # A quotient of two integers is of the default dtype.
+    share = builder.call(aten.div.Tensor, builder.call(aten.to.dtype, counted, torch.float32), kept)
     return builder.call(aten.mul.Tensor, loss, share)

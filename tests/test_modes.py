@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, GROUPED, build, token_batch
+from toys import Toy, toy_batch
 
 import cggr_compile as cggr
 
@@ -168,6 +169,31 @@ def test_a_row_with_nan_scores_is_not_selected() -> None:
     loss = model(**batch).loss
     assert 3 not in model.cggr.selected.tolist()
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selection": "random"},
+        {"selection": "importance", "router_head": "sampled", "router_head_frequent": 4, "router_head_sampled": 4},
+        {"selection": "stratified", "router_head": "low_rank", "router_head_rank": 4},
+        {"selection": "trimmed", "route": "loss"},
+    ],
+)
+def test_the_default_dtype_is_none_of_a_steps(dtype: torch.dtype, options: dict) -> None:
+    steps, batch = [], toy_batch(8, ignored=0.3)
+    for default in (torch.float32, dtype):
+        torch.manual_seed(0)
+        model = cggr.optimize(Toy().train(), router_layers=2, seed=0, inner="eager", **options)
+        torch.set_default_dtype(default)
+        try:
+            loss = model(**batch)[0]
+            loss.backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        steps.append((loss.detach(), oracle.gradients(model)))
+    oracle.assert_same_step(*steps[1], *steps[0])
 
 
 @pytest.mark.parametrize("kind", ["tensor", "int"])
