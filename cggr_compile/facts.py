@@ -26,8 +26,9 @@ from cggr_compile.passes.subgraph import ancestors, descendants
 from cggr_compile.program import REGION, Program, Shortened, hint, is_tensor, value
 from cggr_compile.route_text import kept_text, middle_text, schedule_text, score_text
 from cggr_compile.router_head import describe
-from cggr_compile.runtime import Plan, Runtime, Variant
+from cggr_compile.runtime import Plan, Runtime
 from cggr_compile.sizes import Amount, amounts_of
+from cggr_compile.variant import Variant
 
 aten = torch.ops.aten
 
