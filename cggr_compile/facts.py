@@ -474,8 +474,9 @@ def _cuda_graphs(plan: Plan) -> str:
     if not plan.runtime.config.cuda_graphs:
         return "off"
     variants = _variants(plan).values()
-    obstacles = dict.fromkeys(text for variant in variants for text in variant.obstacles)
-    recorded = f"{sum(variant.recordings for variant in variants)} recorded"
+    replays = [variant.replays for variant in variants if variant.replays is not None]
+    obstacles = dict.fromkeys(text for each in replays for text in each.obstacles)
+    recorded = f"{sum(each.recordings for each in replays)} recorded"
     pool = plan.runtime.pool
     copied = ["gradients copied: one was held over a step"] if pool is not None and pool.lending.copies else []
     return "; ".join([recorded, *copied, *(f"not recorded: {text}" for text in obstacles)])

@@ -1,4 +1,4 @@
-"""Hands a lowered program to the inner backend, at concrete sizes.
+"""Hands a lowered program to the inner backend.
 
 Inductor keeps what it compiled on disk, keyed by the graph, for other processes. Our graphs are the result of passes
 and options, so those are in the key; what a graph only names, the functions of this package, is not, and a fingerprint
@@ -18,7 +18,7 @@ import torch
 import torch._inductor.config
 from torch import fx
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile import kernels
@@ -34,23 +34,32 @@ def resolve_inner(inner: str, device: torch.device) -> str:
 
 
 def compile_static(
-    module: fx.GraphModule, inputs: list[Any], inner: str, recompute: bool = False
+    module: fx.GraphModule, inputs: Sequence[Any], inner: str, recompute: bool = False
 ) -> Callable[..., Any]:
     """Compiles a module with every size input replaced by its value; call it with the same inputs, sizes too.
     `recompute` is `RoutingConfig.recompute_elementwise`."""
-    places = [place for place, given in enumerate(inputs) if not isinstance(given, int)]
-    tensors = [inputs[place] for place in places]
-    static = _static(module, inputs)
     # Inductor looks at its caches only where a `ShapeEnv` tells it that no size is unknown.
     mode = FakeTensorMode(shape_env=ShapeEnv())
     mode.cache_enabled = True  # sizes are numbers here, and layers alike
+    return compile_in(mode, module, inputs, inner, recompute)
+
+
+def compile_in(
+    mode: FakeTensorMode, module: fx.GraphModule, inputs: Sequence[Any], inner: str, recompute: bool
+) -> Callable[..., Any]:
+    """Compiles a module for such inputs: numbers are written into it, tensors that are not fake ones of `mode` have the
+    sizes that they have; call it with all inputs, numbers too."""
+    places = [place for place, given in enumerate(inputs) if not isinstance(given, int)]
+    wanted = [inputs[place] for place in places]
     # The mode remembers a fake tensor for as long as somebody holds it; without, AOT makes one with symbols.
-    fakes = [mode.from_tensor(each, static_shapes=True) for each in tensors if isinstance(each, torch.Tensor)]
-    cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=_named_functions(static))
+    real = [x for x in wanted if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
+    fakes = [mode.from_tensor(each, static_shapes=True) for each in real]
+    written = _with_numbers(module, inputs)
+    cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=_named_functions(written))
     # torch forbids it by default, because it is slower, if little.
     partition = torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute)
     with tracing(TracingContext(mode)), cacheable, partition:
-        compiled = torch._dynamo.lookup_backend(inner)(static, tensors)
+        compiled = torch._dynamo.lookup_backend(inner)(written, wanted)
     del fakes
     return lambda *given: compiled(*(given[place] for place in places))
 
@@ -106,12 +115,12 @@ def _kind(x: torch.Tensor) -> tuple[Any, ...]:
     return (x.dtype, x.device, x.shape, x.stride(), x.requires_grad, isinstance(x, torch.nn.Parameter))
 
 
-def _static(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
-    """The module over its tensors alone."""
+def _with_numbers(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """The module over its other inputs, without the values of its capture."""
     graph = fx.Graph(module)
     env: dict[fx.Node, Any] = {}
     for node, given in zip(module.graph.find_nodes(op="placeholder", sort=True), inputs, strict=True):
-        env[node] = given if isinstance(given, int) else graph.node_copy(node)
+        env[node] = given if isinstance(given, int) else _bare(graph.node_copy(node))
     for node in module.graph.nodes:
         if node.op == "output":
             graph.output(fx.map_arg(node.args[0], lambda old: env[old]))
@@ -121,15 +130,15 @@ def _static(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
 
 
 def _substituted(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
-    copy = graph.create_node(
-        node.op,
-        node.target,
-        fx.map_arg(node.args, lambda old: env[old]),
-        fx.map_arg(node.kwargs, lambda old: env[old]),
-        name=node.name,
-    )
-    copy.meta = {key: item for key, item in node.meta.items() if key != "val"}
-    return copy
+    args, kwargs = (fx.map_arg(given, lambda old: env[old]) for given in (node.args, node.kwargs))
+    copy = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+    copy.meta = dict(node.meta)
+    return _bare(copy)
+
+
+def _bare(node: fx.Node) -> fx.Node:
+    node.meta.pop("val", None)
+    return node
 
 
 def _named_functions(module: fx.GraphModule) -> dict[str, str]:

@@ -1,30 +1,35 @@
-"""One lowered program and the code that the inner backend makes of it."""
+"""One lowered program and the code that the inner backend makes of it.
+
+Steps differ in their sizes: the batch, the sequence, what is kept of them. The first sizes are compiled as numbers,
+which is the best code there is, and all that a loop over batches of one shape needs. When others come the program is
+compiled once more, with symbols (`symbolic`), and that code serves all further sizes: a loop must not wait for the
+compiler again. Where its assumptions do not hold (a single row, a sequence shorter than a window), such sizes get code
+of that kind of their own.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
+from operator import eq
 from typing import Any
 
-import torch
 from torch import fx
 
-from cggr_compile.cuda_graphs import Replayed, obstacle_of
+from cggr_compile.cuda_graphs import Replays, obstacle_of
 from cggr_compile.graph_memory import Pool
 from cggr_compile.inner import Shared, compile_static
 from cggr_compile.kernels_ahead import KernelsAhead
 from cggr_compile.passes.lower_regions import lower_regions
 from cggr_compile.passes.outline_layers import outline_layers
 from cggr_compile.program import Program
-from cggr_compile.sizes import symbols_of
-
-# Distinct (batch, sequence, k) for which the inner backend keeps compiled code; the oldest is dropped beyond.
-MAX_SPECIALIZATIONS = 64
+from cggr_compile.sizes import Sizes, Symbols
+from cggr_compile.symbolic import Code, compile_symbolic
 
 
 class Variant:
-    """One lowered program and its compiled code for each concrete (batch, sequence, k)."""
+    """One lowered program and its compiled code."""
 
     def __init__(
         self,
@@ -39,9 +44,11 @@ class Variant:
         self.pool = pool
         self.program = program
         self.outline = outline_layers(program) if outlined and inner != "eager" else None
-        self.specialized: OrderedDict[tuple[int, ...], Callable[..., Any]] = OrderedDict()
-        self.compilations = 0
-        self._run = self.module if inner == "eager" and pool is None else self._specialized
+        self.codes: list[Code] = []
+        self.replays = None if pool is None else Replays(pool, obstacle_of(program.graph))
+        self._symbols = Symbols(program)
+        self._symbolic = True
+        self._run = self.module if inner == "eager" and pool is None else self._compiled
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         return self._run(*inputs)
@@ -52,17 +59,17 @@ class Variant:
         return lower_regions(self.program, checkpoints=self.inner == "eager")
 
     @property
-    def _replayed(self) -> list[Replayed]:
-        return [compiled for compiled in self.specialized.values() if isinstance(compiled, Replayed)]
+    def compilations(self) -> int:
+        """How often the inner backend compiled the program."""
+        return len(self.codes)
 
     @property
     def _shared(self) -> list[Shared]:
-        runs = (each.run if isinstance(each, Replayed) else each for each in self.specialized.values())
-        return [run for run in runs if isinstance(run, Shared)]
+        return [code.run for code in self.codes if isinstance(code.run, Shared)]
 
     @property
     def pieces(self) -> int:
-        """Pieces that outlined specialisations were divided into, for those that are kept."""
+        """Pieces that the program was divided into, for each time that it was compiled."""
         return sum(shared.pieces for shared in self._shared)
 
     @property
@@ -70,44 +77,36 @@ class Variant:
         """How many of those were compiled: the others are like them."""
         return sum(len(shared.compiled) for shared in self._shared)
 
-    @property
-    def recordings(self) -> int:
-        """CUDA graphs recorded, for the specialisations that are kept."""
-        return sum(compiled.recordings for compiled in self._replayed)
+    def _compiled(self, *inputs: Any) -> tuple[Any, ...]:
+        sizes = self._symbols.of(inputs)
+        code = next((code for code in self.codes if code.serves(sizes)), None)
+        if code is None:
+            code = self._compile(inputs, sizes)
+            self.codes.append(code)
+        if self.replays is None:
+            return tuple(code.run(*inputs))
+        return self.replays.run(tuple(sizes.values()), code.run, inputs)
 
-    @property
-    def obstacles(self) -> list[str]:
-        """Why specialisations could not be recorded."""
-        return [compiled.obstacle for compiled in self._replayed if compiled.obstacle is not None]
-
-    def _specialized(self, *inputs: Any) -> tuple[Any, ...]:
-        key = (*(size for size in inputs if isinstance(size, int)), *_shapes(inputs))
-        if key not in self.specialized:
-            self.compilations += 1
-            compiled = self._compile(inputs)
-            if self.pool is not None:
-                compiled = Replayed(compiled, self.pool, obstacle_of(self.program.graph))
-            self.specialized[key] = compiled
-            if len(self.specialized) > MAX_SPECIALIZATIONS:
-                self.specialized.popitem(last=False)
-        self.specialized.move_to_end(key)
-        return tuple(self.specialized[key](*inputs))
-
-    def _compile(self, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-        kernels = KernelsAhead(self.program, inputs)
+    def _compile(self, inputs: tuple[Any, ...], sizes: Sizes) -> Code:
+        kernels = KernelsAhead(self.program, inputs, sizes)
+        if self.codes and self._symbolic:
+            try:
+                code = compile_symbolic(self.module, self.program, inputs, sizes, self.inner, self.recompute)
+            except RuntimeError as error:
+                self._symbolic = False
+                warnings.warn(
+                    f"compiling every batch shape by itself: {self.inner} cannot compile this step for many: "
+                    f"{str(error).splitlines()[0]}",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+            else:
+                kernels.wait()
+                return code
+        run: Callable[..., Any]
         if self.outline is None or self.outline.reason:
-            compiled = compile_static(self.module, list(inputs), self.inner, self.recompute)
+            run = compile_static(self.module, inputs, self.inner, self.recompute)
             kernels.wait()
-            return compiled
-        sizes = symbols_of(self.program, inputs)
-        return Shared(self.program, self.outline.pieces, sizes, self.inner, self.recompute, kernels.wait)
-
-
-def _shapes(inputs: tuple[Any, ...]) -> tuple[int, ...]:
-    """Sizes of the inputs that are not parameters: those of the model cannot change."""
-    return tuple(
-        size
-        for tensor in inputs
-        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, torch.nn.Parameter)
-        for size in tensor.shape
-    )
+        else:
+            run = Shared(self.program, self.outline.pieces, sizes, self.inner, self.recompute, kernels.wait)
+        return Code(run, partial(eq, sizes))
