@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from cggr_compile import kernels
 from cggr_compile.passes.lower_regions import Body, lower_pieces
 from cggr_compile.program import Program
+from cggr_compile.sizes import Sizes
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:
@@ -74,20 +75,29 @@ class Shared:
         self,
         program: Program,
         pieces: Sequence[Sequence[fx.Node]],
-        sizes: Mapping[Any, int],
+        sizes: Sizes,
         inner: str,
         recompute: bool = False,
         before_running: Callable[[], None] = lambda: None,
     ) -> None:
+        self.program = program
         self.inner = inner
         self.recompute = recompute
         self.before_running = before_running
         self.pieces = len(pieces)
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._run = lower_pieces(program, pieces, sizes, self._piece)
+        self._sizes = sizes
+        self._run = self._lower(pieces, sizes)
 
     def __call__(self, *inputs: Any) -> Any:
         return self._run(*inputs)
+
+    def serves(self, sizes: Sizes) -> bool:
+        """Whether it may be called with such sizes."""
+        return sizes == self._sizes
+
+    def _lower(self, pieces: Sequence[Sequence[fx.Node]], sizes: Sizes) -> fx.GraphModule:
+        return lower_pieces(self.program, pieces, sizes, self._piece)
 
     def _piece(self, body: Body) -> Callable[..., Any]:
         compiled: Callable[..., Any] | None = None
@@ -102,17 +112,28 @@ class Shared:
         return run
 
     def _shared(self, body: Body, text: str, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-        key = (text, *map(_kind, inputs))
+        key = (text, *self._kinds(body, inputs))
         if key not in self.compiled:
-            leaves = [x if x.is_leaf else x.detach().requires_grad_() for x in inputs]
-            self.compiled[key] = compile_static(body.module, leaves, self.inner, self.recompute)
+            self.compiled[key] = self._compile(body, [as_leaf(x) for x in inputs])
             self.before_running()
         return self.compiled[key]
 
+    def _kinds(self, body: Body, inputs: Sequence[Any]) -> Iterator[Any]:
+        """All that a compiled piece assumes of each input."""
+        return ((*described(x), x.shape, x.stride()) for x in inputs)
 
-def _kind(x: torch.Tensor) -> tuple[Any, ...]:
-    """All that a compiled piece assumes of an input."""
-    return (x.dtype, x.device, x.shape, x.stride(), x.requires_grad, isinstance(x, torch.nn.Parameter))
+    def _compile(self, body: Body, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_static(body.module, inputs, self.inner, self.recompute)
+
+
+def as_leaf(x: Any) -> Any:
+    """A tensor that a piece can be compiled with: one without the history of the pieces before."""
+    return x if not isinstance(x, torch.Tensor) or x.is_leaf else x.detach().requires_grad_()
+
+
+def described(x: torch.Tensor) -> tuple[Any, ...]:
+    """What a compiled piece assumes of a tensor, but for its sizes."""
+    return (x.dtype, x.device, x.requires_grad, isinstance(x, torch.nn.Parameter))
 
 
 def _with_numbers(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:

@@ -10,7 +10,6 @@ of that kind of their own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import cached_property, partial
 from operator import eq
 from typing import Any
@@ -25,7 +24,7 @@ from cggr_compile.passes.lower_regions import lower_regions
 from cggr_compile.passes.outline_layers import outline_layers
 from cggr_compile.program import Program
 from cggr_compile.sizes import Sizes, Symbols
-from cggr_compile.symbolic import Code, compile_symbolic
+from cggr_compile.symbolic import Code, SharedForMany, compile_symbolic
 
 
 class Variant:
@@ -89,24 +88,24 @@ class Variant:
 
     def _compile(self, inputs: tuple[Any, ...], sizes: Sizes) -> Code:
         kernels = KernelsAhead(self.program, inputs, sizes)
+        if self.outline is not None and not self.outline.reason:
+            kind = SharedForMany if self.codes else Shared
+            run = kind(self.program, self.outline.pieces, sizes, self.inner, self.recompute, kernels.wait)
+            return Code(run, run.serves)
+        code = self._compile_whole(inputs, sizes)
+        kernels.wait()
+        return code
+
+    def _compile_whole(self, inputs: tuple[Any, ...], sizes: Sizes) -> Code:
         if self.codes and self._symbolic:
             try:
-                code = compile_symbolic(self.module, self.program, inputs, sizes, self.inner, self.recompute)
+                return compile_symbolic(self.module, self.program, inputs, sizes, self.inner, self.recompute)
             except RuntimeError as error:
                 self._symbolic = False
                 warnings.warn(
                     f"compiling every batch shape by itself: {self.inner} cannot compile this step for many: "
                     f"{str(error).splitlines()[0]}",
                     RuntimeWarning,
-                    stacklevel=5,
+                    stacklevel=6,
                 )
-            else:
-                kernels.wait()
-                return code
-        run: Callable[..., Any]
-        if self.outline is None or self.outline.reason:
-            run = compile_static(self.module, inputs, self.inner, self.recompute)
-            kernels.wait()
-        else:
-            run = Shared(self.program, self.outline.pieces, sizes, self.inner, self.recompute, kernels.wait)
-        return Code(run, partial(eq, sizes))
+        return Code(compile_static(self.module, inputs, self.inner, self.recompute), partial(eq, sizes))
