@@ -1,4 +1,4 @@
-"""CUDA graphs: a compiled step's forward and backward, recorded once for each batch shape and replayed.
+"""CUDA graphs: a compiled step's forward and backward, recorded once for each batch shape that recurs and replayed.
 
 Where the host launches kernels more slowly than the device runs them, a replay launches all of them at once. A
 recording has fixed memory, so what must not be confused is kept apart here:
@@ -15,23 +15,56 @@ recording has fixed memory, so what must not be confused is kept apart here:
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from cggr_compile.graph_memory import Pool, Turn
+from cggr_compile.graph_memory import CALLS_THAT_DISPLACE, Pool, Turn
 
 WARM_UP = 2
 """Runs before a recording: libraries and Triton allocate and compile in the first."""
 
 
+SIZES_REMEMBERED = 1024
+"""Sizes whose calls are counted; those that came longest ago are forgotten beyond."""
+
+
+class Replays:
+    """A program's compiled steps, recorded for sizes that come again and replayed from then on."""
+
+    def __init__(self, pool: Pool, obstacle: str | None) -> None:
+        self.pool = pool
+        self.obstacle = obstacle
+        self._by_sizes: OrderedDict[tuple[int, ...], Replayed] = OrderedDict()
+
+    def run(self, sizes: tuple[int, ...], step: Callable[..., Sequence[Any]], inputs: tuple[Any, ...]) -> Any:
+        """Calls a step that serves these sizes, which are those of the inputs."""
+        if sizes not in self._by_sizes:
+            self._by_sizes[sizes] = Replayed(step, self.pool, self.obstacle)
+            if len(self._by_sizes) > SIZES_REMEMBERED:
+                self._by_sizes.popitem(last=False)
+        self._by_sizes.move_to_end(sizes)
+        return self._by_sizes[sizes](*inputs)
+
+    @property
+    def recordings(self) -> int:
+        """CUDA graphs recorded, for the sizes that are remembered."""
+        return sum(replayed.recordings for replayed in self._by_sizes.values())
+
+    @property
+    def obstacles(self) -> list[str]:
+        """Why steps could not be recorded."""
+        return [replayed.obstacle for replayed in self._by_sizes.values() if replayed.obstacle is not None]
+
+
 class Replayed:
-    """A compiled step that is recorded at its second call and replayed from then on.
+    """A compiled step at some sizes, that is recorded at its second call and replayed from then on.
 
     `run` takes tensors and ints and returns a tuple of tensors and None. Where it cannot be recorded it is run as it
-    is; `obstacle` says why, and a warning does once.
+    is; `obstacle` says why, and a warning does once. Where the pool has no room for a recording it is run too.
     """
 
     def __init__(self, run: Callable[..., Sequence[Any]], pool: Pool, obstacle: str | None) -> None:
@@ -39,28 +72,40 @@ class Replayed:
         self.pool = pool
         self.obstacle = obstacle
         self.recordings = 0
-        self._called = False
+        self._calls: deque[int] = deque(maxlen=CALLS_THAT_DISPLACE)
         self._recording: _Recording | None = None
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         self.pool.leave_to_holders()
+        self._calls.append(self.pool.shelf.next_call())
         # A shape that comes once, as the last batch of an epoch may, is not worth a recording.
-        if not self._called or self.obstacle is not None or self.pool.busy:
-            self._called = True
+        if len(self._calls) == 1 or self.obstacle is not None or self.pool.busy:
             return tuple(self.run(*inputs))
         if self._recording is None or not self._recording.fits(inputs):
             self._record(inputs)
-        return tuple(self.run(*inputs)) if self._recording is None else self._recording(inputs)
+        if self._recording is None:
+            return tuple(self.run(*inputs))
+        self.pool.shelf.replayed(self)
+        return self._recording(inputs)
+
+    def forget(self) -> None:
+        """Drops the recording."""
+        self._recording = None
 
     def _record(self, inputs: tuple[Any, ...]) -> None:
-        self._recording = None
+        self.forget()
         self.obstacle = _unrecordable(inputs)
         if self.obstacle is None:
+            # What a recording keeps for itself alone is gradients, for the most part.
+            expected = sum(x.nbytes for x in inputs if isinstance(x, Tensor) and x.requires_grad)
+            if not self.pool.shelf.makes_room(self, expected, self._calls):
+                return
             try:
                 # A failed capture leaves its stream current; this one comes back whatever happens.
                 with torch.cuda.stream(torch.cuda.current_stream()):
                     self._recording = _Recording(self.run, inputs, self.pool)
                 self.recordings += 1
+                self.pool.shelf.keep(self, self._recording.nbytes)
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -123,6 +168,13 @@ class _Recording:
         pool.lending.copies |= any(x.is_leaf and x.grad is not None for x in (inputs[place] for place in self._places))
         self._outputs = [x.detach() if isinstance(x, Tensor) else x for x in outputs]
         self._differentiable = [isinstance(x, Tensor) and x.requires_grad for x in outputs]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is this recording's alone, from replay to replay."""
+        copies = [self._leaves[place] for place in self._copied]
+        kept = [*copies, *self._outputs, *self._of_outputs, *self._gradients]
+        return sum(x.nbytes for x in kept if isinstance(x, Tensor))
 
     def _addresses_of(self, inputs: tuple[Any, ...]) -> list[int]:
         return [x.data_ptr() for x in inputs if isinstance(x, Tensor) and _stays(x)]

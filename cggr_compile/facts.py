@@ -26,8 +26,9 @@ from cggr_compile.passes.subgraph import ancestors, descendants
 from cggr_compile.program import REGION, Program, Shortened, hint, is_tensor, value
 from cggr_compile.route_text import kept_text, middle_text, schedule_text, score_text
 from cggr_compile.router_head import describe
-from cggr_compile.runtime import Plan, Runtime, Variant
+from cggr_compile.runtime import Plan, Runtime
 from cggr_compile.sizes import Amount, amounts_of
+from cggr_compile.variant import Variant
 
 aten = torch.ops.aten
 
@@ -473,8 +474,9 @@ def _cuda_graphs(plan: Plan) -> str:
     if not plan.runtime.config.cuda_graphs:
         return "off"
     variants = _variants(plan).values()
-    obstacles = dict.fromkeys(text for variant in variants for text in variant.obstacles)
-    recorded = f"{sum(variant.recordings for variant in variants)} recorded"
+    replays = [variant.replays for variant in variants if variant.replays is not None]
+    obstacles = dict.fromkeys(text for each in replays for text in each.obstacles)
+    recorded = f"{sum(each.recordings for each in replays)} recorded"
     pool = plan.runtime.pool
     copied = ["gradients copied: one was held over a step"] if pool is not None and pool.lending.copies else []
     return "; ".join([recorded, *copied, *(f"not recorded: {text}" for text in obstacles)])

@@ -11,11 +11,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cggr_compile import compat
+
+SHARE_OF_MEMORY = 0.1
+"""Of the device's memory: the budget of a model's recordings."""
+
+MOST_RECORDINGS = 64
+"""Each takes some MiB of the host and of the driver besides."""
+
+CALLS_THAT_DISPLACE = 8
 
 
 class Turn:
@@ -63,12 +72,72 @@ class Lending:
         return found
 
 
+class Recorded(Protocol):
+    """What holds one recording."""
+
+    def forget(self) -> None:
+        """Drops it."""
+
+
+class Shelf:
+    """Which recordings are kept, within a budget of bytes and a number of them.
+
+    Each keeps its gradients and its copies of inputs; activations are in memory that all share. A recording takes about
+    five steps, so sizes that come in turn, more of them than there is room for, must not displace each other: room is
+    made by dropping what was replayed longest ago, and only for sizes that came CALLS_THAT_DISPLACE times since then.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._calls = 0
+        # Bytes, and the call of the last replay; in the order of last replays.
+        self._kept: weakref.WeakKeyDictionary[Recorded, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+    def next_call(self) -> int:
+        """The number of a call."""
+        self._calls += 1
+        return self._calls
+
+    def keep(self, recorded: Recorded, nbytes: int) -> None:
+        """Takes a new recording in."""
+        self._kept[recorded] = (nbytes, self._calls)
+
+    def replayed(self, recorded: Recorded) -> None:
+        """Notes a replay."""
+        nbytes, _ = self._kept.pop(recorded)
+        self.keep(recorded, nbytes)
+
+    def makes_room(self, recorded: Recorded, nbytes: int, calls: Sequence[int]) -> bool:
+        """Whether there is room for another recording of so many bytes, or was made; `calls` are the last ones, at most
+        CALLS_THAT_DISPLACE, of what it is for. A single recording is kept whatever its size."""
+        self._kept.pop(recorded, None)
+        left = list(self._kept.items())
+        dropped = []
+        while left and (len(left) >= MOST_RECORDINGS or sum(size for _, (size, _) in left) + nbytes > self.budget):
+            oldest, (_, last) = left.pop(0)
+            if len(calls) < CALLS_THAT_DISPLACE or calls[0] < last:
+                return False
+            dropped.append(oldest)
+        for each in dropped:
+            del self._kept[each]
+            each.forget()
+        return True
+
+    def clear(self) -> None:
+        """Drops all recordings."""
+        for each in list(self._kept):
+            each.forget()
+        self._kept.clear()
+
+
 class Pool:
-    """What the recordings of one model share: memory, the turn of the forward that waits for its backward, and the
-    gradients that are lent. Recordings of an `epoch` before this one write where somebody holds a gradient."""
+    """What the recordings of one model share: memory, the shelf of those kept, the turn of the forward that waits for
+    its backward, and the gradients that are lent. Recordings of an `epoch` before this one write where somebody holds a
+    gradient."""
 
     def __init__(self) -> None:
         self.lending = Lending()
+        self.shelf = Shelf(int(torch.cuda.mem_get_info()[1] * SHARE_OF_MEMORY))
         self.epoch = 0
         self.handle = torch.cuda.graph_pool_handle()
         self._open: weakref.ReferenceType[Turn] | None = None
@@ -89,6 +158,7 @@ class Pool:
         if self.lending.held:
             self.lending.stop()
             self.epoch += 1
+            self.shelf.clear()
 
     def open(self, turn: Turn) -> None:
         """Hands the memory for activations to a forward."""

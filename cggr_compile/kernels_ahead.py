@@ -13,16 +13,16 @@ from torch import fx
 
 from cggr_compile.kernels.providers import launches_triton
 from cggr_compile.program import REGION, Program, Region, callers_region, is_tensor, value
-from cggr_compile.sizes import concrete, symbols_of
+from cggr_compile.sizes import concrete
 
 
 class KernelsAhead:
-    """The kernels that a lowered program launches with the given inputs, being compiled.
+    """The kernels that a lowered program launches with the given inputs, being compiled; `sizes` are its symbols'.
 
     Kernels that were compiled before cost nothing, and whatever could not be compiled here is when it first runs.
     """
 
-    def __init__(self, program: Program, inputs: Sequence[Any]) -> None:
+    def __init__(self, program: Program, inputs: Sequence[Any], sizes: Mapping[Any, int]) -> None:
         self._compiling: Future[None] | None = None
         launching = [node for node in program.graph.nodes if launches_triton(node.target)]
         if not launching:
@@ -30,7 +30,7 @@ class KernelsAhead:
         from cggr_compile.kernels.triton.ahead import compile_kernels
 
         device = value(launching[0].args[0]).device
-        sizes, trained = symbols_of(program, inputs), _with_gradients(program, inputs)
+        trained = _with_gradients(program, inputs)
         caller = callers_region(device.type)
         calls = [partial(_call, program, node, sizes, trained, caller) for node in launching]
         thread = ThreadPoolExecutor(1, "cggr-kernels")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.program import Program, value
+
+Sizes: TypeAlias = Mapping[Any, int]
+"""A program's symbols with their values."""
 
 KEPT = {"sequence": "kept", "token": "kept_tokens", "loss": "kept_loss"}
 """The size input of each route, and the role in `Routing` that it is."""
@@ -55,17 +60,38 @@ def sizes_of(program: Program, rows: int, length: int, amounts: Mapping[str, Amo
     return {program.expression(symbol): size for symbol, size in named if isinstance(symbol, torch.SymInt)}
 
 
-def symbols_of(program: Program, inputs: Sequence[Any]) -> dict[Any, int]:
-    """The program's symbols with their values in a call with these inputs."""
-    found: dict[Any, int] = {}
-    for node, given in zip(program.placeholders, inputs, strict=True):
-        pairs = [(value(node), given)]
-        if isinstance(given, torch.Tensor):
-            pairs = list(zip(value(node).shape, given.shape, strict=True))
-        for size, number in pairs:
-            if isinstance(size, torch.SymInt) and program.expression(size).is_Symbol:
-                found[program.expression(size)] = number
-    return found
+class Symbols:
+    """Where the values of a program's symbols stand among the inputs of a call."""
+
+    def __init__(self, program: Program) -> None:
+        self._read: dict[Any, Callable[[Sequence[Any]], int]] = {}
+        values = [(place, value(node)) for place, node in enumerate(program.placeholders)]
+        for place, size in values:
+            self._found(program, size, itemgetter(place))
+        tensors = [(place, x) for place, x in values if isinstance(x, torch.Tensor)]
+        for place, x in tensors:
+            for dim, size in enumerate(x.shape):
+                self._found(program, size, partial(_size, place, dim))
+        # Last: the stride of a dimension of one place says nothing.
+        for place, x in tensors:
+            for dim, size in enumerate(x.stride()):
+                self._found(program, size, partial(_stride, place, dim))
+
+    def _found(self, program: Program, size: Any, read: Callable[[Sequence[Any]], int]) -> None:
+        if isinstance(size, torch.SymInt) and program.expression(size).is_Symbol:
+            self._read.setdefault(program.expression(size), read)
+
+    def of(self, inputs: Sequence[Any]) -> dict[Any, int]:
+        """The symbols with their values in a call, always in one order."""
+        return {symbol: read(inputs) for symbol, read in self._read.items()}
+
+
+def _size(place: int, dim: int, inputs: Sequence[Any]) -> int:
+    return int(inputs[place].shape[dim])
+
+
+def _stride(place: int, dim: int, inputs: Sequence[Any]) -> int:
+    return int(inputs[place].stride(dim))
 
 
 def concrete(expression: Any, sizes: Mapping[Any, int]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from cggr_compile.passes.outline_layers import is_size
+from cggr_compile.passes.sizes import emit_size
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,31 +56,59 @@ def lower_pieces(
     pieces: Sequence[Sequence[fx.Node]],
     sizes: Mapping[Any, int],
     compiled: Callable[[Body], Callable[..., Any]],
+    symbols: Sequence[Any] = (),
 ) -> fx.GraphModule:
-    """The runnable module of a lowered program in pieces (`outline_layers`), with its symbols as `sizes`: it calls
-    `compiled(body)` for the body of each."""
+    """The runnable module of a lowered program in pieces (`outline_layers`): it calls `compiled(body)` for the body of
+    each.
+
+    The program's symbols are numbers, by `sizes`, or else `symbols`: inputs of the module and of every body, in front
+    of the others.
+    """
     root = nn.Module()
     graph = fx.Graph(root)
+    unknown = _Unknown(graph, symbols)
     env: dict[fx.Node, Any] = {}
     known: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             env[node] = graph.node_copy(node)
         if is_size(node):
-            known[node] = concrete(program.expression(value(node)), sizes)
+            expression = program.expression(value(node))
+            known[node] = expression if symbols else concrete(expression, sizes)
         if node.op == "get_attr":
             member = getattr(program.root, str(node.target))
             setattr(root, str(node.target), member)
             if not isinstance(member, nn.Module):
                 env[node] = graph.get_attr(str(node.target))
     for run in pieces:
-        body = Body(program.root, run, known)
-        call = graph.call_function(compiled(body), tuple(env[node] for node in body.taken))
+        body = Body(program.root, run, known, symbols)
+        call = graph.call_function(compiled(body), (*unknown.inputs, *(env[node] for node in body.taken)))
         for place, node in enumerate(body.given):
             env[node] = graph.call_function(_item, (call, place))
-    graph.output(fx.map_arg(program.output.args[0], lambda old: known[old] if old in known else env[old]))
+    graph.output(fx.map_arg(program.output.args[0], lambda old: unknown.size(known[old]) if old in known else env[old]))
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+class _Unknown:
+    """The symbols that are inputs of a graph, and sizes in terms of them."""
+
+    def __init__(self, graph: fx.Graph, symbols: Sequence[Any]) -> None:
+        self._graph = graph
+        self.inputs = [graph.placeholder(f"size_{index}") for index in range(len(symbols))]
+        self._sizes: dict[Any, fx.Node | int] = dict(zip(symbols, self.inputs, strict=True))
+
+    def size(self, expression: Any) -> fx.Node | int:
+        """A size as a node, or the number that it is."""
+        if isinstance(expression, int):
+            return expression
+        if expression not in self._sizes:
+            self._sizes[expression] = emit_size(self, expression, self._sizes)
+        return self._sizes[expression]
+
+    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """Adds a call to the graph."""
+        return self._graph.call_function(target, args)
 
 
 def _attributes(program: Program) -> list[tuple[str, Any]]:
@@ -97,7 +126,7 @@ class _Writer:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.env: dict[fx.Node, fx.Node] = {}
+        self.env: dict[fx.Node, Any] = {}
         self.current = Region()
         self.entered: list[fx.Node] = []
 
@@ -131,10 +160,13 @@ def _common_prefix(left: tuple[Autocast, ...], right: tuple[Autocast, ...]) -> i
 class Body:
     """A run of nodes as a module of its own: `taken` are the values that it reads, `given` those that others read.
 
-    Nodes with a `known` number are written as that, and submodules go where they are called.
+    Sizes that are `known`, as numbers or by `symbols`, which are inputs in front of the others, are written as that;
+    submodules go where they are called.
     """
 
-    def __init__(self, root: nn.Module, run: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> None:
+    def __init__(
+        self, root: nn.Module, run: Sequence[fx.Node], known: Mapping[fx.Node, Any], symbols: Sequence[Any] = ()
+    ) -> None:
         inside = set(run)
         outside = dict.fromkeys(s for node in run for s in node.all_input_nodes if s not in inside and s not in known)
         modules = [n for n in outside if n.op == "get_attr" and isinstance(getattr(root, str(n.target)), nn.Module)]
@@ -143,12 +175,14 @@ class Body:
         self._owner = nn.Module()
         self.graph = fx.Graph(self._owner)
         inner = _Writer(self.graph)
-        inner.env.update(known)
+        unknown = _Unknown(self.graph, symbols)
         for node in self.taken:
             inner.env[node] = self.graph.placeholder(node.name)
         for node in modules:
             setattr(self._owner, str(node.target), getattr(root, str(node.target)))
             inner.env[node] = self.graph.get_attr(str(node.target))
+        for size in dict.fromkeys(source for node in run for source in node.all_input_nodes if source in known):
+            inner.env[size] = unknown.size(known[size])
         inner.write(run)
         inner.switch(Region())
         self.graph.output(tuple(inner.env[node] for node in self.given))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -13,7 +13,6 @@ from torch import fx
 
 from cggr_compile import compat
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.program import Builder
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
     sympy.Add: operator.add,
@@ -24,8 +23,15 @@ _OPERATORS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def emit_size(builder: Builder, expression: Any, known: Mapping[Any, fx.Node | int]) -> fx.Node | int:
-    """The nodes that compute `expression` from the sizes `known`, by symbol, in the builder's part.
+class Writer(Protocol):
+    """What nodes are written with: a `Builder`, or a plain graph (`lower_regions`)."""
+
+    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """Adds a call."""
+
+
+def emit_size(builder: Writer, expression: Any, known: Mapping[Any, fx.Node | int]) -> fx.Node | int:
+    """The nodes that compute `expression` from the sizes `known`, by symbol.
 
     Raises:
         CannotOptimize: the expression has another symbol, or an operation that sizes of shapes do not have.

@@ -152,6 +152,7 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "Stream": Stream,
         "current_stream": lambda: stream,
         "stream": lambda _: contextlib.nullcontext(),
+        "mem_get_info": lambda: (2**34, 2**34),
         "get_rng_state": torch.get_rng_state,
         "set_rng_state": torch.set_rng_state,
     }.items():

@@ -1,0 +1,111 @@
+"""One lowered program and the code that the inner backend makes of it.
+
+Steps differ in their sizes: the batch, the sequence, what is kept of them. The first sizes are compiled as numbers,
+which is the best code there is, and all that a loop over batches of one shape needs. When others come the program is
+compiled once more, with symbols (`symbolic`), and that code serves all further sizes: a loop must not wait for the
+compiler again. Where its assumptions do not hold (a single row, a sequence shorter than a window), such sizes get code
+of that kind of their own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property, partial
+from operator import eq
+from typing import Any
+
+from torch import fx
+
+from cggr_compile.cuda_graphs import Replays, obstacle_of
+from cggr_compile.graph_memory import Pool
+from cggr_compile.inner import Shared, compile_static
+from cggr_compile.kernels_ahead import KernelsAhead
+from cggr_compile.passes.lower_regions import lower_regions
+from cggr_compile.passes.outline_layers import outline_layers
+from cggr_compile.program import Program
+from cggr_compile.sizes import Sizes, Symbols
+from cggr_compile.symbolic import Code, SharedForMany, compile_symbolic
+
+
+class Variant:
+    """One lowered program and its compiled code."""
+
+    def __init__(
+        self,
+        program: Program,
+        inner: str,
+        pool: Pool | None = None,
+        outlined: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        self.inner = inner
+        self.recompute = recompute
+        self.pool = pool
+        self.program = program
+        self.outline = outline_layers(program) if outlined and inner != "eager" else None
+        self.codes: list[Code] = []
+        self.replays = None if pool is None else Replays(pool, obstacle_of(program.graph))
+        self._symbols = Symbols(program)
+        self._symbolic = True
+        self._run = self.module if inner == "eager" and pool is None else self._compiled
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        return self._run(*inputs)
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """All of the program as one module: what runs, or is compiled, where it is not in pieces."""
+        return lower_regions(self.program, checkpoints=self.inner == "eager")
+
+    @property
+    def compilations(self) -> int:
+        """How often the inner backend compiled the program."""
+        return len(self.codes)
+
+    @property
+    def _shared(self) -> list[Shared]:
+        return [code.run for code in self.codes if isinstance(code.run, Shared)]
+
+    @property
+    def pieces(self) -> int:
+        """Pieces that the program was divided into, for each time that it was compiled."""
+        return sum(shared.pieces for shared in self._shared)
+
+    @property
+    def bodies(self) -> int:
+        """How many of those were compiled: the others are like them."""
+        return sum(len(shared.compiled) for shared in self._shared)
+
+    def _compiled(self, *inputs: Any) -> tuple[Any, ...]:
+        sizes = self._symbols.of(inputs)
+        code = next((code for code in self.codes if code.serves(sizes)), None)
+        if code is None:
+            code = self._compile(inputs, sizes)
+            self.codes.append(code)
+        if self.replays is None:
+            return tuple(code.run(*inputs))
+        return self.replays.run(tuple(sizes.values()), code.run, inputs)
+
+    def _compile(self, inputs: tuple[Any, ...], sizes: Sizes) -> Code:
+        kernels = KernelsAhead(self.program, inputs, sizes)
+        if self.outline is not None and not self.outline.reason:
+            kind = SharedForMany if self.codes else Shared
+            run = kind(self.program, self.outline.pieces, sizes, self.inner, self.recompute, kernels.wait)
+            return Code(run, run.serves)
+        code = self._compile_whole(inputs, sizes)
+        kernels.wait()
+        return code
+
+    def _compile_whole(self, inputs: tuple[Any, ...], sizes: Sizes) -> Code:
+        if self.codes and self._symbolic:
+            try:
+                return compile_symbolic(self.module, self.program, inputs, sizes, self.inner, self.recompute)
+            except RuntimeError as error:
+                self._symbolic = False
+                warnings.warn(
+                    f"compiling every batch shape by itself: {self.inner} cannot compile this step for many: "
+                    f"{str(error).splitlines()[0]}",
+                    RuntimeWarning,
+                    stacklevel=6,
+                )
+        return Code(compile_static(self.module, inputs, self.inner, self.recompute), partial(eq, sizes))

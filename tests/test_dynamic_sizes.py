@@ -1,0 +1,265 @@
+"""Steps of many sizes: the inner backend compiles a program twice, and every step is eager's all the same."""
+
+from __future__ import annotations
+
+import copy
+import random
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import oracle
+import plans
+import pytest
+import token_oracle
+import torch
+import torch.nn.functional as F
+from architectures import ARCHITECTURES, eager_of, token_batch
+from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
+from torch import nn
+from torch._inductor.utils import fresh_inductor_cache
+from toys import Toy, toy_batch
+
+import cggr_compile as cggr
+from cggr_compile.program import Program
+from cggr_compile.runtime import Runtime
+from cggr_compile.variant import Variant
+
+LLAMA = ARCHITECTURES["llama"]
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[nn.Module, Program]:
+    model = eager_of(LLAMA)
+    return model, plans.captured(model, token_batch())
+
+
+@pytest.fixture(scope="module")
+def toy() -> tuple[nn.Module, Program]:
+    torch.manual_seed(0)
+    model = Toy().train()
+    return model, plans.captured(model, toy_batch())
+
+
+def drawn(count: int, seed: int = 0) -> Iterator[tuple[int, int, float]]:
+    """Batch sizes, lengths and ratios, none of which keeps a single row or token; coincidences among the first."""
+    yield from [(6, 9, 0.5), (8, 8, 0.5), (4, 4, 1.0), (8, 4, 0.5), (16, 16, 0.5), (4, 16, 1.0)]
+    generator = random.Random(seed)
+    for _ in range(count - 6):
+        yield generator.randint(4, 12), generator.randint(4, 20), generator.choice([0.375, 0.5, 0.75, 1.0])
+
+
+def variants(runtime: Runtime) -> list[Variant]:
+    (plan,) = runtime.plans
+    return [plan.unrouted, *(route.variant for route in plan.routes.values())]
+
+
+def copied(gradients: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    return {name: None if x is None else x.clone() for name, x in gradients.items()}
+
+
+ROUTES = {
+    "sequence": {},
+    "token": {"route": "token"},
+    "loss": {"route": "loss", "selection": "trimmed"},
+    "both": {"route": ("token", "loss"), "router_head": "sampled"},
+    "trimmed": {"selection": "trimmed", "router_head": "sampled"},
+    "importance": {"selection": "importance", "router_head": "low_rank"},
+    "outlined": {"outline_layers": True},
+    "outlined_tokens": {"outline_layers": True, "route": "token", "selection": "random"},
+}
+SHORT = {"sequence", "token", "both", "outlined"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in ROUTES]
+)
+def test_two_compilations_for_any_sizes(llama: tuple[nn.Module, Program], name: str) -> None:
+    """Against the symbolic module as it is, which other tests compare with eager for every route."""
+    options = {"seed": 0, **ROUTES[name]}
+    compiled = plans.Routed(*llama, **options, inner="aot_eager")
+    plain = plans.Routed(*llama, **options)
+    for seed, (rows, length, ratio) in enumerate(drawn(14)):
+        batch = token_batch(rows, length, seed=seed)
+        loss, gradients = compiled.at(ratio).step(batch)
+        gradients = copied(gradients)
+        oracle.assert_same_step(loss, gradients, *plain.at(ratio).step(batch), **CLOSE)
+        torch.testing.assert_close(compiled.runtime.last["rows"], plain.runtime.last["rows"], rtol=0, atol=0)
+    assert [variant.compilations for variant in variants(compiled.runtime)] == [2, 2]
+
+
+def test_against_eager(llama: tuple[nn.Module, Program]) -> None:
+    eager = copy.deepcopy(llama[0])
+    rows_routed = plans.Routed(*llama, inner="aot_eager")
+    tokens_routed = plans.Routed(*llama, inner="aot_eager", route="token")
+    for seed, (rows, length, ratio) in enumerate(drawn(8, seed=1)):
+        batch = token_batch(rows, length, seed=seed)
+        actual = rows_routed.at(ratio).step(batch)
+        oracle.assert_same_step(*actual, *oracle.step(eager, oracle.rows_of(batch, rows_routed.selected)), **CLOSE)
+        if ratio < 1:
+            actual = tokens_routed.at(ratio).step(batch)
+            expected = token_oracle.step(eager, LLAMA, batch, range(1, 2), tokens_routed.selected)
+            oracle.assert_same_step(*actual, *expected, **CLOSE)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
+def test_inductor(toy: tuple[nn.Module, Program]) -> None:
+    eager = copy.deepcopy(toy[0])
+    with fresh_inductor_cache():
+        routed = plans.Routed(*toy, inner="inductor", router_layers=1)
+        for seed, (rows, length, ratio) in enumerate(drawn(20)):
+            batch = toy_batch(rows, length, seed)
+            actual = routed.at(min(ratio, 0.75)).step(batch)
+            eager.zero_grad()
+            expected = eager(**oracle.rows_of(batch, routed.selected))[0]
+            expected.backward()
+            oracle.assert_same_step(*actual, expected.detach(), oracle.gradients(eager), **CLOSE)
+    assert routed.plan.route.variant.compilations == 2
+
+
+def test_a_single_row_has_code_of_its_own(toy: tuple[nn.Module, Program]) -> None:
+    compiled = plans.Routed(*toy, inner="aot_eager", router_layers=1)
+    plain = plans.Routed(*toy, router_layers=1)
+    for seed, (rows, length, kept) in enumerate(
+        [(2, 5, 1), (4, 6, 1), (4, 7, 2), (2, 2, 1), (8, 3, 4), (3, 3, 1), (5, 5, 3), (2, 9, 1)]
+    ):
+        batch = toy_batch(rows, length, seed)
+        loss, gradients = compiled.at(kept / rows).step(batch)
+        oracle.assert_same_step(loss, copied(gradients), *plain.at(kept / rows).step(batch), **CLOSE)
+        assert compiled.runtime.last["kept"] == kept
+    # In numbers, for one row of any batch, and for any others.
+    assert compiled.plan.route.variant.compilations == 3
+
+
+def test_one_row_and_one_token() -> None:
+    """Dynamo captures such batches by themselves; each capture is compiled twice at most."""
+    torch.manual_seed(0)
+    eager = Toy().train()
+    model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner="aot_eager")
+    for rows, length in [(1, 5), (1, 6), (1, 9), (4, 1), (6, 1), (8, 1), (1, 1), (4, 5), (6, 5)]:
+        batch = toy_batch(rows, length, rows + length)
+        batch["labels"] = batch["labels"].clone()
+        model.zero_grad()
+        loss = model(**batch)[0]
+        loss.backward()
+        eager.zero_grad()
+        expected = eager(**oracle.rows_of(batch, model.cggr.selected))[0]
+        expected.backward()
+        torch.testing.assert_close(loss, expected, **CLOSE, equal_nan=True)
+    counts = [v.compilations for plan in model.cggr.runtime.plans for v in {plan.route.variant, plan._unrouted} if v]
+    assert max(counts) <= 2
+
+
+class Windowed(Toy):
+    """Neighbours are averaged within windows of four, of which the last may be shorter; short batches are added up."""
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows, length, width = hidden.shape
+        padded = F.pad(hidden, (0, 0, 0, -length % 4))
+        means = padded.view(rows, -1, 4, width).mean(2).repeat_interleave(4, 1)[:, :length]
+        return super().middle(hidden + means)
+
+
+def test_sizes_that_decide_something() -> None:
+    torch.manual_seed(0)
+    eager = Windowed().train()
+    model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner="aot_eager")
+    generator = random.Random(0)
+    for seed in range(16):
+        batch = toy_batch(generator.choice([4, 6, 8]), generator.randint(2, 13), seed)
+        model.zero_grad()
+        eager.zero_grad()
+        loss = model(**batch)[0]
+        loss.backward()
+        expected = eager(**oracle.rows_of(batch, model.cggr.selected))[0]
+        expected.backward()
+        gradients = oracle.gradients(model), oracle.gradients(eager)
+        oracle.assert_same_step(loss.detach(), gradients[0], expected.detach(), gradients[1], **CLOSE)
+
+
+def with_guard(check: Callable[[int], object]) -> str:
+    """A backend that decides by the sizes of what it is given, as compilers do."""
+
+    def compiler(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        sizes = [size for x in inputs if isinstance(x, torch.Tensor) for size in x.shape]
+        decided = [check(size) for size in sizes if isinstance(size, torch.SymInt)]
+        expected = [bool(each) for each in decided]
+
+        def run(*given: Any) -> Any:
+            found = [size for x in given if isinstance(x, torch.Tensor) for size in x.shape]
+            symbolic = [number for number, size in zip(found, sizes, strict=True) if isinstance(size, torch.SymInt)]
+            assert [bool(check(number)) for number in symbolic] == expected
+            return gm.forward(*given)
+
+        return run
+
+    torch._dynamo.register_backend(compiler, name="with_guard")
+    return "with_guard"
+
+
+@pytest.mark.parametrize(
+    ("check", "most"),
+    [
+        (lambda size: size % 4 == 0, 5),
+        (lambda size: size > 7, 5),
+        (lambda size: size == 8, 20),
+    ],
+    ids=["multiples", "threshold", "number"],
+)
+def test_what_the_compiler_decides_by_sizes_holds_wherever_its_code_runs(
+    toy: tuple[nn.Module, Program], check: Callable[[int], object], most: int
+) -> None:
+    """The backend itself asserts it; batch and length decide in two ways each, so there are four symbolic codes."""
+    routed = plans.Routed(*toy, inner=with_guard(check), selection="random", seed=0)
+    for seed, (rows, length, ratio) in enumerate(drawn(30)):
+        routed.at(min(ratio, 0.75)).step(toy_batch(rows, length, seed))
+    assert 2 < routed.plan.route.variant.compilations <= most
+
+
+def test_a_backend_that_must_know_sizes_compiles_each(toy: tuple[nn.Module, Program]) -> None:
+    def compiler(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if any(isinstance(x, torch.SymInt) for x in inputs):
+            raise RuntimeError("a size is not known")
+        return gm.forward
+
+    torch._dynamo.register_backend(compiler, name="numbers_only")
+    routed = plans.Routed(*toy, inner="numbers_only", selection="random", seed=0)
+    routed.step(toy_batch(4, 6))
+    with pytest.warns(RuntimeWarning, match="compiling every batch shape by itself: .* a size is not known"):
+        routed.step(toy_batch(6, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows, length in [(6, 7), (4, 6), (6, 6), (6, 7)]:
+            routed.step(toy_batch(rows, length))
+    assert routed.plan.route.variant.compilations == 3
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_recordings_are_of_sizes_that_recur_and_within_a_budget(toy: tuple[nn.Module, Program]) -> None:
+    options = {"seed": 0, "router_layers": 1, "outline_layers": False}
+    replayed = plans.Routed(*toy, **options, inner="aot_eager", cuda_graphs=True)
+    plain = plans.Routed(*toy, **options)
+
+    def steps(*lengths: int) -> int:
+        """Recordings after steps of such lengths."""
+        for length in lengths:
+            batch = toy_batch(6, length, length)
+            loss, gradients = replayed.step(batch)
+            oracle.assert_same_step(loss, copied(gradients), *plain.step(batch), **CLOSE)
+            del loss, gradients
+        return variant.replays.recordings
+
+    variant = replayed.plan.route.variant
+    assert steps(5, 6, 7, 8) == 0
+    assert steps(5, 6, 7, 6, 5) == 3
+    shelf = replayed.runtime.pool.shelf
+    shelf.budget = sum(nbytes for nbytes, _ in shelf._kept.values())
+    # Eight and nine come in turn with the others, and displace nothing.
+    assert steps(*[5, 6, 7, 8, 9] * 4) == 3
+    # One that came often since seven was replayed takes its place.
+    assert steps(*[5, 6, 8] * 9) == 4
+    assert len(shelf._kept) == 3
+    assert steps(5, 6, 8, 7, 9, 5, 6, 8) == 4
+    assert variant.compilations == 2
