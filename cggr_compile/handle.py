@@ -352,7 +352,8 @@ def _named_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str,
 
 
 def check_arguments(arguments: dict[str, Any], model: nn.Module) -> None:
-    """Raises `CannotOptimize` for calls that cannot be routed. Labels are as long as the ids, but for a decoder's own."""
+    """Raises `CannotOptimize` for calls that cannot be routed. Labels are as long as the ids, unless a decoder has its
+    own."""
     ids, labels = arguments.get("input_ids"), arguments.get("labels")
     if ids is None:
         raise CannotOptimize(
