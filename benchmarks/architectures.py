@@ -1,9 +1,10 @@
-"""The committed results over every architecture of transformers, on each route that can be checked, and their pages.
+"""The committed results over every architecture of transformers, and their pages: each route that can be checked on
+language models, sequences on models with images.
 
     python benchmarks/architectures.py --jobs 2                  # what has no result yet
     python benchmarks/architectures.py --only llama --only opt   # these again
 
-The command is `python -m cggr_compile architectures` for both routes, with the places of the committed files.
+The command is `python -m cggr_compile architectures` for all of them, with the places of the committed files.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from typing import Annotated
 
 import typer
 
+from cggr_compile.architectures import IMAGES, TEXT, candidates
 from cggr_compile.cli import architectures
 
 ROOT = Path(__file__).parents[1]
-NAMES = {"sequence": "architectures", "token": "architectures-token"}
+NAMES = {
+    ("sequence", "text"): "architectures",
+    ("token", "text"): "architectures-token",
+    ("sequence", "multimodal"): "architectures-multimodal",
+}
 
 
 def main(
@@ -26,12 +32,16 @@ def main(
     memory_limit: Annotated[float, typer.Option(help="GiB of data for each class")] = 8,
     root: Annotated[Path, typer.Option(help="where benchmarks/results and docs are")] = ROOT,
 ) -> None:
-    """Runs both sweeps; exit status 1 where a class fails or cannot be checked."""
+    """Runs the sweeps; exit status 1 where a class fails or cannot be checked."""
     status = 0
-    for route, name in NAMES.items():
+    for (route, models), name in NAMES.items():
+        every = candidates(TEXT if models == "text" else IMAGES)
+        chosen = [name for name in only or [] if any(name in (c.model_type, c.model_class) for c in every)]
+        if only and not chosen:
+            continue
         output, page = root / "benchmarks" / "results" / f"{name}-cpu.json", root / "docs" / f"{name}.md"
         try:
-            architectures(only, jobs, time_limit, memory_limit, output, page, route)
+            architectures(chosen, jobs, time_limit, memory_limit, output, page, route, models)
         except typer.Exit as ended:
             status = ended.exit_code
     raise typer.Exit(status)

@@ -133,7 +133,7 @@ def explain(
         del arguments["use_cache"]
     if "labels" not in arguments and isinstance(arguments.get("input_ids"), torch.Tensor):
         arguments["labels"] = arguments["input_ids"].clone()  # the same tensor would be one input of the graph
-    check_arguments(arguments)
+    check_arguments(arguments, model)
     temporary = Handle(model, runtime)
     if isinstance(optimized, Handle):
         temporary.undo = optimized.undo

@@ -6,20 +6,30 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cggr_compile.architectures import STATUSES, Candidate, Record
+from cggr_compile.architectures import STATUSES, TEXT, Candidate, Record
 
 _INTRODUCTION = """# Architectures: the {route} route
 
-Every entry of transformers' causal-LM and masked-LM mappings, at a tiny size, through the {route} route: captured,
+Every entry of transformers' {mappings}, at a tiny size, through the {route} route: captured,
 rewritten, and compared with eager training on the {selection} that an independent eager router selects, with and
 without padding. This page is generated from the results, by `python -m cggr_compile architectures`.
 
 * **exact**: the same {selection}, and loss and every gradient bitwise equal, also while everything is kept.
 * **rounding**: the same {selection}; loss and gradients differ by what reordered fp32 sums explain.
 * **refused**: `CannotOptimize`, with the reason below.
-* **not runnable**: eager training with `input_ids` and `labels` on the CPU raises, before this compiler is asked.
+* **not runnable**: eager training with {inputs} on the CPU raises, before this compiler is asked.
 * **failure**: a mismatch, any other error, or a limit of time or memory.
 """
+_TITLES = {
+    "causal": "Causal language models",
+    "masked": "Masked language models",
+    "multimodal": "Image-text-to-text models",
+}
+_TEXT = ("causal-LM and masked-LM mappings", "`input_ids` and `labels`")
+_WITH_IMAGES = (
+    "image-text-to-text mapping",
+    "`input_ids`, `labels` and two images a row (`pixel_values` [2 B, channels, height, width])",
+)
 _SELECTED = {"sequence": "rows", "token": "tokens"}
 _UNCHECKED = (
     "* **unchecked**: the eager side cannot find the layers, or tell the tokens of what they are given: neither exact "
@@ -28,17 +38,25 @@ _UNCHECKED = (
 
 
 def render(
-    results: Sequence[Record], todo: Iterable[Candidate], environment: dict[str, Any], route: str = "sequence"
+    results: Sequence[Record],
+    todo: Iterable[Candidate],
+    environment: dict[str, Any],
+    route: str = "sequence",
+    objectives: Sequence[str] = TEXT,
 ) -> str:
-    """The page. `todo`: the candidates without a result; `route`: the one that was examined."""
+    """The page. `todo`: the candidates without a result; `route`: the one that was examined;
+    `objectives`: those of the candidates."""
     missing = list(todo)
     unchecked = any(record.status == "unchecked" for record in results)
-    introduction = _INTRODUCTION.format(route=route, selection=_SELECTED[route]) + (_UNCHECKED if unchecked else "")
-    parts = [introduction, _provenance(results, environment), _counts(results, missing)]
-    for objective, title in (("causal", "Causal language models"), ("masked", "Masked language models")):
+    mappings, inputs = _TEXT if objectives == TEXT else _WITH_IMAGES
+    introduction = _INTRODUCTION.format(route=route, selection=_SELECTED[route], mappings=mappings, inputs=inputs) + (
+        _UNCHECKED if unchecked else ""
+    )
+    parts = [introduction, _provenance(results, environment), _counts(results, missing, objectives)]
+    for objective in objectives:
         chosen = [record for record in results if record.candidate.objective == objective]
         if chosen:
-            parts.append(_table(title, chosen))
+            parts.append(_table(_TITLES[objective], chosen))
     parts.append(_reasons([record for record in results if record.status not in ("exact", "not runnable")], "Why not"))
     parts.append(_reasons([record for record in results if record.status == "not runnable"], "Not runnable in eager"))
     if missing:
@@ -54,11 +72,11 @@ def _provenance(results: Sequence[Record], environment: dict[str, Any]) -> str:
     return f"`{environment['command']}`, {environment['device']}, {versions}; results by commit: {commits}.\n"
 
 
-def _counts(results: Sequence[Record], missing: Sequence[Candidate]) -> str:
+def _counts(results: Sequence[Record], missing: Sequence[Candidate], objectives: Sequence[str]) -> str:
     statuses = [status for status in STATUSES if status != "unchecked" or any(r.status == status for r in results)]
     lines = [f"| | {' | '.join(statuses)} | not run | exact of those that run in eager |"]
     lines.append("| --- " * (len(statuses) + 3) + "|")
-    for objective in ("causal", "masked"):
+    for objective in objectives:
         counts = Counter(record.status for record in results if record.candidate.objective == objective)
         runnable = sum(counts.values()) - counts["not runnable"]
         share = f"{counts['exact']} of {runnable} ({counts['exact'] / runnable:.1%})" if runnable else ""

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
@@ -33,7 +40,8 @@ STATUSES = ("exact", "rounding", "refused", "not runnable", "unchecked", "failur
 
 @dataclass(frozen=True)
 class Candidate:
-    """An entry of transformers' causal-LM or masked-LM mapping: `objective` is "causal" or "masked"."""
+    """An entry of transformers' causal-LM, masked-LM or image-text-to-text mapping: `objective` is "causal", "masked"
+    or "multimodal"."""
 
     objective: str
     model_type: str
@@ -62,13 +70,21 @@ class Record:
     commit: str = field(default="", compare=False)
 
 
-def candidates() -> list[Candidate]:
-    """Every entry of the two mappings, causal first, in the mappings' order."""
-    mappings = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "masked": MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+_MAPPINGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "causal": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "masked": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "multimodal": (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+}
+TEXT, IMAGES = ("causal", "masked"), ("multimodal",)
+IMAGES_A_ROW = 2
+
+
+def candidates(objectives: Sequence[str] = TEXT) -> list[Candidate]:
+    """Every entry of the objectives' mappings, in the mappings' order."""
     return [
         Candidate(objective, model_type, name if isinstance(name, str) else name[0])
-        for objective, mapping in mappings.items()
-        for model_type, name in mapping.items()
+        for objective in objectives
+        for model_type, name in _MAPPINGS[objective][1].items()
     ]
 
 
@@ -79,7 +95,7 @@ def build(candidate: Candidate) -> nn.Module:
         whatever transformers raises where it cannot be built.
     """
     config = tiny_config(CONFIG_MAPPING[candidate.model_type])
-    auto = AutoModelForMaskedLM if candidate.objective == "masked" else AutoModelForCausalLM
+    auto: Any = _MAPPINGS[candidate.objective][0]
     model_class = auto._model_mapping[type(config)]
     config = _own_part(config, model_class)
     if candidate.objective == "causal" and hasattr(config, "is_decoder"):
@@ -125,6 +141,43 @@ def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     return given
 
 
+def image_batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """The batches of `batches` with IMAGES_A_ROW images in every row: their places follow the third token of a row and
+    have no labels.
+
+    Raises:
+        whatever the model raises where its images are not [N, channels, height, width] tensors of one size.
+    """
+    config = model.config
+    vision = getattr(config, "vision_config", config)
+    size = vision.image_size if isinstance(vision.image_size, int) else next(iter(vision.image_size))
+    generator = torch.Generator().manual_seed(2)
+    shape = (ROWS * IMAGES_A_ROW, getattr(vision, "num_channels", 3), size, size)
+    images = torch.randn(shape, generator=generator)
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=images)
+    parts = getattr(features, "pooler_output", features)
+    parts = [parts] if isinstance(parts, torch.Tensor) else parts
+    places = IMAGES_A_ROW * sum(part.numel() // part.shape[-1] for part in parts) // len(images)
+    token = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
+    taken = inspect.signature(model.forward).parameters
+    given = []
+    for batch in batches(model):
+        widened = {
+            name: torch.cat([part[:, :3], part.new_full((ROWS, places), filler), part[:, 3:]], dim=1)
+            for (name, part), filler in zip(batch.items(), _fillers(batch, token), strict=True)
+        }
+        marks = (widened["input_ids"] == token).long()
+        kinds = {name: marks for name in ("token_type_ids", "mm_token_type_ids") if name in taken}
+        given.append({**widened, **kinds, "pixel_values": images})
+    return given
+
+
+def _fillers(batch: dict[str, torch.Tensor], token: int) -> list[int]:
+    fillers = {"input_ids": token, "attention_mask": 1, "labels": IGNORED}
+    return [fillers[name] for name in batch]
+
+
 def examine(candidate: Candidate, runs: Callable[[], Any], route: str = "sequence") -> Record:
     """Builds the candidate, runs it in eager training, and checks its routing.
 
@@ -139,7 +192,7 @@ def examine(candidate: Candidate, runs: Callable[[], Any], route: str = "sequenc
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     model = build(candidate)
-    given = batches(model)
+    given = image_batches(model) if candidate.objective == "multimodal" else batches(model)
     for batch in given:
         eager_step(model, batch)
     runs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -12,33 +13,33 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile import compat
+from cggr_compile.branches import branches_of
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.program import ORIGIN, PART, REGION, Autocast, Input, Program, Region, Snapshot, expression, value
 from cggr_compile.retrace import functional_aten
+from cggr_compile.unify import unify
 
 aten = torch.ops.aten
 
 
-def batch_dims(tensors: dict[Any, torch.Tensor]) -> dict[Any, tuple[int, ...]]:
-    """Which dimensions of the user's tensors are batch or sequence, judged by the sizes of the token ids.
+def dynamic_dims(tensors: Mapping[Any, torch.Tensor], ids: Any, labels: Any) -> dict[Any, tuple[int, ...]]:
+    """Which dimensions of the call's tensors may turn out to be batch or sequence: those of the sizes that the token
+    ids and the labels have (`tensors[ids]`, `tensors[labels]`, where there are any).
 
-    The ids are the first two-dimensional integer tensor; the leading dimension of every tensor of the same batch
-    size is batch, later dimensions of the sequence size are sequence. Sizes of 1 are left out: Dynamo specialises them.
+    Marked dynamic, each gets a symbol of its own, whatever its size: what they have in common is then proved by what
+    the model does with them, not guessed. Sizes of 1 are left out: Dynamo specialises them.
     """
-    ids = next((t for t in tensors.values() if t.dim() == 2 and not t.is_floating_point()), None)
-    if ids is None:
-        return {}
-    batch, sequence = ids.shape
-    dims = {}
-    for key, tensor in tensors.items():
-        marked = [
-            dim
-            for dim, size in enumerate(tensor.shape)
-            if size > 1 and ((dim == 0 and size == batch) or (dim > 0 and size == sequence))
-        ]
-        if marked:
-            dims[key] = tuple(marked)
-    return dims
+    sizes = {size for key in (ids, labels) if key in tensors for size in tensors[key].shape[:2] if size > 1}
+    found = {
+        key: tuple(dim for dim, size in enumerate(tensor.shape) if size in sizes) for key, tensor in tensors.items()
+    }
+    return {key: dims for key, dims in found.items() if dims}
+
+
+def token_ids_of(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the token ids among a call's tensors: `input_ids`, else the first two-dimensional integer tensor."""
+    names = [name for name, t in tensors.items() if t.dim() == 2 and not t.is_floating_point() and name != "labels"]
+    return "input_ids" if "input_ids" in names else next(iter(names), None)
 
 
 def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Program:
@@ -55,14 +56,16 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Program:
     _refuse_graph_break(gm)
     placeholders = gm.graph.find_nodes(op="placeholder", sort=True)
     sources = [compat.source_name(node._dynamo_source) for node in placeholders]
-    batch, sequence = _symbols(placeholders, sources, example_inputs)
+    batch, length, sequence = _symbols(placeholders, _arguments(sources), example_inputs)
     fakes = [node.meta["example_value"] for node in placeholders]
     fake_mode = next(fake for fake in fakes if isinstance(fake, FakeTensor)).fake_mode
     with fake_mode:
         traced = functional_aten(gm, fakes)
+        unify(traced.graph, length, sequence)
     batch, sequence = _settled(fake_mode.shape_env, batch), _settled(fake_mode.shape_env, sequence)
     graph, inputs = _normalize(traced, sources, batch, sequence)
-    program = Program(graph, traced, inputs, fake_mode, batch, sequence, stored=_stored(gm))
+    branches = branches_of(fake_mode.shape_env)
+    program = Program(graph, traced, inputs, fake_mode, batch, sequence, branches, _stored(gm))
     return Program(**{**vars(program), "snapshots": (Snapshot("capture", graph),)})
 
 
@@ -88,52 +91,56 @@ def _is_state(source: str, example: Any) -> bool:
     return isinstance(example, nn.Parameter) or bool(re.search(r"\._(modules|parameters|buffers)\[", source))
 
 
+def _arguments(sources: list[str]) -> dict[str, int]:
+    """The inputs that are arguments of the call, by name; of two with one name, by the expression that reads them."""
+    found: dict[str, int] = {}
+    for index, source in enumerate(sources):
+        if compat.is_argument(source):
+            path = _path(source)
+            found[source if path in found else path] = index
+    return found
+
+
 def _symbols(
-    placeholders: list[fx.Node], sources: list[str], example_inputs: list[Any]
-) -> tuple[torch.SymInt, torch.SymInt | int]:
-    """The batch and the sequence symbol, unified over all inputs; asks Dynamo to trace again where they are static."""
+    placeholders: list[fx.Node], arguments: Mapping[str, int], example_inputs: list[Any]
+) -> tuple[torch.SymInt, torch.SymInt | int, torch.SymInt | int]:
+    """The symbols of the batch, of the ids' length and of the sequence; asks Dynamo to trace again where arguments have
+    no symbols of their own.
+
+    The labels have one row for each row of the ids; the sequence is theirs: a decoder's own where it is not the ids'
+    (`unify` tells).
+    """
     tensors = {
-        index: example
-        for index, (source, example) in enumerate(zip(sources, example_inputs, strict=True))
-        if isinstance(example, torch.Tensor) and not _is_state(source, example)
+        name: example_inputs[index]
+        for name, index in arguments.items()
+        if isinstance(example_inputs[index], torch.Tensor)
     }
-    dims = batch_dims(tensors)
-    if not dims:
+    ids = token_ids_of(tensors)
+    if ids is None:
         raise CannotOptimize(
             "the captured call has no token ids (a two-dimensional integer tensor)",
             hint="pass input_ids; inputs_embeds alone cannot be routed",
         )
-    values = [node.meta["example_value"] for node in placeholders]
-    ids = next(index for index, t in tensors.items() if t.dim() == 2 and not t.is_floating_point())
-    batch, sequence = values[ids].shape
-    static = {
-        index: marked
-        for index, marked in dims.items()
-        if any(not isinstance(values[index].shape[dim], torch.SymInt) for dim in marked)
-    }
-    merged = isinstance(batch, torch.SymInt) and batch is not sequence and _same(batch, sequence)
+    dims = dynamic_dims(tensors, ids, "labels")
     unmarked = {
-        index: marked
-        for index, marked in (dims if merged else static).items()
-        if not set(marked) <= getattr(tensors[index], "_dynamo_weak_dynamic_indices", set())
+        arguments[name]: marked
+        for name, marked in dims.items()
+        if not set(marked) <= getattr(tensors[name], "_dynamo_weak_dynamic_indices", set())
     }
     if unmarked:
         compat.request_dynamic(example_inputs, unmarked)
-    for index, marked in dims.items():
-        for dim in marked:
-            # Comparing two backed symbols of equal size adds the guard that they are equal and merges them.
-            bool(values[index].shape[dim] == (batch if dim == 0 else sequence))
-    return batch, sequence
+    batch, length = placeholders[arguments[ids]].meta["example_value"].shape
+    sequence = length
+    if "labels" in tensors and tensors["labels"].dim() == 2:
+        rows, sequence = placeholders[arguments["labels"]].meta["example_value"].shape
+        bool(rows == batch)  # comparing backed symbols of equal size adds the guard that they are equal and merges them
+    return batch, length, sequence
 
 
 def _settled(shape_env: ShapeEnv, size: torch.SymInt | int) -> torch.SymInt | int:
     """The number itself where the trace added the guard that the symbol is that number."""
     known = expression(shape_env, size)
     return int(known) if isinstance(known, sympy.Integer) else size
-
-
-def _same(left: Any, right: Any) -> bool:
-    return isinstance(right, torch.SymInt) and left.node.expr == right.node.expr
 
 
 def _normalize(
@@ -198,7 +205,9 @@ def _describe(source: str, val: Any, batch: Any, sequence: Any) -> tuple[str, st
             if isinstance(val, torch.SymInt) and isinstance(symbol, torch.SymInt) and val.node.expr == symbol.node.expr:
                 return name, "size"
         return re.sub(r"\.size\(\)\[(\d+)\]", r"_size_\1", _path(source)), "size"
-    return _path(source), "state" if _is_state(source, None) else "batch"
+    if _is_state(source, None):
+        return _path(source), "state"
+    return _path(source), "batch" if compat.is_argument(source) else "constant"
 
 
 def _path(source: str) -> str:

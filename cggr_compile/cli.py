@@ -127,13 +127,18 @@ def architectures(
     ),
     markdown: Annotated[Path | None, typer.Option(help="The page; beside the results without.")] = None,
     route: Annotated[Literal["sequence", "token"], typer.Option(help="What is routed.")] = "sequence",
+    models: Annotated[Literal["text", "multimodal"], typer.Option(help="Language models, or those with images.")] = (
+        "text"
+    ),
 ) -> None:
     """Prove the contract on a tiny model of every architecture of transformers; exit 1 where one fails."""
+    from cggr_compile.architectures import IMAGES, TEXT
     from cggr_compile.sweep import UnknownArchitecture, sweep
 
+    objectives = TEXT if models == "text" else IMAGES
     try:
         page = markdown or output.with_suffix(".md")
-        failed = sweep(only or [], jobs, time_limit, memory_limit, output, page, route)
+        failed = sweep(only or [], jobs, time_limit, memory_limit, output, page, route, objectives)
     except (UnknownArchitecture, OSError, ValueError) as error:
         _fail(error)
     if failed:

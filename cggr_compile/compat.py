@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -36,6 +38,12 @@ def source_name(source: Any) -> str:
     return name() if callable(name) else name
 
 
+def is_argument(source: str) -> bool:
+    """Whether an input is an argument of the call, or an item of one, by the expression that Dynamo reads it by: not
+    what a module, a closure or a global holds. (`data` is where transformers' batches keep their items.)"""
+    return bool(re.fullmatch(r"L\['\w+'\](\.data|\[[^\[\]]+\])*", source))
+
+
 def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]]) -> None:
     """Marks dimensions of real inputs as dynamic and makes Dynamo trace the frame again.
 
@@ -46,7 +54,7 @@ def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]])
     for index, marked in dims.items():
         torch._dynamo.maybe_mark_dynamic(example_inputs[index], list(marked))
     raise TensorifyScalarRestartAnalysis(
-        restart_reason="cggr needs the batch and sequence sizes as symbols of their own"
+        restart_reason="cggr needs sizes that may be the batch or the sequence as symbols of their own"
     )
 
 
@@ -82,6 +90,20 @@ def stored_nodes() -> set[str]:
     while waiting:
         VariableTracker.visit(add, waiting.pop(), seen)
     return found
+
+
+def modules_around() -> tuple[str, ...]:
+    """The modules, as Dynamo names them, whose forward holds the line that it is tracing in this thread: of the calls
+    that it inlines only the outermost is registered, so the innermost is looked for on Python's stack."""
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        translator = frame.f_locals.get("self")
+        if isinstance(translator, InstructionTranslatorBase):
+            return tuple(path for path, _ in translator.nn_module_stack.values())
+        frame = frame.f_back
+    return ()
 
 
 def _translator() -> Any:
@@ -202,16 +224,18 @@ def unmark_buffers(model: nn.Module) -> None:
 
 def install_output_hooks(model: nn.Module) -> None:
     """Installs transformers' output-recording hooks where a model's config asks for recorded outputs (router logits,
-    say); transformers installs them at the first such forward, under a lock that Dynamo cannot trace."""
+    say), and in models of several parts, which ask each other for theirs; transformers installs them at the first such
+    forward, under a lock that Dynamo cannot trace."""
     try:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:  # transformers without lazily installed hooks
         return
     from transformers import PreTrainedModel
 
+    composite = bool(getattr(getattr(model, "config", None), "sub_configs", None))
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and any(
-            name.startswith("output_") and flag for name, flag in vars(module.config).items()
+        if isinstance(module, PreTrainedModel) and (
+            composite or any(name.startswith("output_") and flag for name, flag in vars(module.config).items())
         ):
             maybe_install_capturing_hooks(module)
 

@@ -84,7 +84,8 @@ def check(
 
     Args:
         model: a language model on the CPU in fp32.
-        batches: `input_ids` [B, S] int64, `labels` [B, S] int64, and whatever else its forward takes, one row each.
+        batches: `input_ids` [B, S] int64, `labels` [B, S] int64, and whatever else its forward takes, one entry for
+            each row, or n for each, row by row (images).
         ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1).
         router_layers: layers of the router.
         route: "sequence" or "token".
@@ -150,8 +151,16 @@ def _nested(selection: torch.Tensor) -> tuple[Any, ...]:
 
 def _on_rows(model: nn.Module, batch: Batch, rows: torch.Tensor, layers: int) -> tuple[torch.Tensor, Step]:
     """The rows that the eager router selects, and eager's step on `rows`."""
-    step = eager_step(model, {name: tensor[rows] for name, tensor in batch.items()})
+    total = len(batch["input_ids"])
+    step = eager_step(model, {name: _of_rows(tensor, rows, total) for name, tensor in batch.items()})
     return torch.tensor(_expected_rows(model, batch, len(rows), layers), dtype=torch.int64), step
+
+
+def _of_rows(tensor: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
+    """The entries of the rows: one of each, or as many as the tensor has for each of `total` rows."""
+    if len(tensor) == total:
+        return tensor[rows]
+    return tensor.unflatten(0, (total, -1))[rows].flatten(0, 1)
 
 
 def _on_tokens(

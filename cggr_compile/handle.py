@@ -24,7 +24,7 @@ from torch._dynamo.exc import (
 from cggr_compile import compat
 from cggr_compile.ahead import ScoredAhead, ScoresReady, refuse_nan
 from cggr_compile.backend import Backend
-from cggr_compile.capture import batch_dims
+from cggr_compile.capture import dynamic_dims, token_ids_of
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, PlanComplete
 from cggr_compile.fake_runs import FakeRuns
@@ -229,7 +229,7 @@ class Handle:
             self.runtime.passive.append(str(error))
 
     def _routed(self, arguments: dict[str, Any]) -> Any:
-        check_arguments(arguments)
+        check_arguments(arguments, self.model)
         if self._compiled is None:
             refuse_nested(self.model)
             self._compiled = compiled_forward(self.original(), Backend(self.runtime))
@@ -289,7 +289,7 @@ def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[
 def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """Calls a compiled forward with batch and sequence marked dynamic; turns Dynamo's errors into `CannotOptimize`."""
     tensors = {name: arg for name, arg in arguments.items() if isinstance(arg, torch.Tensor)}
-    for name, dims in batch_dims(tensors).items():
+    for name, dims in dynamic_dims(tensors, token_ids_of(tensors), "labels").items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
         with compat.whole_graphs(), compat.tracing_options(), compat.fake_runs_by(FakeRuns().run), _collector_paused():
@@ -352,8 +352,9 @@ def _named_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str,
     return {name: arg for name, arg in named.items() if arg is not None}
 
 
-def check_arguments(arguments: dict[str, Any]) -> None:
-    """Raises `CannotOptimize` for calls that cannot be routed whatever the model."""
+def check_arguments(arguments: dict[str, Any], model: nn.Module) -> None:
+    """Raises `CannotOptimize` for calls that cannot be routed. Labels are as long as the ids, unless a decoder has its
+    own."""
     ids, labels = arguments.get("input_ids"), arguments.get("labels")
     if ids is None:
         raise CannotOptimize(
@@ -365,10 +366,12 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             f"input_ids of shape {tuple(getattr(ids, 'shape', ()))} is not [batch, sequence]",
             hint="pass a two-dimensional tensor of token ids",
         )
-    if not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    compared = slice(0, 1) if decodes else slice(0, 2)
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.shape[compared] != ids.shape[compared]:
         raise CannotOptimize(
             f"labels of shape {tuple(getattr(labels, 'shape', ()))} do not match input_ids of shape {tuple(ids.shape)}",
-            hint="pass one label a token, -100 where none counts",
+            hint="pass one row of labels for each row of input_ids, and one label a token, -100 where none counts",
         )
     given = [name for name in ("decoder_input_ids", "decoder_inputs_embeds") if name in arguments]
     if given:

@@ -31,7 +31,7 @@ PART = "cggr_part"
 ORIGIN = "cggr_origin"  # a captured node's name, which its copies cannot always keep
 
 # The parts that autograd differentiates and whose side effects are the model's.
-TRAINED_PARTS = ("main", "middle")
+TRAINED_PARTS = ("main", "middle", "whole")
 
 
 class Autocast(NamedTuple):
@@ -73,7 +73,8 @@ def callers_region(device_type: str) -> Region:
 @dataclass(frozen=True)
 class Input:
     """One placeholder: `name` in the graph, `path` for people (`model.layers.0.mlp.up_proj.weight`, `input_ids`) and
-    `kind`: "size" (a SymInt), "state" (parameter or buffer of the model), "batch" (what the user passed) or "added"
+    `kind`: "size" (a SymInt), "state" (parameter or buffer of the model), "batch" (an argument of the call), "constant"
+    (a tensor that the forward reads elsewhere: a global, a closure's, a module's plain attribute) or "added"
     (by a pass: `kept`, `noise`, `kept_tokens`, `token_noise`, `kept_loss`, `loss_noise`, `column_noise`, `basis`)."""
 
     name: str
@@ -207,11 +208,12 @@ class Program:
 
     Attributes:
         graph: nodes in execution order; `meta["val"]` is a fake tensor or SymInt, `meta[REGION]` a `Region`,
-            `meta[PART]` the part a pass put the node in ("main", "router", "score", "select", "gather", "middle",
-            "loss").
+            `meta[PART]` the part a pass put the node in ("main", "router", "score", "select", "whole", "gather",
+            "middle", "loss").
         root: owner of tensor constants and submodules named by `get_attr` nodes.
         inputs: the placeholders, in order.
         batch, sequence: symbolic sizes; `sequence` is None where the capture specialised it.
+        branches: what the model's own lines decided by sizes while it was traced.
         stored: indices of the outputs that the model's forward puts into objects that outlive the call.
         loss_output: index of the loss among the outputs.
         head, layers, routing: what the passes found and inserted; `no_layers` is why no stack was found.
@@ -224,6 +226,7 @@ class Program:
     fake_mode: FakeTensorMode
     batch: torch.SymInt
     sequence: torch.SymInt | int
+    branches: tuple[Any, ...] = ()
     stored: frozenset[int] = frozenset()
     loss_output: int = -1
     head: Head | None = None

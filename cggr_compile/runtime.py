@@ -16,6 +16,7 @@ import torch
 
 from cggr_compile import compat
 from cggr_compile.ahead import GivenScores, ScoresReady
+from cggr_compile.branches import Branches
 from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
 from cggr_compile.graph_memory import Pool
@@ -130,6 +131,7 @@ class Plan:
         self.device, self.inner = self.route.device, self.route.variant.inner
         self._unrouted: Variant | None = None if self.routable else self.route.variant
         self._ids = captured.placeholders.index(token_ids(captured))
+        self.branches = Branches(captured)
 
     @property
     def route(self) -> Route:
@@ -242,6 +244,7 @@ class Plan:
     ) -> tuple[Any, ...]:
         route = self.route if scores is None else self.with_scores(self.runtime.in_force)
         sizes = sizes_of(route.program, *self.sizes(inputs), amounts)
+        self.branches.refuse_other_side(route.program.layers, symbols_of(self.captured, inputs), amounts)
         generator = self.runtime.generator(self.device)
         added = route.added_inputs(sizes, amounts, self.runtime.basis, generator, scores)
         return route.variant(*inputs, *added)

@@ -27,7 +27,7 @@ import torch
 from rich.progress import Progress, TextColumn
 
 from cggr_compile.architecture_table import render
-from cggr_compile.architectures import Candidate, Record, candidates, examine
+from cggr_compile.architectures import TEXT, Candidate, Record, candidates, examine
 from cggr_compile.config import nearest
 from cggr_compile.environment import environment
 
@@ -188,7 +188,14 @@ class UnknownArchitecture(ValueError):
 
 
 def sweep(
-    only: Sequence[str], jobs: int, time_limit: float, memory_limit: float, output: Path, page: Path, route: str
+    only: Sequence[str],
+    jobs: int,
+    time_limit: float,
+    memory_limit: float,
+    output: Path,
+    page: Path,
+    route: str,
+    objectives: Sequence[str] = TEXT,
 ) -> int:
     """Examines every candidate that has no result in `output` yet, or those named by `only`; returns the number of
     failures and of what could not be checked.
@@ -200,7 +207,7 @@ def sweep(
         UnknownArchitecture: a name in `only` fits nothing.
         ValueError: `output` is a file of something else.
     """
-    every = candidates()
+    every = candidates(objectives)
     results = load(output)
     todo = _named(every, only) if only else [candidate for candidate in every if candidate not in results]
     surroundings = environment(torch.device("cpu"))
@@ -214,7 +221,9 @@ def sweep(
 
         run(todo, jobs, time_limit, memory_limit, done, partial(examine, route=route))
     records = [results[candidate] for candidate in every if candidate in results]
-    page.write_text(render(records, [c for c in every if c not in results], surroundings, route), encoding="utf-8")
+    page.write_text(
+        render(records, [c for c in every if c not in results], surroundings, route, objectives), encoding="utf-8"
+    )
     failures = [record for record in records if record.status in ("failure", "unchecked")]
     for record in failures:
         print(f"{record.candidate.model_class} ({record.candidate.model_type}): {record.reason}")

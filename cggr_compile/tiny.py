@@ -101,6 +101,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "Dots1Config": {"n_shared_experts": 1},
     # Positions are counted from the padding token.
     "EsmConfig": {"pad_token_id": 0},
+    # As many places as a tiny image has patches.
+    "Gemma3Config": {"mm_tokens_per_image": 4},
     # Layer kinds come from pairs of (pattern, repetitions).
     "GPTNeoConfig": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
     # The kinds of layer that its own field does not name, which leaves it None.

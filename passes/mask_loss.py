@@ -35,7 +35,7 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
     head, routing = program.head, program.routing
     builder = Builder(program)
     builder.copy_inputs()
-    builder.copy_parts("router", "score", "select", "gather")
+    builder.copy_parts("router", "score", "select", "whole", "gather")
     known = dict(builder.env)
     env = clone(builder, [head.hidden, head.target], known)
     builder.env.update(env)

@@ -36,7 +36,7 @@ def select_loss(program: Program, config: RoutingConfig) -> Program:
     rule = rule_of(config.selection)
     target = program.head.target
     noise = builder.tensor_input("loss_noise", value(target).shape, target) if rule.needs_noise else None
-    builder.copy_parts("router", "score", "select", "gather")
+    builder.copy_parts("router", "score", "select", "whole", "gather")
     builder.part, builder.region = "select", quiet_region(program)
     target = clone(builder, [target], dict(builder.env))[target]
     if program.routing.weights is not None:

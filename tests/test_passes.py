@@ -169,12 +169,13 @@ def test_the_verifier_finds_a_batch_size_left_behind(llama: Program) -> None:
 
 def test_rows_and_batch_cannot_be_mixed_up_unnoticed(llama: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gather that forgets the labels does not survive the fake run of the copied nodes."""
-    real = gather_module._batch_dims
 
-    def forgetful(program: Program, node: fx.Node) -> list[int]:
-        return [] if program.path(node) == "labels" else real(program, node)
+    class Forgetful(gather_module.RowFlow):
+        def __init__(self, program: Program) -> None:
+            super().__init__(program)
+            self.dims = {node: dims for node, dims in self.dims.items() if program.path(node) != "labels"}
 
-    monkeypatch.setattr(gather_module, "_batch_dims", forgetful)
+    monkeypatch.setattr(gather_module, "RowFlow", Forgetful)
     with pytest.raises(cggr.CannotOptimize, match=r"the rewritten graph does not fit together: .*batch_size.*node %"):
         run(llama, CONFIG, passes_for(CONFIG))
 
