@@ -21,6 +21,7 @@ from cggr_compile.ahead import GivenScores, ScoresReady
 from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
 from cggr_compile.cuda_graphs import Replayed, obstacle_of
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.graph_memory import Pool
 from cggr_compile.inner import Shared, compile_static, resolve_inner
 from cggr_compile.kernels.selection import rule_name
@@ -62,11 +63,22 @@ class Runtime:
         self.probe = Probe(config) if config.selection == "auto" else None
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, torch.Tensor] = {}
+        self._warned = False
 
     @property
     def in_force(self) -> RoutingConfig:
         """The configuration that steps run under: `config`, with the selection that `"auto"` stands for."""
         return self.config if self.probe is None else self.probe.in_force
+
+    def refuse(self, error: CannotOptimize) -> None:
+        """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing."""
+        if self.config.fallback == "raise":
+            raise error
+        if not self._warned:
+            warnings.warn(f"training without routing: {error}", RuntimeWarning, stacklevel=5)
+            self._warned = True
+        if str(error) not in self.passive:
+            self.passive.append(str(error))
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of selections and router heads, seeded by `config.seed` or from torch's global seed."""
