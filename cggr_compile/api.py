@@ -50,11 +50,9 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
     if "cggr" in vars(model):
         restore(model)
     check_model(model)
-    handle = Handle(model, Runtime(resolved))
     compat.install_output_hooks(model)
     compat.unmark_buffers(model)
-    if "forward" in vars(model):
-        handle.undo["forward"] = vars(model)["forward"]
+    handle = Handle(model, Runtime(resolved), {name: vars(model)[name] for name in ("forward",) if name in vars(model)})
     vars(model)["cggr"] = handle
     vars(model)["forward"] = RoutedForward(handle)
     handle.undo["hooks"] = watch(handle)
@@ -134,9 +132,7 @@ def explain(
     if "labels" not in arguments and isinstance(arguments.get("input_ids"), torch.Tensor):
         arguments["labels"] = arguments["input_ids"].clone()  # the same tensor would be one input of the graph
     check_arguments(arguments, model)
-    temporary = Handle(model, runtime)
-    if isinstance(optimized, Handle):
-        temporary.undo = optimized.undo
+    temporary = Handle(model, runtime, optimized.undo if isinstance(optimized, Handle) else None)
     training = model.training
     compat.install_output_hooks(model)
     compat.unmark_buffers(model)

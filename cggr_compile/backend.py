@@ -6,6 +6,7 @@ also in a process that never imported the package; `cggr.optimize` compiles with
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from cggr_compile import compat
 from cggr_compile.capture import capture
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.guard import watch_compiled
 from cggr_compile.inner import resolve_inner
 from cggr_compile.program import Program
 from cggr_compile.runtime import Plan, Runtime
@@ -74,20 +76,43 @@ def cggr(
 
     Raises:
         ConfigError: an option is unknown or has a bad value.
-        CannotOptimize: the graph cannot be routed.
+
+    A graph that cannot be routed raises `CannotOptimize` when it is called, unless `fallback="eager"`.
     """
     if mode is not None:
         raise CannotOptimize(
             f"mode={mode!r} is not an option of the backend", hint="choose a backend with options={'inner': …}"
         )
-    config = RoutingConfig.from_options(options or {})
-    return Backend(_runtime(compat.captured_module(), config))(gm, example_inputs)
+    runtime = _runtime(compat.captured_module(), RoutingConfig.from_options(options or {}))
+    try:
+        return Backend(runtime)(gm, example_inputs)
+    except CannotOptimize as error:
+        if runtime.config.fallback == "raise":
+            return _Refusal(error)
+        runtime.refuse(error)
+        return _unchanged(gm, example_inputs, runtime.config.inner)
+
+
+class _Refusal:
+    """Stands for a graph that cannot be routed, and raises why at each call.
+
+    An error of the backend itself would reach the user wrapped by Dynamo, or, with suppressed errors, not at all; and
+    where the graph ends at a graph break, Dynamo would trace on and fail by itself.
+    """
+
+    def __init__(self, error: CannotOptimize) -> None:
+        self.error = error
+
+    def __call__(self, *inputs: Any) -> Any:
+        raise copy.copy(self.error)
 
 
 def _runtime(model: nn.Module | None, config: RoutingConfig) -> Runtime:
     """One runtime for each (model, config), whatever the number of captures."""
     if model is None:
         return Runtime(config)
+    if model not in _RUNTIMES:
+        watch_compiled(model, runtimes_of)
     return _RUNTIMES.setdefault(model, {}).setdefault(config, Runtime(config))
 
 

@@ -64,6 +64,10 @@ class PlanComplete(Exception):
     """Ends a capture whose plan was asked for and whose execution was not."""
 
 
+class NotCompiled(Exception):
+    """Raised by a frame that Dynamo was to compile and runs as it is instead."""
+
+
 class VerificationError(AssertionError):
     """A pass broke an invariant of the rewritten graph: a defect of cggr-compile, not of the model."""
 

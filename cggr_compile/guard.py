@@ -1,45 +1,59 @@
-"""Hooks on an optimised model that refuse training steps which would pass the routed forward by, unnoticed.
+"""Hooks on a routed model that refuse training steps which would pass the routing by, unnoticed.
 
 Trainers and wrappers patch `forward` after `optimize` did. Most call what they found, as Accelerate's autocast does.
 Some compute the loss themselves and call only the model's backbone (TRL's trainers), and `torch.nn.DataParallel` runs
-replicas whose patched forward is still bound to the first model. Neither fails by itself; the step is only not routed,
-or not computed with the replica's parameters.
+replicas whose patched forward is still bound to the first model. A model compiled with `backend="cggr"` runs as it is
+where Dynamo does not ask the backend: beyond its limit of captures, under a stance, with suppressed errors. None of
+these fails by itself; the step is only not routed, or not computed with the replica's parameters.
+
+A `torch.compile` around the model may trace a call of it, hooks and all, or make the call itself, as it does with one
+that it is asked for directly. Traced hooks do nothing: what a graph does was decided when it was captured.
 """
 
 from __future__ import annotations
 
+import inspect
+import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from cggr_compile.dynamo_compat import is_compiled_by_others, not_by_itself
 from cggr_compile.errors import CannotOptimize
 
 if TYPE_CHECKING:
     from cggr_compile.handle import Handle
+    from cggr_compile.runtime import Runtime
 
 
 class Guard:
-    """One model's two hooks; copied and pickled with the model."""
+    """An optimised model's two hooks; copied and pickled with the model."""
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
         self.seen = handle.calls
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    @not_by_itself
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises `CannotOptimize` in a replica."""
+        if torch.compiler.is_dynamo_compiling():
+            return
+        self.seen = self.handle.calls
         if getattr(module, "_is_replica", False):
             raise CannotOptimize(
                 "a replica of torch.nn.DataParallel would run the first device's model",
                 hint="use DistributedDataParallel (accelerate launch, torchrun), or make one device visible",
             )
 
-    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    @not_by_itself
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises `CannotOptimize` where a training call with labels came back without the routed forward's part."""
-        reached = self.handle.calls != self.seen
-        self.seen = self.handle.calls
-        if reached or not module.training or not torch.is_grad_enabled() or kwargs.get("labels") is None:
+        if torch.compiler.is_dynamo_compiling() or self.handle.calls != self.seen:
+            return
+        if not module.training or not torch.is_grad_enabled() or self.handle.labels_of(args, kwargs) is None:
             return
         code = getattr(module.forward, "__code__", None)
         self.handle.refuse(
@@ -58,3 +72,55 @@ def watch(handle: Handle) -> tuple[RemovableHandle, RemovableHandle]:
         handle.model.register_forward_pre_hook(guard.before, with_kwargs=True),
         handle.model.register_forward_hook(guard.after, with_kwargs=True),
     )
+
+
+class CompiledGuard:
+    """The two hooks of a model that `torch.compile` compiled with `backend="cggr"`.
+
+    They say nothing of a call that no `torch.compile` has part in: the model itself is not patched. Nor does a copy of
+    the model, which is not compiled until its own runtimes are there.
+    """
+
+    def __init__(self, runtimes_of: Callable[[nn.Module], list[Runtime]]) -> None:
+        self.runtimes_of = runtimes_of
+        self.seen: list[Any] = []
+
+    def _steps(self, module: nn.Module) -> list[Any]:
+        return [runtime.last for runtime in self.runtimes_of(module)]
+
+    @not_by_itself
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_dynamo_compiling():
+            self.seen = self._steps(module)
+
+    @not_by_itself
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Raises `CannotOptimize` where a training call with labels came back and no plan had run."""
+        if torch.compiler.is_dynamo_compiling() or not is_compiled_by_others():
+            return
+        if not module.training or not torch.is_grad_enabled():
+            return
+        steps = self._steps(module)
+        ran = len(steps) != len(self.seen) or any(map(operator.is_not, steps, self.seen))
+        if steps and not ran and _labels_of(module, args, kwargs) is not None:
+            self.runtimes_of(module)[-1].refuse(_passed_over())
+
+
+def _labels_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    names = inspect.signature(module.forward).parameters
+    return dict(zip(names, args, strict=False)).get("labels", kwargs.get("labels"))
+
+
+def _passed_over() -> CannotOptimize:
+    return CannotOptimize(
+        "torch.compile ran a training step without asking backend='cggr'",
+        hint="it does beyond torch._dynamo.config.recompile_limit captures, under a stance, and with suppress_errors; "
+        "cggr.optimize(model) has no such cases",
+    )
+
+
+def watch_compiled(model: nn.Module, runtimes_of: Callable[[nn.Module], list[Runtime]]) -> None:
+    """Installs both hooks on a model at its first capture by `backend="cggr"`."""
+    guard = CompiledGuard(runtimes_of)
+    model.register_forward_pre_hook(guard.before, with_kwargs=True)
+    model.register_forward_hook(guard.after, with_kwargs=True)

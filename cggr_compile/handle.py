@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-import os
 import types
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,18 +13,20 @@ import torch
 from torch import nn
 from torch._dynamo.exc import (
     BackendCompilerFailed,
+    FailOnRecompileLimitHit,
     InternalTorchDynamoError,
     TorchRuntimeError,
     Unsupported,
     UserError,
 )
 
-from cggr_compile import compat
+from cggr_compile import compat, dynamo_compat
 from cggr_compile.ahead import ScoredAhead, ScoresReady, refuse_nan
 from cggr_compile.backend import Backend
 from cggr_compile.capture import dynamic_dims, token_ids_of
+from cggr_compile.causes import refusal_of
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize, PlanComplete
+from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete
 from cggr_compile.fake_runs import FakeRuns
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.metrics import metrics_of
@@ -41,20 +41,21 @@ class Handle:
     Copying or pickling the model copies configuration, step and generator; the copy compiles anew at its first step.
     """
 
-    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+    def __init__(self, model: nn.Module, runtime: Runtime, undo: dict[str, Any] | None = None) -> None:
         self.model = model
         self.runtime = runtime
-        self.undo: dict[str, Any] = {}
+        self.undo = undo or {}
         self.calls = 0
         self._compiled: Callable[..., Any] | None = None
-        self._warned = False
+        parameters = list(inspect.signature(self.original()).parameters)
+        self._place_of_labels = parameters.index("labels") if "labels" in parameters else len(parameters)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "runtime": self.runtime, "undo": self.undo, "calls": self.calls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["model"], state["runtime"])  # type: ignore[misc]
-        self.undo, self.calls = state["undo"], state["calls"]
+        self.__init__(state["model"], state["runtime"], state["undo"])  # type: ignore[misc]
+        self.calls = state["calls"]
 
     @property
     def config(self) -> RoutingConfig:
@@ -203,37 +204,58 @@ class Handle:
         """The forward that `optimize` found, bound to the model."""
         return self.undo.get("forward") or types.MethodType(type(self.model).forward, self.model)
 
+    def labels_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The labels of a call, given by name or by position."""
+        return args[self._place_of_labels] if len(args) > self._place_of_labels else kwargs.get("labels")
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The patched forward: routed in a training step with labels, the original otherwise."""
-        original = self.original()
-        if not self.model.training or not torch.is_grad_enabled():
-            return original(*args, **kwargs)
-        arguments = _named_arguments(original, args, kwargs)
-        if arguments.get("labels") is None:
-            return original(*args, **kwargs)
+        """The patched forward: routed in a training step with labels, the original otherwise.
+
+        A `torch.compile` around the model traces the original; to it, a routed step is a call like any other that it
+        does not look into.
+        """
+        if not self.model.training or not torch.is_grad_enabled() or self.labels_of(args, kwargs) is None:
+            forward = self.undo.get("forward")  # not `original`: Dynamo and torch.export cannot trace how it binds
+            return forward(*args, **kwargs) if forward else type(self.model).forward(self.model, *args, **kwargs)
+        return self._train(args, kwargs)
+
+    @torch.compiler.disable(reason="a step routed by cggr is compiled by cggr; compile around it with fullgraph=False")
+    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls += 1
+        original = self.original()
         try:
-            return self._routed(arguments)
+            return self._routed(_named_arguments(original, args, kwargs))
         except CannotOptimize as error:
             self.refuse(error)
             return original(*args, **kwargs)
 
     def refuse(self, error: CannotOptimize) -> None:
         """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing."""
-        if self.config.fallback == "raise":
-            raise error
-        if not self._warned:
-            warnings.warn(f"training without routing: {error}", RuntimeWarning, stacklevel=4)
-            self._warned = True
-        if str(error) not in self.runtime.passive:
-            self.runtime.passive.append(str(error))
+        self.runtime.refuse(error)
 
     def _routed(self, arguments: dict[str, Any]) -> Any:
         check_arguments(arguments, self.model)
+        if arguments["input_ids"].is_meta:
+            raise CannotOptimize(
+                "a step on the meta device computes nothing, and no rows can be selected",
+                hint="cggr.explain captures a model on the meta device without running it",
+            )
         if self._compiled is None:
             refuse_nested(self.model)
             self._compiled = compiled_forward(self.original(), Backend(self.runtime))
-        return call_compiled(self._compiled, arguments)
+        before = self.runtime.last
+        try:
+            output = call_compiled(self._compiled, arguments)
+        except CannotOptimize as error:
+            if isinstance(error.__cause__, NotCompiled) and dynamo_compat.stance() == "default":
+                self._compiled = None  # Dynamo never looks again at code that it has passed over
+            raise
+        if self.runtime.last is before:
+            raise CannotOptimize(
+                f"no routed step was part of the forward: {(self.runtime.passive or ['it computes nothing'])[-1]}",
+                hint="pass labels to a model that computes its loss from them, or call it under torch.no_grad()",
+            )
+        return output
 
 
 class RoutedForward:
@@ -245,6 +267,10 @@ class RoutedForward:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return self.handle.original()
+
+    @property
+    def __code__(self) -> types.CodeType:
+        return inspect.unwrap(self.handle.original()).__code__
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -277,9 +303,13 @@ def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[
     """torch.compile over a forward, with a code object of its own.
 
     Dynamo counts recompilations by code object; sharing the class's would let one optimised model use up another's.
+    Where something keeps Dynamo from compiling a call, the call raises `NotCompiled` and runs nothing.
     """
 
-    def entry(arguments: dict[str, Any]) -> Any:
+    def entry(arguments: dict[str, Any], global_hooks: str) -> Any:
+        str(global_hooks)  # so that Dynamo guards on them
+        if not torch.compiler.is_dynamo_compiling():
+            raise NotCompiled  # nothing has run yet
         return forward(**arguments)
 
     own = types.FunctionType(entry.__code__.replace(), entry.__globals__, "cggr_forward", None, entry.__closure__)
@@ -292,25 +322,33 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     for name, dims in dynamic_dims(tensors, token_ids_of(tensors), "labels").items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
-        with compat.whole_graphs(), compat.tracing_options(), compat.fake_runs_by(FakeRuns().run), _collector_paused():
-            return compiled(arguments)
+        with (
+            compat.whole_graphs(),
+            compat.tracing_options(),
+            dynamo_compat.step_options(),
+            compat.fake_runs_by(FakeRuns().run),
+            _collector_paused(),
+        ):
+            return compiled(arguments, dynamo_compat.global_hooks())
+    except NotCompiled as error:
+        reason, hint = dynamo_compat.why_not_compiled()
+        raise CannotOptimize(reason, hint=f"{hint}, or pass fallback='eager' to train without routing") from error
     except BackendCompilerFailed as error:
         cause = error.inner_exception
         if isinstance(cause, (CannotOptimize, PlanComplete)):
             raise cause from None
         raise
-    except (Unsupported, UserError) as error:
-        raise _graph_break(error) from error
-    except TorchRuntimeError as error:
+    except FailOnRecompileLimitHit as error:
         raise CannotOptimize(
-            f"the model fails while Dynamo traces it ({str(error).splitlines()[0]})",
-            hint="check that the same call works without cggr, and that all inputs are on one device",
+            f"the model changes so often that this step needs more than {dynamo_compat.MAX_CAPTURES} captures of it",
+            hint="see what changes with TORCH_LOGS=recompiles, and fix it; optimizing anew forgets the captures",
         ) from error
-    except InternalTorchDynamoError as error:
-        raise CannotOptimize(
-            f"Dynamo itself fails while it traces the model ({str(error).splitlines()[0]})",
-            hint="report it to PyTorch if torch.compile fails alike; fallback='eager' trains without routing",
-        ) from error
+    except (Unsupported, UserError, TorchRuntimeError, InternalTorchDynamoError) as error:
+        raise refusal_of(error) from error
+    except RuntimeError as error:
+        if dynamo_compat.stance() != "fail_on_recompile" or isinstance(error, CannotOptimize):
+            raise
+        raise CannotOptimize(*dynamo_compat.why_not_compiled()) from error
 
 
 @contextmanager
@@ -324,17 +362,6 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _graph_break(error: Unsupported | UserError) -> CannotOptimize:
-    stack = getattr(error, "real_stack", None) or []
-    inside_torch = os.path.dirname(torch.__file__)
-    frame = next((frame for frame in reversed(stack) if not frame.filename.startswith(inside_torch)), None)
-    return CannotOptimize(
-        f"the model breaks Dynamo's graph ({str(error).splitlines()[0]})",
-        source=f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else None,
-        hint="rewrite that line, or pass fallback='eager' to train without routing",
-    )
 
 
 def _named_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

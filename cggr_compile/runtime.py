@@ -19,6 +19,7 @@ from cggr_compile.ahead import GivenScores, ScoresReady
 from cggr_compile.branches import Branches
 from cggr_compile.confidence import Confidence
 from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.graph_memory import Pool
 from cggr_compile.inner import resolve_inner
 from cggr_compile.kernels.selection import rule_name
@@ -30,7 +31,7 @@ from cggr_compile.probe import Probe, break_even
 from cggr_compile.program import Program, value
 from cggr_compile.router_head import Basis
 from cggr_compile.router_time import RouterTime
-from cggr_compile.sizes import KEPT, Amount, amounts_of, concrete, sizes_of
+from cggr_compile.sizes import KEPT, Amount, Symbols, amounts_of, concrete, sizes_of
 from cggr_compile.variant import Variant
 
 EXTRA_OUTPUTS = ("rows", "weights", "scores", "counts", "basis_image", "confidence", "positions", "loss_mask")
@@ -55,11 +56,22 @@ class Runtime:
         self.probe = Probe(config) if config.selection == "auto" else None
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, torch.Tensor] = {}
+        self._warned = False
 
     @property
     def in_force(self) -> RoutingConfig:
         """The configuration that steps run under: `config`, with the selection that `"auto"` stands for."""
         return self.config if self.probe is None else self.probe.in_force
+
+    def refuse(self, error: CannotOptimize) -> None:
+        """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing."""
+        if self.config.fallback == "raise":
+            raise error
+        if not self._warned:
+            warnings.warn(f"training without routing: {error}", RuntimeWarning, stacklevel=5)
+            self._warned = True
+        if str(error) not in self.passive:
+            self.passive.append(str(error))
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of selections and router heads, seeded by `config.seed` or from torch's global seed."""
@@ -131,6 +143,7 @@ class Plan:
         self.device, self.inner = self.route.device, self.route.variant.inner
         self._unrouted: Variant | None = None if self.routable else self.route.variant
         self._ids = captured.placeholders.index(token_ids(captured))
+        self._symbols = Symbols(captured)
         self.branches = Branches(captured)
 
     @property
@@ -244,7 +257,7 @@ class Plan:
     ) -> tuple[Any, ...]:
         route = self.route if scores is None else self.with_scores(self.runtime.in_force)
         sizes = sizes_of(route.program, *self.sizes(inputs), amounts)
-        self.branches.refuse_other_side(route.program.layers, symbols_of(self.captured, inputs), amounts)
+        self.branches.refuse_other_side(route.program.layers, self._symbols.of(inputs), amounts)
         generator = self.runtime.generator(self.device)
         added = route.added_inputs(sizes, amounts, self.runtime.basis, generator, scores)
         return route.variant(*inputs, *added)

@@ -1,0 +1,121 @@
+"""Private corners of Dynamo: what it may not overlook in a routed step, how often, and why it did not look at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo import eval_frame
+from torch.nn.modules import module as nn_module
+
+# Captures of one model that Dynamo keeps. Each costs memory, and each step may look through all of them.
+MAX_CAPTURES = 64
+
+_GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
+
+
+@contextmanager
+def step_options() -> Iterator[None]:
+    """Dynamo's options for a routed step.
+
+    Hooks registered on a module after the capture, or removed, make a new one: Dynamo looks at modules without hooks
+    again only if asked to. The limits of captures are those of a model of ours, not of a function that was thought to
+    compile once. `requires_grad_()` on a result is passed over (`_requires_grad_`).
+    """
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    config = torch._dynamo.config
+    original = TensorVariable.method_requires_grad_
+
+    def method_requires_grad_(tensor: Any, tx: Any, requires_grad: Any = True) -> Any:
+        return _requires_grad_(original, tensor, tx, requires_grad)
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(config, "skip_nnmodule_hook_guards", False))
+        stack.enter_context(_replaced(config, "recompile_limit", MAX_CAPTURES))
+        total = max(MAX_CAPTURES, config.accumulated_recompile_limit)
+        stack.enter_context(_replaced(config, "accumulated_recompile_limit", total))
+        stack.enter_context(_replaced(TensorVariable, "method_requires_grad_", method_requires_grad_))
+        yield
+
+
+def _requires_grad_(original: Callable[..., Any], tensor: Any, tx: Any, requires_grad: Any) -> Any:
+    """`result.requires_grad_()` as Dynamo traces it: nothing but the flag, where nothing of the graph needs a gradient.
+
+    A result that does not require grad depends on nothing that does. Making it a leaf that does changes no value, and
+    no gradient but its own, which nobody has asked for: PEFT and transformers do it to the embeddings, so that
+    reentrant checkpoints notice the adapters behind. The checkpoints of a graph need no such hint. Dynamo itself
+    refuses to return what comes of such a leaf, because what it hands graphs to may read the flag.
+    """
+    wanted = requires_grad if isinstance(requires_grad, bool) else requires_grad.as_python_constant()
+    value = tensor.as_proxy().node.meta["example_value"]
+    if tensor.source or not wanted or value.requires_grad:
+        return original(tensor, tx, requires_grad)
+    value.requires_grad_()
+    tensor.requires_grad = True
+    return tensor
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def global_hooks() -> str:
+    """What tells the hooks apart that are registered for all modules; Dynamo sees them, and does not look again."""
+    return " ".join(str(key) for name in _GLOBAL_HOOKS for key in getattr(nn_module, name))
+
+
+def stance() -> str:
+    """The stance in force (`torch.compiler.set_stance`)."""
+    return eval_frame._stance.stance
+
+
+def why_not_compiled() -> tuple[str, str]:
+    """What keeps Dynamo from compiling a call, and what to do about it."""
+    for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        if os.environ.get(variable) == "1":
+            return f"{variable}=1 in the environment switches torch.compile off", f"unset {variable}"
+    if torch._dynamo.config.disable:
+        return "torch._dynamo.config.disable switches torch.compile off", "set it to False"
+    if stance() != "default":
+        return (
+            f"torch.compile does not compile this call under the stance {stance()!r}",
+            "train under torch.compiler.set_stance('default')",
+        )
+    if torch._C._len_torch_dispatch_stack():
+        mode = type(torch.utils._python_dispatch._get_current_dispatch_mode()).__name__
+        return (
+            f"torch.compile does not compile under a dispatch mode, and {mode} is active",
+            "take the first training step outside of it",
+        )
+    return (
+        "torch.compile passed the forward over",
+        "see why with TORCH_LOGS=dynamo",
+    )
+
+
+def is_compiled_by_others() -> bool:
+    """Whether the call under way is part of one that a `torch.compile` was asked for, or would be, but for a stance
+    that leaves no trace of it."""
+    return get_eval_frame_callback() is not None or stance() == "force_eager"
+
+
+def not_by_itself(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that Dynamo does not compile by itself, as it does with whatever a module that it skips calls."""
+    eval_frame.skip_code(hook.__code__)
+    return hook
