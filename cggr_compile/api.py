@@ -138,7 +138,7 @@ def explain(
     compat.unmark_buffers(model)
     try:
         model.train()
-        call_compiled(compiled_forward(temporary.original(), _Explainer(runtime)), arguments)
+        call_compiled(compiled_forward(temporary.original(), _Explainer(runtime)), arguments, model)
     except PlanComplete:
         pass
     finally:

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx, nn
 
-from cggr_compile import compat
-from cggr_compile.capture import capture
+from cggr_compile import compat, dynamo_compat
+from cggr_compile.capture import batch_dims, capture
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.guard import watch_compiled
@@ -87,10 +87,23 @@ def cggr(
     try:
         return Backend(runtime)(gm, example_inputs)
     except CannotOptimize as error:
+        refusal = error if batch_dims(dict(enumerate(_tensors(example_inputs)))) else _of_a_part(error)
         if runtime.config.fallback == "raise":
-            return _Refusal(error)
-        runtime.refuse(error)
+            return _Refusal(refusal)
+        runtime.refuse(refusal)
         return _unchanged(gm, example_inputs, runtime.config.inner)
+
+
+def _of_a_part(error: CannotOptimize) -> CannotOptimize:
+    """The refusal of a graph without token ids: where Dynamo gave up the model's forward as a whole, it captures the
+    functions that the forward calls."""
+    broken = dynamo_compat.last_graph_break()
+    if broken is None:
+        return error
+    return CannotOptimize(
+        f"Dynamo captured a part of the model only; its last graph break was: {broken}",
+        hint="use cggr.optimize(model), which removes the known causes and names the line of others",
+    )
 
 
 class _Refusal:
@@ -143,4 +156,8 @@ def _unchanged(gm: fx.GraphModule, example_inputs: list[Any], inner: str) -> Cal
 
 
 def _device_of(example_inputs: list[Any]) -> torch.device:
-    return next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
+    return next((x.device for x in _tensors(example_inputs)), torch.device("cpu"))
+
+
+def _tensors(example_inputs: list[Any]) -> list[torch.Tensor]:
+    return [x for x in example_inputs if isinstance(x, torch.Tensor)]

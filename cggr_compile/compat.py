@@ -47,9 +47,14 @@ def is_argument(source: str) -> bool:
 def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]]) -> None:
     """Marks dimensions of real inputs as dynamic and makes Dynamo trace the frame again.
 
-    `TensorifyScalarRestartAnalysis` is the one exception that Dynamo lets a backend restart the analysis with.
+    `TensorifyScalarRestartAnalysis` is the one exception that Dynamo lets a backend restart the analysis with. Where
+    the graph ends at a graph break, Dynamo has noted the way to it, which other sizes need not go: the note is dropped.
     """
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    translator = _translator()
+    if translator is not None:
+        translator.speculation_log.clear()
 
     for index, marked in dims.items():
         torch._dynamo.maybe_mark_dynamic(example_inputs[index], list(marked))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import eval_frame
+from torch._dynamo.utils import counters
 from torch.nn.modules import module as nn_module
 
 # Captures of one model that Dynamo keeps. Each costs memory, and each step may look through all of them.
@@ -107,6 +108,12 @@ def why_not_compiled() -> tuple[str, str]:
         "torch.compile passed the forward over",
         "see why with TORCH_LOGS=dynamo",
     )
+
+
+def last_graph_break() -> str | None:
+    """Why Dynamo last broke a graph in this process; it counts the reasons."""
+    reasons = list(counters["graph_break"])
+    return reasons[-1].strip().splitlines()[0] if reasons else None
 
 
 def is_compiled_by_others() -> bool:

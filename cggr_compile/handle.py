@@ -19,12 +19,13 @@ from torch._dynamo.exc import (
     Unsupported,
     UserError,
 )
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cggr_compile import compat, dynamo_compat
 from cggr_compile.ahead import ScoredAhead, ScoresReady, refuse_nan
 from cggr_compile.backend import Backend
 from cggr_compile.capture import dynamic_dims, token_ids_of
-from cggr_compile.causes import refusal_of
+from cggr_compile.causes import recognised, refusal_of
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete
 from cggr_compile.fake_runs import FakeRuns
@@ -245,7 +246,7 @@ class Handle:
             self._compiled = compiled_forward(self.original(), Backend(self.runtime))
         before = self.runtime.last
         try:
-            output = call_compiled(self._compiled, arguments)
+            output = call_compiled(self._compiled, arguments, self.model)
         except CannotOptimize as error:
             if isinstance(error.__cause__, NotCompiled) and dynamo_compat.stance() == "default":
                 self._compiled = None  # Dynamo never looks again at code that it has passed over
@@ -316,8 +317,8 @@ def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[
     return torch.compile(own, backend=backend, fullgraph=True)
 
 
-def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Calls a compiled forward with batch and sequence marked dynamic; turns Dynamo's errors into `CannotOptimize`."""
+def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model: nn.Module) -> Any:
+    """Calls a model's compiled forward, batch and sequence marked dynamic; Dynamo's errors become `CannotOptimize`."""
     tensors = {name: arg for name, arg in arguments.items() if isinstance(arg, torch.Tensor)}
     for name, dims in dynamic_dims(tensors, token_ids_of(tensors), "labels").items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
@@ -335,8 +336,12 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
         raise CannotOptimize(reason, hint=f"{hint}, or pass fallback='eager' to train without routing") from error
     except BackendCompilerFailed as error:
         cause = error.inner_exception
-        if isinstance(cause, (CannotOptimize, PlanComplete)):
+        if isinstance(cause, CannotOptimize):
+            raise recognised(cause) from None
+        if isinstance(cause, PlanComplete):
             raise cause from None
+        if isinstance(cause, GuardOnDataDependentSymNode):
+            raise refusal_of(cause, model) from error
         raise
     except FailOnRecompileLimitHit as error:
         raise CannotOptimize(
@@ -344,7 +349,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
             hint="see what changes with TORCH_LOGS=recompiles, and fix it; optimizing anew forgets the captures",
         ) from error
     except (Unsupported, UserError, TorchRuntimeError, InternalTorchDynamoError) as error:
-        raise refusal_of(error) from error
+        raise recognised(refusal_of(error, model)) from error
     except RuntimeError as error:
         if dynamo_compat.stance() != "fail_on_recompile" or isinstance(error, CannotOptimize):
             raise
