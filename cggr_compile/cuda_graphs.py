@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from cggr_compile.graph_memory import Pool, Turn
+from cggr_compile.recomputed import beside_checkpoints
 
 WARM_UP = 2
 """Runs before a recording: libraries and Triton allocate and compile in the first."""
@@ -58,7 +59,7 @@ class Replayed:
         if self.obstacle is None:
             try:
                 # A failed capture leaves its stream current; this one comes back whatever happens.
-                with torch.cuda.stream(torch.cuda.current_stream()):
+                with torch.cuda.stream(torch.cuda.current_stream()), beside_checkpoints():
                     self._recording = _Recording(self.run, inputs, self.pool)
                 self.recordings += 1
             except torch.cuda.OutOfMemoryError:

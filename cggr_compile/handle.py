@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import os
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,13 +19,12 @@ from torch._dynamo.exc import (
     UserError,
 )
 
-from cggr_compile import compat
 from cggr_compile.ahead import ScoredAhead, ScoresReady
 from cggr_compile.backend import Backend
 from cggr_compile.capture import batch_dims
 from cggr_compile.config import RoutingConfig
+from cggr_compile.dynamo_traces import compiled_whole
 from cggr_compile.errors import CannotOptimize, PlanComplete
-from cggr_compile.fake_runs import FakeRuns
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.metrics import metrics_of
 from cggr_compile.report import Diff, Report
@@ -218,8 +215,9 @@ class Handle:
             return original(*args, **kwargs)
 
     def refuse(self, error: CannotOptimize) -> None:
-        """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing."""
-        if self.config.fallback == "raise":
+        """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing.
+        A backward that runs a routed step again cannot fall back."""
+        if self.config.fallback == "raise" or self.runtime.recomputations.may_be_routed():
             raise error
         if not self._warned:
             warnings.warn(f"training without routing: {error}", RuntimeWarning, stacklevel=4)
@@ -232,7 +230,8 @@ class Handle:
         if self._compiled is None:
             refuse_nested(self.model)
             self._compiled = compiled_forward(self.original(), Backend(self.runtime))
-        return call_compiled(self._compiled, arguments)
+        with self.runtime.lock:
+            return call_compiled(self._compiled, arguments)
 
 
 class RoutedForward:
@@ -273,7 +272,7 @@ def refuse_nested(model: nn.Module) -> None:
 
 
 def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
-    """torch.compile over a forward, with a code object of its own.
+    """Dynamo over a forward, with a code object of its own.
 
     Dynamo counts recompilations by code object; sharing the class's would let one optimised model use up another's.
     """
@@ -282,7 +281,7 @@ def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[
         return forward(**arguments)
 
     own = types.FunctionType(entry.__code__.replace(), entry.__globals__, "cggr_forward", None, entry.__closure__)
-    return torch.compile(own, backend=backend, fullgraph=True)
+    return compiled_whole(own, backend)
 
 
 def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -291,8 +290,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     for name, dims in batch_dims(tensors).items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
-        with compat.whole_graphs(), compat.tracing_options(), compat.fake_runs_by(FakeRuns().run), _collector_paused():
-            return compiled(arguments)
+        return compiled(arguments)
     except BackendCompilerFailed as error:
         cause = error.inner_exception
         if isinstance(cause, (CannotOptimize, PlanComplete)):
@@ -310,19 +308,6 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
             f"Dynamo itself fails while it traces the model ({str(error).splitlines()[0]})",
             hint="report it to PyTorch if torch.compile fails alike; fallback='eager' trains without routing",
         ) from error
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keeps Python from looking for garbage within: a trace makes many objects that live as long as it does, and each
-    search goes through all of them, and through all that the process had before."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _graph_break(error: Unsupported | UserError) -> CannotOptimize:

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from cggr_compile import kernels
 from cggr_compile.passes.lower_regions import Body, lower_pieces
 from cggr_compile.program import Program
+from cggr_compile.recomputed import beside_checkpoints
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:
@@ -49,7 +50,7 @@ def compile_static(
     cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=_named_functions(static))
     # torch forbids it by default, because it is slower, if little.
     partition = torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute)
-    with tracing(TracingContext(mode)), cacheable, partition:
+    with tracing(TracingContext(mode)), cacheable, partition, beside_checkpoints():
         compiled = torch._dynamo.lookup_backend(inner)(static, tensors)
     del fakes
     return lambda *given: compiled(*(given[place] for place in places))

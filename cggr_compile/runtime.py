@@ -7,6 +7,7 @@ and `selection="auto"` what its probes measure, in the steps that probe (`probe`
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.take_scores import GIVEN_SCORES
 from cggr_compile.probe import Probe, break_even
 from cggr_compile.program import Program, value
+from cggr_compile.recomputed import Given, Recomputations, beside_checkpoints
 from cggr_compile.router_head import Basis
 from cggr_compile.router_time import RouterTime
 from cggr_compile.sizes import KEPT, Amount, amounts_of, concrete, sizes_of, symbols_of
@@ -60,6 +62,9 @@ class Runtime:
         self.basis = Basis(config.router_head_refresh)
         self.pool: Pool | None = None
         self.probe = Probe(config) if config.selection == "auto" else None
+        self.recomputations = Recomputations()
+        # Two threads on one model take turns; what a step draws and leaves belongs together.
+        self.lock = threading.RLock()
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, torch.Tensor] = {}
 
@@ -208,24 +213,29 @@ class Plan:
         return rows, length
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        given = self.runtime.given
-        if given.wanted:
-            config, generator = self.runtime.in_force, self.runtime.generator(self.device)
-            raise ScoresReady(self.row_scores(inputs, config, generator)[0])
+        with self.runtime.lock:
+            again = self.runtime.recomputations.again(self)
+            if again is not None:
+                return self._outputs(again, inputs)[: -len(EXTRA_OUTPUTS)]
+            if self.runtime.given.wanted:
+                config, generator = self.runtime.in_force, self.runtime.generator(self.device)
+                raise ScoresReady(self.row_scores(inputs, config, generator)[0])
+            return self._step(inputs)
+
+    def _step(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """One training step: what it is given, its outputs, and what is remembered of it."""
         if self.runtime.probe is not None:
-            self.runtime.probe.before_step(self, inputs)
+            with beside_checkpoints():
+                self.runtime.probe.before_step(self, inputs)
         self.runtime.router_time.before_step(self, inputs, self.runtime.in_force)
         rows, length = self.sizes(inputs)
-        scores = given.take(rows, self.device)
         config, steps = self.runtime.config, self.runtime.steps
         confidence = self.runtime.confidence.last() if config.follows_confidence else None
         amounts = amounts_of(self.program, config, steps, rows, length, confidence)
-        # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
-        planned = amounts if confidence is None else amounts_of(self.program, config, steps, rows, length)
-        plain = not self.routable or all(amount.kept >= amount.total for amount in planned.values())
-        with compat.modes_kept(self.device.type):
-            outputs = self.unrouted(*inputs) if plain else self._run_routed(inputs, amounts, scores)
-        given.after_forward(self.device.type)
+        given = self._given(inputs, amounts, confidence)
+        self.runtime.recomputations.remember(given)
+        outputs = self._outputs(given, inputs)
+        self.runtime.given.after_forward(self.device.type)
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,
@@ -245,14 +255,24 @@ class Plan:
             self.runtime.last["positions"] = torch.arange(length, device=self.device).expand(rows, length)
         return outputs[: -len(EXTRA_OUTPUTS)]
 
-    def _run_routed(
-        self, inputs: Sequence[Any], amounts: Mapping[str, Amount], scores: torch.Tensor | None
-    ) -> tuple[Any, ...]:
+    def _given(self, inputs: Sequence[Any], amounts: Mapping[str, Amount], confidence: float | None) -> Given:
+        """The code that a step runs and what it is given beside the batch."""
+        rows, length = self.sizes(inputs)
+        scores = self.runtime.given.take(rows, self.device)
+        config, steps = self.runtime.config, self.runtime.steps
+        # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
+        planned = amounts if confidence is None else amounts_of(self.program, config, steps, rows, length)
+        if not self.routable or all(amount.kept >= amount.total for amount in planned.values()):
+            return Given(self, self.unrouted, ())
         route = self.route if scores is None else self.with_scores(self.runtime.in_force)
-        sizes = sizes_of(route.program, *self.sizes(inputs), amounts)
+        sizes = sizes_of(route.program, rows, length, amounts)
         generator = self.runtime.generator(self.device)
         added = route.added_inputs(sizes, amounts, self.runtime.basis, generator, scores)
-        return route.variant(*inputs, *added)
+        return Given(self, route.variant, tuple(added))
+
+    def _outputs(self, given: Given, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        with compat.modes_kept(self.device.type):
+            return given.variant(*inputs, *given.added)
 
 
 class Route:
