@@ -299,7 +299,7 @@ class Checkpoints(NamedTuple):
 def checkpoints_around() -> Checkpoints:
     """The checkpoints under way in this thread, read off the hooks that they put on saved tensors: the closure of one
     in its forward holds its `frame`, that of a recomputation a reference to it (`torch/utils/checkpoint.py`)."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
         return _NO_CHECKPOINTS
     taken = []

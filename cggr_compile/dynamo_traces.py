@@ -8,14 +8,19 @@ ends is seen by no other trace, and a step that traces nothing changes nothing.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from logging import Logger
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.eval_frame import OptimizeContext
+from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile.fake_runs import FakeRuns
 from cggr_compile.recomputed import beside_checkpoints
@@ -28,19 +33,59 @@ _LOGGING = (
 
 
 def compiled_whole(forward: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile(forward, backend=backend, fullgraph=True)`, which traces as this module says."""
-    context = torch._dynamo.optimize(backend, nopython=True)
+    """`torch.compile(forward, backend=backend, fullgraph=True)` of a function with a code object of its own, traced as
+    this module says.
+
+    What Dynamo keeps of it goes with it: compiled code and the code it was made of hold each other, through Dynamo's
+    table and a cache that Python's collector does not see.
+    """
+    own = _Backend(backend)
+    context = torch._dynamo.optimize(own, nopython=True)
     if isinstance(context, OptimizeContext):  # otherwise Dynamo is switched off in this process
-        errors_caught = context.callback
-        errors_caught._torchdynamo_orig_backend = _Trace(errors_caught._torchdynamo_orig_backend)
-    return context(forward)
+        errors_caught: Any = context.callback
+        errors_caught._torchdynamo_orig_backend = _Trace(errors_caught._torchdynamo_orig_backend, own)
+    compiled: Any = context(forward)
+    compiled.backend = backend
+    weakref.finalize(compiled, _forget, forward.__code__).atexit = False
+    return compiled
+
+
+def _forget(code: CodeType) -> None:
+    reset_code(code)
+    for method in vars(ShapeEnv).values():  # remember the environments they were asked in, sizes of tensors and all
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
+
+
+class _Backend:
+    """A backend as Dynamo gets it. Dynamo remembers every backend that it ever got, and with ours all plans of a model;
+    so this one refers to it weakly, and it lives as long as the compiled function.
+
+    Attributes:
+        environments: those that the backend was called in during a trace.
+    """
+
+    def __init__(self, backend: Callable[..., Any]) -> None:
+        self.__name__ = backend.__name__
+        self.environments: list[ShapeEnv] = []
+        self._backend = weakref.ref(backend)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        backend = self._backend()
+        assert backend is not None
+        fake_mode = TracingContext.get().fake_mode
+        assert fake_mode is not None
+        assert fake_mode.shape_env is not None
+        self.environments.append(fake_mode.shape_env)
+        return backend(gm, example_inputs)
 
 
 class _Trace:
     """What Dynamo calls, inside of its lock, with a frame that it has no code for."""
 
-    def __init__(self, convert: Callable[..., Any]) -> None:
+    def __init__(self, convert: Callable[..., Any], backend: _Backend) -> None:
         self._torchdynamo_orig_backend = convert
+        self._backend = backend
 
     def _clone_with_backend(self, backend: Callable[..., Any]) -> _Trace:
         """Asked for by the DistributedDataParallel that calls the model, with a backend that divides graphs at its
@@ -49,7 +94,13 @@ class _Trace:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with tracing_options(), fake_runs_by(FakeRuns().run), _collector_paused(), beside_checkpoints():
-            return self._torchdynamo_orig_backend(*args, **kwargs)
+            try:
+                return self._torchdynamo_orig_backend(*args, **kwargs)
+            finally:
+                # Plans keep an environment. Its list of inputs, which guards are made from, would be a cycle through
+                # sizes of tensors that Python's collector does not see.
+                while self._backend.environments:
+                    self._backend.environments.pop().tracked_fakes = None
 
 
 class _Functions(str):

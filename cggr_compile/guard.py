@@ -25,7 +25,6 @@ class Guard:
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
-        self.seen = handle.calls
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raises `CannotOptimize` in a replica."""
@@ -37,9 +36,7 @@ class Guard:
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Raises `CannotOptimize` where a training call with labels came back without the routed forward's part."""
-        reached = self.handle.calls != self.seen
-        self.seen = self.handle.calls
-        if reached or not module.training or not torch.is_grad_enabled() or kwargs.get("labels") is None:
+        if self.handle.reached() or not module.training or not torch.is_grad_enabled() or kwargs.get("labels") is None:
             return
         code = getattr(module.forward, "__code__", None)
         self.handle.refuse(

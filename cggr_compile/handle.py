@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,9 +23,9 @@ from torch._dynamo.exc import (
 from cggr_compile.ahead import ScoredAhead, ScoresReady
 from cggr_compile.backend import Backend
 from cggr_compile.capture import batch_dims
-from cggr_compile.config import RoutingConfig
+from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.dynamo_traces import compiled_whole
-from cggr_compile.errors import CannotOptimize, PlanComplete
+from cggr_compile.errors import CannotOptimize, PlanComplete, VerificationError
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.metrics import metrics_of
 from cggr_compile.report import Diff, Report
@@ -43,6 +44,7 @@ class Handle:
         self.runtime = runtime
         self.undo: dict[str, Any] = {}
         self.calls = 0
+        self._thread = threading.local()
         self._compiled: Callable[..., Any] | None = None
         self._warned = False
 
@@ -83,7 +85,7 @@ class Handle:
         """What resuming needs beside the model's own `state_dict`: step, generators, a low-rank router head's basis,
         the confidence that the dynamic threshold goes by, the findings of `selection="auto"`.
 
-        Tensors, numbers and strings only, so `torch.save` and `torch.load(weights_only=True)` take it.
+        Tensors, numbers, strings and bytes only, so `torch.save` and `torch.load(weights_only=True)` take it.
         """
         return self.runtime.state_dict()
 
@@ -130,14 +132,15 @@ class Handle:
             raise ValueError("score: the model is in eval mode, and only training steps are routed; call train() first")
         arguments = _named_arguments(self.original(), (), dict(batch))
         given = self.runtime.given
-        given.wanted = True
-        try:
-            with torch.enable_grad():  # what a step is captured under
-                self._routed(arguments)
-        except ScoresReady as ready:
-            return ready.scores
-        finally:
-            given.wanted = False
+        with self.runtime.lock:  # another thread's step would end as this call does
+            given.wanted = True
+            try:
+                with torch.enable_grad():  # what a step is captured under
+                    self._routed(arguments)
+            except ScoresReady as ready:
+                return ready.scores
+            finally:
+                given.wanted = False
         reason = f"the step has no rows to score: {self.runtime.passive[-1]}"
         raise CannotOptimize(reason, hint="pass labels, to a model that computes its loss from them")
 
@@ -208,6 +211,7 @@ class Handle:
         if arguments.get("labels") is None:
             return original(*args, **kwargs)
         self.calls += 1
+        self._thread.reached = True
         try:
             return self._routed(arguments)
         except CannotOptimize as error:
@@ -225,24 +229,39 @@ class Handle:
         if str(error) not in self.runtime.passive:
             self.runtime.passive.append(str(error))
 
+    def reached(self) -> bool:
+        """Whether a training call with labels came here, in this thread, since this was asked last."""
+        reached = getattr(self._thread, "reached", False)
+        self._thread.reached = False
+        return reached
+
     def _routed(self, arguments: dict[str, Any]) -> Any:
         check_arguments(arguments)
-        if self._compiled is None:
-            refuse_nested(self.model)
-            self._compiled = compiled_forward(self.original(), Backend(self.runtime))
+        check_recording(getattr(self.model, "config", None))
         with self.runtime.lock:
+            if self._compiled is None:
+                refuse_nested(self.model)
+                self._compiled = compiled_forward(self.original(), Backend(self.runtime))
             return call_compiled(self._compiled, arguments)
 
 
 class RoutedForward:
-    """The instance attribute `forward` of an optimised model; looks like the original to `inspect` and wrappers."""
+    """The instance attribute `forward` of an optimised model: to `inspect` and to wrappers the original's bound method.
+
+    Wrappers take a method's function, wrap it, and bind the result; one that is taken off (Accelerate's
+    `unwrap_model`) leaves the function bound, which is the same.
+    """
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
 
     @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return self.handle.original()
+    def __self__(self) -> nn.Module:
+        return self.handle.model
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return _RoutedFunction(self.handle)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -254,6 +273,34 @@ class RoutedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.handle.call(*args, **kwargs)
+
+
+class _RoutedFunction:
+    """`RoutedForward`, with the model as its first argument."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        bound = inspect.signature(self.handle.original())
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        return bound.replace(parameters=[itself, *bound.parameters.values()])
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.handle.original().__doc__
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handle = vars(model)["cggr"]
+        if is_routed(vars(model).get("forward")):  # a wrapper was taken off; a bound method cannot be copied or pickled
+            vars(model)["forward"] = RoutedForward(handle)
+        return handle.call(*args, **kwargs)
+
+
+def is_routed(forward: Any) -> bool:
+    """Whether a model's `forward` is the routed one, bound anew or not."""
+    return isinstance(forward, RoutedForward) or isinstance(getattr(forward, "__func__", None), _RoutedFunction)
 
 
 def optimized_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -293,9 +340,12 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
         return compiled(arguments)
     except BackendCompilerFailed as error:
         cause = error.inner_exception
-        if isinstance(cause, (CannotOptimize, PlanComplete)):
+        if isinstance(cause, (CannotOptimize, ConfigError, PlanComplete, VerificationError)):
             raise cause from None
-        raise
+        raise CannotOptimize(
+            f"the captured step cannot be rewritten ({type(cause).__name__}: {str(cause).splitlines()[0]})",
+            hint="report it with the output of cggr.explain; fallback='eager' trains without routing",
+        ) from error
     except (Unsupported, UserError) as error:
         raise _graph_break(error) from error
     except TorchRuntimeError as error:
@@ -339,6 +389,11 @@ def _named_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str,
 def check_arguments(arguments: dict[str, Any]) -> None:
     """Raises `CannotOptimize` for calls that cannot be routed whatever the model."""
     ids, labels = arguments.get("input_ids"), arguments.get("labels")
+    if ids is not None and "inputs_embeds" in arguments:
+        raise CannotOptimize(
+            "the call has input_ids and inputs_embeds, which say the same tokens twice",
+            hint="pass input_ids alone: the router reads token ids",
+        )
     if ids is None:
         raise CannotOptimize(
             "the call has no input_ids" + (", only inputs_embeds" if "inputs_embeds" in arguments else ""),
@@ -349,6 +404,19 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             f"input_ids of shape {tuple(getattr(ids, 'shape', ()))} is not [batch, sequence]",
             hint="pass a two-dimensional tensor of token ids",
         )
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise CannotOptimize(f"input_ids are {ids.dtype}, not token ids", hint="pass integers, e.g. input_ids.long()")
+    if ids.numel() == 0:
+        raise CannotOptimize(
+            f"the batch is empty: input_ids of shape {tuple(ids.shape)}", hint="skip batches without rows or tokens"
+        )
+    if ids.shape[1] == 1:
+        raise CannotOptimize(
+            f"sequences of one token (input_ids of shape {tuple(ids.shape)}) hold no token to predict from another",
+            hint="skip such batches, or pad them to two tokens with labels of -100",
+        )
+    if isinstance(labels, torch.Tensor) and labels.dtype.is_floating_point:
+        raise CannotOptimize(f"labels are {labels.dtype}, not token ids", hint="pass integers, e.g. labels.long()")
     if not isinstance(labels, torch.Tensor) or labels.shape != ids.shape:
         raise CannotOptimize(
             f"labels of shape {tuple(getattr(labels, 'shape', ()))} do not match input_ids of shape {tuple(ids.shape)}",
@@ -360,9 +428,29 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             f"the call has {given[0]}: what the decoder reads must be made from the labels",
             hint="pass labels only; the model shifts them itself",
         )
-    wanted = [name for name in ("output_hidden_states", "output_attentions") if arguments.get(name)]
+    wanted = [name for name in _ACTIVATIONS if arguments.get(name)]
     if wanted:
         raise CannotOptimize(
             f"{wanted[0]}=True in a training step: a routed step returns no activations",
             hint="drop it, or call the model in eval() mode for inspection",
         )
+
+
+def check_recording(config: Any) -> None:
+    """Raises `CannotOptimize` where a model's configuration asks for activations, as `check_arguments` does where the
+    call does."""
+    for owner in (config, *_text_config(config)):
+        for name in _ACTIVATIONS:
+            if getattr(owner, name, False):
+                raise CannotOptimize(
+                    f"{name}=True in the model's config: a routed step returns no activations",
+                    hint=f"set config.{name} = False while training",
+                )
+
+
+_ACTIVATIONS = ("output_hidden_states", "output_attentions")
+
+
+def _text_config(config: Any) -> tuple[Any, ...]:
+    find = getattr(config, "get_text_config", None)
+    return () if find is None else (find(),)

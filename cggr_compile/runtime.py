@@ -27,13 +27,14 @@ from cggr_compile.inner import Shared, compile_static, resolve_inner
 from cggr_compile.kernels.selection import rule_name
 from cggr_compile.kernels_ahead import KernelsAhead
 from cggr_compile.metrics import Gradients
+from cggr_compile.not_computed import NOT_COMPUTED
 from cggr_compile.passes.lower_regions import lower_regions
 from cggr_compile.passes.outline_layers import outline_layers
 from cggr_compile.passes.pipeline import Pass, passes_for, passes_scores, passes_unrouted, routable, run
 from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.take_scores import GIVEN_SCORES
 from cggr_compile.probe import Probe, break_even
-from cggr_compile.program import Program, value
+from cggr_compile.program import Program, is_tensor, value
 from cggr_compile.recomputed import Given, Recomputations, beside_checkpoints
 from cggr_compile.router_head import Basis
 from cggr_compile.router_time import RouterTime
@@ -51,6 +52,7 @@ class Runtime:
 
     def __init__(self, config: RoutingConfig) -> None:
         self.config = config
+        self.seed = config.seed if config.seed is not None else torch.initial_seed() % 2**63
         self.steps = 0
         self.plans: list[Plan] = []
         self.passive: list[str] = []
@@ -66,7 +68,7 @@ class Runtime:
         # Two threads on one model take turns; what a step draws and leaves belongs together.
         self.lock = threading.RLock()
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._generator_states: dict[str, torch.Tensor] = {}
+        self._generator_states: dict[str, bytes] = {}
 
     @property
     def in_force(self) -> RoutingConfig:
@@ -74,13 +76,13 @@ class Runtime:
         return self.config if self.probe is None else self.probe.in_force
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The generator of selections and router heads, seeded by `config.seed` or from torch's global seed."""
+        """The generator of selections and router heads, seeded by `config.seed` or by torch's seed when the model was
+        optimised."""
         if device not in self._generators:
             generator = torch.Generator(device)
-            seed = self.config.seed if self.config.seed is not None else torch.initial_seed() % 2**63
-            generator.manual_seed(seed)
+            generator.manual_seed(self.seed)
             if str(device) in self._generator_states:
-                generator.set_state(self._generator_states[str(device)])
+                generator.set_state(_tensor_of(self._generator_states[str(device)]))
             self._generators[device] = generator
         return self._generators[device]
 
@@ -96,10 +98,13 @@ class Runtime:
         return self.pool
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, generators, basis, confidence and the probe's findings: tensors, numbers and strings only."""
-        states = {str(device): generator.get_state() for device, generator in self._generators.items()}
+        """Steps, seed, generators, basis, confidence and the probe's findings: tensors, numbers, strings and bytes
+        only. (A generator's state is bytes: a tensor that is made for a pickle does not live until a spawned process
+        opens it.)"""
+        states = {str(device): _bytes_of(generator.get_state()) for device, generator in self._generators.items()}
         return {
             "steps": self.steps,
+            "seed": self.seed,
             "generators": {**self._generator_states, **states},
             "basis": self.basis.state_dict(),
             "confidence": self.confidence.last(),
@@ -108,16 +113,24 @@ class Runtime:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave; ValueError for other entries."""
-        expected = {"steps", "generators", "basis", "confidence"} | ({"probe"} if self.probe is not None else set())
+        expected = {"steps", "seed", "generators", "basis", "confidence"}
+        expected |= {"probe"} if self.probe is not None else set()
         if set(state) != expected:
             raise ValueError(f"the state of a routed model has entries {sorted(expected)}, got {sorted(state)}")
-        self.steps = state["steps"]
+        self.steps, self.seed = state["steps"], state["seed"]
         self._generators = {}
         self._generator_states = dict(state["generators"])
         self.basis.load_state_dict(state["basis"])
         self.confidence = Confidence(state["confidence"])
         if self.probe is not None:
             self.probe.load_state_dict(state["probe"])
+
+    def start_over(self) -> None:
+        """Begins the schedule anew: warm-up and probes. What goes by the weights stays (basis, confidence), and the
+        generator draws on."""
+        self.steps = 0
+        if self.probe is not None:
+            self.probe = Probe(self.config)
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration and state; compiled plans are rebuilt by the first step of the copy."""
@@ -126,6 +139,14 @@ class Runtime:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
         self.load_state_dict(state["state"])
+
+
+def _bytes_of(state: torch.Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+def _tensor_of(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
 
 class Plan:
@@ -143,6 +164,14 @@ class Plan:
         self.device, self.inner = self.route.device, self.route.variant.inner
         self._unrouted: Variant | None = None if self.routable else self.route.variant
         self._ids = captured.placeholders.index(token_ids(captured))
+        self._tensors = [is_tensor(out) for out in captured.outputs]
+        if not self.routable and runtime.config.ratio < 1:
+            warnings.warn(
+                "a batch of one row leaves no rows to choose from, and trains as it is; raise the batch size, or route "
+                "tokens (route='token')",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @property
     def route(self) -> Route:
@@ -196,7 +225,7 @@ class Plan:
     def unrouted(self) -> Variant:
         """The program without router and selection, built when a step first keeps every row."""
         if self._unrouted is None:
-            config = self.runtime.config
+            config = self.runtime.in_force
             plain = run(self.captured, config, passes_unrouted(config))
             graphs = self.runtime.graphs_on(self.device)
             self._unrouted = Variant(plain, self.inner, graphs, config.outlines, config.recompute_elementwise)
@@ -216,7 +245,7 @@ class Plan:
         with self.runtime.lock:
             again = self.runtime.recomputations.again(self)
             if again is not None:
-                return self._outputs(again, inputs)[: -len(EXTRA_OUTPUTS)]
+                return self._returned(self._outputs(again, inputs))
             if self.runtime.given.wanted:
                 config, generator = self.runtime.in_force, self.runtime.generator(self.device)
                 raise ScoresReady(self.row_scores(inputs, config, generator)[0])
@@ -253,7 +282,7 @@ class Plan:
             self.runtime.last["rows"] = torch.arange(rows, device=self.device)
         if self.runtime.last["positions"] is None and "token" in amounts:
             self.runtime.last["positions"] = torch.arange(length, device=self.device).expand(rows, length)
-        return outputs[: -len(EXTRA_OUTPUTS)]
+        return self._returned(outputs)
 
     def _given(self, inputs: Sequence[Any], amounts: Mapping[str, Amount], confidence: float | None) -> Given:
         """The code that a step runs and what it is given beside the batch."""
@@ -273,6 +302,11 @@ class Plan:
     def _outputs(self, given: Given, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         with compat.modes_kept(self.device.type):
             return given.variant(*inputs, *given.added)
+
+    def _returned(self, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The captured graph's outputs, of a step's: tensors that it does not compute say so."""
+        pairs = zip(outputs, self._tensors, strict=False)
+        return tuple(NOT_COMPUTED if out is None and wanted else out for out, wanted in pairs)
 
 
 class Route:
