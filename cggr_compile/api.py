@@ -19,7 +19,9 @@ from cggr_compile.handle import (
     RoutedForward,
     call_compiled,
     check_arguments,
+    check_recording,
     compiled_forward,
+    is_routed,
     optimized_parts,
     refuse_nested,
 )
@@ -68,10 +70,10 @@ def restore(model: M) -> M:
     handle = vars(model).get("cggr")
     if not isinstance(handle, Handle):
         return model
-    if not isinstance(vars(model).get("forward"), RoutedForward):
+    if not is_routed(vars(model).get("forward")):
         raise RuntimeError(
             f"cannot restore {type(model).__name__}: its forward was patched again after cggr.optimize; "
-            "undo that patch first (for Accelerate: accelerator.unwrap_model(model))"
+            "undo that patch first (for Accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
         )
     del vars(model)["forward"], vars(model)["cggr"]
     for hook in handle.undo["hooks"]:
@@ -132,17 +134,20 @@ def explain(
     if "labels" not in arguments and isinstance(arguments.get("input_ids"), torch.Tensor):
         arguments["labels"] = arguments["input_ids"].clone()  # the same tensor would be one input of the graph
     check_arguments(arguments, model)
+    check_recording(getattr(model, "config", None))
     temporary = Handle(model, runtime, optimized.undo if isinstance(optimized, Handle) else None)
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     compat.install_output_hooks(model)
     compat.unmark_buffers(model)
     try:
-        model.train()
+        if not model.training:
+            model.train()
         call_compiled(compiled_forward(temporary.original(), _Explainer(runtime)), arguments, model)
     except PlanComplete:
         pass
     finally:
-        model.train(training)
+        for module, flag in training.items():
+            module.training = flag
     return Explanation(runtime)
 
 

@@ -7,15 +7,17 @@ also in a process that never imported the package; `cggr.optimize` compiles with
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cggr_compile import compat, dynamo_compat
-from cggr_compile.capture import batch_dims, capture
+from cggr_compile.capture import capture, token_ids_of
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.guard import watch_compiled
@@ -44,6 +46,7 @@ class Backend:
             compat.start_inductor_workers()
         reason = _passive_reason()
         if reason is None:
+            _refuse_subclasses(gm, example_inputs)
             program = capture(gm, example_inputs)
             reason = _no_loss_wanted(program)
         if reason is not None:
@@ -87,7 +90,7 @@ def cggr(
     try:
         return Backend(runtime)(gm, example_inputs)
     except CannotOptimize as error:
-        refusal = error if batch_dims(dict(enumerate(_tensors(example_inputs)))) else _of_a_part(error)
+        refusal = _of_a_part(error) if token_ids_of(dict(enumerate(_tensors(example_inputs)))) is None else error
         if runtime.config.fallback == "raise":
             return _Refusal(refusal)
         runtime.refuse(refusal)
@@ -149,6 +152,19 @@ def _no_loss_wanted(program: Program) -> str | None:
     if any(entry.path == "labels" for entry in program.inputs):
         return None
     return "no labels were passed"
+
+
+def _refuse_subclasses(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
+    """Raises `CannotOptimize` for tensors that are made of others (quantised weights, shards): what computes with them
+    is not in Dynamo's graph."""
+    for node, example in zip(gm.graph.find_nodes(op="placeholder", sort=True), example_inputs, strict=True):
+        if is_traceable_wrapper_subclass(example):
+            source = compat.source_name(node._dynamo_source)
+            members = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", source)
+            raise CannotOptimize(
+                f"{'.'.join(members) or 'an input'} is a {type(example).__name__}, a tensor made of others",
+                hint="train on plain weights (bitsandbytes' are), or pass fallback='eager' to train without routing",
+            )
 
 
 def _unchanged(gm: fx.GraphModule, example_inputs: list[Any], inner: str) -> Callable[..., Any]:

@@ -24,7 +24,8 @@ class CGGRCallback(TrainerCallback, ExportableState):
 
     Each log gets the handle's metrics as `cggr/...` numbers (this reads them back, at logging steps only); they enter
     `trainer.state.log_history` and, with `CGGRCallback.first_in(trainer)`, every reporting integration. Checkpoints
-    hold the routed state in `trainer_state.json`; `train(resume_from_checkpoint=...)` takes it back.
+    hold the routed state in `trainer_state.json`; `train(resume_from_checkpoint=...)` takes it back. A `train()` that
+    begins at step 0 begins the schedule anew, also where `auto_find_batch_size` starts over.
 
     Raises CannotOptimize at the start of training where the model is not optimised, and at the first optimiser step
     in which no call with labels reached it, because the trainer computes its loss elsewhere.
@@ -49,18 +50,24 @@ class CGGRCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finds the routed model, and its state where training goes on from a checkpoint."""
+        """Finds the routed model. Where training goes on from a checkpoint, takes its state back; where it begins (a
+        second `train()`, or one that starts over with smaller batches), the schedule begins anew."""
         self._handle = handle(kwargs["model"])
         self._calls = self._handle.calls
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         routed = saved.get("attributes", {}).get("routed")
-        if state.global_step and routed is not None:
+        if not state.global_step:
+            self._handle.runtime.start_over()
+        elif routed is not None:
             self._handle.load_state_dict(_from_text(routed))
+        else:
+            self._handle.runtime.steps = state.global_step
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Counts the step."""
+        """Counts the step: it is the trainer's number, whoever else counts (`attach`)."""
         refuse_own_loss(self._handle, self._calls)
         self._calls = self._handle.calls
+        self._handle.runtime.steps = state.global_step
         self._handle.step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

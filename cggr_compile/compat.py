@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from logging import Logger
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -16,17 +15,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_slot, set_proxy_slot, snapshot_fake
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.symbol import SymT, symbol_is_type
-
-# What writes a message; the last three are transformers' additions, there once it is imported.
-_LOGGING = (
-    *("debug", "info", "warning", "warn", "error", "exception", "critical", "log"),
-    *("warning_advice", "warning_once", "info_once"),
-)
 
 
 def source_name(source: Any) -> str:
@@ -158,65 +150,6 @@ def graph_break_of(gm: fx.GraphModule) -> Any:
     """Why Dynamo ended this graph before its frame returned, as `(reason, user_stack)`; None where it did not."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     return reason if reason is not None and reason.graph_break else None
-
-
-@contextmanager
-def whole_graphs() -> Iterator[None]:
-    """Keeps Dynamo from splitting graphs at the gradient buckets of the DistributedDataParallel that calls the model.
-
-    `torch._dynamo.config.patch(optimize_ddp=False)` says the same, but defines a class at every call.
-    """
-    active = DistributedDataParallel._active_ddp_module
-    DistributedDataParallel._active_ddp_module = None
-    try:
-        yield
-    finally:
-        DistributedDataParallel._active_ddp_module = active
-
-
-class _Functions(str):
-    """Functions, as Dynamo's option takes them; a string to what logs the options as JSON (torch 2.11 sorts sets)."""
-
-    functions: frozenset[Any]
-
-    def __new__(cls, functions: frozenset[Any]) -> _Functions:
-        self = super().__new__(cls, f"{len(functions)} functions")
-        self.functions = functions
-        return self
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.functions)
-
-    def __contains__(self, function: object) -> bool:
-        return function in self.functions
-
-
-@contextmanager
-def tracing_options() -> Iterator[None]:
-    """Options of Dynamo for traces within.
-
-    Calls of `logging` loggers, which it cannot trace otherwise, are passed over: a compiled step would not log either.
-    Not for traces of others, which may rely on the graph break. Fake tensors are computed, not cached: an entry costs
-    more than it saves where sizes are symbols. Garbage is left to Python's collector, which looks for it anyway.
-
-    `torch._dynamo.config.patch` defines a class at every call; the first option has another name in older versions.
-    """
-    config = torch._dynamo.config
-    ignored = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
-    silent = {getattr(Logger, name) for name in _LOGGING if hasattr(Logger, name)}
-    options = {
-        ignored: _Functions(frozenset(getattr(config, ignored)) | silent),
-        "fake_tensor_cache_enabled": False,
-        "run_gc_after_compile": False,
-    }
-    before = {name: getattr(config, name) for name in options}
-    for name, option in options.items():
-        setattr(config, name, option)
-    try:
-        yield
-    finally:
-        for name, option in before.items():
-            setattr(config, name, option)
 
 
 def unmark_buffers(model: nn.Module) -> None:
@@ -379,21 +312,53 @@ def transforms_are_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-@contextmanager
-def fake_runs_by(run: Callable[[fx.Node, Any, Any, Callable[[], Any]], Any]) -> Iterator[None]:
-    """Within, Dynamo's runs of graph nodes on fake tensors go through `run(node, args, kwargs, call)`."""
-    from torch._dynamo import utils
+class Checkpoints(NamedTuple):
+    """The checkpoints of `torch.utils.checkpoint` (not reentrant ones) that a call runs under.
 
-    original = utils.run_node
+    Attributes:
+        first_runs: those in their forward that began within the recomputation, if there is one; innermost first.
+        recomputed: the innermost that is being recomputed, and what tells backwards apart.
+    """
 
-    def run_node(tracer: Any, node: fx.Node, args: Any, kwargs: Any, nnmodule: Any) -> Any:
-        return run(node, args, kwargs, lambda: original(tracer, node, args, kwargs, nnmodule))
+    first_runs: tuple[Any, ...] = ()
+    recomputed: tuple[Any, Any] | None = None
 
-    utils.run_node = run_node
+
+def checkpoints_around() -> Checkpoints:
+    """The checkpoints under way in this thread, read off the hooks that they put on saved tensors: the closure of one
+    in its forward holds its `frame`, that of a recomputation a reference to it (`torch/utils/checkpoint.py`)."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return _NO_CHECKPOINTS
+    taken = []
+    first_runs = []
+    recomputed = None
     try:
-        yield
+        while hooks is not None and recomputed is None:
+            variables = inspect.getclosurevars(inspect.unwrap(hooks[0])).nonlocals if _is_checkpoints(hooks[0]) else {}
+            if "frame" in variables:
+                first_runs.append(variables["frame"])
+            elif "target_frame_ref" in variables:
+                recomputed = (variables["target_frame_ref"](), variables["gid"])
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            taken.append(hooks)
+            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     finally:
-        utils.run_node = original
+        for pack, unpack in reversed(taken):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+    return Checkpoints(tuple(first_runs), recomputed)
+
+
+_NO_CHECKPOINTS = Checkpoints()
+
+
+def _is_checkpoints(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "torch.utils.checkpoint"
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _size_functions() -> dict[Any, Any]:

@@ -126,10 +126,10 @@ class RoutingConfig:
         kernels: implementations of the operators: `"auto"` (the best that can run), the name of a provider for every
             operator that has it (`"triton"`, `"reference"`), or a mapping from operators to providers, e.g.
             `{"masked_loss": "triton_recompute"}`. One that cannot run raises `CannotOptimize`.
-        keep_logits: return the logits of the kept rows instead of None.
+        keep_logits: return the logits of the kept rows, which a step does not compute otherwise.
         fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.
-        seed: seed of the model's own generator, for random selections and router heads; None draws one from torch's
-            global seed.
+        seed: seed of the model's own generator, for random selections and router heads; None takes torch's global
+            seed when the model is optimised.
     """
 
     route: str | tuple[str, ...] = "sequence"

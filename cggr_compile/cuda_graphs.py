@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from cggr_compile.graph_memory import CALLS_THAT_DISPLACE, Pool, Turn
+from cggr_compile.recomputed import beside_checkpoints
 
 WARM_UP = 2
 """Runs before a recording: libraries and Triton allocate and compile in the first."""
@@ -102,7 +103,7 @@ class Replayed:
                 return
             try:
                 # A failed capture leaves its stream current; this one comes back whatever happens.
-                with torch.cuda.stream(torch.cuda.current_stream()):
+                with torch.cuda.stream(torch.cuda.current_stream()), beside_checkpoints():
                     self._recording = _Recording(self.run, inputs, self.pool)
                 self.recordings += 1
                 self.pool.shelf.keep(self, self._recording.nbytes)

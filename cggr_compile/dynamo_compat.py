@@ -26,7 +26,7 @@ _GLOBAL_HOOKS = (
 
 @contextmanager
 def step_options() -> Iterator[None]:
-    """Dynamo's options for a routed step.
+    """Dynamo's options for the trace of a routed step.
 
     Hooks registered on a module after the capture, or removed, make a new one: Dynamo looks at modules without hooks
     again only if asked to. The limits of captures are those of a model of ours, not of a function that was thought to
@@ -41,11 +41,11 @@ def step_options() -> Iterator[None]:
         return _requires_grad_(original, tensor, tx, requires_grad)
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(config, "skip_nnmodule_hook_guards", False))
-        stack.enter_context(_replaced(config, "recompile_limit", MAX_CAPTURES))
+        stack.enter_context(replaced(config, "skip_nnmodule_hook_guards", False))
+        stack.enter_context(replaced(config, "recompile_limit", MAX_CAPTURES))
         total = max(MAX_CAPTURES, config.accumulated_recompile_limit)
-        stack.enter_context(_replaced(config, "accumulated_recompile_limit", total))
-        stack.enter_context(_replaced(TensorVariable, "method_requires_grad_", method_requires_grad_))
+        stack.enter_context(replaced(config, "accumulated_recompile_limit", total))
+        stack.enter_context(replaced(TensorVariable, "method_requires_grad_", method_requires_grad_))
         yield
 
 
@@ -67,7 +67,8 @@ def _requires_grad_(original: Callable[..., Any], tensor: Any, tx: Any, requires
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+    """An attribute with another value."""
     before = getattr(owner, name)
     setattr(owner, name, new)
     try:

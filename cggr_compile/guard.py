@@ -13,7 +13,6 @@ that it is asked for directly. Traced hooks do nothing: what a graph does was de
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +33,12 @@ class Guard:
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
-        self.seen = handle.calls
 
     @not_by_itself
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises `CannotOptimize` in a replica."""
         if torch.compiler.is_dynamo_compiling():
             return
-        self.seen = self.handle.calls
         if getattr(module, "_is_replica", False):
             raise CannotOptimize(
                 "a replica of torch.nn.DataParallel would run the first device's model",
@@ -51,7 +48,7 @@ class Guard:
     @not_by_itself
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises `CannotOptimize` where a training call with labels came back without the routed forward's part."""
-        if torch.compiler.is_dynamo_compiling() or self.handle.calls != self.seen:
+        if torch.compiler.is_dynamo_compiling() or self.handle.reached():
             return
         if not module.training or not torch.is_grad_enabled() or self.handle.labels_of(args, kwargs) is None:
             return
@@ -83,15 +80,15 @@ class CompiledGuard:
 
     def __init__(self, runtimes_of: Callable[[nn.Module], list[Runtime]]) -> None:
         self.runtimes_of = runtimes_of
-        self.seen: list[Any] = []
+        self.seen = 0
 
-    def _steps(self, module: nn.Module) -> list[Any]:
-        return [runtime.last for runtime in self.runtimes_of(module)]
+    def _runs(self, module: nn.Module) -> int:
+        return sum(runtime.runs for runtime in self.runtimes_of(module))
 
     @not_by_itself
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_dynamo_compiling():
-            self.seen = self._steps(module)
+            self.seen = self._runs(module)
 
     @not_by_itself
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -100,10 +97,9 @@ class CompiledGuard:
             return
         if not module.training or not torch.is_grad_enabled():
             return
-        steps = self._steps(module)
-        ran = len(steps) != len(self.seen) or any(map(operator.is_not, steps, self.seen))
-        if steps and not ran and _labels_of(module, args, kwargs) is not None:
-            self.runtimes_of(module)[-1].refuse(_passed_over())
+        runtimes = self.runtimes_of(module)
+        if runtimes and self._runs(module) == self.seen and _labels_of(module, args, kwargs) is not None:
+            runtimes[-1].refuse(_passed_over())
 
 
 def _labels_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,14 +20,14 @@ from torch._dynamo.exc import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from cggr_compile import compat, dynamo_compat
+from cggr_compile import dynamo_compat
 from cggr_compile.ahead import ScoredAhead, ScoresReady, refuse_nan
 from cggr_compile.backend import Backend
 from cggr_compile.capture import dynamic_dims, token_ids_of
 from cggr_compile.causes import recognised, refusal_of
-from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete
-from cggr_compile.fake_runs import FakeRuns
+from cggr_compile.config import ConfigError, RoutingConfig
+from cggr_compile.dynamo_traces import compiled_whole
+from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete, VerificationError
 from cggr_compile.kernels.selection import rule_of
 from cggr_compile.metrics import metrics_of
 from cggr_compile.report import Diff, Report
@@ -47,6 +46,7 @@ class Handle:
         self.runtime = runtime
         self.undo = undo or {}
         self.calls = 0
+        self._thread = threading.local()
         self._compiled: Callable[..., Any] | None = None
         parameters = list(inspect.signature(self.original()).parameters)
         self._place_of_labels = parameters.index("labels") if "labels" in parameters else len(parameters)
@@ -88,7 +88,7 @@ class Handle:
         """What resuming needs beside the model's own `state_dict`: step, generators, a low-rank router head's basis,
         the confidence that the dynamic threshold goes by, the findings of `selection="auto"`.
 
-        Tensors, numbers and strings only, so `torch.save` and `torch.load(weights_only=True)` take it.
+        Tensors, numbers, strings and bytes only, so `torch.save` and `torch.load(weights_only=True)` take it.
         """
         return self.runtime.state_dict()
 
@@ -135,14 +135,15 @@ class Handle:
             raise ValueError("score: the model is in eval mode, and only training steps are routed; call train() first")
         arguments = _named_arguments(self.original(), (), dict(batch))
         given = self.runtime.given
-        given.wanted = True
-        try:
-            with torch.enable_grad():  # what a step is captured under
-                self._routed(arguments)
-        except ScoresReady as ready:
-            return ready.scores
-        finally:
-            given.wanted = False
+        with self.runtime.lock:  # another thread's step would end as this call does
+            given.wanted = True
+            try:
+                with torch.enable_grad():  # what a step is captured under
+                    self._routed(arguments)
+            except ScoresReady as ready:
+                return ready.scores
+            finally:
+                given.wanted = False
         reason = f"the step has no rows to score: {self.runtime.passive[-1]}"
         raise CannotOptimize(reason, hint="pass labels, to a model that computes its loss from them")
 
@@ -223,6 +224,7 @@ class Handle:
     @torch.compiler.disable(reason="a step routed by cggr is compiled by cggr; compile around it with fullgraph=False")
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls += 1
+        self._thread.reached = True
         original = self.original()
         try:
             return self._routed(_named_arguments(original, args, kwargs))
@@ -234,40 +236,56 @@ class Handle:
         """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing."""
         self.runtime.refuse(error)
 
+    def reached(self) -> bool:
+        """Whether a training call with labels came here, in this thread, since this was asked last."""
+        reached = getattr(self._thread, "reached", False)
+        self._thread.reached = False
+        return reached
+
     def _routed(self, arguments: dict[str, Any]) -> Any:
         check_arguments(arguments, self.model)
+        check_recording(getattr(self.model, "config", None))
         if arguments["input_ids"].is_meta:
             raise CannotOptimize(
                 "a step on the meta device computes nothing, and no rows can be selected",
                 hint="cggr.explain captures a model on the meta device without running it",
             )
-        if self._compiled is None:
-            refuse_nested(self.model)
-            self._compiled = compiled_forward(self.original(), Backend(self.runtime))
-        before = self.runtime.last
-        try:
-            output = call_compiled(self._compiled, arguments, self.model)
-        except CannotOptimize as error:
-            if isinstance(error.__cause__, NotCompiled) and dynamo_compat.stance() == "default":
-                self._compiled = None  # Dynamo never looks again at code that it has passed over
-            raise
-        if self.runtime.last is before:
-            raise CannotOptimize(
-                f"no routed step was part of the forward: {(self.runtime.passive or ['it computes nothing'])[-1]}",
-                hint="pass labels to a model that computes its loss from them, or call it under torch.no_grad()",
-            )
-        return output
+        with self.runtime.lock:
+            if self._compiled is None:
+                refuse_nested(self.model)
+                self._compiled = compiled_forward(self.original(), Backend(self.runtime))
+            before = self.runtime.runs
+            try:
+                output = call_compiled(self._compiled, arguments, self.model)
+            except CannotOptimize as error:
+                if isinstance(error.__cause__, NotCompiled) and dynamo_compat.stance() == "default":
+                    self._compiled = None  # Dynamo never looks again at code that it has passed over
+                raise
+            if self.runtime.runs == before:
+                raise CannotOptimize(
+                    f"no routed step was part of the forward: {(self.runtime.passive or ['it computes nothing'])[-1]}",
+                    hint="pass labels to a model that computes its loss from them, or call it under torch.no_grad()",
+                )
+            return output
 
 
 class RoutedForward:
-    """The instance attribute `forward` of an optimised model; looks like the original to `inspect` and wrappers."""
+    """The instance attribute `forward` of an optimised model: to `inspect` and to wrappers the original's bound method.
+
+    Wrappers take a method's function, wrap it, and bind the result; one that is taken off (Accelerate's
+    `unwrap_model`) leaves the function bound, which is the same.
+    """
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
 
     @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return self.handle.original()
+    def __self__(self) -> nn.Module:
+        return self.handle.model
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return _RoutedFunction(self.handle)
 
     @property
     def __code__(self) -> types.CodeType:
@@ -283,6 +301,34 @@ class RoutedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.handle.call(*args, **kwargs)
+
+
+class _RoutedFunction:
+    """`RoutedForward`, with the model as its first argument."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        bound = inspect.signature(self.handle.original())
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        return bound.replace(parameters=[itself, *bound.parameters.values()])
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.handle.original().__doc__
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handle = vars(model)["cggr"]
+        if is_routed(vars(model).get("forward")):  # a wrapper was taken off; a bound method cannot be copied or pickled
+            vars(model)["forward"] = RoutedForward(handle)
+        return handle.call(*args, **kwargs)
+
+
+def is_routed(forward: Any) -> bool:
+    """Whether a model's `forward` is the routed one, bound anew or not."""
+    return isinstance(forward, RoutedForward) or isinstance(getattr(forward, "__func__", None), _RoutedFunction)
 
 
 def optimized_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -301,7 +347,7 @@ def refuse_nested(model: nn.Module) -> None:
 
 
 def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
-    """torch.compile over a forward, with a code object of its own.
+    """Dynamo over a forward, with a code object of its own.
 
     Dynamo counts recompilations by code object; sharing the class's would let one optimised model use up another's.
     Where something keeps Dynamo from compiling a call, the call raises `NotCompiled` and runs nothing.
@@ -314,7 +360,7 @@ def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[
         return forward(**arguments)
 
     own = types.FunctionType(entry.__code__.replace(), entry.__globals__, "cggr_forward", None, entry.__closure__)
-    return torch.compile(own, backend=backend, fullgraph=True)
+    return compiled_whole(own, backend)
 
 
 def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model: nn.Module) -> Any:
@@ -323,14 +369,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
     for name, dims in dynamic_dims(tensors, token_ids_of(tensors), "labels").items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
-        with (
-            compat.whole_graphs(),
-            compat.tracing_options(),
-            dynamo_compat.step_options(),
-            compat.fake_runs_by(FakeRuns().run),
-            _collector_paused(),
-        ):
-            return compiled(arguments, dynamo_compat.global_hooks())
+        return compiled(arguments, dynamo_compat.global_hooks())
     except NotCompiled as error:
         reason, hint = dynamo_compat.why_not_compiled()
         raise CannotOptimize(reason, hint=f"{hint}, or pass fallback='eager' to train without routing") from error
@@ -338,11 +377,14 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
         cause = error.inner_exception
         if isinstance(cause, CannotOptimize):
             raise recognised(cause) from None
-        if isinstance(cause, PlanComplete):
+        if isinstance(cause, (ConfigError, PlanComplete, VerificationError)):
             raise cause from None
         if isinstance(cause, GuardOnDataDependentSymNode):
             raise refusal_of(cause, model) from error
-        raise
+        raise CannotOptimize(
+            f"the captured step cannot be rewritten ({type(cause).__name__}: {str(cause).splitlines()[0]})",
+            hint="report it with the output of cggr.explain; fallback='eager' trains without routing",
+        ) from error
     except FailOnRecompileLimitHit as error:
         raise CannotOptimize(
             f"the model changes so often that this step needs more than {dynamo_compat.MAX_CAPTURES} captures of it",
@@ -354,19 +396,6 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
         if dynamo_compat.stance() != "fail_on_recompile" or isinstance(error, CannotOptimize):
             raise
         raise CannotOptimize(*dynamo_compat.why_not_compiled()) from error
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keeps Python from looking for garbage within: a trace makes many objects that live as long as it does, and each
-    search goes through all of them, and through all that the process had before."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _named_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -388,6 +417,11 @@ def check_arguments(arguments: dict[str, Any], model: nn.Module) -> None:
     """Raises `CannotOptimize` for calls that cannot be routed. Labels are as long as the ids, unless a decoder has its
     own."""
     ids, labels = arguments.get("input_ids"), arguments.get("labels")
+    if ids is not None and "inputs_embeds" in arguments:
+        raise CannotOptimize(
+            "the call has input_ids and inputs_embeds, which say the same tokens twice",
+            hint="pass input_ids alone: the router reads token ids",
+        )
     if ids is None:
         raise CannotOptimize(
             "the call has no input_ids" + (", only inputs_embeds" if "inputs_embeds" in arguments else ""),
@@ -398,7 +432,20 @@ def check_arguments(arguments: dict[str, Any], model: nn.Module) -> None:
             f"input_ids of shape {tuple(getattr(ids, 'shape', ()))} is not [batch, sequence]",
             hint="pass a two-dimensional tensor of token ids",
         )
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise CannotOptimize(f"input_ids are {ids.dtype}, not token ids", hint="pass integers, e.g. input_ids.long()")
+    if ids.numel() == 0:
+        raise CannotOptimize(
+            f"the batch is empty: input_ids of shape {tuple(ids.shape)}", hint="skip batches without rows or tokens"
+        )
     decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    if ids.shape[1] == 1 and not decodes:
+        raise CannotOptimize(
+            f"sequences of one token (input_ids of shape {tuple(ids.shape)}) hold no token to predict from another",
+            hint="skip such batches, or pad them to two tokens with labels of -100",
+        )
+    if isinstance(labels, torch.Tensor) and labels.dtype.is_floating_point:
+        raise CannotOptimize(f"labels are {labels.dtype}, not token ids", hint="pass integers, e.g. labels.long()")
     compared = slice(0, 1) if decodes else slice(0, 2)
     if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.shape[compared] != ids.shape[compared]:
         raise CannotOptimize(
@@ -411,9 +458,29 @@ def check_arguments(arguments: dict[str, Any], model: nn.Module) -> None:
             f"the call has {given[0]}: what the decoder reads must be made from the labels",
             hint="pass labels only; the model shifts them itself",
         )
-    wanted = [name for name in ("output_hidden_states", "output_attentions") if arguments.get(name)]
+    wanted = [name for name in _ACTIVATIONS if arguments.get(name)]
     if wanted:
         raise CannotOptimize(
             f"{wanted[0]}=True in a training step: a routed step returns no activations",
             hint="drop it, or call the model in eval() mode for inspection",
         )
+
+
+def check_recording(config: Any) -> None:
+    """Raises `CannotOptimize` where a model's configuration asks for activations, as `check_arguments` does where the
+    call does."""
+    for owner in (config, *_text_config(config)):
+        for name in _ACTIVATIONS:
+            if getattr(owner, name, False):
+                raise CannotOptimize(
+                    f"{name}=True in the model's config: a routed step returns no activations",
+                    hint=f"set config.{name} = False while training",
+                )
+
+
+_ACTIVATIONS = ("output_hidden_states", "output_attentions")
+
+
+def _text_config(config: Any) -> tuple[Any, ...]:
+    find = getattr(config, "get_text_config", None)
+    return () if find is None else (find(),)

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from cggr_compile import kernels
 from cggr_compile.passes.lower_regions import Body, lower_pieces
 from cggr_compile.program import Program
+from cggr_compile.recomputed import beside_checkpoints
 from cggr_compile.sizes import Sizes
 
 
@@ -59,7 +60,7 @@ def compile_in(
     cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=_named_functions(written))
     # torch forbids it by default, because it is slower, if little.
     partition = torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute)
-    with tracing(TracingContext(mode)), cacheable, partition:
+    with tracing(TracingContext(mode)), cacheable, partition, beside_checkpoints():
         compiled = torch._dynamo.lookup_backend(inner)(written, wanted)
     del fakes
     return lambda *given: compiled(*(given[place] for place in places))

@@ -6,6 +6,7 @@ NaN where scores and weights are finite.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,19 +105,20 @@ class Gradients:
     """How many trainable parameters the last backward left without a gradient.
 
     Gradients are gone soon after the optimiser's step, so `seen` counts them there; of parameters listed once for each
-    capture, because finding them takes a walk over the modules.
+    capture, because finding them takes a walk over the modules, and weakly, because they may be replaced.
     """
 
     def __init__(self) -> None:
-        self._parameters: list[nn.Parameter] = []
+        self._parameters: list[weakref.ref[nn.Parameter]] = []
         self._captures = -1
         self._seen: int | None = None
 
     def seen(self, model: nn.Module, captures: int) -> int | None:
         """The number; where no parameter has a gradient (none yet, or cleared), the number before, None at first."""
         if captures != self._captures:
-            self._parameters, self._captures = list(model.parameters()), captures
-        trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
+            self._parameters, self._captures = list(map(weakref.ref, model.parameters())), captures
+        parameters = [parameter() for parameter in self._parameters]
+        trainable = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
         without = sum(parameter.grad is None for parameter in trainable)
         if without < len(trainable):
             self._seen = without

@@ -7,6 +7,7 @@ and `selection="auto"` what its probes measure, in the steps that probe (`probe`
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -24,11 +25,13 @@ from cggr_compile.graph_memory import Pool
 from cggr_compile.inner import resolve_inner
 from cggr_compile.kernels.selection import rule_name
 from cggr_compile.metrics import Gradients
+from cggr_compile.not_computed import NOT_COMPUTED
 from cggr_compile.passes.pipeline import Pass, passes_for, passes_scores, passes_unrouted, routable, run
 from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.take_scores import GIVEN_SCORES
 from cggr_compile.probe import Probe, break_even
-from cggr_compile.program import Program, value
+from cggr_compile.program import Program, is_tensor, value
+from cggr_compile.recomputed import Given, Recomputations, beside_checkpoints
 from cggr_compile.router_head import Basis
 from cggr_compile.router_time import RouterTime
 from cggr_compile.sizes import KEPT, Amount, Symbols, amounts_of, concrete, sizes_of
@@ -43,7 +46,9 @@ class Runtime:
 
     def __init__(self, config: RoutingConfig) -> None:
         self.config = config
+        self.seed = config.seed if config.seed is not None else torch.initial_seed() % 2**63
         self.steps = 0
+        self.runs = 0  # of plans, recomputations too
         self.plans: list[Plan] = []
         self.passive: list[str] = []
         self.last: dict[str, torch.Tensor | float | None] = {}
@@ -54,8 +59,11 @@ class Runtime:
         self.basis = Basis(config.router_head_refresh)
         self.pool: Pool | None = None
         self.probe = Probe(config) if config.selection == "auto" else None
+        self.recomputations = Recomputations()
+        # Two threads on one model take turns; what a step draws and leaves belongs together.
+        self.lock = threading.RLock()
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._generator_states: dict[str, torch.Tensor] = {}
+        self._generator_states: dict[str, bytes] = {}
         self._warned = False
 
     @property
@@ -64,8 +72,9 @@ class Runtime:
         return self.config if self.probe is None else self.probe.in_force
 
     def refuse(self, error: CannotOptimize) -> None:
-        """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing."""
-        if self.config.fallback == "raise":
+        """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing.
+        A backward that runs a routed step again cannot fall back."""
+        if self.config.fallback == "raise" or self.recomputations.may_be_routed():
             raise error
         if not self._warned:
             warnings.warn(f"training without routing: {error}", RuntimeWarning, stacklevel=5)
@@ -74,13 +83,13 @@ class Runtime:
             self.passive.append(str(error))
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The generator of selections and router heads, seeded by `config.seed` or from torch's global seed."""
+        """The generator of selections and router heads, seeded by `config.seed` or by torch's seed when the model was
+        optimised."""
         if device not in self._generators:
             generator = torch.Generator(device)
-            seed = self.config.seed if self.config.seed is not None else torch.initial_seed() % 2**63
-            generator.manual_seed(seed)
+            generator.manual_seed(self.seed)
             if str(device) in self._generator_states:
-                generator.set_state(self._generator_states[str(device)])
+                generator.set_state(_tensor_of(self._generator_states[str(device)]))
             self._generators[device] = generator
         return self._generators[device]
 
@@ -96,10 +105,13 @@ class Runtime:
         return self.pool
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, generators, basis, confidence and the probe's findings: tensors, numbers and strings only."""
-        states = {str(device): generator.get_state() for device, generator in self._generators.items()}
+        """Steps, seed, generators, basis, confidence and the probe's findings: tensors, numbers, strings and bytes
+        only. (A generator's state is bytes: a tensor that is made for a pickle does not live until a spawned process
+        opens it.)"""
+        states = {str(device): _bytes_of(generator.get_state()) for device, generator in self._generators.items()}
         return {
             "steps": self.steps,
+            "seed": self.seed,
             "generators": {**self._generator_states, **states},
             "basis": self.basis.state_dict(),
             "confidence": self.confidence.last(),
@@ -108,16 +120,25 @@ class Runtime:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave; ValueError for other entries."""
-        expected = {"steps", "generators", "basis", "confidence"} | ({"probe"} if self.probe is not None else set())
+        expected = {"steps", "seed", "generators", "basis", "confidence"}
+        expected |= {"probe"} if self.probe is not None else set()
         if set(state) != expected:
             raise ValueError(f"the state of a routed model has entries {sorted(expected)}, got {sorted(state)}")
-        self.steps = state["steps"]
+        self.steps, self.seed = state["steps"], state["seed"]
         self._generators = {}
         self._generator_states = dict(state["generators"])
         self.basis.load_state_dict(state["basis"])
         self.confidence = Confidence(state["confidence"])
         if self.probe is not None:
             self.probe.load_state_dict(state["probe"])
+
+    def start_over(self) -> None:
+        """Begins the schedule anew: warm-up and probes. What goes by the weights stays (basis, confidence), and the
+        generator draws on."""
+        self.steps = 0
+        self.runs = 0  # of plans, recomputations too
+        if self.probe is not None:
+            self.probe = Probe(self.config)
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration and state; compiled plans are rebuilt by the first step of the copy."""
@@ -126,6 +147,14 @@ class Runtime:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
         self.load_state_dict(state["state"])
+
+
+def _bytes_of(state: torch.Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+def _tensor_of(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
 
 class Plan:
@@ -145,6 +174,14 @@ class Plan:
         self._ids = captured.placeholders.index(token_ids(captured))
         self._symbols = Symbols(captured)
         self.branches = Branches(captured)
+        self._tensors = [is_tensor(out) for out in captured.outputs]
+        if not self.routable and runtime.config.ratio < 1:
+            warnings.warn(
+                "a batch of one row leaves no rows to choose from, and trains as it is; raise the batch size, or route "
+                "tokens (route='token')",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @property
     def route(self) -> Route:
@@ -198,7 +235,7 @@ class Plan:
     def unrouted(self) -> Variant:
         """The program without router and selection, built when a step first keeps every row."""
         if self._unrouted is None:
-            config = self.runtime.config
+            config = self.runtime.in_force
             plain = run(self.captured, config, passes_unrouted(config))
             graphs = self.runtime.graphs_on(self.device)
             self._unrouted = Variant(plain, self.inner, graphs, config.outlines, config.recompute_elementwise)
@@ -215,24 +252,30 @@ class Plan:
         return rows, length
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        given = self.runtime.given
-        if given.wanted:
-            config, generator = self.runtime.in_force, self.runtime.generator(self.device)
-            raise ScoresReady(self.row_scores(inputs, config, generator)[0])
+        with self.runtime.lock:
+            self.runtime.runs += 1
+            again = self.runtime.recomputations.again(self)
+            if again is not None:
+                return self._returned(self._outputs(again, inputs))
+            if self.runtime.given.wanted:
+                config, generator = self.runtime.in_force, self.runtime.generator(self.device)
+                raise ScoresReady(self.row_scores(inputs, config, generator)[0])
+            return self._step(inputs)
+
+    def _step(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """One training step: what it is given, its outputs, and what is remembered of it."""
         if self.runtime.probe is not None:
-            self.runtime.probe.before_step(self, inputs)
+            with beside_checkpoints():
+                self.runtime.probe.before_step(self, inputs)
         self.runtime.router_time.before_step(self, inputs, self.runtime.in_force)
         rows, length = self.sizes(inputs)
-        scores = given.take(rows, self.device)
         config, steps = self.runtime.config, self.runtime.steps
         confidence = self.runtime.confidence.last() if config.follows_confidence else None
         amounts = amounts_of(self.program, config, steps, rows, length, confidence)
-        # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
-        planned = amounts if confidence is None else amounts_of(self.program, config, steps, rows, length)
-        plain = not self.routable or all(amount.kept >= amount.total for amount in planned.values())
-        with compat.modes_kept(self.device.type):
-            outputs = self.unrouted(*inputs) if plain else self._run_routed(inputs, amounts, scores)
-        given.after_forward(self.device.type)
+        given = self._given(inputs, amounts, confidence)
+        self.runtime.recomputations.remember(given)
+        outputs = self._outputs(given, inputs)
+        self.runtime.given.after_forward(self.device.type)
         extra = outputs[-len(EXTRA_OUTPUTS) :]
         self.runtime.last = {
             "total": rows,
@@ -250,17 +293,32 @@ class Plan:
             self.runtime.last["rows"] = torch.arange(rows, device=self.device)
         if self.runtime.last["positions"] is None and "token" in amounts:
             self.runtime.last["positions"] = torch.arange(length, device=self.device).expand(rows, length)
-        return outputs[: -len(EXTRA_OUTPUTS)]
+        return self._returned(outputs)
 
-    def _run_routed(
-        self, inputs: Sequence[Any], amounts: Mapping[str, Amount], scores: torch.Tensor | None
-    ) -> tuple[Any, ...]:
+    def _given(self, inputs: Sequence[Any], amounts: Mapping[str, Amount], confidence: float | None) -> Given:
+        """The code that a step runs and what it is given beside the batch."""
+        rows, length = self.sizes(inputs)
+        scores = self.runtime.given.take(rows, self.device)
+        config, steps = self.runtime.config, self.runtime.steps
+        # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
+        planned = amounts if confidence is None else amounts_of(self.program, config, steps, rows, length)
+        if not self.routable or all(amount.kept >= amount.total for amount in planned.values()):
+            return Given(self, self.unrouted, ())
         route = self.route if scores is None else self.with_scores(self.runtime.in_force)
-        sizes = sizes_of(route.program, *self.sizes(inputs), amounts)
+        sizes = sizes_of(route.program, rows, length, amounts)
         self.branches.refuse_other_side(route.program.layers, self._symbols.of(inputs), amounts)
         generator = self.runtime.generator(self.device)
         added = route.added_inputs(sizes, amounts, self.runtime.basis, generator, scores)
-        return route.variant(*inputs, *added)
+        return Given(self, route.variant, tuple(added))
+
+    def _outputs(self, given: Given, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        with compat.modes_kept(self.device.type):
+            return given.variant(*inputs, *given.added)
+
+    def _returned(self, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The captured graph's outputs, of a step's: tensors that it does not compute say so."""
+        pairs = zip(outputs, self._tensors, strict=False)
+        return tuple(NOT_COMPUTED if out is None and wanted else out for out, wanted in pairs)
 
 
 class Route:

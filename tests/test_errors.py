@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +15,11 @@ import torch.nn.functional as F
 import transformers
 from architectures import GROUPED, build, token_batch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from toys import WIDTH, WORDS, Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile import CannotOptimize, ConfigError, RoutingConfig
+from cggr_compile import CannotOptimize, ConfigError, RoutingConfig, backend
 
 
 class Exchange(nn.Module):
@@ -161,6 +165,16 @@ def without(*names: str) -> Callable[[dict], dict]:
         ),
         (lambda b: {**b, "input_ids": b["input_ids"][0]}, r"input_ids of shape \(12,\) is not \[batch, sequence\]"),
         (lambda b: {**b, "output_hidden_states": True}, "output_hidden_states=True in a training step"),
+        (
+            lambda b: {**b, "inputs_embeds": torch.randn(6, 12, 32)},
+            "the call has input_ids and inputs_embeds, which say the same tokens twice",
+        ),
+        (lambda b: {**b, "input_ids": b["input_ids"].float()}, r"input_ids are torch\.float32, not token ids"),
+        (lambda b: {**b, "input_ids": b["input_ids"] > 3}, r"input_ids are torch\.bool, not token ids"),
+        (lambda b: {**b, "labels": b["labels"].double()}, r"labels are torch\.float64, not token ids"),
+        (lambda b: {name: x[:0] for name, x in b.items()}, r"the batch is empty: input_ids of shape \(0, 12\)"),
+        (lambda b: {name: x[:, :0] for name, x in b.items()}, r"the batch is empty: input_ids of shape \(6, 0\)"),
+        (lambda b: {name: x[:, :1] for name, x in b.items()}, "sequences of one token"),
     ],
 )
 def test_calls_that_cannot_be_routed(change: Callable[[dict], dict], message: str) -> None:
@@ -168,6 +182,56 @@ def test_calls_that_cannot_be_routed(change: Callable[[dict], dict], message: st
     with pytest.raises(CannotOptimize, match=f"^cannot optimize: {message}.*; "):
         model(**change(token_batch()))
     assert model.cggr.captures == 0
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_activations_that_the_config_asks_for(asked: str) -> None:
+    model = cggr.optimize(Toy().train(), inner="eager")
+    asks = SimpleNamespace(**{asked: True})
+    message = f"^cannot optimize: {asked}=True in the model's config: .*; set config.{asked} = False"
+    for config in (asks, SimpleNamespace(get_text_config=lambda: asks)):
+        model.config = config
+        with pytest.raises(CannotOptimize, match=message):
+            model(**toy_batch())
+    model.config = SimpleNamespace(**{asked: False})
+    model(**toy_batch())
+
+
+def test_a_batch_of_one_row_says_that_it_trains_as_it_is() -> None:
+    model = cggr.optimize(Toy().train(), inner="eager")
+    with pytest.warns(RuntimeWarning, match="a batch of one row leaves no rows to choose from, and trains as it is; "):
+        model(**toy_batch(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**toy_batch(1))
+        cggr.optimize(model, inner="eager", ratio=1.0)(**toy_batch(1))
+
+
+@pytest.mark.parametrize("fallback", ["raise", "eager"])
+def test_weights_that_are_made_of_other_tensors(fallback: str) -> None:
+    """As torchao's and DTensor are: the backend sees them before anything takes them apart."""
+    model = Toy().train()
+    weight = model.layers[1].weight.detach()
+    model.layers[1].weight = torch.nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    message = r"layers\.1\.weight is a TwoTensor, a tensor made of others; train on plain weights"
+    cggr.optimize(model, inner="eager", fallback=fallback)
+    with (
+        pytest.raises(CannotOptimize, match=message)
+        if fallback == "raise"
+        else pytest.warns(RuntimeWarning, match=message)
+    ):
+        assert model(**toy_batch())[0].requires_grad
+
+
+def test_a_failure_that_nobody_foresaw_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("what")
+
+    monkeypatch.setattr(backend, "capture", fails)
+    with pytest.raises(CannotOptimize, match=r"^cannot optimize: the captured step cannot be .*\(KeyError: 'what'\); "):
+        cggr.optimize(Toy().train(), inner="eager")(**toy_batch())
+    with pytest.warns(RuntimeWarning, match="training without routing"):
+        assert cggr.optimize(Toy().train(), inner="eager", fallback="eager")(**toy_batch())[0].requires_grad
 
 
 def test_models_refused_at_once_stay_untouched() -> None:

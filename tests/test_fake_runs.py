@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cggr_compile import compat
+from cggr_compile.dynamo_traces import fake_runs_by, tracing_options
 from cggr_compile.fake_runs import FakeRuns
 from cggr_compile.program import describe
 
@@ -37,7 +38,7 @@ def _graph(function: Callable[..., Any], batch: dict[str, Any], run: Callable[..
         return gm.forward
 
     torch._dynamo.reset()
-    with compat.fake_runs_by(run), compat.tracing_options():
+    with fake_runs_by(run), tracing_options():
         torch.compile(function, backend=record, dynamic=True, fullgraph=True)(**batch)
     return rows
 
@@ -143,7 +144,7 @@ def test_a_result_does_not_share_memory_with_the_one_it_is_like() -> None:
 
     torch._dynamo.reset()
     runs = FakeRuns()
-    with compat.fake_runs_by(runs.run):
+    with fake_runs_by(runs.run):
         got = torch.compile(body, backend=keep)(torch.randn(5))
     assert runs.saved == 1
     assert len(storages) == len(set(storages)) == 2
@@ -154,6 +155,6 @@ def test_dynamo_is_itself_again_afterwards() -> None:
     from torch._dynamo import utils
 
     before = utils.run_node
-    with pytest.raises(RuntimeError, match="stop"), compat.fake_runs_by(FakeRuns().run):
+    with pytest.raises(RuntimeError, match="stop"), fake_runs_by(FakeRuns().run):
         raise RuntimeError("stop")
     assert utils.run_node is before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import pickle
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -310,6 +312,30 @@ def test_accelerate_accumulates_in_bfloat16() -> None:
         moved = before.get_parameter(name) - model.get_parameter(name)
         error = (moved - parameter.grad).norm() / parameter.grad.norm()
         assert error < 5e-2, f"{name}: relative error {error:.3f}"
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_accelerates_wrapper_comes_off_a_routed_model() -> None:
+    """The model trains routed, generates, is copied, pickled and restored as before the wrapper."""
+    model = cggr.optimize(two_layers(), **OPTIONS)
+    signature = inspect.signature(model.forward)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    wrapped = accelerator.prepare(model)
+    batch = token_batch(6, 16)
+    assert not wrapped(**batch).logits
+    with pytest.raises(RuntimeError, match=r"unwrap_model\(model, keep_fp32_wrapper=False\)"):
+        cggr.restore(model)
+    assert accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) is model
+    assert inspect.signature(model.forward) == signature
+    loss = model(**batch).loss
+    expected = two_layers().train()(**oracle.rows_of(batch, model.cggr.selected)).loss
+    assert torch.equal(loss, expected)
+    prompt = batch["input_ids"][:1]
+    assert model.eval().generate(prompt, max_new_tokens=2, do_sample=False).shape == (1, 18)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.train()(**batch)
+        assert torch.equal(twin.cggr.selected, model.cggr.selected)
+    assert "forward" not in vars(cggr.restore(model))
 
 
 @pytest.mark.long

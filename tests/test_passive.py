@@ -8,11 +8,13 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
 import torch
 from architectures import ARCHITECTURES, build, token_batch
+from toys import Toy, toy_batch
 
 import cggr_compile as cggr
 
@@ -171,6 +173,56 @@ def test_explain_neither_patches_nor_runs() -> None:
     assert not model.training
     assert set(vars(model)) - set(before) <= {"_output_capturing_hooks_installed"}
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Dropping(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = torch.nn.Dropout(0.5)
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().middle(self.drop(hidden))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_explain_leaves_every_training_flag(training: bool) -> None:
+    """A part of a training model that is kept in eval mode is captured so; a model in eval mode, as it would train."""
+    model = Dropping().train(training)
+    model.drop.eval()
+    model.layers[0].train(not training)
+    before = {name: module.training for name, module in model.named_modules()}
+    captured = cggr.explain(model, toy_batch(), ratio=0.25).captured
+    dropped = captured.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
+    assert [node.args[2] for node in dropped if node.args[2]] == [] if training else [True]
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_the_state_of_a_generator_outlives_the_pickle() -> None:
+    """A pickle for a spawned process holds references to a tensor's memory, which is gone when the process opens it."""
+    model = cggr.optimize(build("llama"), selection="random", **OPTIONS)
+    model(**token_batch())
+    states = model.cggr.state_dict()["generators"]
+    assert states
+    assert all(isinstance(state, bytes) for state in states.values())
+
+
+def in_a_spawned_process(model: torch.nn.Module, queue: Any) -> None:
+    model(**token_batch())
+    queue.put(model.cggr.selected.tolist())
+
+
+@pytest.mark.long
+def test_a_model_that_took_a_step_is_sent_to_a_spawned_process() -> None:
+    model = cggr.optimize(build("llama"), selection="random", **OPTIONS)
+    model(**token_batch())
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=in_a_spawned_process, args=(model, queue))
+    process.start()
+    found = queue.get(timeout=120)
+    process.join()
+    model(**token_batch())
+    assert found == model.cggr.selected.tolist()
 
 
 def test_explain_works_on_the_meta_device() -> None:

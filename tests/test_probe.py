@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from architectures import ARCHITECTURES, LAYERS, VOCABULARY, build, token_batch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from toys import Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile import probe as probing
@@ -457,3 +458,25 @@ def test_spearman(pairs: list[tuple[int, int]]) -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(cggr.ConfigError, match=message):
         cggr.RoutingConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"warmup_steps": 100}, {"ratio": 1.0}, {"dense_after_steps": 1}, {"ratio": 0.9}],
+    ids=["warm-up", "all", "dense", "small batch"],
+)
+def test_steps_that_keep_every_row_are_eagers(options: dict[str, Any]) -> None:
+    model = cggr.optimize(Toy().train(), **{"ratio": 0.5, "selection": "auto", "inner": "eager", **options})
+    eager = cggr.restore(copy.deepcopy(model))
+    for step in range(3):
+        batch = toy_batch(3, seed=step)
+        if "dense_after_steps" in options and not step:
+            model(**batch)
+            model.cggr.step()
+        for each in (model, eager):
+            each.zero_grad()
+            each(**batch)[0].backward()
+        for actual, expected in zip(model.parameters(), eager.parameters(), strict=True):
+            assert torch.equal(actual.grad, expected.grad)
+        model.cggr.step()
+    assert model.cggr.runtime.last["kept"] == 3

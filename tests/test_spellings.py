@@ -13,7 +13,8 @@ from torch import nn
 from toys import WIDTH, WORDS, Toy, row_losses, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile import CannotOptimize, compat
+from cggr_compile import CannotOptimize
+from cggr_compile.dynamo_traces import tracing_options
 
 LAYERS, LENGTH = 2, 6
 LOGGER = logging.getLogger("toys")
@@ -156,7 +157,7 @@ def test_loggers_are_passed_over_only_while_a_step_is_traced() -> None:
     with config.patch(ignore_logger_methods=mine):
         cggr.optimize(Talking().train(), inner="eager")(**toy_batch())
         assert config.ignore_logger_methods == mine
-        with compat.tracing_options():
+        with tracing_options():
             assert {logging.Logger.debug, logging.Logger.warning} <= set(config.ignore_logger_methods)
             json.dumps(config.ignore_logger_methods)  # as Dynamo does where it logs its options
         assert config.ignore_logger_methods == mine

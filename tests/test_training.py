@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,55 @@ def test_attach_reaches_through_accelerate() -> None:
     assert len(model.cggr.selected) == 3
 
 
+def test_attach_counts_once_and_goes_with_the_model() -> None:
+    """A second call takes the place of the first; a model that is optimised anew is counted by its new handle."""
+    model = cggr.optimize(Toy().train(), ratio=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, optimizer)
+    hook = attach(torch.nn.Sequential(model), optimizer)
+    optimizer.step()
+    assert model.cggr.runtime.steps == 1
+    cggr.optimize(model, ratio=0.25)
+    optimizer.step()
+    optimizer.step()
+    assert model.cggr.runtime.steps == 2
+    cggr.restore(model)
+    optimizer.step()
+    hook.remove()
+    cggr.optimize(model)
+    optimizer.step()
+    assert model.cggr.runtime.steps == 0
+
+
+def test_a_state_taken_before_the_first_step_pins_the_draws() -> None:
+    """Without a seed, torch's when the model is optimised is the one; no other is drawn later."""
+    torch.manual_seed(11)
+    first = cggr.optimize(Toy().train(), ratio=0.5, selection="random")
+    buffer = io.BytesIO()
+    torch.save(first.cggr.state_dict(), buffer)
+    torch.manual_seed(12)
+    second = cggr.optimize(copy.deepcopy(cggr.restore(copy.deepcopy(first))), ratio=0.5, selection="random")
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    assert state["seed"] != second.cggr.state_dict()["seed"]
+    second.cggr.load_state_dict(state)
+    drawn = []
+    for model in (first, second):
+        torch.manual_seed(13)
+        for _ in range(3):
+            model(**toy_batch(32))
+            drawn.append(model.cggr.selected)
+    assert all(map(torch.equal, drawn[:3], drawn[3:]))
+    assert not torch.equal(drawn[0], drawn[1])
+    buffer = io.BytesIO()
+    torch.save(first.cggr.state_dict(), buffer)  # a generator's state is in this one
+    buffer.seek(0)
+    second.cggr.load_state_dict(torch.load(buffer, weights_only=True))
+    for model in (first, second):
+        model(**toy_batch(32))
+    assert torch.equal(first.cggr.selected, second.cggr.selected)
+
+
 def test_attach_says_what_it_needs() -> None:
     plain = build("llama")
     with pytest.raises(cggr.CannotOptimize, match="has no handle"):
@@ -88,7 +138,9 @@ def test_state_round_trip_and_what_it_refuses() -> None:
         model(**token_batch(6, 16))
         drawn.append(model.cggr.selected)
     assert torch.equal(*drawn)
-    with pytest.raises(ValueError, match=r"entries \['basis', 'confidence', 'generators', 'steps'\], got \['steps'\]"):
+    with pytest.raises(
+        ValueError, match=r"entries \['basis', 'confidence', 'generators', 'seed', 'steps'\], got \['steps"
+    ):
         second.cggr.load_state_dict({"steps": 3})
 
 
@@ -141,6 +193,51 @@ def test_trainer_counts_logs_evaluates_plainly_and_resumes_bit_for_bit(tmp_path:
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
     again = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]
     assert again == losses
+
+
+class OutOfMemoryOnce(transformers.TrainerCallback):
+    """What `auto_find_batch_size` starts over after."""
+
+    def __init__(self) -> None:
+        self.at = 2
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.at:
+            self.at = -1
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
+def test_a_run_that_starts_over_starts_the_schedule_over(tmp_path: Path) -> None:
+    """After an out-of-memory error, and in a second `train()`; a hook on the optimiser does not count twice."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=8,
+        auto_find_batch_size=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model = optimized(warmup_steps=6, ratio=0.25)
+    attached = AttachedAtOnce()
+    made = transformers.Trainer(
+        model=model, args=arguments, train_dataset=Rows(), callbacks=[OutOfMemoryOnce(), CGGRCallback(), attached]
+    )
+    made.remove_callback(transformers.trainer_callback.PrinterCallback)
+    for _ in range(2):
+        made.train()
+        fractions = [entry["cggr/ratio_target"] for entry in made.state.log_history if "cggr/ratio_target" in entry]
+        assert fractions == [model.cggr.config.kept_fraction(step, None) for step in range(3)]
+        assert model.cggr.runtime.steps == made.state.global_step == 3
+
+
+class AttachedAtOnce(transformers.TrainerCallback):
+    """Counts by the optimiser as well."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        attach(kwargs["model"], kwargs["optimizer"])
 
 
 def test_the_callback_needs_a_routed_model(tmp_path: Path) -> None:
