@@ -70,26 +70,32 @@ ROUTES = {
     "outlined": {"outline_layers": True},
     "outlined_tokens": {"outline_layers": True, "route": "token", "selection": "random"},
 }
-SHORT = {"sequence", "token", "both", "outlined"}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in ROUTES]
-)
-def test_two_compilations_for_any_sizes(llama: tuple[nn.Module, Program], name: str) -> None:
+def assert_two_compilations(model: nn.Module, program: Program, count: int, options: dict[str, Any]) -> None:
     """Against the symbolic module as it is, which other tests compare with eager for every route."""
-    options = {"seed": 0, **ROUTES[name]}
-    compiled = plans.Routed(*llama, **options, inner="aot_eager")
-    plain = plans.Routed(*llama, **options)
-    for seed, (rows, length, ratio) in enumerate(drawn(14)):
-        batch = token_batch(rows, length, seed=seed)
+    compiled = plans.Routed(model, program, **options, seed=0, inner="aot_eager")
+    plain = plans.Routed(model, program, **options, seed=0)
+    make = toy_batch if isinstance(model, Toy) else token_batch
+    for seed, (rows, length, ratio) in enumerate(drawn(count)):
+        batch = make(rows, length, seed=seed)
         loss, gradients = compiled.at(ratio).step(batch)
-        gradients = copied(gradients)
-        oracle.assert_same_step(loss, gradients, *plain.at(ratio).step(batch), **CLOSE)
+        oracle.assert_same_step(loss, copied(gradients), *plain.at(ratio).step(batch), **CLOSE)
         torch.testing.assert_close(compiled.runtime.last["rows"], plain.runtime.last["rows"], rtol=0, atol=0)
     assert [variant.compilations for variant in variants(compiled.runtime)] == [2, 2]
 
 
+@pytest.mark.parametrize("name", ROUTES)
+def test_two_compilations_for_any_sizes(toy: tuple[nn.Module, Program], name: str) -> None:
+    assert_two_compilations(*toy, 24, ROUTES[name])
+
+
+@pytest.mark.parametrize("name", ["outlined", *(pytest.param(name, marks=pytest.mark.long) for name in ROUTES)])
+def test_two_compilations_of_a_transformer(llama: tuple[nn.Module, Program], name: str) -> None:
+    assert_two_compilations(*llama, 14, ROUTES[name])
+
+
+@pytest.mark.long
 def test_against_eager(llama: tuple[nn.Module, Program]) -> None:
     eager = copy.deepcopy(llama[0])
     rows_routed = plans.Routed(*llama, inner="aot_eager")
@@ -195,8 +201,9 @@ def with_guard(check: Callable[[int], object]) -> str:
 
         return run
 
-    torch._dynamo.register_backend(compiler, name="with_guard")
-    return "with_guard"
+    name = f"with_guard_{id(compiler)}"
+    torch._dynamo.register_backend(compiler, name=name)
+    return name
 
 
 @pytest.mark.parametrize(
