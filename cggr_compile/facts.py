@@ -115,7 +115,7 @@ class Report:
             could not be divided.
         cuda_graphs: "off", or how many steps were recorded, whether their gradients are copied out, and why others
             could not be recorded.
-        compilations: specialised programs the inner backend compiled for the latest capture.
+        compilations: how often the inner backend compiled each program of the latest capture.
         passive: why calls were not routed, with the number of graphs.
     """
 

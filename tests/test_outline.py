@@ -47,7 +47,7 @@ def test_the_sequence_route_is_eagers_on_the_selected_rows(llama: tuple[nn.Modul
         batch = token_batch(size, seed=seed)
         actual = routed.step(batch)
         oracle.assert_same_step(*actual, *oracle.step(eager, oracle.rows_of(batch, routed.selected)), **CLOSE)
-    # In front with layer 0, one of the four alike, and the rest, for each of the two sizes.
+    # In front with layer 0, one of the four alike, and the rest: for the first sizes, and for all others.
     assert counts(routed) == (2 * (LAYERS + 1), 2 * 3)
 
 
