@@ -100,7 +100,8 @@ def rows_of(builder: Builder, head: Head, hidden: fx.Node) -> fx.Node:
         args[0] = rows
         target = move.target
         if isinstance(args[1], (list, tuple)):  # a view: its last size is the vocabulary
-            args[1] = [*(builder.env.get(size, size) for size in args[1][:-1]), width]
+            # A size that is read off the logits is not there; being the only one, it follows.
+            args[1] = [*(builder.env.get(size, -1) if isinstance(size, fx.Node) else size for size in args[1][:-1]), width]
             target = aten.reshape.default
         rows = builder.call(target, *args)
     return rows
