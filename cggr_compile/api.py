@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from cggr_compile import compat
+from cggr_compile.arguments import check_call
 from cggr_compile.backend import Backend, runtimes_of
 from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.errors import CannotOptimize, PlanComplete
@@ -18,8 +19,6 @@ from cggr_compile.handle import (
     Handle,
     RoutedForward,
     call_compiled,
-    check_arguments,
-    check_recording,
     compiled_forward,
     is_routed,
     optimized_parts,
@@ -133,8 +132,7 @@ def explain(
         del arguments["use_cache"]
     if "labels" not in arguments and isinstance(arguments.get("input_ids"), torch.Tensor):
         arguments["labels"] = arguments["input_ids"].clone()  # the same tensor would be one input of the graph
-    check_arguments(arguments, model)
-    check_recording(getattr(model, "config", None))
+    check_call(arguments, model)
     temporary = Handle(model, runtime, optimized.undo if isinstance(optimized, Handle) else None)
     training = {module: module.training for module in model.modules()}
     compat.install_output_hooks(model)

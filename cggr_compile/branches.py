@@ -52,7 +52,7 @@ def _written_down(evaluate: Any) -> Any:
             taken[node._expr, line, modules] = outcome
         return outcome
 
-    evaluate_expr.__wrapped__ = evaluate  # type: ignore[attr-defined]
+    evaluate_expr.__wrapped__ = evaluate
     return evaluate_expr
 
 

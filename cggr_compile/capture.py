@@ -36,7 +36,7 @@ def dynamic_dims(tensors: Mapping[Any, torch.Tensor], ids: Any, labels: Any) -> 
     return {key: dims for key, dims in found.items() if dims}
 
 
-def token_ids_of(tensors: Mapping[str, torch.Tensor]) -> str | None:
+def token_ids_of(tensors: Mapping[Any, torch.Tensor]) -> Any:
     """The name of the token ids among a call's tensors: `input_ids`, else the first two-dimensional integer tensor."""
     names = [name for name, t in tensors.items() if t.dim() == 2 and not t.is_floating_point() and name != "labels"]
     return "input_ids" if "input_ids" in names else next(iter(names), None)

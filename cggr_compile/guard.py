@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,8 +83,9 @@ class CompiledGuard:
         self.runtimes_of = runtimes_of
         self.seen = 0
 
+    @not_by_itself
     def _runs(self, module: nn.Module) -> int:
-        return sum(runtime.runs for runtime in self.runtimes_of(module))
+        return sum(map(attrgetter("runs"), self.runtimes_of(module)))
 
     @not_by_itself
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cggr_compile import dynamo_compat
 from cggr_compile.ahead import ScoredAhead, ScoresReady, refuse_nan
+from cggr_compile.arguments import check_call, named_arguments
 from cggr_compile.backend import Backend
 from cggr_compile.capture import dynamic_dims, token_ids_of
 from cggr_compile.causes import recognised, refusal_of
@@ -133,7 +134,7 @@ class Handle:
         self._check_scores_from_outside()
         if not self.model.training:
             raise ValueError("score: the model is in eval mode, and only training steps are routed; call train() first")
-        arguments = _named_arguments(self.original(), (), dict(batch))
+        arguments = named_arguments(self.original(), (), dict(batch))
         given = self.runtime.given
         with self.runtime.lock:  # another thread's step would end as this call does
             given.wanted = True
@@ -227,7 +228,7 @@ class Handle:
         self._thread.reached = True
         original = self.original()
         try:
-            return self._routed(_named_arguments(original, args, kwargs))
+            return self._routed(named_arguments(original, args, kwargs))
         except CannotOptimize as error:
             self.refuse(error)
             return original(*args, **kwargs)
@@ -243,8 +244,7 @@ class Handle:
         return reached
 
     def _routed(self, arguments: dict[str, Any]) -> Any:
-        check_arguments(arguments, self.model)
-        check_recording(getattr(self.model, "config", None))
+        check_call(arguments, self.model)
         if arguments["input_ids"].is_meta:
             raise CannotOptimize(
                 "a step on the meta device computes nothing, and no rows can be selected",
@@ -395,92 +395,5 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
     except RuntimeError as error:
         if dynamo_compat.stance() != "fail_on_recompile" or isinstance(error, CannotOptimize):
             raise
-        raise CannotOptimize(*dynamo_compat.why_not_compiled()) from error
-
-
-def _named_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, those that are None left out."""
-    signature = inspect.signature(forward)
-    bound = signature.bind_partial(*args, **kwargs).arguments
-    named: dict[str, Any] = {}
-    for name, arg in bound.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(arg)
-        else:
-            named[name] = arg
-    if "use_cache" in signature.parameters:
-        named["use_cache"] = False
-    return {name: arg for name, arg in named.items() if arg is not None}
-
-
-def check_arguments(arguments: dict[str, Any], model: nn.Module) -> None:
-    """Raises `CannotOptimize` for calls that cannot be routed. Labels are as long as the ids, unless a decoder has its
-    own."""
-    ids, labels = arguments.get("input_ids"), arguments.get("labels")
-    if ids is not None and "inputs_embeds" in arguments:
-        raise CannotOptimize(
-            "the call has input_ids and inputs_embeds, which say the same tokens twice",
-            hint="pass input_ids alone: the router reads token ids",
-        )
-    if ids is None:
-        raise CannotOptimize(
-            "the call has no input_ids" + (", only inputs_embeds" if "inputs_embeds" in arguments else ""),
-            hint="pass input_ids: the router reads token ids",
-        )
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
-        raise CannotOptimize(
-            f"input_ids of shape {tuple(getattr(ids, 'shape', ()))} is not [batch, sequence]",
-            hint="pass a two-dimensional tensor of token ids",
-        )
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise CannotOptimize(f"input_ids are {ids.dtype}, not token ids", hint="pass integers, e.g. input_ids.long()")
-    if ids.numel() == 0:
-        raise CannotOptimize(
-            f"the batch is empty: input_ids of shape {tuple(ids.shape)}", hint="skip batches without rows or tokens"
-        )
-    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    if ids.shape[1] == 1 and not decodes:
-        raise CannotOptimize(
-            f"sequences of one token (input_ids of shape {tuple(ids.shape)}) hold no token to predict from another",
-            hint="skip such batches, or pad them to two tokens with labels of -100",
-        )
-    if isinstance(labels, torch.Tensor) and labels.dtype.is_floating_point:
-        raise CannotOptimize(f"labels are {labels.dtype}, not token ids", hint="pass integers, e.g. labels.long()")
-    compared = slice(0, 1) if decodes else slice(0, 2)
-    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.shape[compared] != ids.shape[compared]:
-        raise CannotOptimize(
-            f"labels of shape {tuple(getattr(labels, 'shape', ()))} do not match input_ids of shape {tuple(ids.shape)}",
-            hint="pass one row of labels for each row of input_ids, and one label a token, -100 where none counts",
-        )
-    given = [name for name in ("decoder_input_ids", "decoder_inputs_embeds") if name in arguments]
-    if given:
-        raise CannotOptimize(
-            f"the call has {given[0]}: what the decoder reads must be made from the labels",
-            hint="pass labels only; the model shifts them itself",
-        )
-    wanted = [name for name in _ACTIVATIONS if arguments.get(name)]
-    if wanted:
-        raise CannotOptimize(
-            f"{wanted[0]}=True in a training step: a routed step returns no activations",
-            hint="drop it, or call the model in eval() mode for inspection",
-        )
-
-
-def check_recording(config: Any) -> None:
-    """Raises `CannotOptimize` where a model's configuration asks for activations, as `check_arguments` does where the
-    call does."""
-    for owner in (config, *_text_config(config)):
-        for name in _ACTIVATIONS:
-            if getattr(owner, name, False):
-                raise CannotOptimize(
-                    f"{name}=True in the model's config: a routed step returns no activations",
-                    hint=f"set config.{name} = False while training",
-                )
-
-
-_ACTIVATIONS = ("output_hidden_states", "output_attentions")
-
-
-def _text_config(config: Any) -> tuple[Any, ...]:
-    find = getattr(config, "get_text_config", None)
-    return () if find is None else (find(),)
+        reason, hint = dynamo_compat.why_not_compiled()
+        raise CannotOptimize(reason, hint=hint) from error

@@ -25,7 +25,8 @@ from cggr_compile import compat
 from cggr_compile.errors import CannotOptimize
 
 if TYPE_CHECKING:
-    from cggr_compile.runtime import Plan, Variant
+    from cggr_compile.runtime import Plan
+    from cggr_compile.variant import Variant
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""A training call's arguments by name, and the calls that cannot be routed whatever the model does with them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from cggr_compile.errors import CannotOptimize
+
+_ACTIVATIONS = ("output_hidden_states", "output_attentions")
+
+
+def named_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name, those that are None left out."""
+    signature = inspect.signature(forward)
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    named: dict[str, Any] = {}
+    for name, arg in bound.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(arg)
+        else:
+            named[name] = arg
+    if "use_cache" in signature.parameters:
+        named["use_cache"] = False
+    return {name: arg for name, arg in named.items() if arg is not None}
+
+
+def check_call(arguments: dict[str, Any], model: nn.Module) -> None:
+    """Raises `CannotOptimize` for calls of a model that cannot be routed."""
+    config = getattr(model, "config", None)
+    decodes = bool(getattr(config, "is_encoder_decoder", False))
+    _check_ids(arguments, decodes)
+    _check_labels(arguments, decodes)
+    _check_activations(arguments, config)
+
+
+def _check_ids(arguments: dict[str, Any], decodes: bool) -> None:
+    ids = arguments.get("input_ids")
+    if ids is not None and "inputs_embeds" in arguments:
+        raise CannotOptimize(
+            "the call has input_ids and inputs_embeds, which say the same tokens twice",
+            hint="pass input_ids alone: the router reads token ids",
+        )
+    if ids is None:
+        raise CannotOptimize(
+            "the call has no input_ids" + (", only inputs_embeds" if "inputs_embeds" in arguments else ""),
+            hint="pass input_ids: the router reads token ids",
+        )
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        raise CannotOptimize(
+            f"input_ids of shape {tuple(getattr(ids, 'shape', ()))} is not [batch, sequence]",
+            hint="pass a two-dimensional tensor of token ids",
+        )
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise CannotOptimize(f"input_ids are {ids.dtype}, not token ids", hint="pass integers, e.g. input_ids.long()")
+    if ids.numel() == 0:
+        raise CannotOptimize(
+            f"the batch is empty: input_ids of shape {tuple(ids.shape)}", hint="skip batches without rows or tokens"
+        )
+    if ids.shape[1] == 1 and not decodes:
+        raise CannotOptimize(
+            f"sequences of one token (input_ids of shape {tuple(ids.shape)}) hold no token to predict from another",
+            hint="skip such batches, or pad them to two tokens with labels of -100",
+        )
+
+
+def _check_labels(arguments: dict[str, Any], decodes: bool) -> None:
+    """Labels are as long as the ids, unless a decoder has its own."""
+    ids, labels = arguments["input_ids"], arguments.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.dtype.is_floating_point:
+        raise CannotOptimize(f"labels are {labels.dtype}, not token ids", hint="pass integers, e.g. labels.long()")
+    compared = slice(0, 1) if decodes else slice(0, 2)
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.shape[compared] != ids.shape[compared]:
+        raise CannotOptimize(
+            f"labels of shape {tuple(getattr(labels, 'shape', ()))} do not match input_ids of shape {tuple(ids.shape)}",
+            hint="pass one row of labels for each row of input_ids, and one label a token, -100 where none counts",
+        )
+    given = [name for name in ("decoder_input_ids", "decoder_inputs_embeds") if name in arguments]
+    if given:
+        raise CannotOptimize(
+            f"the call has {given[0]}: what the decoder reads must be made from the labels",
+            hint="pass labels only; the model shifts them itself",
+        )
+
+
+def _check_activations(arguments: dict[str, Any], config: Any) -> None:
+    """A routed step has no activations of every row, whether the call asks for them or the model's configuration."""
+    for name in _ACTIVATIONS:
+        if arguments.get(name):
+            raise CannotOptimize(
+                f"{name}=True in a training step: a routed step returns no activations",
+                hint="drop it, or call the model in eval() mode for inspection",
+            )
+        text_config = getattr(config, "get_text_config", lambda: None)()
+        if getattr(config, name, False) or getattr(text_config, name, False):
+            raise CannotOptimize(
+                f"{name}=True in the model's config: a routed step returns no activations",
+                hint=f"set config.{name} = False while training",
+            )
