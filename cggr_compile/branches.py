@@ -12,6 +12,7 @@ imported; the wrapper only writes down what it passes on.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Branch:
 
 
 def _written_down(evaluate: Any) -> Any:
+    @functools.wraps(evaluate)
     def evaluate_expr(self: SymNodeVariable, *args: Any, **kwargs: Any) -> Any:
         outcome = evaluate(self, *args, **kwargs)
         node = getattr(self.sym_num, "node", None)
@@ -52,12 +54,11 @@ def _written_down(evaluate: Any) -> Any:
             taken[node._expr, line, modules] = outcome
         return outcome
 
-    evaluate_expr.__wrapped__ = evaluate
     return evaluate_expr
 
 
 if not hasattr(SymNodeVariable.evaluate_expr, "__wrapped__"):
-    SymNodeVariable.evaluate_expr = _written_down(SymNodeVariable.evaluate_expr)  # type: ignore[method-assign]
+    SymNodeVariable.evaluate_expr = _written_down(SymNodeVariable.evaluate_expr)
 
 
 def branches_of(shape_env: ShapeEnv) -> tuple[Branch, ...]:
