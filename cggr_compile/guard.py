@@ -15,13 +15,14 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cggr_compile.dynamo_compat import is_compiled_by_others, not_by_itself
+from cggr_compile.dynamo_compat import is_compiled_by_others, untraced_hook
 from cggr_compile.errors import CannotOptimize
 
 if TYPE_CHECKING:
@@ -36,11 +37,9 @@ class Guard:
         self.handle = handle
         self.seen = handle.calls
 
-    @not_by_itself
+    @untraced_hook
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises `CannotOptimize` in a replica."""
-        if torch.compiler.is_dynamo_compiling():
-            return
         self.seen = self.handle.calls
         if getattr(module, "_is_replica", False):
             raise CannotOptimize(
@@ -48,10 +47,10 @@ class Guard:
                 hint="use DistributedDataParallel (accelerate launch, torchrun), or make one device visible",
             )
 
-    @not_by_itself
+    @untraced_hook
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises `CannotOptimize` where a training call with labels came back without the routed forward's part."""
-        if torch.compiler.is_dynamo_compiling() or self.handle.calls != self.seen:
+        if self.handle.calls != self.seen:
             return
         if not module.training or not torch.is_grad_enabled() or self.handle.labels_of(args, kwargs) is None:
             return
@@ -88,16 +87,13 @@ class CompiledGuard:
     def _steps(self, module: nn.Module) -> list[Any]:
         return [runtime.last for runtime in self.runtimes_of(module)]
 
-    @not_by_itself
+    @partial(untraced_hook, where=is_compiled_by_others)
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_dynamo_compiling():
-            self.seen = self._steps(module)
+        self.seen = self._steps(module)
 
-    @not_by_itself
+    @partial(untraced_hook, where=is_compiled_by_others)
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises `CannotOptimize` where a training call with labels came back and no plan had run."""
-        if torch.compiler.is_dynamo_compiling() or not is_compiled_by_others():
-            return
         if not module.training or not torch.is_grad_enabled():
             return
         steps = self._steps(module)

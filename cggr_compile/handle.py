@@ -25,7 +25,7 @@ from cggr_compile import compat, dynamo_compat
 from cggr_compile.ahead import ScoredAhead, ScoresReady
 from cggr_compile.backend import Backend
 from cggr_compile.capture import batch_dims
-from cggr_compile.causes import recognised, refusal_of
+from cggr_compile.causes import passed_over, recognised, refusal_of
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete
 from cggr_compile.fake_runs import FakeRuns
@@ -331,8 +331,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
         ):
             return compiled(arguments, dynamo_compat.global_hooks())
     except NotCompiled as error:
-        reason, hint = dynamo_compat.why_not_compiled()
-        raise CannotOptimize(reason, hint=f"{hint}, or pass fallback='eager' to train without routing") from error
+        raise passed_over() from error
     except BackendCompilerFailed as error:
         cause = error.inner_exception
         if isinstance(cause, CannotOptimize):
@@ -352,7 +351,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
     except RuntimeError as error:
         if dynamo_compat.stance() != "fail_on_recompile" or isinstance(error, CannotOptimize):
             raise
-        raise CannotOptimize(*dynamo_compat.why_not_compiled()) from error
+        raise passed_over() from error
 
 
 @contextmanager
