@@ -19,6 +19,7 @@ from torch._dynamo.exc import InternalTorchDynamoError, TorchRuntimeError
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from cggr_compile.dynamo_compat import why_not_compiled
 from cggr_compile.errors import CannotOptimize
 
 _FROM_DATA = re.compile(r"\b(?:zuf|u)\d+\b")
@@ -123,6 +124,12 @@ def _hooks_in(stack: Iterable[FrameSummary], first_line: str, model: nn.Module) 
             code: Any = getattr(hook, "__code__", None)
             if code is not None and (code.co_filename, code.co_name) in frames:
                 yield f"the forward hook {code.co_name} on {where}"
+
+
+def passed_over() -> CannotOptimize:
+    """What to tell the user about a call that Dynamo did not compile."""
+    reason, hint = why_not_compiled()
+    return CannotOptimize(reason, hint=f"{hint}, {_ELSE}")
 
 
 def in_words(text: str) -> str:

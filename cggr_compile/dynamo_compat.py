@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -123,7 +124,14 @@ def is_compiled_by_others() -> bool:
     return get_eval_frame_callback() is not None or stance() == "force_eager"
 
 
-def not_by_itself(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that Dynamo does not compile by itself, as it does with whatever a module that it skips calls."""
-    eval_frame.skip_code(hook.__code__)
-    return hook
+def untraced_hook(hook: Callable[..., None], where: Callable[[], bool] = lambda: True) -> Callable[..., None]:
+    """A method that a module calls as a hook: Dynamo, where it traces the module's call, finds nothing in it, and where
+    it makes the call and compiles what that calls, leaves it and all that it calls alone. It is called if `where()`."""
+    whole = torch.compiler.disable(hook)
+
+    def called(*args: Any) -> None:
+        if not torch.compiler.is_dynamo_compiling() and where():
+            whole(*args)
+
+    eval_frame.skip_code(called.__code__)
+    return wraps(hook)(called)

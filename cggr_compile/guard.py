@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cggr_compile.dynamo_compat import is_compiled_by_others, not_by_itself
+from cggr_compile.dynamo_compat import is_compiled_by_others, untraced_hook
 from cggr_compile.errors import CannotOptimize
 
 if TYPE_CHECKING:
@@ -35,21 +36,20 @@ class Guard:
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
 
-    @not_by_itself
+    @untraced_hook
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises `CannotOptimize` in a replica."""
-        if torch.compiler.is_dynamo_compiling():
-            return
+        self.handle.reached()  # forgets calls of the routed forward that came by another way
         if getattr(module, "_is_replica", False):
             raise CannotOptimize(
                 "a replica of torch.nn.DataParallel would run the first device's model",
                 hint="use DistributedDataParallel (accelerate launch, torchrun), or make one device visible",
             )
 
-    @not_by_itself
+    @untraced_hook
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises `CannotOptimize` where a training call with labels came back without the routed forward's part."""
-        if torch.compiler.is_dynamo_compiling() or self.handle.reached():
+        if self.handle.reached():
             return
         if not module.training or not torch.is_grad_enabled() or self.handle.labels_of(args, kwargs) is None:
             return
@@ -83,20 +83,16 @@ class CompiledGuard:
         self.runtimes_of = runtimes_of
         self.seen = 0
 
-    @not_by_itself
     def _runs(self, module: nn.Module) -> int:
         return sum(map(attrgetter("runs"), self.runtimes_of(module)))
 
-    @not_by_itself
+    @partial(untraced_hook, where=is_compiled_by_others)
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_dynamo_compiling():
-            self.seen = self._runs(module)
+        self.seen = self._runs(module)
 
-    @not_by_itself
+    @partial(untraced_hook, where=is_compiled_by_others)
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises `CannotOptimize` where a training call with labels came back and no plan had run."""
-        if torch.compiler.is_dynamo_compiling() or not is_compiled_by_others():
-            return
         if not module.training or not torch.is_grad_enabled():
             return
         runtimes = self.runtimes_of(module)

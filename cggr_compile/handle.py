@@ -25,7 +25,7 @@ from cggr_compile.ahead import ScoredAhead, ScoresReady, refuse_nan
 from cggr_compile.arguments import check_call, named_arguments
 from cggr_compile.backend import Backend
 from cggr_compile.capture import dynamic_dims, token_ids_of
-from cggr_compile.causes import recognised, refusal_of
+from cggr_compile.causes import passed_over, recognised, refusal_of
 from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.dynamo_traces import compiled_whole
 from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete, VerificationError
@@ -371,8 +371,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
     try:
         return compiled(arguments, dynamo_compat.global_hooks())
     except NotCompiled as error:
-        reason, hint = dynamo_compat.why_not_compiled()
-        raise CannotOptimize(reason, hint=f"{hint}, or pass fallback='eager' to train without routing") from error
+        raise passed_over() from error
     except BackendCompilerFailed as error:
         cause = error.inner_exception
         if isinstance(cause, CannotOptimize):
@@ -395,5 +394,4 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
     except RuntimeError as error:
         if dynamo_compat.stance() != "fail_on_recompile" or isinstance(error, CannotOptimize):
             raise
-        reason, hint = dynamo_compat.why_not_compiled()
-        raise CannotOptimize(reason, hint=hint) from error
+        raise passed_over() from error

@@ -1,0 +1,58 @@
+"""Refusals name what the user has chosen, not a library's line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from routed_toys import toy
+from toys import Toy, toy_batch
+
+import cggr_compile as cggr
+from cggr_compile import CannotOptimize
+from cggr_compile.causes import CAUSES, in_words, recognised
+
+
+@pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: cause.file)
+def test_known_causes_are_named_with_a_remedy(cause) -> None:
+    line = f"/env/site-packages{cause.file}{'' if cause.file.endswith('.py') else 'layer.py'}:12: x.item()"
+    error = recognised(CannotOptimize("what was found", source=line, hint="rewrite that line, or else"))
+    assert error.reason == f"{cause.name} (what was found)"
+    assert cause.remedy in error.hint
+    assert "rewrite" not in str(error)
+
+
+def test_no_advice_to_rewrite_a_librarys_line() -> None:
+    line = "/env/lib/site-packages/somelib/models.py:3: return x.tolist()"
+    error = recognised(CannotOptimize("a break", source=line, hint="rewrite that line, or else"))
+    assert "the line belongs to somelib" in error.hint
+    own = CannotOptimize("a break", source="/home/me/model.py:3: x", hint="rewrite that line")
+    assert recognised(own) is own
+
+
+def test_symbols_are_put_in_words() -> None:
+    text = "Could not guard on data-dependent expression Eq(zuf0, 1) of [s12, u3]"
+    assert not re.search(r"\b(zuf|u|s)\d", in_words(text))
+
+
+def test_neftune_is_named() -> None:
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model = toy()
+    model.embed.neftune_noise_alpha = 5.0
+    model.embed.register_forward_hook(neftune_post_forward_hook)
+    with pytest.raises(CannotOptimize, match=r"^cannot optimize: NEFTune .*; train without neftune_noise_alpha"):
+        model(**toy_batch(8))
+
+
+class Branches(Toy):
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().middle(hidden if hidden.sum().item() > 0 else -hidden)
+
+
+def test_a_branch_on_data_is_refused_without_symbols() -> None:
+    model = cggr.optimize(Branches().train(), inner="eager")
+    with pytest.raises(CannotOptimize, match=r"test_causes\.py:\d+") as error:
+        model(**toy_batch(8))
+    assert not re.search(r"\b(zuf|zf|u|s)\d+\b", str(error.value))
