@@ -44,11 +44,6 @@ CAUSES = (
     ),
     Cause("/peft/tuners/adalora/", "AdaLoRA reads its ranks from tensors", "use another adapter, such as LoRA"),
     Cause(
-        "/peft/peft_model.py",
-        "PEFT's prompt learning puts virtual tokens in front of the batch",
-        "use an adapter inside of the model, such as LoRA",
-    ),
-    Cause(
         "/modeling_rope_utils.py",
         "the rotary embedding recomputes its frequencies where positions, which are data, pass a limit",
         "train with a rope type that is neither 'dynamic' nor 'longrope'",

@@ -128,6 +128,36 @@ def test_adapters_that_cannot_be_routed_are_refused(options: dict[str, Any], mes
         model(**token_batch())
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_adapters_under_gradient_checkpointing_are_exact(reentrant: bool) -> None:
+    """As Trainer and TRL set it up: a hook makes the embeddings require grad, which reentrant checkpoints need."""
+    torch.manual_seed(0)
+    eager = adapted(two_layers())
+    fill_adapters(eager)
+    eager.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    eager.enable_input_require_grads()
+    model = cggr.optimize(copy.deepcopy(eager), **OPTIONS)
+    batch = token_batch(6, 16)
+    loss, gradients = oracle.step(model, batch)
+    expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
+    assert len(model.cggr.selected) == 3
+    oracle.assert_same_step(loss, gradients, *expected)
+    assert sum(gradient is not None for gradient in gradients.values()) == 4
+
+
+def test_trainer_compiles_around_a_routed_model(tmp_path: Path) -> None:
+    rows = [{"input_ids": list(range(i, i + 12)), "labels": list(range(i, i + 12))} for i in range(1, 13)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=6, report_to=[], use_cpu=True, torch_compile=True
+    )
+    model = cggr.optimize(two_layers(), **OPTIONS)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    cggr.CGGRCallback.first_in(trainer)
+    trainer.train()
+    assert model.cggr.captures == 1
+    assert len(model.cggr.selected) == 3
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_prompt_tuning_is_refused(outside: bool) -> None:
     base = two_layers() if outside else cggr.optimize(two_layers(), **OPTIONS)
