@@ -403,7 +403,9 @@ def _router(plan: Plan, analysed: Program, predicted: Cost) -> Router | None:
         cut_type=GraphText(plan).shape(value(cut)),
         tail=_tail(analysed.layers.residuals[-1], analysed.head.hidden),
         parameters=sum(
-            value(node).numel() for node in plan.captured.placeholders if _trains(node) and node.name in read
+            value(node).numel()
+            for node in plan.captured.placeholders
+            if plan.captured.kind(node) == "state" and _trains(node) and node.name in read
         ),
         flops_share=predicted.router_share,
         body=str(routing.quantized or "exact body"),
