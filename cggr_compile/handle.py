@@ -228,10 +228,22 @@ class Handle:
         self._thread.reached = True
         original = self.original()
         try:
-            return self._routed(named_arguments(original, args, kwargs))
+            with self.runtime.lock:
+                return self._step(named_arguments(original, args, kwargs))
         except CannotOptimize as error:
             self.refuse(error)
             return original(*args, **kwargs)
+
+    def _step(self, arguments: dict[str, Any]) -> Any:
+        """One step; raises `CannotOptimize` where it ends without a plan having run."""
+        before = self.runtime.runs
+        output = self._routed(arguments)
+        if self.runtime.runs == before:
+            raise CannotOptimize(
+                f"no routed step was part of the forward: {(self.runtime.passive or ['it computes nothing'])[-1]}",
+                hint="pass labels to a model that computes its loss from them, or call it under torch.no_grad()",
+            )
+        return output
 
     def refuse(self, error: CannotOptimize) -> None:
         """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing."""
@@ -254,19 +266,12 @@ class Handle:
             if self._compiled is None:
                 refuse_nested(self.model)
                 self._compiled = compiled_forward(self.original(), Backend(self.runtime))
-            before = self.runtime.runs
             try:
-                output = call_compiled(self._compiled, arguments, self.model)
+                return call_compiled(self._compiled, arguments, self.model)
             except CannotOptimize as error:
                 if isinstance(error.__cause__, NotCompiled) and dynamo_compat.stance() == "default":
                     self._compiled = None  # Dynamo never looks again at code that it has passed over
                 raise
-            if self.runtime.runs == before:
-                raise CannotOptimize(
-                    f"no routed step was part of the forward: {(self.runtime.passive or ['it computes nothing'])[-1]}",
-                    hint="pass labels to a model that computes its loss from them, or call it under torch.no_grad()",
-                )
-            return output
 
 
 class RoutedForward:
