@@ -29,6 +29,8 @@ from cggr_compile.program import Layers, Program
 from cggr_compile.sizes import Amount
 
 _TAKEN = "_cggr_branches"
+# transformers' masks compare the batch size with 1 to expand what is broadcast anyway: both sides give the same mask.
+_BROADCASTING = "/transformers/masking_utils.py:"
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,11 @@ if not hasattr(SymNodeVariable.evaluate_expr, "__wrapped__"):
 
 def branches_of(shape_env: ShapeEnv) -> tuple[Branch, ...]:
     """The decisions of a finished trace: those written down, and its assertions, which Dynamo keeps as guards."""
+    written = vars(shape_env).get(_TAKEN, {}).items()
     taken = [
         Branch(condition, outcome, line, modules)
-        for (condition, line, modules), outcome in vars(shape_env).get(_TAKEN, {}).items()
+        for (condition, line, modules), outcome in written
+        if not (_BROADCASTING in line and sympy.Integer(1) in condition.args)
     ]
     asserted = [
         Branch(guard.expr, True, str(guard.sloc.maybe_user_loc), ())

@@ -101,8 +101,8 @@ def rows_of(builder: Builder, head: Head, hidden: fx.Node) -> fx.Node:
         target = move.target
         if isinstance(args[1], (list, tuple)):  # a view: its last size is the vocabulary
             # A size that is read off the logits is not there; being the only one, it follows.
-            leading = [builder.env.get(size, -1) if isinstance(size, fx.Node) else size for size in args[1][:-1]]
-            args[1] = [*leading, width]
+            sizes = [builder.env.get(size, -1) if isinstance(size, fx.Node) else size for size in args[1][:-1]]
+            args[1] = [*sizes, width]
             target = aten.reshape.default
         rows = builder.call(target, *args)
     return rows

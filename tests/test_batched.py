@@ -260,3 +260,17 @@ def test_a_decoders_labels_have_a_length_of_their_own() -> None:
 
         assert_is_eager_on_the_rows(routed, eager, batch, own)
     assert routed.cggr.captures == 1
+
+
+def test_a_single_row_may_be_left_of_a_model_that_compares_with_one_to_broadcast() -> None:
+    """transformers' masks do, where no padding mask is passed."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    routed = transformers.LlamaForCausalLM(config).train()
+    eager = copy.deepcopy(routed)
+    cggr.optimize(routed, ratio=0.25, router_layers=1, inner="eager")
+    batch, _ = batch_of([1] * ROWS)
+    del batch["images"]
+    assert_is_eager_on_the_rows(routed, eager, batch, lambda rows: by_row(batch, rows, *batch))
