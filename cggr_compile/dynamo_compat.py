@@ -128,10 +128,9 @@ def untraced_hook(hook: Callable[..., None], where: Callable[[], bool] = lambda:
     it makes the call and compiles what that calls, leaves it and all that it calls alone. It is called if `where()`."""
     whole = torch.compiler.disable(hook)
 
-    @wraps(hook)
     def called(*args: Any) -> None:
         if not torch.compiler.is_dynamo_compiling() and where():
             whole(*args)
 
     eval_frame.skip_code(called.__code__)
-    return called
+    return wraps(hook)(called)
