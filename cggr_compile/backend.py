@@ -22,8 +22,9 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.guard import watch_compiled
 from cggr_compile.inner import resolve_inner
-from cggr_compile.program import Program
+from cggr_compile.program import Program, callers_region
 from cggr_compile.runtime import Plan, Runtime
+from cggr_compile.same_step import same_step
 
 aten = torch.ops.aten
 
@@ -57,9 +58,15 @@ class Backend:
                 f"the model fixes the batch size to {program.batch} while it is traced",
                 hint="remove the branch on the batch size from the model's forward",
             )
-        plan = Plan(program, self.runtime)
-        self.runtime.plans.append(plan)
-        return plan
+        return self._plan(program)
+
+    def _plan(self, program: Program) -> Plan:
+        """The plan of an earlier capture that was the same step under the same autocast, or a new one."""
+        for plan in self.runtime.plans:
+            if plan.autocast == callers_region(plan.device.type) and same_step(plan.captured, program):
+                return plan
+        self.runtime.plans.append(Plan(program, self.runtime))
+        return self.runtime.plans[-1]
 
 
 def cggr(

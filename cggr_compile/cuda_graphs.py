@@ -39,9 +39,9 @@ class Replays:
     def __init__(self, pool: Pool, obstacle: str | None) -> None:
         self.pool = pool
         self.obstacle = obstacle
-        self._by_sizes: OrderedDict[tuple[int, ...], Replayed] = OrderedDict()
+        self._by_sizes: OrderedDict[tuple[Any, ...], Replayed] = OrderedDict()
 
-    def run(self, sizes: tuple[int, ...], step: Callable[..., Sequence[Any]], inputs: tuple[Any, ...]) -> Any:
+    def run(self, sizes: tuple[Any, ...], step: Callable[..., Sequence[Any]], inputs: tuple[Any, ...]) -> Any:
         """Calls a step that serves these sizes, which are those of the inputs."""
         if sizes not in self._by_sizes:
             self._by_sizes[sizes] = Replayed(step, self.pool, self.obstacle)

@@ -30,7 +30,7 @@ from cggr_compile.passes.pipeline import Pass, passes_for, passes_scores, passes
 from cggr_compile.passes.score_rows import token_ids
 from cggr_compile.passes.take_scores import GIVEN_SCORES
 from cggr_compile.probe import Probe, break_even
-from cggr_compile.program import Program, is_tensor, value
+from cggr_compile.program import Program, callers_region, is_tensor, value
 from cggr_compile.recomputed import Given, Recomputations, beside_checkpoints
 from cggr_compile.router_head import Basis
 from cggr_compile.router_time import RouterTime
@@ -136,7 +136,6 @@ class Runtime:
         """Begins the schedule anew: warm-up and probes. What goes by the weights stays (basis, confidence), and the
         generator draws on."""
         self.steps = 0
-        self.runs = 0  # of plans, recomputations too
         if self.probe is not None:
             self.probe = Probe(self.config)
 
@@ -170,6 +169,7 @@ class Plan:
             for config in runtime.probe.choices:
                 self.routed(config)
         self.device, self.inner = self.route.device, self.route.variant.inner
+        self.autocast = callers_region(self.device.type)  # what passes went by
         self._unrouted: Variant | None = None if self.routable else self.route.variant
         self._ids = captured.placeholders.index(token_ids(captured))
         self._symbols = Symbols(captured)

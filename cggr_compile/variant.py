@@ -4,7 +4,7 @@ Steps differ in their sizes: the batch, the sequence, what is kept of them. The 
 which is the best code there is, and all that a loop over batches of one shape needs. When others come the program is
 compiled once more, with symbols (`symbolic`), and that code serves all further sizes: a loop must not wait for the
 compiler again. Where its assumptions do not hold (a single row, a sequence shorter than a window), such sizes get code
-of that kind of their own.
+of that kind of their own. Which inputs require a gradient decides what a backward computes, so code is of that too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from operator import eq
 from typing import Any
 
+import torch
 from torch import fx
 
 from cggr_compile.cuda_graphs import Replays, obstacle_of
@@ -43,7 +44,7 @@ class Variant:
         self.pool = pool
         self.program = program
         self.outline = outline_layers(program) if outlined and inner != "eager" else None
-        self.codes: list[Code] = []
+        self._codes: dict[tuple[bool, ...], list[Code]] = {}  # by which inputs require a gradient
         self.replays = None if pool is None else Replays(pool, obstacle_of(program.graph))
         self._symbols = Symbols(program)
         self._symbolic = True
@@ -56,6 +57,11 @@ class Variant:
     def module(self) -> fx.GraphModule:
         """All of the program as one module: what runs, or is compiled, where it is not in pieces."""
         return lower_regions(self.program, checkpoints=self.inner == "eager")
+
+    @property
+    def codes(self) -> list[Code]:
+        """All code that was compiled, in order for each set of inputs that require a gradient."""
+        return [code for codes in self._codes.values() for code in codes]
 
     @property
     def compilations(self) -> int:
@@ -78,26 +84,28 @@ class Variant:
 
     def _compiled(self, *inputs: Any) -> tuple[Any, ...]:
         sizes = self._symbols.of(inputs)
-        code = next((code for code in self.codes if code.serves(sizes)), None)
+        trained = tuple(x.requires_grad for x in inputs if isinstance(x, torch.Tensor))
+        codes = self._codes.setdefault(trained, [])
+        code = next((code for code in codes if code.serves(sizes)), None)
         if code is None:
-            code = self._compile(inputs, sizes)
-            self.codes.append(code)
+            code = self._compile(inputs, sizes, first=not codes)
+            codes.append(code)
         if self.replays is None:
             return tuple(code.run(*inputs))
-        return self.replays.run(tuple(sizes.values()), code.run, inputs)
+        return self.replays.run((trained, *sizes.values()), code.run, inputs)
 
-    def _compile(self, inputs: tuple[Any, ...], sizes: Sizes) -> Code:
+    def _compile(self, inputs: tuple[Any, ...], sizes: Sizes, first: bool) -> Code:
         kernels = KernelsAhead(self.program, inputs, sizes)
         if self.outline is not None and not self.outline.reason:
-            kind = SharedForMany if self.codes else Shared
+            kind = Shared if first else SharedForMany
             run = kind(self.program, self.outline.pieces, sizes, self.inner, self.recompute, kernels.wait)
             return Code(run, run.serves)
-        code = self._compile_whole(inputs, sizes)
+        code = self._compile_whole(inputs, sizes, first)
         kernels.wait()
         return code
 
-    def _compile_whole(self, inputs: tuple[Any, ...], sizes: Sizes) -> Code:
-        if self.codes and self._symbolic:
+    def _compile_whole(self, inputs: tuple[Any, ...], sizes: Sizes, first: bool) -> Code:
+        if self._symbolic and not first:
             try:
                 return compile_symbolic(self.module, self.program, inputs, sizes, self.inner, self.recompute)
             except RuntimeError as error:

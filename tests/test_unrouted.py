@@ -99,19 +99,43 @@ def unfreeze(model: Toy, pattern: int) -> None:
         layer.requires_grad_(bool(pattern >> bit & 1))
 
 
-def test_layers_unfrozen_in_turn_are_routed_and_found_again() -> None:
-    """More patterns than Dynamo's own limit of 8."""
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_layers_unfrozen_in_turn_are_one_plan(inner: str) -> None:
+    """More patterns than Dynamo's own limit of 8; compiled code is kept for each."""
     torch.manual_seed(0)
-    model = cggr.optimize(Toy(4).train(), **OPTIONS)
-    for pattern in range(1, 13):
+    model = cggr.optimize(Toy(4).train(), **{**OPTIONS, "inner": inner})
+    patterns = range(1, 13 if inner == "eager" else 4)
+    for pattern in (*patterns, 1, 3):
         unfreeze(model, pattern)
         assert_routed(model, toy_batch(8, seed=pattern))
-    captures = model.cggr.captures
-    for pattern in (1, 12):
-        unfreeze(model, pattern)
-        assert_routed(model, toy_batch(8, seed=pattern))
-    assert model.cggr.captures == captures
+    assert model.cggr.captures == 1
+    assert model.cggr.runtime.plans[0].route.variant.compilations == (0 if inner == "eager" else len(patterns))
     assert torch._dynamo.config.recompile_limit == 8
+
+
+def test_what_changes_the_step_is_another_plan() -> None:
+    """A constant of a layer, a dtype, an autocast, a longer table: none of them is told by the names of the inputs."""
+    model, batch = toy(), toy_batch(8)
+    assert_routed(model, batch)
+
+    def doubled(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output * 2
+
+    def tripled(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output * 3
+
+    for captures, hook in enumerate((doubled, tripled), 2):
+        registered = model.layers[1].register_forward_hook(hook)
+        assert_routed(model, batch)
+        assert model.cggr.captures == captures
+        registered.remove()
+    assert_routed(model, batch)
+    assert model.cggr.captures == 3
+    model.double()(**batch)
+    assert model.cggr.captures == 4
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.float()(**batch)
+    assert model.cggr.captures == 5
 
 
 def test_more_captures_than_are_kept_raise_or_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
