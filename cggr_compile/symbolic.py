@@ -29,10 +29,12 @@ from cggr_compile.sizes import Sizes, Symbols, concrete
 
 
 class Code(NamedTuple):
-    """Compiled code of a program: `run` takes its inputs, `serves` says for which sizes it may be called."""
+    """Compiled code of a program: `run` takes its inputs, `serves` says for which sizes it may be called, which are many
+    where it is `symbolic`."""
 
     run: Callable[..., Any]
     serves: Callable[[Sizes], bool]
+    symbolic: bool = False
 
 
 def compile_symbolic(
@@ -45,7 +47,7 @@ def compile_symbolic(
     """
     symbols = FreshSymbols(program, sizes)
     given = [symbols.stand_in(value(node), x) for node, x in zip(program.placeholders, inputs, strict=True)]
-    return Code(symbols.compile(module, given, inner, recompute), symbols.assumptions())
+    return Code(symbols.compile(module, given, inner, recompute), symbols.assumptions(), symbolic=True)
 
 
 class FreshSymbols:

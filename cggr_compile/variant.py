@@ -3,8 +3,11 @@
 Steps differ in their sizes: the batch, the sequence, what is kept of them. The first sizes are compiled as numbers,
 which is the best code there is, and all that a loop over batches of one shape needs. When others come the program is
 compiled once more, with symbols (`symbolic`), and that code serves all further sizes: a loop must not wait for the
-compiler again. Where its assumptions do not hold (a single row, a sequence shorter than a window), such sizes get code
-of that kind of their own. Which inputs require a gradient decides what a backward computes, so code is of that too.
+compiler again. Symbols cost some speed, so sizes that come without others for as long as PATIENCE compilations take, as
+after a warm-up, get code of numbers after all. Where the assumptions of symbolic code do not hold (a single row, a
+sequence shorter than a window), such sizes get code of that kind of their own.
+
+Which inputs require a gradient decides what a backward computes, so code is of that too.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import warnings
 from functools import cached_property, partial
 from operator import eq
+from time import monotonic
 from typing import Any
 
 import torch
@@ -26,6 +30,9 @@ from cggr_compile.passes.outline_layers import outline_layers
 from cggr_compile.program import Program
 from cggr_compile.sizes import Sizes, Symbols
 from cggr_compile.symbolic import Code, SharedForMany, compile_symbolic
+
+PATIENCE = 3
+"""Waiting for the compiler is then at most a third of the time that symbolic code was good enough for."""
 
 
 class Variant:
@@ -48,6 +55,9 @@ class Variant:
         self.replays = None if pool is None else Replays(pool, obstacle_of(program.graph))
         self._symbols = Symbols(program)
         self._symbolic = True
+        self._seconds = 0.0  # that a compilation takes
+        self._kind: tuple[Any, ...] = ()  # of the last step
+        self._since = 0.0  # when such steps began
         self._run = self.module if inner == "eager" and pool is None else self._compiled
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -83,29 +93,40 @@ class Variant:
         return sum(len(shared.compiled) for shared in self._shared)
 
     def _compiled(self, *inputs: Any) -> tuple[Any, ...]:
-        sizes = self._symbols.of(inputs)
+        sizes, started = self._symbols.of(inputs), monotonic()
         trained = tuple(x.requires_grad for x in inputs if isinstance(x, torch.Tensor))
+        kind = (trained, *sizes.values())
+        if kind != self._kind:
+            self._kind, self._since = kind, started
         codes = self._codes.setdefault(trained, [])
+        before = len(codes)
         code = next((code for code in codes if code.serves(sizes)), None)
         if code is None:
-            code = self._compile(inputs, sizes, first=not codes)
+            code = self._code(inputs, sizes, in_numbers=not codes)
             codes.append(code)
+        elif code.symbolic and started - self._since > PATIENCE * self._seconds:
+            code = self._code(inputs, sizes, in_numbers=True)
+            codes.insert(0, code)
         if self.replays is None:
-            return tuple(code.run(*inputs))
-        return self.replays.run((trained, *sizes.values()), code.run, inputs)
+            outputs = tuple(code.run(*inputs))
+        else:
+            outputs = self.replays.run((code.symbolic, *kind), code.run, inputs)
+        if len(codes) > before:  # code in pieces is compiled by its first run
+            self._seconds = max(self._seconds, monotonic() - started)
+        return outputs
 
-    def _compile(self, inputs: tuple[Any, ...], sizes: Sizes, first: bool) -> Code:
+    def _code(self, inputs: tuple[Any, ...], sizes: Sizes, in_numbers: bool) -> Code:
         kernels = KernelsAhead(self.program, inputs, sizes)
         if self.outline is not None and not self.outline.reason:
-            kind = Shared if first else SharedForMany
+            kind = Shared if in_numbers else SharedForMany
             run = kind(self.program, self.outline.pieces, sizes, self.inner, self.recompute, kernels.wait)
-            return Code(run, run.serves)
-        code = self._compile_whole(inputs, sizes, first)
+            return Code(run, run.serves, symbolic=not in_numbers)
+        code = self._compile_whole(inputs, sizes, in_numbers)
         kernels.wait()
         return code
 
-    def _compile_whole(self, inputs: tuple[Any, ...], sizes: Sizes, first: bool) -> Code:
-        if self._symbolic and not first:
+    def _compile_whole(self, inputs: tuple[Any, ...], sizes: Sizes, in_numbers: bool) -> Code:
+        if self._symbolic and not in_numbers:
             try:
                 return compile_symbolic(self.module, self.program, inputs, sizes, self.inner, self.recompute)
             except RuntimeError as error:

@@ -22,6 +22,7 @@ from torch._inductor.utils import fresh_inductor_cache
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
+from cggr_compile import variant
 from cggr_compile.program import Program
 from cggr_compile.runtime import Runtime
 from cggr_compile.variant import Variant
@@ -269,3 +270,28 @@ def test_recordings_are_of_sizes_that_recur_and_within_a_budget(toy: tuple[nn.Mo
     assert len(shelf._kept) == 3
     assert steps(5, 6, 8, 7, 9, 5, 6, 8) == 4
     assert variant.compilations == 2
+
+
+def test_sizes_that_come_alone_for_long_get_code_of_numbers(
+    toy: tuple[nn.Module, Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For longer than three compilations take, without any other between; others go on with the code for many."""
+    now = [0.0]
+    monkeypatch.setattr(variant, "monotonic", lambda: now[0])
+    compiled, plain = (plans.Routed(*toy, inner=inner, router_layers=1) for inner in ("aot_eager", "eager"))
+    code = compiled.plan.route.variant
+
+    def step(rows: int, seconds: float) -> int:
+        now[0] += seconds
+        batch = toy_batch(rows, 6)
+        loss, gradients = compiled.step(batch)
+        oracle.assert_same_step(loss, copied(gradients), *plain.step(batch), **CLOSE)
+        return code.compilations
+
+    code._seconds = 10.0  # that a compilation takes
+    assert step(4, 0) == 1
+    assert step(8, 40) == 2
+    assert [step(8, 20), step(4, 20), step(8, 40)] == [2, 2, 2]
+    assert [step(8, 29), step(8, 2), step(8, 50)] == [2, 3, 3]
+    assert [each.symbolic for each in code.codes] == [False, False, True]
+    assert step(6, 0) == 3
