@@ -29,8 +29,7 @@ from cggr_compile.sizes import Sizes, Symbols, concrete
 
 
 class Code(NamedTuple):
-    """Compiled code of a program: `run` takes its inputs, `serves` says for which sizes it may be called, which are many
-    where it is `symbolic`."""
+    """Compiled code: `run` takes a program's inputs, `serves` says for which sizes, `symbolic` that these are many."""
 
     run: Callable[..., Any]
     serves: Callable[[Sizes], bool]
