@@ -63,7 +63,8 @@ class Backend:
     def _plan(self, program: Program) -> Plan:
         """The plan of an earlier capture that was the same step under the same autocast, or a new one."""
         for plan in self.runtime.plans:
-            if plan.autocast == callers_region(plan.device.type) and same_step(plan.captured, program):
+            same_modes = plan.autocast == callers_region(plan.device.type)
+            if same_modes and not plan.guarded and same_step(plan.captured, program):
                 return plan
         self.runtime.plans.append(Plan(program, self.runtime))
         return self.runtime.plans[-1]

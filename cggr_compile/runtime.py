@@ -162,6 +162,7 @@ class Plan:
     def __init__(self, captured: Program, runtime: Runtime) -> None:
         self.captured = captured
         self.runtime = runtime
+        guards = len(captured.shape_env.guards)
         self.routable = routable(captured, runtime.config)
         self.routes: dict[str, Route] = {}
         if runtime.probe is not None:
@@ -169,7 +170,9 @@ class Plan:
             for config in runtime.probe.choices:
                 self.routed(config)
         self.device, self.inner = self.route.device, self.route.variant.inner
-        self.autocast = callers_region(self.device.type)  # what passes went by
+        # What passes went by, beside the capture, and whether they made its guards stricter: no other capture has these.
+        self.autocast = callers_region(self.device.type)
+        self.guarded = len(captured.shape_env.guards) > guards
         self._unrouted: Variant | None = None if self.routable else self.route.variant
         self._ids = captured.placeholders.index(token_ids(captured))
         self._symbols = Symbols(captured)
