@@ -170,7 +170,7 @@ class Plan:
             for config in runtime.probe.choices:
                 self.routed(config)
         self.device, self.inner = self.route.device, self.route.variant.inner
-        # What passes went by, beside the capture, and whether they made its guards stricter: no other capture has these.
+        # What passes went by beside the capture, and whether they made its guards stricter: no other capture has these.
         self.autocast = callers_region(self.device.type)
         self.guarded = len(captured.shape_env.guards) > guards
         self._unrouted: Variant | None = None if self.routable else self.route.variant
