@@ -138,7 +138,8 @@ def test_rows_are_those_of_the_head_and_gradients_those_of_eager(router_head: st
     assert model.cggr.captures == 1
     operator = {"sampled": "sampled_score", "low_rank": "low_rank_score", "fp8": "fp8_score"}[router_head]
     report = model.cggr.report()
-    assert report.compilations == {"routed": 3 if router_head == "sampled" else 0}
+    # Three shapes: the first in numbers, the others by one code with symbols.
+    assert report.compilations == {"routed": 2 if router_head == "sampled" else 0}
     assert report.providers[operator] == "reference"
     assert "score" not in report.providers
     assert report.router.head == describe(model.cggr.config, VOCABULARY, 32)
