@@ -27,8 +27,8 @@ ROUTER_BODIES = ("exact", "fp8")
 ROUTER_HEADS = ("exact", "sampled", "low_rank", "fp8")
 FALLBACKS = ("raise", "eager")
 
-# Warm-up and dynamic threshold move the kept fraction on this many equal rungs between 1 and `ratio`, so that either
-# costs at most LADDER_RUNGS + 1 compilations of the inner backend for each batch shape.
+# Warm-up and dynamic threshold move the kept fraction on this many equal rungs between 1 and `ratio`, so that CUDA
+# graphs are recorded for at most LADDER_RUNGS + 1 sizes of each batch shape.
 LADDER_RUNGS = 8
 
 # Rules that mean nothing on a route: why, and what to use there.
