@@ -104,7 +104,7 @@ def why_not_compiled() -> tuple[str, str]:
         mode = type(torch.utils._python_dispatch._get_current_dispatch_mode()).__name__
         return (
             f"torch.compile does not compile under a dispatch mode, and {mode} is active",
-            "take the first training step outside of it",
+            "train outside of it; report() predicts what a step costs",
         )
     return (
         "torch.compile passed the forward over",

@@ -51,7 +51,7 @@ def drawn(
 
     `scores` and `noise` are float32 [..., N], `valid` is bool [..., N]; a user's function takes [N] alone. A whole
     number is handed on as an int, except where the option's default is a float. Where no valid row's score is known, a
-    user's function is not asked: the first valid rows train, as by every rule. Raises ValueError by argument, and
+    user's function is not followed: the first valid rows train, as by every rule. Raises ValueError by argument, and
     ValueError or TypeError that name a user's function which returns anything else.
     """
     function = _rule(rule)
