@@ -23,17 +23,17 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import cggr_compile.kernels.router_head_ops  # noqa: F401  registers torch.ops.cggr
+import cggr_compile.kernels.op.router_heads  # noqa: F401  registers torch.ops.cggr
 import torch
 import typer
-from cggr_compile.kernels.fp8_linear import MULTIPLE
-from cggr_compile.kernels.router_heads import refreshed
+from cggr_compile.kernels.op.fp8_linear import MULTIPLE
+from cggr_compile.kernels.reference.router_heads import refreshed
 from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.demo_data import Windows, load_pretrained, make_windows, read_text
-from cggr_compile.environment import environment
-from cggr_compile.router_head import cost_factor
+from cggr_compile.demo.data import Windows, load_pretrained, make_windows, read_text
+from cggr_compile.demo.environment import environment
+from cggr_compile.ir.router_head import cost_factor
 
 SAMPLES = ((64, 64), (256, 256), (512, 512), (1024, 1024), (2048, 2048))
 BODY_SAMPLE = (1024, 1024)

@@ -28,9 +28,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from cggr_compile.contract import IGNORED, check, eager_step
-from cggr_compile.eager_layers import LayerStackNotFound
-from cggr_compile.eager_tokens import TokensNotTold
+from cggr_compile.checking.check import IGNORED, check, eager_step
+from cggr_compile.checking.eager_layers import LayerStackNotFound
+from cggr_compile.checking.eager_tokens import TokensNotTold
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.tiny import FIRST_ID, LAST_ID, tiny_config
 

@@ -105,7 +105,7 @@ def demo(
 ) -> None:
     """Fine-tune one model twice, plainly and routed, and show what differs."""
     try:
-        from cggr_compile.demo import demo as run
+        from cggr_compile.demo.main import demo as run
     except ModuleNotFoundError as error:
         _fail(UnusableModel(f"the demo needs {error.name}: pip install 'cggr-compile[demo]'"))
     try:

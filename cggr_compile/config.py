@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cggr_compile.kernels import reference
 from cggr_compile.kernels.providers import PROVIDERS
-from cggr_compile.kernels.selection import RULES, RuleFunction, is_number, options_of, rule_name, rule_of
+from cggr_compile.kernels.reference import rows as reference
+from cggr_compile.kernels.reference.selection import RULES, RuleFunction, is_number, options_of, rule_name, rule_of
 
 ROUTES = ("sequence", "token", "loss")
 COMPOSITIONS = (("sequence", "loss"), ("token", "loss"))
@@ -81,7 +81,8 @@ class RoutingConfig:
         router_head_refresh: low-rank head: routed steps between refreshes of these directions; the first refreshes
             come after 1, 2, 4, 8, … steps.
         selection: `"topk"` (hardest rows), `"fixed_quota"` (the same, of a k that the dynamic threshold leaves alone),
-            `"random"` (uniform rows; no router is run), or a rule that draws by the scores (`kernels/selection.py`):
+            `"random"` (uniform rows; no router is run), or a rule that draws by the scores
+            (`kernels/reference/selection.py`):
             `"trimmed"` (top-k without outliers, and a uniform share), `"stratified"` (uniform within strata by score;
             the loss is the stratified estimate of the batch's) or `"importance"` (rows with probability by score; the
             loss is an unbiased estimate of the batch's). `"auto"` is `"random"` until a probe finds that scores pay

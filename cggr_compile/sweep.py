@@ -29,7 +29,7 @@ from rich.progress import Progress, TextColumn
 from cggr_compile.architecture_table import render
 from cggr_compile.architectures import TEXT, Candidate, Record, candidates, examine
 from cggr_compile.config import nearest
-from cggr_compile.environment import environment
+from cggr_compile.demo.environment import environment
 
 PATIENCE = 20
 

@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cggr_compile.kernels import fp8_linear, reference, router_heads, selection_ops, token_ops
+from cggr_compile.kernels.op import fp8_linear
+from cggr_compile.kernels.op import selection as selection_ops
+from cggr_compile.kernels.op import tokens as token_ops
+from cggr_compile.kernels.reference import router_heads
+from cggr_compile.kernels.reference import rows as reference
 
 LONGEST_SELECT = 2**17
 """Rows longer than this are left to the reference, whose sorts use the whole device where one program of the Triton

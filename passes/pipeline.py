@@ -10,30 +10,30 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from cggr_compile.kernels.selection import rule_of
-from cggr_compile.passes.build_router import build_router
-from cggr_compile.passes.check_labels import check_labels
-from cggr_compile.passes.elide_causal_masks import elide_causal_masks
-from cggr_compile.passes.find_layers import find_layers
-from cggr_compile.passes.find_loss import find_loss
-from cggr_compile.passes.gather_rows import gather_rows
-from cggr_compile.passes.gather_tokens import gather_tokens
-from cggr_compile.passes.join_head import join_head
-from cggr_compile.passes.join_loss import join_loss
-from cggr_compile.passes.keep_scores import keep_scores
-from cggr_compile.passes.lower_kernels import lower_kernels
-from cggr_compile.passes.mask_loss import mask_loss
-from cggr_compile.passes.quantize_router import quantize_router
-from cggr_compile.passes.score_rows import score_rows
-from cggr_compile.passes.select_loss import select_loss
-from cggr_compile.passes.select_rows import select_rows
-from cggr_compile.passes.select_tokens import select_tokens
-from cggr_compile.passes.take_scores import take_scores
+from cggr_compile.kernels.reference.selection import rule_of
+from cggr_compile.passes.analyse.find_layers import find_layers
+from cggr_compile.passes.analyse.find_loss import find_loss
+from cggr_compile.passes.lower.lower_kernels import lower_kernels
+from cggr_compile.passes.rewrite.build_router import build_router
+from cggr_compile.passes.rewrite.check_labels import check_labels
+from cggr_compile.passes.rewrite.elide_causal_masks import elide_causal_masks
+from cggr_compile.passes.rewrite.gather_rows import gather_rows
+from cggr_compile.passes.rewrite.gather_tokens import gather_tokens
+from cggr_compile.passes.rewrite.join_head import join_head
+from cggr_compile.passes.rewrite.join_loss import join_loss
+from cggr_compile.passes.rewrite.keep_scores import keep_scores
+from cggr_compile.passes.rewrite.mask_loss import mask_loss
+from cggr_compile.passes.rewrite.quantize_router import quantize_router
+from cggr_compile.passes.rewrite.score_rows import score_rows
+from cggr_compile.passes.rewrite.select_loss import select_loss
+from cggr_compile.passes.rewrite.select_rows import select_rows
+from cggr_compile.passes.rewrite.select_tokens import select_tokens
+from cggr_compile.passes.rewrite.take_scores import take_scores
 from cggr_compile.passes.verify import verify
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.program import Program, Snapshot
+from cggr_compile.ir.program import Program, Snapshot
 
 Pass = Callable[[Program, RoutingConfig], Program]
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from cggr_compile.errors import VerificationError
-from cggr_compile.program import PART, REGION, TRAINED_PARTS, Program, value
+from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Program, value
 
 _QUIET_PARTS = ("router", "score", "select")
 

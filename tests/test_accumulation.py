@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from architectures import ARCHITECTURES, VOCABULARY, build
 
 import cggr_compile as cggr
-from cggr_compile import runtime
-from cggr_compile.runtime import Runtime
+from cggr_compile.run import runtime
+from cggr_compile.run.runtime import Runtime
 
 ROWS, LENGTH, MICRO = 16, 10, 4
 RATIO = 0.75

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from toys import Toy, route, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.ahead import SETTLING
+from cggr_compile.run.given_scores import SETTLING
 
 OPTIONS: dict[str, Any] = {"ratio": 0.5, "router_layers": 2}
 

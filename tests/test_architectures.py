@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cggr_compile.passes import build_router as build_router_module
+from cggr_compile.passes.rewrite import build_router as build_router_module
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from processes import environment
 from random_models import VOCABULARY, Layer, RandomModel, Spec
@@ -29,9 +29,9 @@ from typer.testing import CliRunner
 import cggr_compile as cggr
 from cggr_compile.architecture_table import render
 from cggr_compile.architectures import Candidate, Record, batches, build, candidates, examine
+from cggr_compile.checking.eager_layers import LayerStackNotFound, layer_calls
+from cggr_compile.checking.eager_tokens import TokensNotTold, _at
 from cggr_compile.cli import app
-from cggr_compile.eager_layers import LayerStackNotFound, layer_calls
-from cggr_compile.eager_tokens import TokensNotTold, _at
 from cggr_compile.sweep import last_error, load, run, save, sweep
 from cggr_compile.tiny import VOCABULARY as TINY_VOCABULARY
 from cggr_compile.tiny import tiny_config
@@ -160,7 +160,7 @@ def test_check_judges_the_token_route(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = RandomModel(SPEC), random_ids()
     assert cggr.check(model, given, route="token").exact
     torch._dynamo.reset()
-    monkeypatch.setattr("cggr_compile.contract.on_tokens", lambda *_: nullcontext())
+    monkeypatch.setattr("cggr_compile.checking.check.on_tokens", lambda *_: nullcontext())
     outcome = cggr.check(model, given, route="token")
     assert outcome.selected == outcome.expected
     assert not outcome.within_rounding
@@ -225,7 +225,7 @@ def test_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
         model.out.weight.register_hook(lambda gradient: gradient * 1.01)
         return cggr.optimize(model, config)
 
-    monkeypatch.setattr("cggr_compile.contract.optimize", slightly_wrong)
+    monkeypatch.setattr("cggr_compile.checking.check.optimize", slightly_wrong)
     outcome = cggr.check(RandomModel(SPEC), random_ids())
     assert outcome.selected == outcome.expected
     assert outcome.where == "out.weight"

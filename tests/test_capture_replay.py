@@ -15,9 +15,9 @@ from torch import fx, nn
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile import capture, retrace
-from cggr_compile.program import describe
-from cggr_compile.replay import Calls
+from cggr_compile.capture import capture, retrace
+from cggr_compile.capture.copies import Calls
+from cggr_compile.ir.program import describe
 
 # Written by the tracer, and never the same in two traces: counts of autograd's nodes, identities of graphs.
 OF_THE_TRACE = {"seq_nr", "from_node"}

@@ -11,14 +11,14 @@ import pytest
 import sympy
 import torch
 from architectures import build, token_batch
-from cggr_compile.passes.elide_causal_masks import argument, reach
-from cggr_compile.passes.index_functions import IndexFunction, IndexFunctions, axis
+from cggr_compile.passes.rewrite.elide_causal_masks import argument, reach
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cggr_compile as cggr
+from cggr_compile.ir.index_functions import IndexFunction, IndexFunctions, axis
 
 Mask = Callable[[Tensor], Tensor]
 SIZES = ((1, 1), (2, 1), (1, 4), (2, 5), (3, 7))

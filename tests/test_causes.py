@@ -11,7 +11,7 @@ from toys import Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile import CannotOptimize
-from cggr_compile.causes import CAUSES, in_words, recognised
+from cggr_compile.capture.causes import CAUSES, in_words, recognised
 
 
 @pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: cause.file)

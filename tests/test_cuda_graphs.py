@@ -13,7 +13,7 @@ from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
 from torch import fx
 
 import cggr_compile as cggr
-from cggr_compile.cuda_graphs import obstacle_of
+from cggr_compile.run.cuda_graphs import obstacle_of
 
 OPTIONS = {"ratio": 0.5, "router_layers": 1, "inner": "aot_eager", "seed": 0}
 

@@ -13,8 +13,8 @@ import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
-from cggr_compile.demo import LEARNING_RATE, Arm, Evaluation, demo, held_out_loss
-from cggr_compile.demo_data import load_pretrained, make_windows
+from cggr_compile.demo.data import load_pretrained, make_windows
+from cggr_compile.demo.main import LEARNING_RATE, Arm, Evaluation, demo, held_out_loss
 
 pytest.importorskip("matplotlib", reason="the demo extra is not installed")
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers as T
 from architectures import GROUPED, Architecture, eager_of, token_batch
-from cggr_compile.kernels import selection
+from cggr_compile.kernels.reference import selection
 from torch import Tensor, nn
 
-from cggr_compile.program import Program
+from cggr_compile.ir.program import Program
 
 LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED)), "model.layers")
 BATCH = token_batch(8, 10)

@@ -22,10 +22,10 @@ from torch._inductor.utils import fresh_inductor_cache
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile import variant
-from cggr_compile.program import Program
-from cggr_compile.runtime import Runtime
-from cggr_compile.variant import Variant
+from cggr_compile.ir.program import Program
+from cggr_compile.run import variant
+from cggr_compile.run.runtime import Runtime
+from cggr_compile.run.variant import Variant
 
 LLAMA = ARCHITECTURES["llama"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}

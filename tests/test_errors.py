@@ -19,7 +19,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from toys import WIDTH, WORDS, Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile import CannotOptimize, ConfigError, RoutingConfig, backend
+from cggr_compile import CannotOptimize, ConfigError, RoutingConfig
+from cggr_compile.front import backend
 
 
 class Exchange(nn.Module):

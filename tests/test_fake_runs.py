@@ -12,10 +12,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from cggr_compile import compat
-from cggr_compile.dynamo_traces import fake_runs_by, tracing_options
-from cggr_compile.fake_runs import FakeRuns
-from cggr_compile.program import describe
+from cggr_compile.capture.fake_runs import FakeRuns
+from cggr_compile.capture.tracing import fake_runs_by, tracing_options
+from cggr_compile.ir.program import describe
+from cggr_compile.torch_internals import transformers
 
 
 def _graph(function: Callable[..., Any], batch: dict[str, Any], run: Callable[..., Any]) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def assert_same_graph(function: Callable[..., Any], batch: dict[str, Any]) -> in
 )
 def test_the_graph_of_a_model(name: str) -> None:
     model = ARCHITECTURES[name].build().train()
-    compat.install_output_hooks(model)
+    transformers.install_output_hooks(model)
     batch = token_batch(6, 16)
     assert assert_same_graph(model, {**batch, "use_cache": False}) > 10
 

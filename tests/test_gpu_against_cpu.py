@@ -15,12 +15,12 @@ import pytest
 import torch
 import transformers as T
 from architectures import GROUPED, Architecture, eager_of, token_batch
-from cggr_compile.kernels import selection
+from cggr_compile.kernels.reference import selection
 from torch import Tensor, nn
 
 import cggr_compile as cggr
-from cggr_compile import runtime
-from cggr_compile.program import Program
+from cggr_compile.ir.program import Program
+from cggr_compile.run import runtime
 
 LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED)), "model.layers")
 ROWS, STEPS = 12, 4

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cggr_compile.graph_memory import Lending
+from cggr_compile.run.graph_memory import Lending
 
 HOLDERS: list[Callable[[Tensor], object]] = [
     lambda gradient: gradient,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import oracle
 import pytest
 import torch
-from cggr_compile.kernels import reference
+from cggr_compile.kernels.reference import rows as reference
 from functorch.compile import make_boxed_func
 from torch._dynamo import register_backend
 from torch._dynamo.backends.common import aot_autograd
@@ -18,7 +18,7 @@ from torch._inductor.utils import fresh_inductor_cache
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile import inner
+from cggr_compile.run import inner
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
@@ -76,5 +76,5 @@ def test_the_key_of_the_caches_holds_the_sources_of_what_a_graph_names() -> None
     x = graph.placeholder("x")
     graph.output(graph.call_function(another, (graph.call_function(reference.score, (x,)),)))
     named = inner._named_functions(torch.fx.GraphModule({}, graph))
-    assert set(named) == {"cggr_compile", "cggr_compile.kernels.reference.score"}
+    assert set(named) == {"cggr_compile", "cggr_compile.kernels.reference.rows.score"}
     assert set(named.values()) == {inner._fingerprint()}

@@ -9,13 +9,13 @@ import plans
 import pytest
 import torch
 from architectures import ARCHITECTURES, eager_of, token_batch
-from cggr_compile.kernels import label_ops
+from cggr_compile.kernels.op import labels as label_ops
 from torch import Tensor, nn
 from torch.library import opcheck
 from toys import WORDS, Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.program import Program
+from cggr_compile.ir.program import Program
 
 OPTIONS: list[dict[str, Any]] = [
     *({"selection": rule} for rule in ("topk", "random", "trimmed", "importance")),

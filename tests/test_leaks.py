@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from toys import AS_IT_IS, WIDTH, WORDS, Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.program import Program
+from cggr_compile.ir.program import Program
 
 
 def alive() -> Counter[str]:

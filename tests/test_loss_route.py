@@ -17,7 +17,7 @@ from architectures import GROUPED, Architecture, eager_of, token_batch
 from torch import nn
 
 import cggr_compile as cggr
-from cggr_compile.program import Program
+from cggr_compile.ir.program import Program
 
 LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED)), "model.layers")
 

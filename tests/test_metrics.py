@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.metrics import METRICS, metrics_of
+from cggr_compile.run.metrics import METRICS, metrics_of
 
 WITHOUT_ROUTER = {"score_mean", "score_selected_mean", "score_cv", "rows_nan_score", "mean_confidence"}
 OF_TOKENS = {"tokens_total", "tokens_selected", "selection_rate_short", "selection_rate_long"}

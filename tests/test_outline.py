@@ -13,12 +13,12 @@ import token_oracle
 import torch
 import transformers as T
 from architectures import ARCHITECTURES, GROUPED, Architecture, eager_of, token_batch
-from cggr_compile.passes.outline_layers import is_size, outline_layers
+from cggr_compile.passes.lower.outline_layers import is_size, outline_layers
 from torch import nn
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.program import Program
+from cggr_compile.ir.program import Program
 
 LAYERS = 5
 DEEP = {**GROUPED, "num_hidden_layers": LAYERS}

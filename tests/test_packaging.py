@@ -60,18 +60,18 @@ def test_the_built_wheel_imports_from_an_empty_folder(distributions: Path, tmp_p
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "import cggr_compile, cggr_compile.passes.pipeline, cggr_compile.kernels.ops, importlib.metadata as m\n"
+        "import cggr_compile, cggr_compile.passes.pipeline, cggr_compile.kernels.op.rows, importlib.metadata as m\n"
         "print(cggr_compile.__file__)\n"
         "print([e.value for e in m.entry_points(group='torch_dynamo_backends') if e.name == 'cggr'][0])\n"
         "print(m.version('cggr-compile') == cggr_compile.__version__)\n"
     )
     where, backend, same_version = run(code, empty).split()
     assert where.startswith(str(site))
-    assert backend == "cggr_compile.backend:cggr"
+    assert backend == "cggr_compile.front.backend:cggr"
     assert same_version == "True"
 
 
 def test_the_sdist_holds_sources_tests_and_licence(distributions: Path) -> None:
     with tarfile.open(next(distributions.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"passes/pipeline.py", "kernels/ops.py", "LICENSE", "README.md", "cggr_compile/api.py"} <= names
+    assert {"passes/pipeline.py", "kernels/op/rows.py", "LICENSE", "README.md", "cggr_compile/front/api.py"} <= names

@@ -10,12 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from architectures import LAYERS, build, token_batch
-from cggr_compile.passes import gather_rows as gather_module
-from cggr_compile.passes.build_router import build_router
-from cggr_compile.passes.find_layers import find_layers
-from cggr_compile.passes.find_loss import find_loss
+from cggr_compile.passes.analyse.find_layers import find_layers
+from cggr_compile.passes.analyse.find_loss import find_loss
 from cggr_compile.passes.pipeline import passes_for, run
-from cggr_compile.passes.subgraph import cut_vertices
+from cggr_compile.passes.rewrite import gather_rows as gather_module
+from cggr_compile.passes.rewrite.build_router import build_router
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
@@ -23,7 +22,8 @@ from torch import fx, nn
 import cggr_compile as cggr
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import VerificationError
-from cggr_compile.program import REGION, Builder, Program, Region
+from cggr_compile.ir.dataflow import cut_vertices
+from cggr_compile.ir.program import REGION, Builder, Program, Region
 
 CONFIG = RoutingConfig(ratio=0.25, router_layers=2)
 

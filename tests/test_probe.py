@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile import probe as probing
-from cggr_compile.graph_text import operator_counts
-from cggr_compile.probe import DRAWS, LEAST_PROBES, MEMORY, Evidence, Measurement, Probe, Skipped, spearman
-from cggr_compile.program import PART
-from cggr_compile.runtime import Plan
+from cggr_compile.inspection.graph_text import operator_counts
+from cggr_compile.ir.program import PART
+from cggr_compile.run import auto as probing
+from cggr_compile.run.auto import DRAWS, LEAST_PROBES, MEMORY, Evidence, Measurement, Probe, Skipped, spearman
+from cggr_compile.run.runtime import Plan
 
 Batch = dict[str, torch.Tensor]
 RATIO, SEED = 0.25, 11

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cggr_compile.cuda_graphs import Replayed
-from cggr_compile.graph_memory import Pool
+from cggr_compile.run.cuda_graphs import Replayed
+from cggr_compile.run.graph_memory import Pool
 
 pytestmark = pytest.mark.usefixtures("graphs_on_cpu")
 

@@ -13,12 +13,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import cggr_compile as cggr
 from cggr_compile.config import RoutingConfig
-from cggr_compile.cost import break_even
-from cggr_compile.diff import compare
-from cggr_compile.figure import figure, write_figure
-from cggr_compile.graph_text import Line
-from cggr_compile.report import Diff, Explanation, Report
-from cggr_compile.runtime import Runtime
+from cggr_compile.inspection.diff import compare
+from cggr_compile.inspection.explanation import Diff, Explanation, Report
+from cggr_compile.inspection.figure import figure, write_figure
+from cggr_compile.inspection.graph_text import Line
+from cggr_compile.run.cost import break_even
+from cggr_compile.run.runtime import Runtime
 
 LAYERS, HIDDEN, INNER, HEADS, KV, VOCABULARY = 3, 32, 48, 4, 2, 97
 BATCH, SEQUENCE, RATIO = 8, 12, 0.25

@@ -13,15 +13,15 @@ import pytest
 import torch
 import transformers as T
 from architectures import ARCHITECTURES, GROUPED, Architecture, build, eager_of, token_batch
-from cggr_compile.kernels import fp8_linear
+from cggr_compile.kernels.op import fp8_linear
 from cggr_compile.kernels.providers import PROVIDERS, Place, Provider
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import cggr_compile as cggr
-from cggr_compile import probe as probing
-from cggr_compile.graph_text import operator_counts
-from cggr_compile.program import PART, Program, value
+from cggr_compile.inspection.graph_text import operator_counts
+from cggr_compile.ir.program import PART, Program, value
+from cggr_compile.run import auto as probing
 
 RATIO, LAYERS, DEEP = 0.4, 2, 5
 OPTIONS = {"ratio": RATIO, "router_layers": LAYERS, "router_body": "fp8", "inner": "eager"}

@@ -15,8 +15,8 @@ import torch
 from architectures import ARCHITECTURES, VOCABULARY, build, token_batch
 
 import cggr_compile as cggr
-from cggr_compile.router_head import Basis, cost_factor, describe
-from cggr_compile.runtime import Runtime
+from cggr_compile.ir.router_head import Basis, cost_factor, describe
+from cggr_compile.run.runtime import Runtime
 
 RATIO, LAYERS, SEED = 0.4, 2, 7
 FREQUENT, SAMPLED, RANK, REFRESH = 5, 12, 6, 2

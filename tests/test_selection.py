@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, build, token_batch
-from cggr_compile.kernels import selection
+from cggr_compile.kernels.reference import selection
 from toys import Toy, route, row_losses, toy_batch
 
 import cggr_compile as cggr

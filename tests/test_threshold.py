@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from toys import AS_IT_IS, WORDS, Toy, route, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.confidence import Confidence
 from cggr_compile.config import LADDER_RUNGS
+from cggr_compile.run.confidence import Confidence
 
 shares = st.floats(0, 1)
 LADDERS = {ratio: [1 - (1 - ratio) * rung / LADDER_RUNGS for rung in range(LADDER_RUNGS + 1)] for ratio in (0.1, 0.6)}

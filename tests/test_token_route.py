@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import cggr_compile as cggr
-from cggr_compile.program import Program
-from cggr_compile.report import Diff, Report
+from cggr_compile.inspection.explanation import Diff, Report
+from cggr_compile.ir.program import Program
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "long"
 EXAMPLES = 200 if LONG else 8

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile import CannotOptimize, dynamo_compat
+from cggr_compile import CannotOptimize
+from cggr_compile.torch_internals import dynamo
 
 
 @contextmanager
@@ -139,7 +140,7 @@ def test_what_changes_the_step_is_another_plan() -> None:
 
 
 def test_more_captures_than_are_kept_raise_or_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamo_compat, "MAX_CAPTURES", 2)
+    monkeypatch.setattr(dynamo, "MAX_CAPTURES", 2)
     model, batch = toy(), toy_batch(8)
     for pattern in (1, 2):
         unfreeze(model, pattern)

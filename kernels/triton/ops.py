@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cggr_compile.kernels import ops, router_head_ops
+from cggr_compile.kernels.op import router_heads as router_head_ops
+from cggr_compile.kernels.op import rows as ops
 from cggr_compile.kernels.triton import blocks
 from cggr_compile.kernels.triton import gather as gather_kernels
 from cggr_compile.kernels.triton import loss as loss_kernels

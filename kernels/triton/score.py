@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from cggr_compile.kernels.router_heads import next_image, quantize_rows
+from cggr_compile.kernels.reference.router_heads import next_image, quantize_rows
 from cggr_compile.kernels.triton import head
 from cggr_compile.kernels.triton import statistics as statistics_kernels
 from cggr_compile.kernels.triton.gather import gather

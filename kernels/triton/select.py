@@ -22,7 +22,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from cggr_compile.kernels import reference
+from cggr_compile.kernels.reference import rows as reference
 from cggr_compile.kernels.triton.launch import launch
 from torch import Tensor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cggr_compile.kernels import router_heads, selection
+from cggr_compile.kernels.reference import router_heads, selection
 from torch import Tensor
 
 ROWS, KEPT = 300, 64

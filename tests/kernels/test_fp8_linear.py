@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cggr_compile.kernels import fp8_linear as module
+from cggr_compile.kernels.op import fp8_linear as module
 from cggr_compile.kernels.providers import Place, choose, passed_over
 from hypothesis import given
 from hypothesis import strategies as st

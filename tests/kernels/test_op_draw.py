@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cggr_compile.kernels import selection, selection_ops
+from cggr_compile.kernels.op import selection as selection_ops
+from cggr_compile.kernels.reference import selection
 from torch import Tensor
 from torch.library import opcheck
 

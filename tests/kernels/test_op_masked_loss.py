@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cggr_compile.kernels import reference
+from cggr_compile.kernels.reference import rows as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cggr_compile.kernels import ops, reference
+from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.reference import rows as reference
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.operator_schemas import get_signature_for_torch_op

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cggr_compile.kernels import ops, reference
+from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.reference import rows as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-import cggr_compile.kernels.token_ops  # noqa: F401  registers the operators
+import cggr_compile.kernels.op.tokens  # noqa: F401  registers the operators
 import pytest
 import torch
 from hypothesis import given

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cggr_compile.kernels import fp8_linear, ops, providers, reference, router_head_ops, selection_ops, token_ops
+from cggr_compile.kernels import providers
+from cggr_compile.kernels.op import fp8_linear
+from cggr_compile.kernels.op import router_heads as router_head_ops
+from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op import selection as selection_ops
+from cggr_compile.kernels.op import tokens as token_ops
 from cggr_compile.kernels.providers import LONGEST_SELECT, PROVIDERS, Place, Provider, choose, passed_over
+from cggr_compile.kernels.reference import rows as reference
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -8,7 +8,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from cggr_compile.kernels import router_head_ops, router_heads
+from cggr_compile.kernels.op import router_heads as router_head_ops
+from cggr_compile.kernels.reference import router_heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from router_head_oracle import IGNORED, OPTIONS, fp8_truth, logits, low_rank_truth, operands, orthonormal, sampled_truth

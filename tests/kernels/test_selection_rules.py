@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cggr_compile.kernels import selection
+from cggr_compile.kernels.reference import selection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cggr_compile.kernels import reference
+from cggr_compile.kernels.reference import rows as reference
 from cggr_compile.kernels.triton import select as module
 from cggr_compile.kernels.triton.select import select
 from hypothesis import given, settings

@@ -20,8 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cggr_compile import graph_memory
-from cggr_compile.runtime import Runtime
+from cggr_compile.run import graph_memory
+from cggr_compile.run.runtime import Runtime
 
 
 class Block:
@@ -158,7 +158,7 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **options: zeros(*size, **options))
-    monkeypatch.setattr("cggr_compile.cuda_graphs._unrecordable", lambda inputs: None)
+    monkeypatch.setattr("cggr_compile.run.cuda_graphs._unrecordable", lambda inputs: None)
 
     def graphs_on(runtime: Runtime, device: torch.device) -> graph_memory.Pool | None:
         if runtime.config.cuda_graphs and runtime.pool is None:

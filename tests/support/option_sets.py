@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 import transformers as T
 from architectures import GROUPED, Architecture, eager_of
-from cggr_compile.kernels.selection import rule_of
+from cggr_compile.kernels.reference.selection import rule_of
 from small import small
 from torch import Tensor, nn
 
 import cggr_compile as cggr
-from cggr_compile import runtime as route
-from cggr_compile.program import Program
+from cggr_compile.ir.program import Program
+from cggr_compile.run import runtime as route
 
 LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED)), "model.layers")
 WARM = 4

@@ -11,10 +11,10 @@ from oracle import gradients
 from torch import nn
 
 import cggr_compile as cggr
-from cggr_compile.metrics import metrics_of
-from cggr_compile.program import Program
-from cggr_compile.runtime import Plan, Runtime
-from cggr_compile.selected import selected
+from cggr_compile.ir.program import Program
+from cggr_compile.run.metrics import metrics_of
+from cggr_compile.run.runtime import Plan, Runtime
+from cggr_compile.run.selected import selected
 
 
 def captured(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Program:

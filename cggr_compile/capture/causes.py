@@ -1,0 +1,132 @@
+"""What a capture stops at, in the user's terms.
+
+Dynamo and the passes report lines of code. Where such a line belongs to a library, its user can do nothing about it;
+but the libraries' features that cannot be captured are few, and a line or the model's modules and hooks tell which.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from traceback import FrameSummary
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import InternalTorchDynamoError, TorchRuntimeError
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.torch_internals.dynamo import why_not_compiled
+
+_FROM_DATA = re.compile(r"\b(?:zuf|u)\d+\b")
+_SIZE = re.compile(r"\b(?:zf|s)\d+\b")
+_ELSE = "or pass fallback='eager' to train without routing"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A library's feature that a capture stops at, told by the file of the line that it stops at."""
+
+    file: str
+    name: str
+    remedy: str
+
+
+CAUSES = (
+    Cause(
+        "/integrations/neftune.py",
+        "NEFTune adds noise to the embeddings by a hook that reads a number back",
+        "train without neftune_noise_alpha",
+    ),
+    Cause("/peft/tuners/adalora/", "AdaLoRA reads its ranks from tensors", "use another adapter, such as LoRA"),
+    Cause(
+        "/modeling_rope_utils.py",
+        "the rotary embedding recomputes its frequencies where positions, which are data, pass a limit",
+        "train with a rope type that is neither 'dynamic' nor 'longrope'",
+    ),
+    Cause(
+        "/bitsandbytes/",
+        "the quantized layers of bitsandbytes cannot be traced here",
+        "train without gradient checkpointing, or on a model that is not quantized",
+    ),
+)
+_SHARDED = ((FSDPModule, "FSDP2 (fully_shard)"), (FullyShardedDataParallel, "FSDP"))
+
+
+def recognised(error: CannotOptimize) -> CannotOptimize:
+    """The same error, its cause named where it is one of `CAUSES`. No advice to rewrite a library's line is left."""
+    source = (error.source or "").replace(os.sep, "/")
+    for cause in CAUSES:
+        if cause.file in source:
+            reason = f"{cause.name} ({error.reason})"
+            return CannotOptimize(reason, source=error.source, hint=f"{cause.remedy}, {_ELSE}")
+    library = re.search(r"/site-packages/(\w+)/", source)
+    if library and error.hint and "rewrite that line" in error.hint:
+        hint = f"the line belongs to {library[1]}: do without the feature that runs it, {_ELSE}"
+        return CannotOptimize(error.reason, source=error.source, hint=hint)
+    return error
+
+
+def refusal_of(error: Exception, model: nn.Module) -> CannotOptimize:
+    """What to tell the user about an error of Dynamo's, or of torch's symbols, in a capture."""
+    first_line = in_words(str(error).strip().splitlines()[0])
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return CannotOptimize(
+            f"the model decides by numbers that it reads from data ({first_line})",
+            hint=f"compute both cases and choose by torch.where, {_ELSE}",
+        )
+    if isinstance(error, TorchRuntimeError):
+        return CannotOptimize(
+            f"the model fails while Dynamo traces it ({first_line})",
+            hint="check that the same call works without cggr, and that all inputs are on one device",
+        )
+    if isinstance(error, InternalTorchDynamoError):
+        return CannotOptimize(
+            f"Dynamo itself fails while it traces the model ({first_line})",
+            hint="report it to PyTorch if torch.compile fails alike; fallback='eager' trains without routing",
+        )
+    return _graph_break(first_line, list(getattr(error, "real_stack", None) or []), model)
+
+
+def _graph_break(first_line: str, stack: list[FrameSummary], model: nn.Module) -> CannotOptimize:
+    inside_torch = os.path.dirname(torch.__file__)
+    frame = next((frame for frame in reversed(stack) if not frame.filename.startswith(inside_torch)), None)
+    source = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else None
+    sharded = next((name for kind, name in _SHARDED for module in model.modules() if isinstance(module, kind)), None)
+    if sharded is not None:
+        reason = f"{sharded} shards the model by hooks that break Dynamo's graph ({first_line})"
+        return CannotOptimize(reason, source=source, hint=f"train by DistributedDataParallel, {_ELSE}")
+    hook = next(_hooks_in(stack, first_line, model), None)
+    if hook is not None:
+        reason = f"{hook} breaks Dynamo's graph ({first_line})"
+        return CannotOptimize(reason, source=source, hint=f"remove the hook for training, {_ELSE}")
+    reason = f"the model breaks Dynamo's graph ({first_line})"
+    return CannotOptimize(reason, source=source, hint=f"rewrite that line, {_ELSE}")
+
+
+def _hooks_in(stack: Iterable[FrameSummary], first_line: str, model: nn.Module) -> Iterator[str]:
+    """The hooks of the model that Dynamo was in, or would not go into."""
+    frames = {(frame.filename, frame.name) for frame in stack}
+    for name, module in model.named_modules():
+        where = name or "the model"
+        if "backwards hooks" in first_line and (module._backward_hooks or module._backward_pre_hooks):
+            yield f"the backward hook on {where}"
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            code: Any = getattr(hook, "__code__", None)
+            if code is not None and (code.co_filename, code.co_name) in frames:
+                yield f"the forward hook {code.co_name} on {where}"
+
+
+def passed_over() -> CannotOptimize:
+    """What to tell the user about a call that Dynamo did not compile."""
+    reason, hint = why_not_compiled()
+    return CannotOptimize(reason, hint=f"{hint}, {_ELSE}")
+
+
+def in_words(text: str) -> str:
+    """A message of torch's, without its names of symbols."""
+    return _SIZE.sub("a size", _FROM_DATA.sub("a number read from data", text))

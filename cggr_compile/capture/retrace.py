@@ -1,0 +1,228 @@
+"""Dynamo's graph, traced once more into functional pre-dispatch ATen.
+
+Tracing in front of autograd and autocast yields the operators that eager runs, in eager's order; autograd derives the
+backward from whatever the passes make of them. Four constructs need care:
+
+* a checkpointed body is inlined and its nodes tagged for recomputation, so that passes see every operator;
+* a `torch.autograd.Function` defines its own backward and stays one opaque node, bodies and all;
+* dropout in front of an in-place operator: functionalisation refuses to mutate its output, because where nothing is
+  dropped that is the input itself. So it is: the input where nothing is dropped, a fresh tensor otherwise;
+* a vmapped region is traced on its own, behind vmap: in front of it, batched tensors have no place in the graph.
+
+A graph without in-place operators is functional as it stands; only one that has some pays for functionalisation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+import torch.nn.functional as F
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch import predispatch
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    disable_functional_mode,
+    dispatch_functionalize,
+)
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointPolicy
+
+from cggr_compile.capture.copies import Calls, Mutation, Replayer, mutates
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.torch_internals import autograd
+
+aten = torch.ops.aten
+
+_DROPOUT = inspect.signature(F.dropout)
+
+
+def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
+    """The functional ATen graph of Dynamo's `gm`; call it under the fake mode of `fakes`.
+
+    Raises:
+        CannotOptimize: part of the computation escaped the trace.
+    """
+    gm = _with_vmaps_traced(gm)
+
+    calls = Calls()
+    device = next(fake.device.type for fake in fakes if isinstance(fake, torch.Tensor))
+
+    def run(*args: Any) -> Any:
+        return _Inliner(gm, calls).run(*args)
+
+    def run_with_mutable_dropout(*args: Any) -> Any:
+        return _MutableDropout(gm).run(*args)
+
+    with fx_traceback.preserve_node_meta():
+        try:
+            with autograd.modes_kept(device):
+                traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)
+            functional = not any(map(mutates, traced.graph.nodes))
+        except Mutation:
+            functional = False
+        if not functional:
+            with enable_python_dispatcher():
+                mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+                functionalized = dispatch_functionalize(run_with_mutable_dropout, mode)
+                decompositions = {aten.copy.default: _copy}
+                traced = make_fx(functionalized, decompositions, pre_dispatch=True, tracing_mode="real")(*fakes)
+    _refuse_escaped_values(traced)
+    return traced
+
+
+class _Inliner(Replayer):
+    """Runs Dynamo's graph for tracing: checkpointed bodies inline, autograd functions opaque."""
+
+    def __init__(self, gm: fx.GraphModule, calls: Calls | None = None) -> None:
+        super().__init__(gm, calls)
+        self.regions = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except PendingUnbackedSymbolNotFound as error:
+            name = getattr(n.target, "__name__", n.target)
+            raise CannotOptimize(
+                f"torch cannot trace {name} at places or sizes that are read from data",
+                node=n,
+                hint="rewrite that line, with a mask instead of a slice, say",
+            ) from error
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *inputs = args
+            self.regions += 1
+            for node in body.graph.nodes:
+                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+                node.meta["ac_graph_id"] = self.regions
+            return Replayer(body, self.calls).run(*inputs)
+        if target is torch.ops.higher_order.autograd_function_apply:
+            return _opaque(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+class _MutableDropout(_Inliner):
+    """The same for functionalisation, with dropouts whose outputs may be mutated."""
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if target is not F.dropout:
+            return super().call_function(target, args, kwargs)
+        bound = _DROPOUT.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if not bound.arguments["training"] or bound.arguments["p"] == 0:
+            return bound.arguments["input"]
+        return super().call_function(target, args, kwargs).clone()
+
+
+def _opaque(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """One node for a call whose first arguments are its bodies; its value is computed outside the trace."""
+    functional = any(isinstance(arg, FunctionalTensor) for arg in args)
+    if functional:
+        args = pytree.tree_map_only(FunctionalTensor, FunctionalTensor.from_functional, args)
+    mode = get_proxy_mode()
+    assert mode is not None
+    tracer = mode.tracer
+
+    def as_proxy(arg: Any) -> Any:
+        if isinstance(arg, fx.GraphModule):
+            name = tracer.get_fresh_qualname("body")
+            tracer.root.register_module(name, arg)
+            return tracer.create_proxy("get_attr", name, (), {})
+        return tracer.unwrap_proxy(arg)
+
+    proxies = pytree.tree_map(as_proxy, args, is_leaf=lambda arg: isinstance(arg, fx.GraphModule))
+    proxy = tracer.create_proxy("call_function", target, proxies, kwargs)
+    with disable_proxy_modes_tracing(), disable_functional_mode():
+        outputs = target(*args, **kwargs)
+    outputs = track_tensor_tree(outputs, proxy, constant=None, tracer=tracer)
+    return pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, outputs) if functional else outputs
+
+
+def _with_vmaps_traced(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph with each outermost vmapped region replaced by a submodule of plain ATen."""
+    regions = _vmap_regions(list(gm.graph.nodes))
+    if not regions:
+        return gm
+    root = fx.GraphModule(gm, gm.graph)
+    graph = fx.Graph(root)
+    env: dict[fx.Node, fx.Node] = {}
+    starts = {region[0]: region for region in regions}
+    inside = {node for region in regions for node in region}
+    for node in gm.graph.nodes:
+        if node in starts:
+            name = f"vmapped_{len([key for key in starts if key in env])}"
+            _outline(root, graph, env, starts[node], name)
+        elif node not in inside:
+            env[node] = graph.node_copy(node, lambda old: env[old])
+    return fx.GraphModule(root, graph)
+
+
+def _vmap_regions(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    regions: list[list[fx.Node]] = []
+    depth = 0
+    for node in nodes:
+        if node.target is predispatch._vmap_increment_nesting:
+            if depth == 0:
+                regions.append([])
+            depth += 1
+        if depth:
+            regions[-1].append(node)
+        if node.target is predispatch._vmap_decrement_nesting:
+            depth -= 1
+    return regions
+
+
+def _outline(
+    root: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node], region: list[fx.Node], name: str
+) -> None:
+    """Traces one region on the fake values Dynamo recorded and calls the result in its place."""
+    members = set(region)
+    taken = list(dict.fromkeys(s for node in region for s in node.all_input_nodes if s not in members))
+    given = [node for node in region if any(user not in members for user in node.users)]
+    body = fx.Graph(root)
+    inner = {node: body.placeholder(node.name) for node in taken}
+    for node in region:
+        inner[node] = body.node_copy(node, lambda old: inner[old])
+    body.output(tuple(inner[node] for node in given))
+    module = fx.GraphModule(root, body)
+    values = [node.meta["example_value"] for node in taken]
+    with torch.no_grad():
+        traced = make_fx(lambda *args: module(*args), tracing_mode="real")(*values)
+    root.add_submodule(name, traced)
+    call = graph.call_module(name, tuple(env[node] for node in taken))
+    env[region[0]] = call
+    for index, node in enumerate(given):
+        env[node] = graph.call_function(_item, (call, index))
+
+
+def _item(values: tuple, index: int) -> Any:
+    return values[index]
+
+
+def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """`aten.copy` without its missing derivative: the source in the destination's dtype, device and shape."""
+    return source.to(destination, non_blocking=non_blocking).expand_as(destination).clone()
+
+
+def _refuse_escaped_values(traced: fx.GraphModule) -> None:
+    """A fake tensor among the graph's constants is a value that was computed but not recorded."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(traced, str(node.target), None), torch._subclasses.FakeTensor):
+            user = next(iter(node.users), node)
+            raise CannotOptimize(
+                "part of the computation escaped the trace",
+                node=user,
+                hint="the operator transform used there is not supported; please report it",
+            )

@@ -1,0 +1,1 @@
+"""`cggr.check`: routed against eager training. Its eager side shares nothing with the compiler."""

@@ -1,0 +1,255 @@
+"""`check`: whether routed training of one model equals eager training on the rows or tokens it selects.
+
+The eager side shares nothing with the compiler. It finds the layer stack by watching which modules run and exchanging
+their outputs (`eager_layers`), makes the router by putting the output of layer n in the place of the last layer's,
+selects by loss, and trains the untouched model on the selected rows, or with its middle layers on the selected tokens
+(`eager_tokens`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cggr_compile.checking.eager_layers import Batch, inputs_of, layer_calls, outputs_replaced
+from cggr_compile.checking.eager_tokens import TokensNotTold, on_tokens
+from cggr_compile.config import RoutingConfig
+from cggr_compile.front.api import optimize
+
+Step = tuple[torch.Tensor, dict[str, torch.Tensor | None]]
+
+IGNORED = -100
+# Difference, relative to the largest entry of the gradient, that reordered fp32 sums explain.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Check:
+    """Outcome of `check`.
+
+    Attributes:
+        difference: largest difference of the loss or a gradient entry to eager's, relative to the largest entry of that
+            tensor where this is above 1; 0.0 is bitwise equality, infinity a gradient that only one side has.
+        where: the tensor of that difference ("loss" or a parameter's name), empty without one.
+        selected: for each batch, the rows that the compiled router selected, sorted; on the token route the positions,
+            sequence by sequence.
+        expected: for each batch, what the eager router selects.
+        layers: how many layers the compiler found, `path` where and `proof` how.
+    """
+
+    difference: float
+    where: str
+    selected: tuple[tuple[int, ...], ...]
+    expected: tuple[tuple[int, ...], ...]
+    layers: int
+    path: str
+    proof: str
+
+    @property
+    def exact(self) -> bool:
+        """Same selection, and loss and every gradient bitwise equal."""
+        return self.selected == self.expected and self.difference == 0
+
+    @property
+    def within_rounding(self) -> bool:
+        """Same selection, and differences no larger than reordered sums explain."""
+        return self.selected == self.expected and self.difference <= ROUNDING
+
+    def __str__(self) -> str:
+        if self.selected != self.expected:
+            return f"{self.selected} selected, {self.expected} by the eager router"
+        if self.exact:
+            return f"exact: {self.layers} layers ({self.path or 'unnamed'}, {self.proof})"
+        return f"differs by {self.difference:.1e} ({self.where})"
+
+
+def check(
+    model: nn.Module, *batches: Batch, ratio: float = 0.5, router_layers: int = 1, route: str = "sequence"
+) -> Check:
+    """Compares routed training steps of `model` with eager training on the rows or tokens that an eager router selects.
+
+    For each batch two steps are compared: one while everything is kept, and one routed. On the token route the layers
+    that the compiler finds, but for the first, run on the selected tokens. The model is copied, not changed. Both sides
+    run without a key-value cache and without an inner compiler. A bitwise comparison needs dropout probabilities of 0,
+    and attention whose kernel does not depend on the mask's data (`attn_implementation="eager"`).
+
+    Args:
+        model: a language model on the CPU in fp32.
+        batches: `input_ids` [B, S] int64, `labels` [B, S] int64, and whatever else its forward takes, one entry for
+            each row, or n for each, row by row (images).
+        ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1).
+        router_layers: layers of the router.
+        route: "sequence" or "token".
+
+    Raises:
+        ValueError: no batch was given, or another route.
+        CannotOptimize: the model cannot be routed.
+        LayerStackNotFound: the eager side finds no layers to make a router of.
+        TokensNotTold: the eager side cannot tell how something that a layer is given holds tokens, or a layer numbers
+            its tokens itself and the results differ.
+    """
+    if route not in ("sequence", "token"):
+        raise ValueError(f"check: route={route!r} is neither 'sequence' nor 'token', which are those it can judge")
+    if not batches:
+        raise ValueError("check: no batch was given; pass at least one, check(model, {'input_ids': …, 'labels': …})")
+    eager, routed = copy.deepcopy(model).train(), copy.deepcopy(model).train()
+    for each in (eager, routed):
+        if hasattr(each, "config"):
+            each.config.use_cache = False
+    config = RoutingConfig(
+        route=route,
+        ratio=ratio,
+        router_layers=router_layers,
+        first_layers=1,
+        last_layers=0,
+        inner="eager",
+        warmup_steps=1,
+    )
+    optimize(routed, config)
+    differences = [_difference(eager_step(routed, batch), eager_step(eager, batch)) for batch in batches]
+    routed.cggr.step()
+    selected, expected = [], []
+    counting: set[str] = set()
+    stack = routed.cggr.runtime.plans[-1].program.layers
+    judged = _on_rows if route == "sequence" else partial(_on_tokens, middle=len(stack) - 1, counting=counting)
+    for batch in batches:
+        actual = eager_step(routed, batch)
+        chosen = routed.cggr.selected
+        wanted, step = judged(eager, batch, chosen, router_layers)
+        selected.append(_nested(chosen))
+        expected.append(_nested(wanted))
+        differences.append(_difference(actual, step))
+    found = Check(*max(differences), tuple(selected), tuple(expected), len(stack), stack.path, stack.proof)
+    if counting and not found.within_rounding:
+        names = " and ".join(sorted(counting))
+        raise TokensNotTold(f"{names}: it numbers its tokens itself, from 0 to k - 1; check it with route='sequence'")
+    return found
+
+
+def eager_step(model: nn.Module, batch: Batch) -> Step:
+    """Loss and gradients by parameter name, from the same generator state every time."""
+    model.zero_grad(set_to_none=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        loss = model(**batch).loss
+        loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def _nested(selection: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tuple(part) if isinstance(part, list) else part for part in selection.tolist())
+
+
+def _on_rows(model: nn.Module, batch: Batch, rows: torch.Tensor, layers: int) -> tuple[torch.Tensor, Step]:
+    """The rows that the eager router selects, and eager's step on `rows`."""
+    total = len(batch["input_ids"])
+    step = eager_step(model, {name: _of_rows(tensor, rows, total) for name, tensor in batch.items()})
+    return torch.tensor(_expected_rows(model, batch, len(rows), layers), dtype=torch.int64), step
+
+
+def _of_rows(tensor: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
+    """The entries of the rows: one of each, or as many as the tensor has for each of `total` rows."""
+    if len(tensor) == total:
+        return tensor[rows]
+    return tensor.unflatten(0, (total, -1))[rows].flatten(0, 1)
+
+
+def _on_tokens(
+    model: nn.Module, batch: Batch, positions: torch.Tensor, layers: int, middle: int, counting: set[str]
+) -> tuple[torch.Tensor, Step]:
+    """The positions [B, k] that the eager router selects, and eager's step with its last `middle` layers on them.
+    Layers that count k places are added to `counting`."""
+    stack = layer_calls(model, batch)
+    length = batch["input_ids"].shape[1]
+    with on_tokens(stack, range(len(stack) - middle, len(stack)), positions, length, counting):
+        step = eager_step(model, batch)
+    losses, _ = _token_losses(_router_logits(model, batch, layers), batch["labels"], _label_shift(model, batch))
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    wanted = []
+    for row, mask in zip(losses.tolist(), real.tolist(), strict=True):
+        order = sorted(range(length), key=lambda place: (-mask[place], -row[place] * mask[place], place))
+        wanted.append(sorted(order[: positions.shape[1]]))
+    return torch.tensor(wanted), step
+
+
+def _difference(actual: Step, expected: Step) -> tuple[float, str]:
+    """The largest difference and the tensor it is in; infinite where only one side has a gradient."""
+    pairs = [("loss", actual[0], expected[0])]
+    pairs += [(name, actual[1].get(name), gradient) for name, gradient in expected[1].items()]
+    distances = ((_distance(left, right), name) for name, left, right in pairs)
+    return max((distance, name if distance else "") for distance, name in distances)
+
+
+def _distance(left: torch.Tensor | None, right: torch.Tensor | None) -> float:
+    if left is None or right is None:
+        return 0.0 if left is right else math.inf
+    if torch.equal(left, right) or (left.isnan().equal(right.isnan()) and left.nan_to_num().equal(right.nan_to_num())):
+        return 0.0
+    apart = ((left - right).abs().max() / right.abs().max().clamp(min=1)).item()
+    return math.inf if math.isnan(apart) else apart
+
+
+def _expected_rows(model: nn.Module, batch: Batch, kept: int, layers: int) -> list[int]:
+    """The `kept` rows with a counted label whose mean token loss under the eager router is largest, sorted."""
+    logits = _router_logits(model, batch, layers)
+    losses, counted = _token_losses(logits, batch["labels"], _label_shift(model, batch))
+    counts = counted.sum(1)
+    means = torch.where(counts > 0, losses.sum(1) / counts.clamp(min=1), -math.inf)
+    order = sorted(range(len(means)), key=lambda row: (-means[row].item(), row))
+    return sorted(order[: min(kept, int((counts > 0).sum()))])
+
+
+def _router_logits(model: nn.Module, batch: Batch, layers: int) -> torch.Tensor:
+    with _router(model, batch, layers) as router, torch.no_grad():
+        return router(**inputs_of(model, batch)).logits
+
+
+def _token_losses(logits: torch.Tensor, labels: torch.Tensor, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [B, S] in fp32, 0 where nothing is counted, and which are counted."""
+    ignored = torch.full_like(labels[:, :shift], IGNORED)
+    targets = torch.cat([labels[:, shift:], ignored], dim=1)
+    counted = targets != IGNORED
+    own = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(counted, -own, 0.0), counted
+
+
+def _label_shift(model: nn.Module, batch: Batch) -> int:
+    """0 or 1: which makes the cross-entropy of the model's logits its loss."""
+    with torch.no_grad():
+        output = model(**batch)
+    labels = batch["labels"]
+
+    def gap(shift: int) -> float:
+        rows = output.logits[:, : labels.shape[1] - shift].flatten(0, 1).float()
+        return abs(F.cross_entropy(rows, labels[:, shift:].flatten(), ignore_index=IGNORED).item() - output.loss.item())
+
+    return min((1, 0), key=gap)
+
+
+@contextmanager
+def _router(model: nn.Module, batch: Batch, layers: int) -> Iterator[nn.Module]:
+    """The model without dropout, the output of layer `layers` in the place of the last layer's."""
+    training = model.training
+    model.eval()
+    stack = layer_calls(model, batch)
+    taken: list[torch.Tensor] = []
+
+    def place(call: int, output: torch.Tensor) -> torch.Tensor:
+        if call == layers - 1:
+            taken.append(output)
+        return taken[0] if call == len(stack) - 1 else output
+
+    try:
+        with outputs_replaced(stack, place):
+            yield model
+    finally:
+        model.train(training)

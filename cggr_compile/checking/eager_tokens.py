@@ -1,0 +1,108 @@
+"""The eager side of `check` on the token route: layers that run on some tokens of each sequence.
+
+Nothing of the compiler is used here. What a layer is given holds tokens along each dimension of the sequence's size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from cggr_compile.checking.eager_layers import forwards_wrapped, residual_of, with_residual
+
+
+class TokensNotTold(ValueError):
+    """The eager side cannot run a layer on some tokens: something that it is given holds tokens in a way that its shape
+    does not tell, it is a part of a layer, or it numbers its tokens itself."""
+
+
+class Counting(TorchFunctionMode):
+    """Watches for `torch.arange` over `kept` places, by which a layer may number its tokens."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self.kept = kept
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen |= func is torch.arange and result.numel() == self.kept
+        return result
+
+
+@contextmanager
+def on_tokens(
+    stack: list[nn.Module], middle: range, positions: torch.Tensor, length: int, counting: set[str]
+) -> Iterator[None]:
+    """While it holds, the `middle` calls of the stack run on the tokens at `positions` [B, k] of sequences of `length`
+    tokens, and their result is put back; the other tokens pass on the residual.
+
+    The names of layers that count k places, which may be to number their tokens, are added to `counting`.
+
+    Raises, in a call of the model:
+        TokensNotTold: as it says.
+    """
+    calls = itertools.count()
+    rows = torch.arange(len(positions)).unsqueeze(1)
+    left: torch.Tensor | None = None
+
+    def around(layer: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal left
+        if next(calls) not in middle:
+            output = forward(*args, **kwargs)
+        else:
+            entry, name = residual_of((*args, *kwargs.values())), type(layer).__name__
+            if entry is None or left is None or not torch.equal(entry, left):
+                raise TokensNotTold(f"{name}: what enters it is not what the layer before gave out: a part of a layer")
+            if entry.shape[:2] != (len(positions), length):
+                raise TokensNotTold(f"{name}: its residual of shape {tuple(entry.shape)} is not [batch, sequence, …]")
+            with Counting(positions.shape[1]) as watched:
+                output = forward(*_at(positions, length, args), **_at(positions, length, kwargs))
+            if watched.seen:
+                counting.add(name)
+            short = residual_of(output)
+            if short is None:
+                raise TokensNotTold(f"{name}: it returns no tensor")
+            output = with_residual(output, entry.index_put((rows, positions), short))
+        left = residual_of(output)
+        return output
+
+    with forwards_wrapped(set(stack), around):
+        yield
+
+
+def _at(positions: torch.Tensor, length: int, given: Any) -> Any:
+    """What a layer is given, for the tokens at the positions."""
+    if isinstance(given, Mapping):
+        return {name: _at(positions, length, item) for name, item in given.items()}
+    if isinstance(given, (tuple, list)):
+        return type(given)(_at(positions, length, item) for item in given)
+    if not isinstance(given, torch.Tensor) or not given.dim():
+        return given
+    batch = len(positions)
+    if given.shape[0] == batch * length:
+        return _taken(given.unflatten(0, (batch, length)), positions, [1]).flatten(0, 1)
+    dims = [dim for dim, size in enumerate(given.shape) if size == length]
+    if not dims:
+        return given
+    if given.shape[0] in (1, batch):
+        return _taken(given, positions, dims)
+    if dims[0] == 0 or given.shape[0] % batch:
+        raise TokensNotTold(f"a layer is given a tensor of shape {tuple(given.shape)}, whose batch cannot be told")
+    return _taken(given.unflatten(0, (batch, -1)), positions, [dim + 1 for dim in dims]).flatten(0, 1)
+
+
+def _taken(x: torch.Tensor, positions: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    """`x` [B or 1, …] at each sequence's positions along `dims`."""
+    x = x.expand(len(positions), *x.shape[1:])
+    for dim in dims:
+        shape = [1] * x.dim()
+        shape[0], shape[dim] = positions.shape
+        x = torch.take_along_dim(x, positions.view(shape), dim)
+    return x

@@ -1,0 +1,1 @@
+"""`make demo`: a model fine-tuned plain and routed, with its data."""

@@ -1,0 +1,1 @@
+"""What users call, and what stands between their model and a plan."""

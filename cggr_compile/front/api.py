@@ -1,0 +1,187 @@
+"""The front end: `optimize`, `restore`, `explain`, `handle`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from cggr_compile.capture.arguments import check_call
+from cggr_compile.config import ConfigError, RoutingConfig
+from cggr_compile.errors import CannotOptimize, PlanComplete
+from cggr_compile.front.backend import Backend, runtimes_of
+from cggr_compile.front.guard import watch
+from cggr_compile.front.handle import (
+    Handle,
+    RoutedForward,
+    call_compiled,
+    compiled_forward,
+    is_routed,
+    optimized_parts,
+    refuse_nested,
+)
+from cggr_compile.inspection.explanation import Explanation
+from cggr_compile.run.runtime import Runtime
+from cggr_compile.torch_internals import dynamo, transformers
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M:
+    """Routes the model's training steps; patches `forward` in place and returns the same object.
+
+    Class, signature, parameters, state-dict keys, `eval()`, `generate()` and `save_pretrained` stay as they are; calls
+    that do not train (eval mode, gradients disabled, no labels) run the original forward. A model that is optimised
+    already is optimised anew with these options.
+
+    Args:
+        model: a model whose forward takes `input_ids` and `labels` and returns its loss.
+        config: all options at once, or
+        **options: fields of `RoutingConfig`.
+
+    Raises:
+        ConfigError: an option is unknown or has a bad value.
+        CannotOptimize: the model cannot be routed at all (its graph is captured at the first training step, which may
+            raise it too).
+    """
+    resolved = resolve_config(config, options)
+    if "cggr" in vars(model):
+        restore(model)
+    check_model(model)
+    transformers.install_output_hooks(model)
+    dynamo.unmark_buffers(model)
+    handle = Handle(model, Runtime(resolved), {name: vars(model)[name] for name in ("forward",) if name in vars(model)})
+    vars(model)["cggr"] = handle
+    vars(model)["forward"] = RoutedForward(handle)
+    handle.undo["hooks"] = watch(handle)
+    return model
+
+
+def restore(model: M) -> M:
+    """Undoes `optimize`; a model that is not optimised is returned as it is.
+
+    Raises:
+        RuntimeError: something patched `forward` again after `optimize`; undo that first. Nothing is changed.
+    """
+    handle = vars(model).get("cggr")
+    if not isinstance(handle, Handle):
+        return model
+    if not is_routed(vars(model).get("forward")):
+        raise RuntimeError(
+            f"cannot restore {type(model).__name__}: its forward was patched again after cggr.optimize; "
+            "undo that patch first (for Accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
+        )
+    del vars(model)["forward"], vars(model)["cggr"]
+    for hook in handle.undo["hooks"]:
+        hook.remove()
+    if "forward" in handle.undo:
+        vars(model)["forward"] = handle.undo["forward"]
+    return model
+
+
+def handle(model: nn.Module) -> Handle:
+    """The handle of a model optimised by `optimize`, or of a wrapper around one (PEFT, DistributedDataParallel), or of
+    a model compiled with `backend="cggr"` (after its first step).
+
+    Raises:
+        CannotOptimize: the model is none of these.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    for _, part in optimized_parts(inner):
+        return vars(part)["cggr"]
+    runtimes = runtimes_of(model)
+    if not runtimes:
+        raise CannotOptimize(
+            f"{type(inner).__name__} has no handle",
+            hint="call cggr.optimize(model), or run one step of torch.compile(model, backend='cggr')",
+        )
+    return Handle(inner, runtimes[-1])
+
+
+def explain(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    config: RoutingConfig | None = None,
+    **options: Any,
+) -> Explanation:
+    """Captures a training step and rewrites it, without running or patching anything.
+
+    Works on the meta device too, so a model can be explained from its configuration alone.
+
+    Args:
+        model: as for `optimize`; it may be optimised already.
+        batch: keyword arguments of a training call, at least `input_ids`; labels default to the ids.
+        config: all options at once, or
+        **options: fields of `RoutingConfig`.
+
+    Returns:
+        The plan: `report()`, `diff()`, the programs and their graphs.
+
+    Raises:
+        ConfigError: an option is unknown or has a bad value.
+        CannotOptimize: the model or the batch cannot be routed.
+    """
+    runtime = Runtime(resolve_config(config, options))
+    optimized = vars(model).get("cggr")
+    check_model(model)
+    arguments = {"use_cache": False, **{name: arg for name, arg in batch.items() if arg is not None}}
+    if "use_cache" not in inspect.signature(model.forward).parameters:
+        del arguments["use_cache"]
+    if "labels" not in arguments and isinstance(arguments.get("input_ids"), torch.Tensor):
+        arguments["labels"] = arguments["input_ids"].clone()  # the same tensor would be one input of the graph
+    check_call(arguments, model)
+    temporary = Handle(model, runtime, optimized.undo if isinstance(optimized, Handle) else None)
+    training = {module: module.training for module in model.modules()}
+    transformers.install_output_hooks(model)
+    dynamo.unmark_buffers(model)
+    try:
+        if not model.training:
+            model.train()
+        call_compiled(compiled_forward(temporary.original(), _Explainer(runtime)), arguments, model)
+    except PlanComplete:
+        pass
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    return Explanation(runtime)
+
+
+class _Explainer(Backend):
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        super().__call__(gm, example_inputs)
+        raise PlanComplete
+
+
+def resolve_config(config: RoutingConfig | None, options: Mapping[str, Any]) -> RoutingConfig:
+    """The config object, or one built from keyword options."""
+    if config is None:
+        return RoutingConfig.from_options(options)
+    if not isinstance(config, RoutingConfig):
+        raise ConfigError(f"config={config!r} is not a RoutingConfig; pass options by keyword, e.g. ratio=0.25")
+    if options:
+        raise ConfigError(
+            f"both a RoutingConfig and options were given ({', '.join(options)}); put them into the config"
+        )
+    return config
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises `CannotOptimize` for models that can be refused without capturing them."""
+    if not isinstance(model, nn.Module):
+        raise CannotOptimize(f"{type(model).__name__} is not a torch.nn.Module", hint="pass the model itself")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise CannotOptimize(
+            "the model is wrapped by torch.compile already",
+            hint="optimize the model before compiling it, or compile it with backend='cggr'",
+        )
+    refuse_nested(model)
+    parameters = inspect.signature(model.forward).parameters
+    if "labels" not in parameters:
+        raise CannotOptimize(
+            f"{type(model).__name__}.forward takes no labels, so there is no loss in its graph",
+            hint="use the model class with a language-model head (…ForCausalLM or …ForMaskedLM); "
+            "of a wrapper, optimize the model inside (PEFT: or give its config a task_type)",
+        )

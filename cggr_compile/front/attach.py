@@ -1,0 +1,51 @@
+"""Plain training loops: counting optimiser steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.front.api import handle
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    """Counts every `optimizer.step()` as a step of the routed model; returns what removes the hook again.
+
+    A model that is optimised anew goes on being counted, one that is restored does not; a second call with the same
+    model and optimiser takes the place of the first. Steps that a gradient scaler skips do not count, since the
+    optimiser does not step. `optimizer` may be Accelerate's wrapper; of several optimisers attach one. `CGGRCallback`
+    counts by itself and does not need this.
+
+    Raises:
+        CannotOptimize: the model is not optimised (call `cggr.optimize` first).
+        TypeError: `optimizer` is not a torch optimiser.
+    """
+    routed = handle(model).model
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    own = optimizer
+    # Accelerate's wrapper is an optimiser in name; the one inside takes the steps and runs the hooks.
+    while isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):
+        own = own.optimizer
+    hooks = own._optimizer_step_post_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Count) and hook.model is routed]:
+        del hooks[key]
+    return own.register_step_post_hook(_Count(routed))
+
+
+class _Count:
+    """The hook; it finds the model's handle at each step, because `optimize` gives it another one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            found = handle(self.model)
+        except CannotOptimize:  # restored since
+            return
+        found.step()

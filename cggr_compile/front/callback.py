@@ -1,0 +1,137 @@
+"""`CGGRCallback` and `ModelLossMixin`: transformers' Trainer, and what derives from it, with a routed model."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.front.api import handle
+from cggr_compile.front.handle import Handle
+
+OWN_LOSS_HINT = "drop compute_loss_func and label smoothing; TRL: derive from cggr.ModelLossMixin and its trainer"
+
+
+class CGGRCallback(TrainerCallback, ExportableState):
+    """For transformers' Trainer and what derives from it: counts steps, logs metrics, and resumes.
+
+        trainer = Trainer(model=cggr.optimize(model, ratio=0.25), ..., callbacks=[CGGRCallback()])
+
+    Each log gets the handle's metrics as `cggr/...` numbers (this reads them back, at logging steps only); they enter
+    `trainer.state.log_history` and, with `CGGRCallback.first_in(trainer)`, every reporting integration. Checkpoints
+    hold the routed state in `trainer_state.json`; `train(resume_from_checkpoint=...)` takes it back. A `train()` that
+    begins at step 0 begins the schedule anew, also where `auto_find_batch_size` starts over.
+
+    Raises CannotOptimize at the start of training where the model is not optimised, and at the first optimiser step
+    in which no call with labels reached it, because the trainer computes its loss elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._calls = 0
+
+    @classmethod
+    def first_in(cls, trainer: Any) -> CGGRCallback:
+        """Adds the callback to a trainer in front of all others, so that these log its metrics too; returns it."""
+        callback = cls()
+        trainer.add_callback(callback)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
+        return callback
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the handle's state, in base64."""
+        attributes = {} if self._handle is None else {"routed": _to_text(self._handle.state_dict())}
+        return {"args": {}, "attributes": attributes}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finds the routed model. Where training goes on from a checkpoint, takes its state back; where it begins (a
+        second `train()`, or one that starts over with smaller batches), the schedule begins anew."""
+        self._handle = handle(kwargs["model"])
+        self._calls = self._handle.calls
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        routed = saved.get("attributes", {}).get("routed")
+        if not state.global_step:
+            self._handle.runtime.start_over()
+        elif routed is not None:
+            self._handle.load_state_dict(_from_text(routed))
+        else:
+            self._handle.runtime.steps = state.global_step
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts the step: it is the trainer's number, whoever else counts (`attach`)."""
+        refuse_own_loss(self._handle, self._calls)
+        self._calls = self._handle.calls
+        self._handle.runtime.steps = state.global_step
+        self._handle.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Adds the metrics of the last routed step to a training log."""
+        if self._handle is None or logs is None or "loss" not in logs:
+            return
+        metrics = {f"cggr/{name}": float(value) for name, value in self._handle.metrics().items()}
+        logs.update(metrics)
+        state.log_history[-1].update(metrics)
+
+
+class ModelLossMixin:
+    """For trainers that compute their training loss themselves, from logits or hidden states: it becomes the model's.
+
+        class RoutedSFTTrainer(cggr.ModelLossMixin, trl.SFTTrainer): ...
+
+    A routed step has a loss and no logits, so what such a trainer would make of the logits has no meaning in training:
+    the loss is transformers' `Trainer.compute_loss`, the trainer's own training metrics (TRL: entropy, token accuracy,
+    `num_tokens`) are not logged. Evaluation is the trainer's own, metrics included.
+
+    Raises CannotOptimize from `compute_loss` where the model's own loss is not what was asked for (`loss_type`,
+    `compute_loss_func`, label smoothing) or where all rows of a batch are flattened into one (`padding_free`, and with
+    it `packing` by "bfd").
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss in training, the trainer's in evaluation; arguments as for `Trainer.compute_loss`."""
+        if not model.training:
+            return super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        self._check_loss()
+        routed = handle(model)
+        calls = routed.calls
+        result = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        refuse_own_loss(routed, calls)
+        return result
+
+    def _check_loss(self) -> None:
+        kind = getattr(self.args, "loss_type", "nll")  # type: ignore[attr-defined]
+        if kind != "nll":
+            raise CannotOptimize(
+                f"loss_type={kind!r} is a loss of {type(self).__name__}'s own", hint="only loss_type='nll' is routed"
+            )
+        if getattr(self, "padding_free", False):
+            raise CannotOptimize(
+                "padding_free batches are one row, so there are no rows to choose from",
+                hint="pass padding_free=False, and packing_strategy='wrapped' where packing is wanted",
+            )
+
+
+def refuse_own_loss(routed: Handle, calls: int) -> None:
+    """Raises `CannotOptimize` where no training call with labels reached the model since its count was `calls`."""
+    if routed.calls == calls:
+        routed.refuse(CannotOptimize("a training step never called the routed model with labels", hint=OWN_LOSS_HINT))
+
+
+def _to_text(state: dict[str, Any]) -> str:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _from_text(text: str) -> dict[str, Any]:
+    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)

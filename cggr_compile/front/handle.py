@@ -1,0 +1,402 @@
+"""`model.cggr`: what the user reads and calls on an optimised model, and the patched `forward` behind it."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    InternalTorchDynamoError,
+    TorchRuntimeError,
+    Unsupported,
+    UserError,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from cggr_compile.capture.arguments import check_call, named_arguments
+from cggr_compile.capture.capture import dynamic_dims, token_ids_of
+from cggr_compile.capture.causes import passed_over, recognised, refusal_of
+from cggr_compile.capture.tracing import compiled_whole
+from cggr_compile.config import ConfigError, RoutingConfig
+from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete, VerificationError
+from cggr_compile.front.backend import Backend
+from cggr_compile.inspection.explanation import Diff, Report
+from cggr_compile.kernels.reference.selection import rule_of
+from cggr_compile.run.given_scores import ScoredAhead, ScoresReady, refuse_nan
+from cggr_compile.run.metrics import metrics_of
+from cggr_compile.run.runtime import Runtime
+from cggr_compile.run.selected import selected, token_metrics
+from cggr_compile.torch_internals import dynamo
+
+
+class Handle:
+    """State and inspection of one optimised model; `cggr.optimize` puts it at `model.cggr`.
+
+    Copying or pickling the model copies configuration, step and generator; the copy compiles anew at its first step.
+    """
+
+    def __init__(self, model: nn.Module, runtime: Runtime, undo: dict[str, Any] | None = None) -> None:
+        self.model = model
+        self.runtime = runtime
+        self.undo = undo or {}
+        self.calls = 0
+        self._thread = threading.local()
+        self._compiled: Callable[..., Any] | None = None
+        parameters = list(inspect.signature(self.original()).parameters)
+        self._place_of_labels = parameters.index("labels") if "labels" in parameters else len(parameters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "runtime": self.runtime, "undo": self.undo, "calls": self.calls}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["model"], state["runtime"], state["undo"])  # type: ignore[misc]
+        self.calls = state["calls"]
+
+    @property
+    def config(self) -> RoutingConfig:
+        """The options in force."""
+        return self.runtime.config
+
+    @property
+    def selected(self) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        """What the last routed step kept, on the device; None before the first.
+
+        Sequence route: sorted row indices [k], int64; where fewer than k rows were selectable, the rest repeats a
+        selected row and counts for nothing. Token route: sorted positions [B, k], int64, or [layers, B, k] with
+        `resample="layer"`. Loss route: bool [B, S], the positions whose logits entered the loss. Two routes: a tuple.
+        """
+        return selected(self.config.routes, self.runtime.last)
+
+    @property
+    def captures(self) -> int:
+        """How many graphs were captured for training so far."""
+        return len(self.runtime.plans)
+
+    def step(self) -> None:
+        """Counts one optimiser step, for `warmup_steps` and `selection="auto"`; call it after `optimizer.step()`, and
+        before `zero_grad()` for the metric `parameters_without_gradient`."""
+        self.runtime.steps += 1
+        self._without_gradient()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs beside the model's own `state_dict`: step, generators, a low-rank router head's basis,
+        the confidence that the dynamic threshold goes by, the findings of `selection="auto"`.
+
+        Tensors, numbers, strings and bytes only, so `torch.save` and `torch.load(weights_only=True)` take it.
+        """
+        return self.runtime.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave; options stay those in force.
+
+        Raises:
+            ValueError: `state` lacks an entry, or has one too many.
+        """
+        self.runtime.load_state_dict(state)
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Figures of the last training step by name (`cggr_compile.run.metrics.METRICS` says what each is), as 0-d
+        tensors on the device: computed by this call, read back by nobody; empty before the first. With
+        `selection="auto"` also those of `Probe.metrics`."""
+        found = metrics_of(self.runtime.last, self._without_gradient(), self.runtime.router_time.seconds)
+        if found:
+            found.update(token_metrics(self.config.routes, self.runtime.last))
+        if found and self.runtime.probe is not None:
+            found.update(self.runtime.probe.metrics(found["rows_total"].device))
+        return found
+
+    def time_router(self) -> None:
+        """Lets the next training step run the router by itself too; `metrics()` has `router_seconds` from then on.
+
+        Raises:
+            ValueError: the selection in force runs no router.
+        """
+        rule = rule_of(self.runtime.in_force.selection)
+        if not rule.needs_scores:
+            raise ValueError(f"selection={rule.name!r} runs no router; choose a selection by scores to time one")
+        self.runtime.router_time.ask()
+
+    def score(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The router's scores [B] fp32 of a batch (the forward's arguments, labels included) by the weights as they
+        are, for `use_scores`. Nothing trains, and nothing is read back. Call it under the autocast of the steps.
+
+        Raises:
+            ValueError: the model is not in training mode, or no step of this configuration takes scores from outside.
+            CannotOptimize: the model or the batch cannot be routed.
+        """
+        self._check_scores_from_outside()
+        if not self.model.training:
+            raise ValueError("score: the model is in eval mode, and only training steps are routed; call train() first")
+        arguments = named_arguments(self.original(), (), dict(batch))
+        given = self.runtime.given
+        with self.runtime.lock:  # another thread's step would end as this call does
+            given.wanted = True
+            try:
+                with torch.enable_grad():  # what a step is captured under
+                    self._routed(arguments)
+            except ScoresReady as ready:
+                return ready.scores
+            finally:
+                given.wanted = False
+        reason = f"the step has no rows to score: {self.runtime.passive[-1]}"
+        raise CannotOptimize(reason, hint="pass labels, to a model that computes its loss from them")
+
+    def use_scores(self, scores: torch.Tensor) -> None:
+        """Lets the next training step select by these scores [B] instead of running the router: scores of `score`, or
+        the user's own, say of an earlier pass over the data. Where that step keeps every row they are not used.
+
+        Raises:
+            ValueError: no step of this configuration takes scores from outside, or one is NaN, which on CUDA fails an
+                assertion on the device instead. (The step itself raises it where the number of rows is another.)
+        """
+        self._check_scores_from_outside()
+        refuse_nan(scores)
+        self.runtime.given.give(scores)
+
+    def score_ahead(self, batches: Iterable[Mapping[str, Any]], trial: int = 0) -> ScoredAhead:
+        """The batches again, to be trained on one by one, each scored while the one before it trains: on CUDA by a
+        stream of its own, under the autocast of the step before. The scores are those of the weights before that
+        step's update. The first two batches of a model are scored in their steps.
+
+        Whether this is faster depends on the device: `trial` steps with the router inside are timed, then as many
+        scored ahead (either after SETTLING steps that are not), and the faster of the two goes on. `seconds` of the
+        result has both.
+
+        Raises:
+            ValueError: no step of this configuration takes scores from outside, or `trial` is negative.
+        """
+        self._check_scores_from_outside()
+        if trial < 0:
+            raise ValueError(f"score_ahead: trial={trial} is not a number of steps")
+        return ScoredAhead(self, batches, trial)
+
+    def _check_scores_from_outside(self) -> None:
+        config, rule = self.config, rule_of(self.runtime.in_force.selection)
+        problem = ""
+        if config.routes != ("sequence",):
+            problem = f"route={config.route!r} selects by the scores of tokens"
+        elif not rule.needs_scores:
+            problem = f"selection={rule.name!r} reads no scores"
+        elif config.follows_confidence:
+            problem = "dynamic_threshold=True needs the router's confidence in every step"
+        if problem:
+            raise ValueError(f"scores of rows cannot come from outside: {problem}")
+
+    def _without_gradient(self) -> int | None:
+        return self.runtime.gradients.seen(self.model, self.captures)
+
+    def report(self) -> Report:
+        """What was found, inserted and chosen, and the predicted cost, for the latest capture."""
+        return Report.of(self.runtime)
+
+    def diff(self) -> Diff:
+        """The rewrite of the latest capture: in model terms, operator counts, full graph."""
+        return Diff.of(self.runtime)
+
+    def __repr__(self) -> str:
+        return f"<cggr handle of {type(self.model).__name__}: {self.config}, {self.captures} captures>"
+
+    def original(self) -> Callable[..., Any]:
+        """The forward that `optimize` found, bound to the model."""
+        return self.undo.get("forward") or types.MethodType(type(self.model).forward, self.model)
+
+    def labels_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The labels of a call, given by name or by position."""
+        return args[self._place_of_labels] if len(args) > self._place_of_labels else kwargs.get("labels")
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The patched forward: routed in a training step with labels, the original otherwise.
+
+        A `torch.compile` around the model traces the original; to it, a routed step is a call like any other that it
+        does not look into.
+        """
+        if not self.model.training or not torch.is_grad_enabled() or self.labels_of(args, kwargs) is None:
+            forward = self.undo.get("forward")  # not `original`: Dynamo and torch.export cannot trace how it binds
+            return forward(*args, **kwargs) if forward else type(self.model).forward(self.model, *args, **kwargs)
+        return self._train(args, kwargs)
+
+    @torch.compiler.disable(reason="a step routed by cggr is compiled by cggr; compile around it with fullgraph=False")
+    def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.calls += 1
+        self._thread.reached = True
+        original = self.original()
+        try:
+            with self.runtime.lock:
+                return self._step(named_arguments(original, args, kwargs))
+        except CannotOptimize as error:
+            self.refuse(error)
+            return original(*args, **kwargs)
+
+    def _step(self, arguments: dict[str, Any]) -> Any:
+        """One step; raises `CannotOptimize` where it ends without a plan having run."""
+        before = self.runtime.runs
+        output = self._routed(arguments)
+        if self.runtime.runs == before:
+            raise CannotOptimize(
+                f"no routed step was part of the forward: {(self.runtime.passive or ['it computes nothing'])[-1]}",
+                hint="pass labels to a model that computes its loss from them, or call it under torch.no_grad()",
+            )
+        return output
+
+    def refuse(self, error: CannotOptimize) -> None:
+        """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing."""
+        self.runtime.refuse(error)
+
+    def reached(self) -> bool:
+        """Whether a training call with labels came here, in this thread, since this was asked last."""
+        reached = getattr(self._thread, "reached", False)
+        self._thread.reached = False
+        return reached
+
+    def _routed(self, arguments: dict[str, Any]) -> Any:
+        check_call(arguments, self.model)
+        if arguments["input_ids"].is_meta:
+            raise CannotOptimize(
+                "a step on the meta device computes nothing, and no rows can be selected",
+                hint="cggr.explain captures a model on the meta device without running it",
+            )
+        with self.runtime.lock:
+            if self._compiled is None:
+                refuse_nested(self.model)
+                self._compiled = compiled_forward(self.original(), Backend(self.runtime))
+            try:
+                return call_compiled(self._compiled, arguments, self.model)
+            except CannotOptimize as error:
+                if isinstance(error.__cause__, NotCompiled) and dynamo.stance() == "default":
+                    self._compiled = None  # Dynamo never looks again at code that it has passed over
+                raise
+
+
+class RoutedForward:
+    """The instance attribute `forward` of an optimised model: to `inspect` and to wrappers the original's bound method.
+
+    Wrappers take a method's function, wrap it, and bind the result; one that is taken off (Accelerate's
+    `unwrap_model`) leaves the function bound, which is the same.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.handle.model
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return _RoutedFunction(self.handle)
+
+    @property
+    def __code__(self) -> types.CodeType:
+        return inspect.unwrap(self.handle.original()).__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.handle.original())
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.handle.original().__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.handle.call(*args, **kwargs)
+
+
+class _RoutedFunction:
+    """`RoutedForward`, with the model as its first argument."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        bound = inspect.signature(self.handle.original())
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        return bound.replace(parameters=[itself, *bound.parameters.values()])
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.handle.original().__doc__
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handle = vars(model)["cggr"]
+        if is_routed(vars(model).get("forward")):  # a wrapper was taken off; a bound method cannot be copied or pickled
+            vars(model)["forward"] = RoutedForward(handle)
+        return handle.call(*args, **kwargs)
+
+
+def is_routed(forward: Any) -> bool:
+    """Whether a model's `forward` is the routed one, bound anew or not."""
+    return isinstance(forward, RoutedForward) or isinstance(getattr(forward, "__func__", None), _RoutedFunction)
+
+
+def optimized_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the optimised models in a module: itself, named "", and submodules."""
+    return (part for part in model.named_modules() if "cggr" in vars(part[1]))
+
+
+def refuse_nested(model: nn.Module) -> None:
+    """Raises `CannotOptimize` where a part of the model is optimised: only one of the two can route the step."""
+    for name, part in optimized_parts(model):
+        if part is not model:
+            raise CannotOptimize(
+                f"{type(model).__name__} holds a model that is optimized itself: {type(part).__name__} at {name}",
+                hint="optimize one of the two: cggr.restore the other first",
+            )
+
+
+def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    """Dynamo over a forward, with a code object of its own.
+
+    Dynamo counts recompilations by code object; sharing the class's would let one optimised model use up another's.
+    Where something keeps Dynamo from compiling a call, the call raises `NotCompiled` and runs nothing.
+    """
+
+    def entry(arguments: dict[str, Any], global_hooks: str) -> Any:
+        str(global_hooks)  # so that Dynamo guards on them
+        if not torch.compiler.is_dynamo_compiling():
+            raise NotCompiled  # nothing has run yet
+        return forward(**arguments)
+
+    own = types.FunctionType(entry.__code__.replace(), entry.__globals__, "cggr_forward", None, entry.__closure__)
+    return compiled_whole(own, backend)
+
+
+def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model: nn.Module) -> Any:
+    """Calls a model's compiled forward, batch and sequence marked dynamic; Dynamo's errors become `CannotOptimize`."""
+    tensors = {name: arg for name, arg in arguments.items() if isinstance(arg, torch.Tensor)}
+    for name, dims in dynamic_dims(tensors, token_ids_of(tensors), "labels").items():
+        torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
+    try:
+        return compiled(arguments, dynamo.global_hooks())
+    except NotCompiled as error:
+        raise passed_over() from error
+    except BackendCompilerFailed as error:
+        cause = error.inner_exception
+        if isinstance(cause, CannotOptimize):
+            raise recognised(cause) from None
+        if isinstance(cause, (ConfigError, PlanComplete, VerificationError)):
+            raise cause from None
+        if isinstance(cause, GuardOnDataDependentSymNode):
+            raise refusal_of(cause, model) from error
+        raise CannotOptimize(
+            f"the captured step cannot be rewritten ({type(cause).__name__}: {str(cause).splitlines()[0]})",
+            hint="report it with the output of cggr.explain; fallback='eager' trains without routing",
+        ) from error
+    except FailOnRecompileLimitHit as error:
+        raise CannotOptimize(
+            f"the model changes so often that this step needs more than {dynamo.MAX_CAPTURES} captures of it",
+            hint="see what changes with TORCH_LOGS=recompiles, and fix it; optimizing anew forgets the captures",
+        ) from error
+    except (Unsupported, UserError, TorchRuntimeError, InternalTorchDynamoError) as error:
+        raise recognised(refusal_of(error, model)) from error
+    except RuntimeError as error:
+        if dynamo.stance() != "fail_on_recompile" or isinstance(error, CannotOptimize):
+            raise
+        raise passed_over() from error

@@ -1,0 +1,503 @@
+"""`Report`: what the compiler found in a model, inserted, chose, and expects it to cost, as plain data.
+
+Everything is read off the latest plan of a runtime when a report is asked for; nothing is collected while training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.inspection.graph_text import GraphText, module_of, operator_counts, part_sizes
+from cggr_compile.inspection.wording import kept_text, middle_text, schedule_text, score_text
+from cggr_compile.ir.amounts import Amount, amounts_of
+from cggr_compile.ir.dataflow import ancestors, descendants
+from cggr_compile.ir.program import REGION, Program, Shortened, hint, is_tensor, value
+from cggr_compile.ir.router_head import describe
+from cggr_compile.kernels.reference.selection import rule_name
+from cggr_compile.passes.analyse.find_layers import find_layers
+from cggr_compile.passes.analyse.find_loss import find_loss
+from cggr_compile.run import cost
+from cggr_compile.run.cost import Cost
+from cggr_compile.run.runtime import Plan, Runtime
+from cggr_compile.run.variant import Variant
+
+aten = torch.ops.aten
+
+WIDTH = 100
+Section = tuple[str, list[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layer stack: module path, number of layers, which proof found it, type of each residual."""
+
+    path: str
+    layers: int
+    proof: str
+    residual: str
+
+
+@dataclass(frozen=True)
+class Router:
+    """The cut and what runs in front of it: `layers` of the stack, then `tail` (modules after the last layer) and the
+    `head`, in words; `body` is how the products in front of the head are made. `parameters` counts
+    distinct elements, all shared with the model; `flops_share` is of a plain forward."""
+
+    layers: int
+    cut: str
+    cut_type: str
+    tail: tuple[str, ...]
+    parameters: int
+    flops_share: float
+    body: str
+    head: str
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """The head, `linear(hidden, weight, bias) * scale / divisor`, soft-capped where `softcap` > 0, and the objective
+    it is trained by; `tied` where its weight is also the token embedding."""
+
+    objective: str
+    label_shift: int
+    reduction: str
+    ignore_index: int
+    weight: str
+    weight_shape: tuple[int, ...]
+    bias: bool
+    scale: float
+    divisor: float
+    softcap: float
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The captured batch: rows, tokens a row, and rows kept once the warm-up is over."""
+
+    batch: int
+    sequence: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Facts of the latest capture; `str()` for people, `to_dict()` and `to_json()` for programs.
+
+    Attributes:
+        config: the options; a selection that is a function of the user's is its name.
+        follows_confidence: whether the dynamic threshold moves k.
+        routed: False where the captured batch has one row, which is trained as it is.
+        selection: the rule in force, which `config["selection"]` names unless that is `"auto"`.
+        auto: for `"auto"`, which rule is in force and why.
+        stack: None where no stack was found, which only a selection without scores allows.
+        router: None where the selection needs no scores.
+        inserted: operators of the rewritten graph that the captured one lacks, and how many.
+        parts: nodes of each part of the rewritten graph.
+        amounts: for each route, what it keeps of the captured batch once warm-up is over: kept, of how many.
+        gathered: inputs reduced to the kept rows, with the dimension.
+        shortened: what the token route's middle layers read for the kept tokens, and how.
+        providers: implementation chosen for each operator, or several for the places where it is called.
+        passed_over: for operators left to the reference, the other providers and why they cannot run.
+        passes: in order of execution.
+        captures: training graphs captured so far.
+        causal_attentions: attentions whose mask was proved causal and dropped.
+        outlined: "off", or into how many pieces steps were divided, how many of them were compiled, and why others
+            could not be divided.
+        cuda_graphs: "off", or how many steps were recorded, whether their gradients are copied out, and why others
+            could not be recorded.
+        compilations: how often the inner backend compiled each program of the latest capture.
+        passive: why calls were not routed, with the number of graphs.
+    """
+
+    config: dict[str, Any]
+    follows_confidence: bool
+    routed: bool
+    sizes: Sizes
+    selection: str
+    auto: str | None
+    stack: Stack | None
+    router: Router | None
+    head: HeadFacts
+    inserted: dict[str, int]
+    parts: dict[str, int]
+    amounts: dict[str, Amount]
+    gathered: tuple[tuple[str, int], ...]
+    shortened: tuple[Shortened, ...]
+    providers: dict[str, str]
+    passed_over: dict[str, str]
+    inner: str
+    passes: tuple[str, ...]
+    captures: int
+    causal_attentions: int
+    outlined: str
+    cuda_graphs: str
+    compilations: dict[str, int]
+    passive: dict[str, int]
+    cost: Cost
+
+    @classmethod
+    def of(cls, runtime: Runtime) -> Report:
+        """Reads the latest plan of a runtime.
+
+        Raises:
+            CannotOptimize: nothing was captured yet.
+        """
+        plan = latest_plan(runtime)
+        program, config = plan.program, runtime.config
+        analysed = analyse(plan)
+        before, after = operator_counts(plan.captured.graph), operator_counts(program.graph)
+        ratio = config.ratio if plan.routable else 1.0
+        predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
+        batch, length = hint(program.batch), hint(program.sequence)
+        routes = amounts_of(program, config, config.warmup_steps, batch, length) if plan.routable else {}
+        return cls(
+            config=config.to_dict(),
+            follows_confidence=config.follows_confidence,
+            routed=plan.routable,
+            sizes=Sizes(batch, length, routes["sequence"].kept if "sequence" in routes else batch),
+            selection=rule_name(runtime.in_force.selection),
+            auto=None if runtime.probe is None else str(runtime.probe),
+            stack=_stack(plan, analysed),
+            router=_router(plan, analysed, predicted),
+            head=_head(analysed),
+            inserted={name: count for name, count in sorted((after - before).items()) if name not in before},
+            parts=part_sizes(program.graph),
+            amounts=routes,
+            gathered=program.routing.gathered,
+            shortened=program.routing.shortened,
+            providers=dict(program.routing.providers),
+            passed_over=dict(program.routing.passed_over),
+            inner=plan.inner,
+            passes=tuple(snapshot.name for snapshot in program.snapshots[1:]),
+            captures=len(runtime.plans),
+            causal_attentions=program.routing.causal_attentions,
+            outlined=_outlined(plan),
+            cuda_graphs=_cuda_graphs(plan),
+            compilations=_compilations(plan),
+            passive=dict(Counter(runtime.passive)),
+            cost=predicted,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as dicts, lists, numbers and strings."""
+        return json.loads(self.to_json())
+
+    def to_json(self) -> str:
+        """The facts as JSON, indented by two."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+
+    def sections(self) -> list[Section]:
+        """Titled (label, text) pairs, as `str()` and the HTML page show them."""
+        return [("model", self._model()), ("rewrite", self._rewrite()), ("predicted cost", self._cost())]
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for title, pairs in self.sections():
+            lines += [title, *(_row(label, text) for label, text in pairs), ""]
+        return "\n".join(lines).rstrip()
+
+    def _model(self) -> list[tuple[str, str]]:
+        head = self.head
+        stack = self.stack
+        extras = [f"scale {head.scale:g}"] * (head.scale != 1) + [f"divisor {head.divisor:g}"] * (head.divisor != 1)
+        extras += [f"soft-cap {head.softcap:g}"] * (head.softcap > 0)
+        shift = "position t predicts label t + 1" if head.label_shift == 1 else "position t predicts label t"
+        return [
+            (
+                "stack",
+                f"{stack.path or '(unnamed)'}: {stack.layers} layers, found by {stack.proof}"
+                if stack
+                else "none found (not needed: this selection runs no router)",
+            ),
+            *([("residual", stack.residual)] if stack else []),
+            ("objective", f"{head.objective}: {shift}; {head.reduction} over labels other than {head.ignore_index}"),
+            (
+                "head",
+                ", ".join(
+                    [
+                        f"{head.weight} {list(head.weight_shape)}",
+                        "tied to the embedding" if head.tied else "not tied",
+                        "bias" if head.bias else "no bias",
+                        *extras,
+                    ]
+                ),
+            ),
+            ("captured batch", f"B = {self.sizes.batch} rows of S = {self.sizes.sequence} tokens"),
+        ]
+
+    def _rewrite(self) -> list[tuple[str, str]]:
+        pairs = [] if self.routed else [("routing", "none: the captured batch has one row and is trained as it is")]
+        pairs += self._router_lines()
+        if self.routed:
+            pairs.append(("selection", f"{self.selection}, {self._kept()}"))
+            pairs += [("auto", self.auto)] if self.auto is not None else []
+        if "sequence" in self.amounts:
+            pairs.append(("inputs B → k", ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"))
+        if "token" in self.amounts:
+            pairs.append(("short layers", self._middle()))
+            pairs += [("read S → k", str(entry)) for entry in self.shortened]
+        pairs += [
+            ("causal masks", self._causal_masks()),
+            ("inserted", self._inserted()),
+            ("nodes", ", ".join(f"{part} {count}" for part, count in self.parts.items())),
+            ("providers", ", ".join(f"{name}: {provider}" for name, provider in self.providers.items()) or "none"),
+            *(("passed over", f"for {names}: {reason}") for reason, names in self._passed_over()),
+            ("inner backend", self.inner),
+            ("outlined layers", self.outlined),
+            ("CUDA graphs", self.cuda_graphs),
+            ("passes", " → ".join(self.passes)),
+            ("captures", f"{self.captures}; compiled: {_listing(self.compilations)}"),
+        ]
+        if self.passive:
+            pairs.append(("not routed", "; ".join(f"{why} (×{count})" for why, count in self.passive.items())))
+        return pairs
+
+    def _causal_masks(self) -> str:
+        if not self.causal_attentions:
+            return "none dropped: none was proved to be key <= query for the captured lengths"
+        return f"{self.causal_attentions} dropped: proved to be key <= query for the captured lengths"
+
+    def _inserted(self) -> str:
+        own = {name: count for name, count in self.inserted.items() if name.startswith("cggr.")}
+        around = {name: count for name, count in own.items() if not name.startswith("cggr.fp8_linear")}
+        helpers = sum(self.parts.get(part, 0) for part in ("score", "select", "gather", "loss")) - sum(around.values())
+        names = ", ".join(f"{name.partition('[')[0]} ×{count}" for name, count in own.items())
+        return f"{names}, and {helpers} small nodes around them"
+
+    def _router_lines(self) -> list[tuple[str, str]]:
+        if self.router is None:
+            return [("router", f"none: {self.selection!r} needs no scores")] if self.routed else []
+        router = self.router
+        assert self.stack is not None
+        return [
+            ("cut", f"after layer {router.layers - 1}, at %{router.cut}: {router.cut_type}"),
+            (
+                "router",
+                f"{layer_range(router.layers)} of {self.stack.layers}, {tail_text(router.tail)}head; {router.body}; "
+                f"{router.parameters:,} parameters, all shared; {router.flops_share:.1%} of a forward's FLOPs",
+            ),
+            ("score", f"{self.config['scoring']}, {router.head}, fp32, {score_text(self.config['route'])}"),
+        ]
+
+    def _passed_over(self) -> list[tuple[str, str]]:
+        """Each reason with the operators that it holds for."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.passed_over.items():
+            names.setdefault(reason, []).append(name)
+        return [(reason, ", ".join(operators)) for reason, operators in names.items()]
+
+    def _kept(self) -> str:
+        ratio = self.config["ratio"]
+        text = "; ".join(kept_text(route, ratio, amount) for route, amount in self.amounts.items())
+        text += schedule_text(self.config["warmup_steps"], self.config["dense_after_steps"])
+        return f"{text}; more while the router is unsure" if self.follows_confidence else text
+
+    def _middle(self) -> str:
+        assert self.stack is not None
+        each = ", each with a selection of its own" if self.config["resample"] == "layer" else ""
+        dense = self.config["first_layers"], self.config["last_layers"]
+        return f"{middle_text(*dense, self.stack.layers)}{each}; the other tokens pass on the residual"
+
+    def _cost(self) -> list[tuple[str, str]]:
+        c = self.cost
+        pairs = [
+            (
+                "forward",
+                f"{_flops(c.forward_flops)} on the captured batch: layers {_share(sum(c.layer_flops), c)}, "
+                f"head {_share(c.head_flops, c)}, rest {_share(c.rest_flops, c)}",
+            ),
+            (
+                "router",
+                f"φ = n/L = {c.phi:.3f}, η = head/body = {c.eta:.3f}, κ = {c.kappa:.3g}, c = φ + κη = {c.c:.3f}"
+                if self.router
+                else "no router runs, so c = 0",
+            ),
+            (
+                "routed step",
+                f"{c.step_ratio:.1%} of a plain step ({c.random_ratio:.4g} for what is kept"
+                + (f" + {c.router_share / (1 + cost.BACKWARD):.3f} for the router)" if self.router else ")"),
+            ),
+            ("break-even", f"ω = 1 + c / (3 m (1 + η)) = {c.break_even:.3f}"),
+            ("", self.break_even_in_words()),
+        ]
+        if c.uncounted:
+            pairs.append(("not counted", ", ".join(f"{name} ×{count}" for name, count in c.uncounted)))
+        return pairs
+
+    def break_even_in_words(self) -> str:
+        """What ω asks of the selected rows, in a sentence."""
+        if self.router is None:
+            return "Without a router a step costs what a smaller batch costs; nothing has to be earned back."
+        what = "rows" if list(self.amounts) == ["sequence"] else "tokens"
+        return (
+            f"Scoring pays if a step on the selected {what} is worth more than {self.cost.break_even:.2f} steps "
+            f"on equally many random {what}."
+        )
+
+
+def latest_plan(runtime: Runtime) -> Plan:
+    """The plan of the last capture.
+
+    Raises:
+        CannotOptimize: there is none.
+    """
+    if not runtime.plans:
+        why = f" ({runtime.passive[-1]})" if runtime.passive else ""
+        raise CannotOptimize(
+            f"nothing captured yet{why}", hint="run one training step with labels or call cggr.explain"
+        )
+    return runtime.plans[-1]
+
+
+def analyse(plan: Plan) -> Program:
+    """The captured program with the roles that its analysis passes find; layers only where there is a stack."""
+    analysed = find_loss(plan.captured, plan.runtime.config)
+    try:
+        return find_layers(analysed, plan.runtime.config)
+    except CannotOptimize:
+        if plan.program.routing.router_layers:
+            raise
+        return analysed
+
+
+def layer_range(count: int) -> str:
+    """`layer 0` or `layers 0–n`."""
+    return "layer 0" if count == 1 else f"layers 0–{count - 1}"
+
+
+def tail_text(tail: tuple[str, ...]) -> str:
+    """`final norm, ` for a single norm after the last layer, else the modules' names."""
+    if len(tail) == 1 and any(word in tail[0].rpartition(".")[2].lower() for word in ("norm", "ln")):
+        return "final norm, "
+    return "".join(f"{name}, " for name in tail)
+
+
+def _stack(plan: Plan, analysed: Program) -> Stack | None:
+    layers = analysed.layers
+    if layers is None:
+        return None
+    return Stack(layers.path, len(layers), layers.proof, GraphText(plan).shape(value(layers.residuals[0])))
+
+
+def _router(plan: Plan, analysed: Program, predicted: Cost) -> Router | None:
+    routing = plan.program.routing
+    if not routing.router_layers or analysed.layers is None or analysed.head is None:
+        return None
+    cut = analysed.layers.residuals[routing.router_layers - 1]
+    assert routing.router_hidden is not None
+    head = [node for node in (analysed.head.weight, analysed.head.bias) if node is not None]
+    read = {node.name for node in ancestors([routing.router_hidden]) | ancestors(head) if node.op == "placeholder"}
+    return Router(
+        layers=routing.router_layers,
+        cut=cut.name,
+        cut_type=GraphText(plan).shape(value(cut)),
+        tail=_tail(analysed.layers.residuals[-1], analysed.head.hidden),
+        parameters=sum(
+            value(node).numel()
+            for node in plan.captured.placeholders
+            if plan.captured.kind(node) == "state" and _trains(node) and node.name in read
+        ),
+        flops_share=predicted.router_share,
+        body=str(routing.quantized or "exact body"),
+        head=describe(plan.runtime.config, *value(analysed.head.weight).shape),
+    )
+
+
+def _trains(node: fx.Node) -> bool:
+    """Whether a captured input is a parameter: floating, and read where gradients are recorded (buffers such as rotary
+    frequencies are read without)."""
+    floating = is_tensor(node) and value(node).is_floating_point()
+    return floating and any(user.meta[REGION].grad is not False for user in node.users)
+
+
+def _tail(residual: fx.Node, hidden: fx.Node) -> tuple[str, ...]:
+    """Modules that run between the last layer and the head, outermost name of each."""
+    between = [n for n in ancestors([hidden], stop=[residual]) if n in descendants([residual], is_tensor)]
+    paths = dict.fromkeys(module_of(node) for node in sorted(between) if module_of(node))
+    return tuple(path for path in paths if not any(path.startswith(f"{other}.") for other in paths))
+
+
+def _head(analysed: Program) -> HeadFacts:
+    head = analysed.head
+    assert head is not None
+    sources = [node for node in ancestors([head.weight]) if node.op == "placeholder" and is_tensor(node)]
+    embeddings = analysed.graph.find_nodes(op="call_function", target=aten.embedding.default)
+    return HeadFacts(
+        objective=head.objective,
+        label_shift=head.shift,
+        reduction=head.reduction,
+        ignore_index=head.ignore_index,
+        weight=" + ".join(analysed.path(node) for node in sources),
+        weight_shape=tuple(int(size) for size in value(head.weight).shape),
+        bias=head.bias is not None,
+        scale=head.scale,
+        divisor=head.divisor,
+        softcap=head.softcap,
+        tied=any(source in ancestors([node.args[0]]) for node in embeddings for source in sources),
+    )
+
+
+def _compilations(plan: Plan) -> dict[str, int]:
+    return {name: variant.compilations for name, variant in _variants(plan).items()}
+
+
+def _variants(plan: Plan) -> dict[str, Variant]:
+    auto = plan.runtime.probe is not None
+    routes = {name if auto else "routed": route for name, route in plan.routes.items()}
+    variants = {name: route.variant for name, route in routes.items()} if plan.routable else {}
+    if plan._unrouted is not None:
+        variants["unrouted"] = plan._unrouted
+    return variants
+
+
+def _outlined(plan: Plan) -> str:
+    variants = list(_variants(plan).values())
+    outlines = [variant.outline for variant in variants if variant.outline is not None]
+    if not plan.runtime.config.outlines:
+        return "off"
+    if not outlines:
+        return f"off: the {plan.inner} backend compiles nothing"
+    pieces, compiled = sum(variant.pieces for variant in variants), sum(variant.bodies for variant in variants)
+    reasons = dict.fromkeys(outline.reason for outline in outlines if outline.reason)
+    return "; ".join([f"{pieces} pieces, {compiled} compiled", *(f"not divided: {reason}" for reason in reasons)])
+
+
+def _cuda_graphs(plan: Plan) -> str:
+    if not plan.runtime.config.cuda_graphs:
+        return "off"
+    variants = _variants(plan).values()
+    replays = [variant.replays for variant in variants if variant.replays is not None]
+    obstacles = dict.fromkeys(text for each in replays for text in each.obstacles)
+    recorded = f"{sum(each.recordings for each in replays)} recorded"
+    pool = plan.runtime.pool
+    copied = ["gradients copied: one was held over a step"] if pool is not None and pool.lending.copies else []
+    return "; ".join([recorded, *copied, *(f"not recorded: {text}" for text in obstacles)])
+
+
+def _listing(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _row(label: str, text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=f"  {label:<15} ", subsequent_indent=" " * 18)
+
+
+def _flops(count: int) -> str:
+    for unit, size in (("PFLOP", 10**15), ("TFLOP", 10**12), ("GFLOP", 10**9), ("MFLOP", 10**6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} FLOP"
+
+
+def _share(flops: int, predicted: Cost) -> str:
+    return f"{flops / max(predicted.forward_flops, 1):.1%}"

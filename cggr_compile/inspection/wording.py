@@ -1,0 +1,49 @@
+"""What a route keeps, in words, for reports, diffs and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cggr_compile.ir.amounts import Amount
+
+# Of each route: what its ratio is of, and what it keeps.
+SIZES = {"sequence": "B", "token": "S", "loss": "B · S"}
+WHAT = {
+    "sequence": "rows",
+    "token": "tokens of each sequence",
+    "loss": "tokens in the loss",
+}
+
+
+def formula(route: str, ratio: float) -> str:
+    """`k = ceil(0.25 · B)`."""
+    return f"k = ceil({ratio:g} · {SIZES[route]})"
+
+
+def kept_text(route: str, ratio: float, amount: Amount) -> str:
+    """`k = ceil(0.25 · B) = 8 of 32 rows`."""
+    return f"{formula(route, ratio)} = {amount.kept} of {amount.total} {WHAT[route]}"
+
+
+def all_kept_text(amounts: Mapping[str, Amount]) -> str:
+    """The texts of all routes: `8 of 32 rows, 16 of 64 tokens in the loss`."""
+    return ", ".join(f"{amount.kept} of {amount.total} {WHAT[route]}" for route, amount in amounts.items())
+
+
+def schedule_text(warmup_steps: int, dense_after_steps: int | None) -> str:
+    """`, from all over 100 warm-up steps, to all again by step 1000`, or an empty string."""
+    text = f", from all over {warmup_steps} warm-up steps" if warmup_steps else ""
+    return f"{text}, to all again by step {dense_after_steps}" if dense_after_steps is not None else text
+
+
+def middle_text(first_layers: int, last_layers: int, layers: int) -> str:
+    """`layers 1–28 of 30`: the layers of the token route that run on the kept tokens."""
+    first, last = first_layers, layers - last_layers - 1
+    return f"layer {first} of {layers}" if first == last else f"layers {first}–{last} of {layers}"
+
+
+def score_text(route: str | tuple[str, ...] | list[str]) -> str:
+    """What is scored: rows by the mean of their tokens, tokens each by its own."""
+    routes = [route] if isinstance(route, str) else list(route)
+    texts = ["mean over counted tokens"] * ("sequence" in routes) + ["each token by itself"] * (routes != ["sequence"])
+    return "; ".join(texts)

@@ -1,0 +1,1 @@
+"""The surface of the original CGGR library, in plain torch."""

@@ -1,0 +1,249 @@
+"""CUDA graphs: a compiled step's forward and backward, recorded once for each batch shape that recurs and replayed.
+
+Where the host launches kernels more slowly than the device runs them, a replay launches all of them at once. A
+recording has fixed memory, so what must not be confused is kept apart here:
+
+* Inputs are copied into the recording's own; parameters are used where they are, and one that has moved causes a new
+  recording. Results are copied out, so that a loss that is kept stays what it was. Gradients are where they are, for
+  loops that let go of them before the next forward, and copied out for others (`graph_memory`).
+* Activations live from a forward to its backward. A forward that comes while another one still waits for its backward
+  is not replayed but run; a backward whose activations are gone raises.
+* Recording runs the step a few times. It takes the random-number state back afterwards, and refuses steps that change
+  their inputs, which such runs would change too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from cggr_compile.run.graph_memory import CALLS_THAT_DISPLACE, Pool, Turn
+from cggr_compile.run.recomputed import beside_checkpoints
+
+WARM_UP = 2
+"""Runs before a recording: libraries and Triton allocate and compile in the first."""
+
+
+SIZES_REMEMBERED = 1024
+"""Sizes whose calls are counted; those that came longest ago are forgotten beyond."""
+
+
+class Replays:
+    """A program's compiled steps, recorded for sizes that come again and replayed from then on."""
+
+    def __init__(self, pool: Pool, obstacle: str | None) -> None:
+        self.pool = pool
+        self.obstacle = obstacle
+        self._by_sizes: OrderedDict[tuple[Any, ...], Replayed] = OrderedDict()
+
+    def run(self, sizes: tuple[Any, ...], step: Callable[..., Sequence[Any]], inputs: tuple[Any, ...]) -> Any:
+        """Calls a step that serves these sizes, which are those of the inputs."""
+        if sizes not in self._by_sizes:
+            self._by_sizes[sizes] = Replayed(step, self.pool, self.obstacle)
+            if len(self._by_sizes) > SIZES_REMEMBERED:
+                self._by_sizes.popitem(last=False)
+        self._by_sizes.move_to_end(sizes)
+        return self._by_sizes[sizes](*inputs)
+
+    @property
+    def recordings(self) -> int:
+        """CUDA graphs recorded, for the sizes that are remembered."""
+        return sum(replayed.recordings for replayed in self._by_sizes.values())
+
+    @property
+    def obstacles(self) -> list[str]:
+        """Why steps could not be recorded."""
+        return [replayed.obstacle for replayed in self._by_sizes.values() if replayed.obstacle is not None]
+
+
+class Replayed:
+    """A compiled step at some sizes, that is recorded at its second call and replayed from then on.
+
+    `run` takes tensors and ints and returns a tuple of tensors and None. Where it cannot be recorded it is run as it
+    is; `obstacle` says why, and a warning does once. Where the pool has no room for a recording it is run too.
+    """
+
+    def __init__(self, run: Callable[..., Sequence[Any]], pool: Pool, obstacle: str | None) -> None:
+        self.run = run
+        self.pool = pool
+        self.obstacle = obstacle
+        self.recordings = 0
+        self._calls: deque[int] = deque(maxlen=CALLS_THAT_DISPLACE)
+        self._recording: _Recording | None = None
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        self.pool.leave_to_holders()
+        self._calls.append(self.pool.shelf.next_call())
+        # A shape that comes once, as the last batch of an epoch may, is not worth a recording.
+        if len(self._calls) == 1 or self.obstacle is not None or self.pool.busy:
+            return tuple(self.run(*inputs))
+        if self._recording is None or not self._recording.fits(inputs):
+            self._record(inputs)
+        if self._recording is None:
+            return tuple(self.run(*inputs))
+        self.pool.shelf.replayed(self)
+        return self._recording(inputs)
+
+    def forget(self) -> None:
+        """Drops the recording."""
+        self._recording = None
+
+    def _record(self, inputs: tuple[Any, ...]) -> None:
+        self.forget()
+        self.obstacle = _unrecordable(inputs)
+        if self.obstacle is None:
+            # What a recording keeps for itself alone is gradients, for the most part.
+            expected = sum(x.nbytes for x in inputs if isinstance(x, Tensor) and x.requires_grad)
+            if not self.pool.shelf.makes_room(self, expected, self._calls):
+                return
+            try:
+                # A failed capture leaves its stream current; this one comes back whatever happens.
+                with torch.cuda.stream(torch.cuda.current_stream()), beside_checkpoints():
+                    self._recording = _Recording(self.run, inputs, self.pool)
+                self.recordings += 1
+                self.pool.shelf.keep(self, self._recording.nbytes)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.obstacle = f"recording failed: {str(error).splitlines()[0]}"
+        if self.obstacle is not None:
+            warnings.warn(f"running without CUDA graphs: {self.obstacle}", RuntimeWarning, stacklevel=4)
+
+
+def obstacle_of(graph: fx.Graph) -> str | None:
+    """Why a step cannot be recorded, or None as far as its graph tells."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for given, parameter in zip(node.args, schema.arguments, strict=False):
+            written = parameter.alias_info is not None and parameter.alias_info.is_write
+            if written and isinstance(given, fx.Node) and given.op == "placeholder":
+                return f"the step changes its input {given.name}"
+    return None
+
+
+def _unrecordable(inputs: tuple[Any, ...]) -> str | None:
+    elsewhere = [x for x in inputs if isinstance(x, Tensor) and x.device.type != "cuda"]
+    return f"an input of shape {tuple(elsewhere[0].shape)} is on {elsewhere[0].device}" if elsewhere else None
+
+
+class _Recording:
+    """Forward and backward of `run` at fixed addresses."""
+
+    def __init__(self, run: Callable[..., Sequence[Any]], inputs: tuple[Any, ...], pool: Pool) -> None:
+        self.pool = pool
+        self._epoch = pool.epoch
+        self._leaves = [_leaf(x) for x in inputs]
+        self._copied = [place for place, x in enumerate(inputs) if isinstance(x, Tensor) and not _stays(x)]
+        self._places = [place for place, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
+        self._addresses = self._addresses_of(inputs)
+        sources = [self._leaves[place] for place in self._places]
+
+        def gradients(outputs: Sequence[Any], of_outputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(_differentiable(outputs), sources, of_outputs, allow_unused=True)
+
+        state = torch.cuda.get_rng_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                outputs = run(*self._leaves)
+                gradients(outputs, [torch.ones_like(x) for x in _differentiable(outputs)])
+        torch.cuda.current_stream().wait_stream(side)
+        del outputs
+        torch.cuda.set_rng_state(state)
+
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward, pool=pool.handle):
+            outputs = run(*self._leaves)
+        self._of_outputs = [torch.zeros_like(x) for x in _differentiable(outputs)]
+        with torch.cuda.graph(self._backward, pool=pool.handle):
+            self._gradients = gradients(outputs, self._of_outputs)
+        # A loop that still has gradients at this forward will have them at the next ones.
+        pool.lending.copies |= any(x.is_leaf and x.grad is not None for x in (inputs[place] for place in self._places))
+        self._outputs = [x.detach() if isinstance(x, Tensor) else x for x in outputs]
+        self._differentiable = [isinstance(x, Tensor) and x.requires_grad for x in outputs]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is this recording's alone, from replay to replay."""
+        copies = [self._leaves[place] for place in self._copied]
+        kept = [*copies, *self._outputs, *self._of_outputs, *self._gradients]
+        return sum(x.nbytes for x in kept if isinstance(x, Tensor))
+
+    def _addresses_of(self, inputs: tuple[Any, ...]) -> list[int]:
+        return [x.data_ptr() for x in inputs if isinstance(x, Tensor) and _stays(x)]
+
+    def fits(self, inputs: tuple[Any, ...]) -> bool:
+        """Whether the parameters are where they were, and nobody holds what a replay would write to."""
+        return self._epoch == self.pool.epoch and self._addresses_of(inputs) == self._addresses
+
+    def __call__(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        found = iter(_Replay.apply(self, inputs, *(inputs[place] for place in self._places)))
+        return tuple(next(found) if isinstance(x, Tensor) else x for x in self._outputs)
+
+    def forward(self, inputs: tuple[Any, ...]) -> list[Tensor]:
+        """Replays the forward; copies of its tensors."""
+        for place in self._copied:
+            self._leaves[place].detach().copy_(inputs[place])
+        self._forward.replay()
+        return [x.clone() for x in self._outputs if isinstance(x, Tensor)]
+
+    @property
+    def constants(self) -> list[bool]:
+        """For each tensor among the outputs, whether it has no gradient."""
+        pairs = zip(self._outputs, self._differentiable, strict=True)
+        return [not differs for x, differs in pairs if isinstance(x, Tensor)]
+
+    def backward(self, of_outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Replays the backward; the gradients, as the pool lends them."""
+        torch._foreach_copy_(self._of_outputs, list(of_outputs))
+        self._backward.replay()
+        return self.pool.lending.hand_out(self._gradients)
+
+
+class _Replay(torch.autograd.Function):
+    """A recording's outputs as differentiable functions of its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, inputs: tuple[Any, ...], *sources: Tensor) -> tuple[Tensor, ...]:
+        ctx.recording, ctx.turn = recording, Turn()
+        recording.pool.open(ctx.turn)
+        found = recording.forward(inputs)
+        ctx.constants = recording.constants
+        ctx.mark_non_differentiable(*(x for x, constant in zip(found, ctx.constants, strict=True) if constant))
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.turn.over:
+            raise RuntimeError(
+                "the backward of a step under CUDA graphs ran twice, and its activations are gone; "
+                "use cuda_graphs=False to differentiate a loss more than once"
+            )
+        wanted = [grad for grad, constant in zip(grads, ctx.constants, strict=True) if not constant]
+        found = ctx.recording.backward(wanted)
+        ctx.turn.over = True
+        return (None, None, *found)
+
+
+def _stays(x: Tensor) -> bool:
+    """Whether an input keeps its address from step to step."""
+    return isinstance(x, torch.nn.Parameter)
+
+
+def _leaf(x: Any) -> Any:
+    """What a recording computes with: parameters' own memory, copies of other tensors, without their hooks."""
+    if not isinstance(x, Tensor):
+        return x
+    return (x.detach() if _stays(x) else x.detach().clone()).requires_grad_(x.requires_grad)
+
+
+def _differentiable(outputs: Sequence[Any]) -> list[Tensor]:
+    return [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]

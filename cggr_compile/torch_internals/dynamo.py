@@ -1,0 +1,246 @@
+"""Private corners of Dynamo: what it may not overlook in a routed step, how often, and why it did not look at all."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo import eval_frame
+from torch._dynamo.utils import counters
+from torch.nn.modules import module as nn_module
+
+# Captures of one model that Dynamo keeps. Each costs memory, and each step may look through all of them.
+MAX_CAPTURES = 64
+
+_GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
+
+
+@contextmanager
+def step_options() -> Iterator[None]:
+    """Dynamo's options for the trace of a routed step.
+
+    Hooks registered on a module after the capture, or removed, make a new one: Dynamo looks at modules without hooks
+    again only if asked to. The limits of captures are those of a model of ours, not of a function that was thought to
+    compile once. `requires_grad_()` on a result is passed over (`_requires_grad_`).
+    """
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    config = torch._dynamo.config
+    original = TensorVariable.method_requires_grad_
+
+    def method_requires_grad_(tensor: Any, tx: Any, requires_grad: Any = True) -> Any:
+        return _requires_grad_(original, tensor, tx, requires_grad)
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(config, "skip_nnmodule_hook_guards", False))
+        stack.enter_context(replaced(config, "recompile_limit", MAX_CAPTURES))
+        total = max(MAX_CAPTURES, config.accumulated_recompile_limit)
+        stack.enter_context(replaced(config, "accumulated_recompile_limit", total))
+        stack.enter_context(replaced(TensorVariable, "method_requires_grad_", method_requires_grad_))
+        yield
+
+
+def _requires_grad_(original: Callable[..., Any], tensor: Any, tx: Any, requires_grad: Any) -> Any:
+    """`result.requires_grad_()` as Dynamo traces it: nothing but the flag, where nothing of the graph needs a gradient.
+
+    A result that does not require grad depends on nothing that does. Making it a leaf that does changes no value, and
+    no gradient but its own, which nobody has asked for: PEFT and transformers do it to the embeddings, so that
+    reentrant checkpoints notice the adapters behind. The checkpoints of a graph need no such hint. Dynamo itself
+    refuses to return what comes of such a leaf, because what it hands graphs to may read the flag.
+    """
+    wanted = requires_grad if isinstance(requires_grad, bool) else requires_grad.as_python_constant()
+    value = tensor.as_proxy().node.meta["example_value"]
+    if tensor.source or not wanted or value.requires_grad:
+        return original(tensor, tx, requires_grad)
+    value.requires_grad_()
+    tensor.requires_grad = True
+    return tensor
+
+
+@contextmanager
+def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+    """An attribute with another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def global_hooks() -> str:
+    """What tells the hooks apart that are registered for all modules; Dynamo sees them, and does not look again."""
+    return " ".join(str(key) for name in _GLOBAL_HOOKS for key in getattr(nn_module, name))
+
+
+def stance() -> str:
+    """The stance in force (`torch.compiler.set_stance`)."""
+    return eval_frame._stance.stance
+
+
+def why_not_compiled() -> tuple[str, str]:
+    """What keeps Dynamo from compiling a call, and what to do about it."""
+    for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        if os.environ.get(variable) == "1":
+            return f"{variable}=1 in the environment switches torch.compile off", f"unset {variable}"
+    if torch._dynamo.config.disable:
+        return "torch._dynamo.config.disable switches torch.compile off", "set it to False"
+    if stance() != "default":
+        return (
+            f"torch.compile does not compile this call under the stance {stance()!r}",
+            "train under torch.compiler.set_stance('default')",
+        )
+    if torch._C._len_torch_dispatch_stack():
+        mode = type(torch.utils._python_dispatch._get_current_dispatch_mode()).__name__
+        return (
+            f"torch.compile does not compile under a dispatch mode, and {mode} is active",
+            "train outside of it; report() predicts what a step costs",
+        )
+    return (
+        "torch.compile passed the forward over",
+        "see why with TORCH_LOGS=dynamo",
+    )
+
+
+def last_graph_break() -> str | None:
+    """Why Dynamo last broke a graph in this process; it counts the reasons."""
+    reasons = list(counters["graph_break"])
+    return reasons[-1].strip().splitlines()[0] if reasons else None
+
+
+def is_compiled_by_others() -> bool:
+    """Whether the call under way is part of one that a `torch.compile` was asked for, or would be, but for a stance
+    that leaves no trace of it."""
+    return get_eval_frame_callback() is not None or stance() == "force_eager"
+
+
+def untraced_hook(hook: Callable[..., None], where: Callable[[], bool] = lambda: True) -> Callable[..., None]:
+    """A method that a module calls as a hook: Dynamo, where it traces the module's call, finds nothing in it, and where
+    it makes the call and compiles what that calls, leaves it and all that it calls alone. It is called if `where()`."""
+    whole = torch.compiler.disable(hook)
+
+    def called(*args: Any) -> None:
+        if not torch.compiler.is_dynamo_compiling() and where():
+            whole(*args)
+
+    eval_frame.skip_code(called.__code__)
+    return wraps(hook)(called)
+
+
+def source_name(source: Any) -> str:
+    """Expression by which Dynamo reads an input, e.g. `L['self']._modules['lm_head']._parameters['weight']`.
+
+    `Source.name` became a property in torch 2.12; before, it was a method.
+    """
+    name = source.name
+    return name() if callable(name) else name
+
+
+def is_argument(source: str) -> bool:
+    """Whether an input is an argument of the call, or an item of one, by the expression that Dynamo reads it by: not
+    what a module, a closure or a global holds. (`data` is where transformers' batches keep their items.)"""
+    return bool(re.fullmatch(r"L\['\w+'\](\.data|\[[^\[\]]+\])*", source))
+
+
+def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]]) -> None:
+    """Marks dimensions of real inputs as dynamic and makes Dynamo trace the frame again.
+
+    `TensorifyScalarRestartAnalysis` is the one exception that Dynamo lets a backend restart the analysis with. Where
+    the graph ends at a graph break, Dynamo has noted the way to it, which other sizes need not go: the note is dropped.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    translator = _translator()
+    if translator is not None:
+        translator.speculation_log.clear()
+
+    for index, marked in dims.items():
+        torch._dynamo.maybe_mark_dynamic(example_inputs[index], list(marked))
+    raise TensorifyScalarRestartAnalysis(
+        restart_reason="cggr needs sizes that may be the batch or the sequence as symbols of their own"
+    )
+
+
+def captured_module() -> nn.Module | None:
+    """The module whose forward Dynamo is tracing, asked from inside a backend; None where the frame has none."""
+    translator = _translator()
+    if translator is None:
+        return None
+    modules = [local for local in translator.output.root_tx.f_locals.values() if isinstance(local, nn.Module)]
+    return modules[0] if modules else None
+
+
+def stored_nodes() -> set[str]:
+    """Names of the nodes of Dynamo's graph whose values the frame puts into objects that outlive it (an attribute of a
+    module, a list of the caller's), asked from inside a backend."""
+    from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting, VariableTracker
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    translator = _translator()
+    if translator is None:
+        return set()
+    effects = translator.output.side_effects
+    existing = (AttributeMutationExisting, ValueMutationExisting)
+    waiting = [variable for variable in effects._get_modified_vars() if isinstance(variable.mutation_type, existing)]
+    found: set[str] = set()
+    seen: dict[int, Any] = {}
+
+    def add(variable: Any) -> None:
+        waiting.extend(effects.store_attr_mutations.get(variable, {}).values())
+        if isinstance(variable, TensorVariable):
+            found.add(variable.as_proxy().node.name)
+
+    while waiting:
+        VariableTracker.visit(add, waiting.pop(), seen)
+    return found
+
+
+def modules_around() -> tuple[str, ...]:
+    """The modules, as Dynamo names them, whose forward holds the line that it is tracing in this thread: of the calls
+    that it inlines only the outermost is registered, so the innermost is looked for on Python's stack."""
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        translator = frame.f_locals.get("self")
+        if isinstance(translator, InstructionTranslatorBase):
+            return tuple(path for path, _ in translator.nn_module_stack.values())
+        frame = frame.f_back
+    return ()
+
+
+def _translator() -> Any:
+    """What translates the frame that Dynamo is tracing in this thread, if it is tracing one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx()
+    except AttributeError:  # no trace is under way in this thread
+        return None
+
+
+def graph_break_of(gm: fx.GraphModule) -> Any:
+    """Why Dynamo ended this graph before its frame returned, as `(reason, user_stack)`; None where it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason if reason is not None and reason.graph_break else None
+
+
+def unmark_buffers(model: nn.Module) -> None:
+    """Makes plain tensors of a model's `nn.Buffer`s, as moving the model to another device does: a forward that assigns
+    to a marked one reads its mark, which Dynamo cannot trace. The module itself knows which of its buffers persist."""
+    for buffer in model.buffers():
+        for mark in ("_is_buffer", "persistent"):
+            vars(buffer).pop(mark, None)

@@ -1,0 +1,1 @@
+"""The operators in plain torch: what every kernel is tested against."""

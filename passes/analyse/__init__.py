@@ -1,0 +1,1 @@
+"""What is found in a captured program: its loss and head, its layers, what belongs to a row."""

@@ -1,0 +1,200 @@
+"""What each argument of the call is to the rows: proved by following its values until they meet values of the rows.
+
+An argument with a dimension of the batch size has an entry for each row; one without is either shared by all rows, or
+has several entries a row (the images of a batch, which lie behind one another). Sizes cannot tell these apart, but what
+the model does where the argument's values meet those of the rows can:
+
+* an operator that acts on every row alike, with the argument as a table or broadcast over the rows: it is shared;
+* anything else (`masked_scatter` takes entries by their order, a view divides them among rows): the result is computed
+  for the whole batch, with gradients, and *its* rows are gathered. Whatever the argument is, that is exactly what these
+  rows are in the whole batch; entries of other rows get gradients of zero.
+
+Arguments with an entry for each row are gathered at the input, unless their entries are taken by order before they meet
+the token ids. What the model reads elsewhere than in the call (globals, closures, attributes) is the same for all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.dataflow import carries_data
+from cggr_compile.ir.program import PART, TRAINED_PARTS, Program, is_tensor, value
+from cggr_compile.ir.sequence_order import indices_of, is_pointwise, packet_of
+
+aten = torch.ops.aten
+
+# Operators that act on every row alike, with the places of the arguments that all rows may share: tables, weights,
+# masks that are broadcast, and tensors of which only dtype or shape is read.
+_SHARING: dict[Any, tuple[int, ...]] = {
+    aten.linear: (1, 2),
+    aten.matmul: (0, 1),
+    aten.embedding: (0,),
+    aten.index: (0,),
+    aten.index_select: (0,),
+    aten.layer_norm: (2, 3),
+    aten.rms_norm: (2,),
+    aten.scaled_dot_product_attention: (1, 2, 3),
+    aten.bucketize: (1,),
+    aten.searchsorted: (0,),
+    aten.isin: (1,),
+    aten.to: (1,),
+    aten.type_as: (1,),
+    aten.expand_as: (1,),
+}
+# Operators that give every row the same.
+_REPEATS = {aten.expand, aten.expand_as, aten.repeat, aten.new_zeros, aten.new_ones, aten.new_full}
+_TOKENS = ("input_ids", "labels")
+
+
+class RowFlow:
+    """What became of the arguments in one program.
+
+    Attributes:
+        dims: the arguments that are gathered at the input, each with its dimensions of the batch size.
+        whole: the values that are computed for the whole batch and then gathered, each with that dimension.
+        apart: the values that are computed of such arguments in front of the rows, with the arguments' names.
+        mixed: the values that hold entries of several rows in an order of their own, with the arguments' names.
+
+    Raises:
+        CannotOptimize: an input whose size depends on the batch size without being it, or that has an entry for each
+            row and is no argument; entries that reach the loss without having been divided among the rows.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.dims: dict[fx.Node, list[int]] = {}
+        self.whole: dict[fx.Node, int] = {}
+        self.apart: dict[fx.Node, frozenset[str]] = {}
+        self.mixed: dict[fx.Node, frozenset[str]] = {}
+        self._rows: set[fx.Node] = set()
+        self._by_row: dict[fx.Node, frozenset[str]] = {}  # of arguments with an entry for each row, not met with tokens
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                self._enter(node)
+            elif node.op == "call_function" and node.meta[PART] in TRAINED_PARTS:
+                self._follow(node)
+        self._refuse_mixed_loss()
+
+    def names(self, node: fx.Node) -> frozenset[str]:
+        """The arguments, not proved to be shared, that a value depends on."""
+        return self._names(node.all_input_nodes) | self._by_order(node)
+
+    def _enter(self, node: fx.Node) -> None:
+        kind, name = self.program.kind(node), self.program.path(node)
+        if kind not in ("batch", "constant") or not is_tensor(node):
+            return
+        dims = batch_dims(self.program, node)
+        if kind == "constant" and dims:
+            raise CannotOptimize(
+                f"{name} has an entry for each row of the batch, and is no argument of the call",
+                node=node,
+                hint="pass it to the model's forward: only arguments are reduced to the selected rows",
+            )
+        if dims:
+            self.dims[node] = dims
+            self._rows.add(node)
+            if name not in _TOKENS:
+                self._by_row[node] = frozenset((name,))
+        elif kind == "batch":
+            self.apart[node] = frozenset((name,))
+
+    def _follow(self, node: fx.Node) -> None:
+        sources = [source for source in node.all_input_nodes if carries_data(source)]
+        names, by_order = self._names(sources), self._by_order(node)
+        met = [source for source in sources if source in self._rows]
+        if not names and not by_order:
+            if met:
+                self._rows.add(node)
+            if met and all(source in self._by_row for source in met):
+                self._by_row[node] = frozenset().union(*(self._by_row[source] for source in met))
+            return
+        sized = any(self.program.mentions(size, self.program.batch) for size in _sizes(node))
+        if not by_order and self._acts_alike(node, sources, bool(met), sized):
+            if met or sized:
+                self._rows.add(node)
+            else:
+                self.apart[node] = names
+            return
+        dim = self._row_dim(node)
+        if dim is not None:
+            self.whole[node] = dim
+            self._rows.add(node)
+        else:
+            self.mixed[node] = names | by_order
+
+    def _acts_alike(self, node: fx.Node, sources: list[fx.Node], meets: bool, sized: bool) -> bool:
+        """Whether every row reads the same of the arguments that have no entry for each row."""
+        if any(source in self.mixed for source in sources):
+            return False
+        packet = packet_of(node)
+        if not meets and (not sized or packet in _REPEATS):
+            return True
+        if is_pointwise(node):
+            return True
+        if packet == aten.index and any(not _is_integer(place) for place in indices_of(node)):
+            return False
+        shared = {argument for place, argument in enumerate(node.args) if place in _SHARING.get(packet, ())}
+        shared |= {node.kwargs.get("attn_mask")} if packet == aten.scaled_dot_product_attention else set()
+        return meets and all(source in shared for source in sources if source in self.apart)
+
+    def _row_dim(self, node: fx.Node) -> int | None:
+        """The one dimension of the batch size that a tensor has, where no other depends on it."""
+        sizes = _sizes(node)
+        dims = [dim for dim, size in enumerate(sizes) if self.program.mentions(size, self.program.batch)]
+        exact = is_tensor(node) and len(dims) == 1 and self.program.same_size(sizes[dims[0]], self.program.batch)
+        return dims[0] if exact else None
+
+    def _by_order(self, node: fx.Node) -> frozenset[str]:
+        """The arguments with an entry for each row whose values the node takes in their order, however many a row."""
+        packet = packet_of(node)
+        taken = packet == aten.masked_scatter or (
+            packet == aten.index_put and any(not _is_integer(place) for place in indices_of(node))
+        )
+        return self._by_row.get(node.args[2], frozenset()) if taken else frozenset()
+
+    def _names(self, sources: Iterable[fx.Node]) -> frozenset[str]:
+        found = (known[source] for source in sources for known in (self.apart, self.mixed) if source in known)
+        return frozenset().union(*found)
+
+    def _refuse_mixed_loss(self) -> None:
+        head, outputs = self.program.head, self.program.outputs
+        assert head is not None
+        for node in (head.hidden, head.target, outputs[self.program.loss_output]):
+            if node in self.mixed:
+                raise CannotOptimize(
+                    f"cannot tell which rows the entries of {' and '.join(sorted(self.mixed[node]))} belong to: they "
+                    "reach the loss in an order of their own",
+                    node=node,
+                    hint="give the input one entry for each row of input_ids, or use route='loss'",
+                )
+
+
+def batch_dims(program: Program, node: fx.Node) -> list[int]:
+    """The dimensions of an input that are the batch.
+
+    Raises:
+        CannotOptimize: its size depends on the batch size otherwise.
+    """
+    sizes = value(node).shape
+    dims = [dim for dim, size in enumerate(sizes) if program.same_size(size, program.batch)]
+    if not dims and any(program.mentions(size, program.batch) for size in sizes):
+        raise CannotOptimize(
+            f"input {program.path(node)} of shape {tuple(sizes)} has no dimension of the batch size",
+            node=node,
+            hint="give the input one row for each row of input_ids",
+        )
+    return dims
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    values = value(node) if isinstance(value(node), (tuple, list)) else [value(node)]
+    return [size for val in values for size in (val.shape if isinstance(val, torch.Tensor) else [val])]
+
+
+def _is_integer(place: fx.Node) -> bool:
+    return not value(place).is_floating_point() and value(place).dtype not in (torch.bool, torch.uint8)

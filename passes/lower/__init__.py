@@ -1,0 +1,1 @@
+"""From a rewritten program to what an inner backend compiles."""

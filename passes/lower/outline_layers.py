@@ -1,0 +1,105 @@
+"""Divides a program into pieces that can be compiled by themselves: what comes in front of the layers, the layers one
+by one, and the rest.
+
+Layers of one kind have bodies that are alike, so that one of them is compiled and called for the others. A piece takes
+tensors and gives tensors, and autograd joins them; which bodies are alike is decided where they are written out
+(`lower_regions.lower_pieces`). The division keeps what a step means: nothing is copied, every value is computed from
+the same ones, and random operators keep their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx
+
+from cggr_compile.ir.dataflow import ancestors, carries_data, descendants
+from cggr_compile.ir.program import Program, is_tensor, value
+from cggr_compile.torch_internals import symbols
+
+# With fewer there is nothing to share: the first layer goes with what is in front of it.
+FEWEST = 3
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Calls of a program in pieces, in an order of execution; `reason` says why there is one piece only."""
+
+    pieces: tuple[tuple[fx.Node, ...], ...]
+    reason: str = ""
+
+
+def outline_layers(program: Program) -> Outline:
+    """The pieces of a lowered program: front, layers 1 to the last, rest; or all of it and the reason."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function" and not is_size(node)]
+    reason = _obstacle(program, calls)
+    if reason:
+        return Outline((tuple(calls),), reason)
+    place = _places(program, calls)
+    pieces = tuple(tuple(node for node in calls if place[node] == index) for index in range(max(place.values()) + 1))
+    reason = _misfit(place, calls, [node for piece in pieces for node in piece])
+    return Outline((tuple(calls),), reason) if reason else Outline(pieces)
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node is a number that the sizes of the inputs decide: known where a program is written out."""
+    return isinstance(value(node), (int, torch.SymInt)) and not symbols.data_symbols(value(node))
+
+
+def _obstacle(program: Program, calls: list[fx.Node]) -> str:
+    if program.layers is None:
+        return program.no_layers or "layers were not looked for"
+    if len(program.layers) < FEWEST:
+        return f"{len(program.layers)} layers are fewer than {FEWEST}"
+    present = set(calls)
+    if not all(residual in present for residual in program.layers.residuals):
+        return "the residual between two layers is not a value of this program"
+    for node in calls:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return f"the step changes a tensor in place ({node.target})"
+    return ""
+
+
+def _places(program: Program, calls: list[fx.Node]) -> dict[fx.Node, int]:
+    """The piece of every call: 0 in front, i for layer i, one more for the rest."""
+    assert program.layers is not None
+    residuals = program.layers.residuals
+    after = descendants([residuals[0]], carries_data)
+    place: dict[fx.Node, int] = {}
+    for index, (entry, leaving) in enumerate(pairwise(residuals), 1):
+        for node in ancestors([leaving], stop=[entry, residuals[0]]) & after:
+            place.setdefault(node, index)
+    # What one layer alone reads, a cast of its weights say, is its own.
+    for node in reversed(calls):
+        readers = {place.get(user) for user in node.users if not is_size(user)}
+        if node not in place and node not in after and len(readers) == 1 and (reader := readers.pop()) is not None:
+            place[node] = reader
+    rest = len(residuals)
+    for node in calls:
+        if node not in place:
+            place[node] = rest if any(place.get(source, 0) > 0 for source in node.all_input_nodes) else 0
+    return place
+
+
+def _misfit(place: dict[fx.Node, int], calls: list[fx.Node], order: list[fx.Node]) -> str:
+    """Why the pieces cannot stand for the program."""
+    for node in calls:
+        for source in node.all_input_nodes:
+            if source not in place or place[source] == place[node]:
+                continue
+            if place[source] > place[node]:
+                return f"a layer reads what comes of a later piece ({source.name})"
+            if not is_tensor(source):
+                return f"a value that is no tensor is read across layers ({source.name})"
+    if list(filter(_is_random, calls)) != list(filter(_is_random, order)):
+        return "random operators would change their order"
+    return ""
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags: Any = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags

@@ -1,0 +1,1 @@
+"""The rewrites: each takes a program and returns another."""

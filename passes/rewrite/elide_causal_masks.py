@@ -1,0 +1,163 @@
+"""Takes causal masks out of scaled dot-product attention: `is_causal=True` instead of a tensor.
+
+A mask that was built in the graph rules out the flash-attention kernels. It is dropped where it is *proved* to be the
+causal mask for every size: its element, as a function of its indices (`index_functions`), is true exactly where
+key <= query. A window at least as long as the captured sequences hides nothing; such a mask is dropped too, and the
+capture guarded to such lengths. A mask that depends on an input, such as padding or packing, stays, and so does one of
+a shorter window. With the mask gone, keys and values that were repeated for grouped queries are passed unrepeated, as
+transformers does wherever it passes no mask itself.
+
+This is what transformers itself calls in eager mode without padding, so the results are those of that call; where it
+passes a mask that hides nothing (a window of just the sequence's length), they are those of another kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis
+from cggr_compile.ir.program import Builder, Program, hint, value
+
+aten = torch.ops.aten
+_ATTENTION = aten.scaled_dot_product_attention.default
+# Beyond this width SDPA takes grouped queries only by its plain kernel (`use_gqa_in_sdpa` in transformers).
+_WIDEST_GROUPED_HEAD = 256
+
+
+def elide_causal_masks(program: Program, config: RoutingConfig) -> Program:
+    """Rewrites every attention whose mask is proved causal; sets `routing.causal_attentions` to how many there are.
+
+    Masks, and what only they were computed from, go with the next pass that copies what is needed.
+    """
+    functions = IndexFunctions(program.shape_env)
+    attentions = program.graph.find_nodes(op="call_function", target=_ATTENTION)
+    causal = [node for node in attentions if _causal(node, functions)]
+    if not causal:
+        return program
+    builder = Builder(program)
+    chosen = set(causal)
+    for node in program.graph.nodes:
+        if node in chosen:
+            builder.env[node] = _without_mask(builder, program, node)
+        elif node.op != "output":
+            builder.copy(node)
+    builder.output(fx.map_arg(program.output.args[0], lambda old: builder.env[old]))
+    routing = builder.routing(causal_attentions=len(causal))
+    return builder.finish("elide_causal_masks", routing=routing)
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An argument of an attention node by its name in the schema, its default where it is not given."""
+    for place, parameter in enumerate(_ATTENTION._schema.arguments):
+        if parameter.name == name:
+            if name in node.kwargs:
+                return node.kwargs[name]
+            return node.args[place] if place < len(node.args) else parameter.default_value
+    raise KeyError(name)
+
+
+def _causal(node: fx.Node, functions: IndexFunctions) -> bool:
+    mask = argument(node, "attn_mask")
+    if not isinstance(mask, fx.Node) or argument(node, "is_causal"):
+        return False
+    function = functions.of(mask)
+    if function is None or len(function.sizes) < 2:
+        return False
+    # `is_causal` aligns queries and keys at their beginnings.
+    length = value(argument(node, "query")).shape[-2]
+    query, key = (functions.size(size) for size in (length, value(argument(node, "key")).shape[-2]))
+    if query != key or function.sizes[-2:] != (query, key):
+        return False
+    seen = reach(function)
+    if seen is None or seen is sympy.oo:
+        return seen is not None
+    # The hint first: asked of longer sequences, the comparison would keep shorter ones out of this capture.
+    return bool(hint(length) <= seen + 1) and bool(length <= seen + 1)
+
+
+def reach(mask: IndexFunction) -> int | sympy.Expr | None:
+    """How far back a query sees under a boolean mask [..., Q, K]: the c of a mask that is true exactly where
+    0 <= query - key <= c, infinity where nothing but key <= query is asked, None for any other mask."""
+    rank = len(mask.sizes)
+    query, key = axis(rank - 2), axis(rank - 1)
+    conditions = mask.element.args if isinstance(mask.element, sympy.And) else (mask.element,)
+    ahead = [_bound(condition, key, query) for condition in conditions]
+    behind = [_bound(condition, query, key) for condition in conditions]
+    if any(left is None and right is None for left, right in zip(ahead, behind, strict=True)):
+        return None
+    if min((bound for bound in ahead if bound is not None), default=None) != 0:
+        return None
+    return min((bound for bound in behind if bound is not None), default=sympy.oo)
+
+
+def _bound(condition: Expression, later: sympy.Symbol, earlier: sympy.Symbol) -> int | None:
+    """The c of a condition that says later - earlier <= c, or None for any other condition."""
+    if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        return None
+    # gts and lts are the greater and the lesser side, whichever way the relation was written.
+    rest = sympy.expand(condition.gts - condition.lts - (earlier - later))
+    if not rest.is_Integer:
+        return None
+    return int(rest) - isinstance(condition, (sympy.Lt, sympy.Gt))
+
+
+def _without_mask(builder: Builder, program: Program, node: fx.Node) -> fx.Node:
+    given = {parameter.name: argument(node, parameter.name) for parameter in _ATTENTION._schema.arguments}
+    key, held = _unrepeated(program, given["key"]), _unrepeated(program, given["value"])
+    if key is not None and held is not None and _may_be_grouped(program, node, key, held):
+        given.update(key=key, value=held, enable_gqa=True)
+    given.update(attn_mask=None, is_causal=True)
+    mapped = dict(fx.map_arg(given, lambda old: builder.env[old]))
+    positional = [parameter.name for parameter in _ATTENTION._schema.arguments if not parameter.kwarg_only]
+    args = tuple(mapped.pop(name) for name in positional)
+    return builder.copy_call(node, builder.env, args=args, kwargs=mapped)
+
+
+def _may_be_grouped(program: Program, node: fx.Node, key: fx.Node, held: fx.Node) -> bool:
+    width = value(key).shape[-1]
+    same = program.same_size(value(key).shape[1], value(held).shape[1])
+    return bool(same and width == value(held).shape[-1] and width <= _WIDEST_GROUPED_HEAD)
+
+
+def _unrepeated(program: Program, node: fx.Node) -> fx.Node | None:
+    """The heads [B, H, S, D] that `node` [B, H·n, S, D] repeats n times each, next to each other, or None."""
+    joined = _through_copies(program, node)
+    if joined.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
+        return None
+    expanded = _through_copies(program, joined.args[0])
+    if expanded.target != aten.expand.default:
+        return None
+    lifted = _through_copies(program, expanded.args[0])
+    if lifted.target != aten.unsqueeze.default or lifted.args[1] not in (2, -3):
+        return None
+    heads = _through_copies(program, lifted.args[0])
+    if len(value(heads).shape) != 4:
+        return None
+    batch, count, length, width = value(heads).shape
+    times = value(expanded).shape[2]
+    wanted = ((batch, count, times, length, width), (batch, count * times, length, width))
+    return (
+        heads
+        if all(_same_sizes(program, x, sizes) for x, sizes in zip((expanded, node), wanted, strict=True))
+        else None
+    )
+
+
+def _through_copies(program: Program, node: fx.Node) -> fx.Node:
+    """What a node's elements are, before copies of them and slices of everything."""
+    while True:
+        source = node.args[0] if node.args else None
+        whole = node.target == aten.slice.Tensor and _same_sizes(program, node, value(source).shape)
+        if not whole and node.target not in (aten.clone.default, aten.contiguous.default, aten.alias.default):
+            return node
+        node = source
+
+
+def _same_sizes(program: Program, node: fx.Node, sizes: Any) -> bool:
+    shape = value(node).shape
+    return len(shape) == len(sizes) and all(program.same_size(a, b) for a, b in zip(shape, sizes, strict=True))

@@ -1,0 +1,111 @@
+"""Rebuilds the main pass on the selected rows: batched inputs are gathered, the batch size becomes k.
+
+Inputs are replaced, and nothing else where every argument has an entry for each row or is shared by all. Everything
+computed from them (masks, positions, flattened sizes) is recomputed by the copied nodes, so no value of the full batch
+can leak into the part that trains; `verify` checks that no size there depends on the batch symbol.
+
+Where an argument's entries are divided among the rows by the model itself (`row_flow`), what they are merged into is
+computed for the whole batch, in a part of its own, and gathered there.
+"""
+
+from __future__ import annotations
+
+import cggr_compile.kernels.op.labels  # noqa: F401  registers torch.ops.cggr
+import torch
+from cggr_compile.passes.analyse.row_flow import RowFlow
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.dataflow import ancestors, clone
+from cggr_compile.ir.program import ORIGIN, PART, TRAINED_PARTS, Builder, Program, value
+
+aten = torch.ops.aten
+
+
+def gather_rows(program: Program, config: RoutingConfig) -> Program:
+    """Inserts `cggr::gather` for each batched input and copies the main pass onto the results.
+
+    Raises:
+        CannotOptimize: an input of which it cannot be proved what a row has of it (`RowFlow`), or one that is merged
+            for the whole batch by something that draws random numbers.
+    """
+    routing = program.routing
+    assert routing.rows is not None
+    assert routing.kept is not None
+    flow = RowFlow(program)
+    builder = Builder(program)
+    builder.copy_inputs()
+    builder.copy_parts("router", "score", "select")
+    substitution = {node: builder.env[node] for node in program.placeholders}
+    roots = main_roots(program)
+    whole = _whole(builder, flow, roots)
+    builder.part = "gather"
+    gathered: list[tuple[str, int]] = []
+
+    def gather(node: fx.Node, full: fx.Node, dim: int, name: str) -> None:
+        substitution[node] = builder.call(torch.ops.cggr.gather.default, full, builder.env[routing.rows], dim)
+        gathered.append((name, dim))
+
+    for node in program.placeholders:
+        if program.kind(node) == "size" and program.same_size(value(node), program.batch):
+            substitution[node] = builder.env[routing.kept]
+        for dim in flow.dims.get(node, ()):
+            gather(node, substitution[node], dim, program.path(node))
+    substitution.update({node: copy for node, copy in whole.items() if node in flow.apart or node in flow.mixed})
+    for node, dim in flow.whole.items():
+        if node in whole:
+            name = f"{node.meta.get(ORIGIN, node.name)} made of all {' and '.join(sorted(flow.names(node)))}"
+            gather(node, whole[node], dim, name)
+    builder.part = "main"
+    env = clone(builder, roots, substitution, _checked_before)
+    builder.env.update({old: new for old, new in env.items() if old not in builder.env})
+    outputs = [env.get(out, builder.env.get(out)) if isinstance(out, fx.Node) else out for out in program.outputs]
+    builder.output(tuple(outputs))
+    return builder.finish("gather_rows", routing=builder.routing(gathered=tuple(gathered)))
+
+
+def _checked_before(builder: Builder, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """The kept rows' labels in place of a check: those of the whole batch passed it before any row was selected."""
+    checks = node.target == torch.ops.cggr.checked_target.default
+    return env[node.args[0]] if checks else None
+
+
+def _whole(builder: Builder, flow: RowFlow, roots: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Copies what the main pass needs of values that are made for the whole batch; returns old node -> new node."""
+    needed = ancestors(roots, stop=flow.whole)
+    wanted = [node for node in flow.whole if not needed.isdisjoint(node.users) or node in roots]
+    wanted += [root for root in roots if root in flow.mixed]
+    if not wanted:
+        return {}
+    for node in ancestors(wanted):
+        if _draws(node):
+            names = " and ".join(sorted(frozenset().union(*map(flow.names, wanted))))
+            raise CannotOptimize(
+                f"the entries of {names} are divided among the rows by the model, behind an operator that draws random "
+                f"numbers ({node.target})",
+                node=node,
+                hint="set that dropout to 0, or give the input one entry for each row of input_ids",
+            )
+    builder.part = "whole"
+    return clone(builder, wanted, {node: builder.env[node] for node in builder.program.placeholders})
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a call draws random numbers; a dropout that is off or of probability 0 does not."""
+    if node.target == aten.dropout.default:
+        return bool(node.args[1]) and bool(node.args[2])
+    if node.target == aten.scaled_dot_product_attention.default:
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def main_roots(program: Program) -> list[fx.Node]:
+    """What the main pass must compute: the outputs, and nodes that act by side effect."""
+    outputs = [out for out in program.outputs if isinstance(out, fx.Node)]
+    effects = [
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function" and node.meta[PART] in TRAINED_PARTS and node.is_impure()
+    ]
+    return outputs + effects

@@ -1,0 +1,21 @@
+"""Reduces a program to its rows' scores: what a probe runs beside the training step.
+
+Everything that the scores do not need goes, the main pass with its dropout included. What is left records no gradients
+and draws nothing from torch's generators (`build_router` saw to both), so running it leaves training as it was.
+"""
+
+from __future__ import annotations
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.ir.program import Builder, Program
+
+
+def keep_scores(program: Program, config: RoutingConfig) -> Program:
+    """The program whose outputs are `routing.scores` [B] fp32, `.counts` [B] int64 and `.basis_image` (or None)."""
+    routing = program.routing
+    builder = Builder(program)
+    builder.copy_inputs()
+    builder.copy_parts("router", "score")
+    outputs = (routing.scores, routing.counts, routing.basis_image)
+    builder.output(tuple(None if node is None else builder.env[node] for node in outputs))
+    return builder.finish("keep_scores", loss_output=-1)

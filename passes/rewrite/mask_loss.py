@@ -1,0 +1,182 @@
+"""Replaces head and cross-entropy by `cggr::masked_loss` over hidden rows.
+
+The logits of the training rows then exist only inside the operator, a batch whose labels are all ignored has loss zero
+(still connected to every parameter) instead of 0 / 0, and rows that only fill up the selection count for nothing.
+
+Rules that weigh what they select make the loss an estimate of the batch's: with weights w = 1 / π, Σ w·nll over the
+batch's counted tokens, which is unbiased; with weights that stand for shares, Σ w·nll / Σ w.
+
+A loss that the model reduces by `sum` (divided later by `num_items_in_batch`, which counts the whole batch) is scaled
+by counted tokens of the batch / counted tokens kept: it estimates the batch's sum, so gradient accumulation keeps the
+gradient scale of plain training.
+"""
+
+from __future__ import annotations
+
+import cggr_compile.kernels.op.rows  # noqa: F401  registers torch.ops.cggr
+import torch
+from cggr_compile.kernels.reference.selection import rule_of
+from cggr_compile.passes.rewrite.gather_rows import main_roots
+from cggr_compile.passes.rewrite.score_rows import by_position, head_parameters, rows_of, token_ids
+from cggr_compile.passes.rewrite.select_rows import without_fillers
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.ir.dataflow import ancestors, clone
+from cggr_compile.ir.program import Builder, Program, Region, is_tensor, value
+
+aten = torch.ops.aten
+
+
+def mask_loss(program: Program, config: RoutingConfig) -> Program:
+    """Inserts `cggr::masked_loss` and the outputs of the rewritten graph: the model's own, of which scalars, state and
+    what the model stores survive (with `keep_logits`, everything), then `EXTRA_OUTPUTS` of
+    `cggr_compile.run.runtime`."""
+    assert program.head is not None
+    head, routing = program.head, program.routing
+    builder = Builder(program)
+    builder.copy_inputs()
+    builder.copy_parts("router", "score", "select", "whole", "gather")
+    known = dict(builder.env)
+    env = clone(builder, [head.hidden, head.target], known)
+    builder.env.update(env)
+    builder.part = "loss"
+    weight, bias = head_parameters(builder, head, env)
+    target = env[head.target]
+    if routing.weights is not None:
+        target = without_fillers(builder, target, builder.env[routing.weights])
+    rows = None if routing.loss_rows is None else builder.env[routing.loss_rows]
+    kept = target if rows is None else builder.call(aten.index_select.default, target, 0, rows)
+    row_weight, reduction, num_items = _row_weight(builder, config, target), head.reduction, None
+    unbiased = row_weight is not None and rule_of(config.selection).weighting == "inverse"
+    if unbiased and reduction == "mean":
+        counted = _counted_in_batch(builder, target)
+        reduction, num_items = "num_items", builder.call(aten.clamp_min.default, counted, 1)
+    builder.region = head.loss.meta["cggr_region"]
+    loss = builder.call(
+        torch.ops.cggr.masked_loss.default,
+        rows_of(builder, head, env[head.hidden]),
+        weight,
+        bias,
+        target,
+        row_weight,
+        head.scale,
+        head.divisor,
+        head.softcap,
+        head.ignore_index,
+        reduction,
+        0.0,
+        0.0,
+        rows,
+        num_items,
+    )
+    selects = routing.rows is not None or rows is not None
+    if head.reduction == "sum" and selects and not unbiased:
+        loss = _scaled_to_batch(builder, loss, kept, row_weight, _counted_in_batch(builder, target))
+    builder.part, builder.region = "select", Region(grad=False)
+    mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
+    builder.region, builder.part = Region(), "main"
+    outputs = [out if _survives(program, i, config) else None for i, out in enumerate(program.outputs)]
+    roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
+    env = clone(builder, roots, {**env, head.loss: loss})
+    builder.env.update(env)
+    roles = (
+        routing.rows,
+        routing.weights,
+        routing.scores,
+        routing.counts,
+        routing.basis_image,
+        routing.confidence,
+        routing.positions,
+    )
+    builder.output(
+        tuple(None if out is None else builder.env[out] for out in outputs)
+        + tuple(None if node is None else builder.env[node] for node in roles)
+        + (mask,)
+    )
+    return builder.finish("mask_loss")
+
+
+def _row_weight(builder: Builder, config: RoutingConfig, target: fx.Node) -> fx.Node | None:
+    """The weight of each row that enters the loss, fp32, or None where all count alike: its sequence's, its own, or,
+    where both were selected by weight, the product."""
+    routing = builder.program.routing
+    if rule_of(config.selection).weighting == "none":
+        return None
+    found = None
+    if routing.weights is not None:
+        found = _by_token(builder, target, builder.env[routing.weights])
+    if routing.loss_rows is None or routing.loss_weights is None:
+        return found
+    own = builder.env[routing.loss_weights]
+    if found is None:
+        return own
+    of_sequence = builder.call(aten.index_select.default, found, 0, builder.env[routing.loss_rows])
+    return builder.call(aten.mul.Tensor, of_sequence, own)
+
+
+def _counted_in_batch(builder: Builder, target: fx.Node) -> fx.Node:
+    """How many targets of the whole batch are counted, int64 []."""
+    counts = builder.program.routing.counts
+    if counts is not None:
+        return builder.call(aten.sum.default, builder.env[counts])
+    assert builder.program.head is not None
+    return builder.call(aten.sum.default, builder.call(aten.ne.Scalar, target, builder.program.head.ignore_index))
+
+
+def _mask_of_loss(builder: Builder, target: fx.Node, rows: fx.Node | None) -> fx.Node:
+    """bool [B, S]: the positions whose logits enter the loss."""
+    program = builder.program
+    assert program.head is not None
+    mask = builder.call(aten.ne.Scalar, target, program.head.ignore_index)
+    if rows is not None:
+        nothing = builder.call(aten.zeros_like.default, mask)
+        mask = builder.call(aten.__and__.Tensor, mask, builder.call(aten.scatter.value, nothing, 0, rows, True))
+    ids = builder.env[token_ids(program)]
+    batch, sequence = (builder.call(aten.sym_size.int, ids, dim) for dim in (0, 1))
+    selected = program.routing.rows
+    if selected is None:
+        return by_position(builder, mask, False, (batch, sequence))
+    sequences = builder.env[selected]
+    mask = by_position(builder, mask, False, (builder.call(aten.sym_size.int, sequences, 0), sequence))
+    # A sequence that only fills up is repeated and has no token in the loss: its places add nothing.
+    nothing = builder.call(aten.zeros.default, [batch, sequence], dtype=torch.int64, device=value(mask).device)
+    ones = builder.call(aten.to.dtype, mask, torch.int64)
+    return builder.call(aten.gt.Scalar, builder.call(aten.index_add.default, nothing, 0, sequences, ones), 0)
+
+
+def _survives(program: Program, index: int, config: RoutingConfig) -> bool:
+    """Whether an output is still returned; what is not would force the logits of every row into memory.
+
+    What the model stores in an attribute is kept, of the selected rows, and so is what no input of the batch decides:
+    state, which the step may put back into the model.
+    """
+    out = program.outputs[index]
+    if not is_tensor(out) or config.keep_logits or index in program.stored or value(out).dim() == 0:
+        return is_tensor(out)
+    return not any(node.op == "placeholder" and program.kind(node) == "batch" for node in ancestors([out]))
+
+
+def _by_token(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.Node:
+    """The rows' weights [k], one for each of their targets [N]."""
+    rows = builder.call(aten.sym_size.int, weights, 0)
+    by_row = builder.call(aten.view.default, target, [rows, -1])
+    ones = builder.call(aten.ones_like.default, by_row, dtype=torch.float32)
+    weighed = builder.call(aten.mul.Tensor, ones, builder.call(aten.unsqueeze.default, weights, 1))
+    return builder.call(aten.view.default, weighed, [-1])
+
+
+def _scaled_to_batch(
+    builder: Builder, loss: fx.Node, target: fx.Node, row_weight: fx.Node | None, counted: fx.Node
+) -> fx.Node:
+    """The kept tokens' (weighted) sum, times the batch's counted tokens over the kept ones (their weights' sum)."""
+    assert builder.program.head is not None
+    kept = builder.call(aten.ne.Scalar, target, builder.program.head.ignore_index)
+    if row_weight is None:
+        kept = builder.call(aten.clamp_min.default, builder.call(aten.sum.default, kept), 1)
+    else:
+        kept = builder.call(aten.sum.default, builder.call(aten.mul.Tensor, row_weight, kept))
+        kept = builder.call(aten.where.ScalarSelf, builder.call(aten.eq.Scalar, kept, 0), 1.0, kept)
+    # A quotient of two integers is of the default dtype.
+    share = builder.call(aten.div.Tensor, builder.call(aten.to.dtype, counted, torch.float32), kept)
+    return builder.call(aten.mul.Tensor, loss, share)
