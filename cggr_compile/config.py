@@ -24,8 +24,9 @@ COMPOSITIONS = (("sequence", "loss"), ("token", "loss"))
 RESAMPLES = ("block", "layer")
 SCORINGS = tuple(reference.SCORINGS)
 ROUTER_BODIES = ("exact", "fp8")
-ROUTER_HEADS = ("exact", "sampled", "low_rank", "fp8")
+ROUTER_HEADS = ("exact", "sampled", "fp8")
 FALLBACKS = ("raise", "eager")
+OPTIONAL_PASSES = ("join_loss", "join_head", "elide_causal_masks")
 
 # Warm-up and dynamic threshold move the kept fraction on this many equal rungs between 1 and `ratio`, so that CUDA
 # graphs are recorded for at most LADDER_RUNGS + 1 sizes of each batch shape.
@@ -74,12 +75,9 @@ class RoutingConfig:
             makes them, or `"fp8"`, of rows rounded to float8_e4m3fn (`quantize_router.py`), which ranks rows a little
             differently. Where the router has no such product `"fp8"` raises `CannotOptimize`.
         router_head: how the router's logits are computed: `"exact"`, or estimated by `"sampled"` (a sample of the
-            vocabulary; `"loss"` and `"entropy"` only), `"low_rank"` or `"fp8"`. The loss is always exact.
+            vocabulary; `"loss"` and `"entropy"` only) or `"fp8"`. The loss is always exact.
         router_head_frequent, router_head_sampled: sampled head: how many of the batch's most frequent tokens, and how
             many others drawn at random, stand for the vocabulary.
-        router_head_rank: low-rank head: directions of the hidden space that are kept, at most all.
-        router_head_refresh: low-rank head: routed steps between refreshes of these directions; the first refreshes
-            come after 1, 2, 4, 8, … steps.
         selection: `"topk"` (hardest rows), `"fixed_quota"` (the same, of a k that the dynamic threshold leaves alone),
             `"random"` (uniform rows; no router is run), or a rule that draws by the scores
             (`kernels/reference/selection.py`):
@@ -127,6 +125,8 @@ class RoutingConfig:
         kernels: implementations of the operators: `"auto"` (the best that can run), the name of a provider for every
             operator that has it (`"triton"`, `"reference"`), or a mapping from operators to providers, e.g.
             `{"masked_loss": "triton_recompute"}`. One that cannot run raises `CannotOptimize`.
+        disable_passes: passes to leave out, to find out what one does: of `"join_loss"`, `"join_head"` (a loss or head
+            in other operators is then refused) and `"elide_causal_masks"`.
         keep_logits: return the logits of the kept rows, which a step does not compute otherwise.
         fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.
         seed: seed of the model's own generator, for random selections and router heads; None takes torch's global
@@ -141,8 +141,6 @@ class RoutingConfig:
     router_head: str = "exact"
     router_head_frequent: int = 1024
     router_head_sampled: int = 1024
-    router_head_rank: int = 128
-    router_head_refresh: int = 100
     selection: str | RuleFunction = field(default="topk", hash=False)
     selection_options: Mapping[str, float] | None = field(default=None, hash=False)
     probe_every: int = 200
@@ -160,6 +158,7 @@ class RoutingConfig:
     cuda_graphs: bool = False
     # What a dict or a callable object may lack is a hash; equal configs have equal hashes without them.
     kernels: str | Mapping[str, str] = field(default="auto", hash=False)
+    disable_passes: tuple[str, ...] = ()
     keep_logits: bool = False
     fallback: str = "raise"
     seed: int | None = None
@@ -171,6 +170,10 @@ class RoutingConfig:
         _choice("router_head", self.router_head, ROUTER_HEADS)
         self._check_selection()
         _choice("fallback", self.fallback, FALLBACKS)
+        if not isinstance(self.disable_passes, tuple):
+            raise ConfigError(f"disable_passes={self.disable_passes!r} is not a tuple of names, e.g. ('join_head',)")
+        for name in self.disable_passes:
+            _choice("disable_passes", name, OPTIONAL_PASSES)
         if not is_number(self.ratio) or not 0 < self.ratio <= 1:
             raise ConfigError(f"ratio={self.ratio!r} is not in (0, 1]; give the fraction of rows to keep, e.g. 0.25")
         if self.router_layers != "auto" and not _is_int(self.router_layers, 1):
@@ -261,14 +264,14 @@ class RoutingConfig:
                 )
 
     def _check_router_head(self) -> None:
-        for name, least in (("frequent", 0), ("sampled", 1), ("rank", 1), ("refresh", 1)):
+        for name, least in (("frequent", 0), ("sampled", 1)):
             given = getattr(self, f"router_head_{name}")
             if not _is_int(given, least):
                 raise ConfigError(f"router_head_{name}={given!r} is not an integer of at least {least}")
         if self.router_head == "sampled" and self.scoring in ("margin", "combined"):
             raise ConfigError(
                 f"router_head='sampled' cannot score by {self.scoring!r}: the two largest logits of a sample are not "
-                "those of the vocabulary; use router_head='low_rank', 'fp8' or 'exact', or scoring='loss' or 'entropy'"
+                "those of the vocabulary; use router_head='fp8' or 'exact', or scoring='loss' or 'entropy'"
             )
 
     def _check_threshold(self) -> None:
@@ -287,7 +290,7 @@ class RoutingConfig:
         if self.router_head == "sampled":
             raise ConfigError(
                 "dynamic_threshold=True with router_head='sampled': the largest probability of a sample is not that of "
-                "the vocabulary; use router_head='low_rank', 'fp8' or 'exact'"
+                "the vocabulary; use router_head='fp8' or 'exact'"
             )
 
     def _check_selection(self) -> None:

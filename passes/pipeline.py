@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from cggr_compile.kernels.reference.selection import rule_of
@@ -32,10 +33,11 @@ from cggr_compile.passes.rewrite.take_scores import take_scores
 from cggr_compile.passes.verify import verify
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize
-from cggr_compile.ir.program import Program, Snapshot
+from cggr_compile.ir.program import Analysed, Program, Snapshot
 
-Pass = Callable[[Program, RoutingConfig], Program]
+P = TypeVar("P", bound=Program)
+Q = TypeVar("Q", bound=Program)
+Pass = Callable[[Analysed, RoutingConfig], Analysed]
 
 # The loss's rows are selected behind the sequences: they are rows of what is left of the batch.
 ROUTES: dict[str, tuple[Pass, ...]] = {
@@ -44,17 +46,20 @@ ROUTES: dict[str, tuple[Pass, ...]] = {
     "loss": (select_loss,),
 }
 
-_FOUND: tuple[Pass, ...] = (elide_causal_masks, join_loss, join_head, find_loss, check_labels)
 # Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
 _LOWERED: tuple[Pass, ...] = (mask_loss, lower_kernels)
 
 
-def find_layers_if_any(program: Program, config: RoutingConfig) -> Program:
-    """`find_layers` for what goes without: where the stack cannot be proved, the program with the reason."""
-    try:
-        return find_layers(program, config)
-    except CannotOptimize as error:
-        return dataclasses.replace(program, no_layers=error.reason)
+def analyse(captured: Program, config: RoutingConfig) -> Analysed:
+    """What is found in a capture once, whatever is made of it; raises as `run`."""
+    program = captured
+    for join in (join_loss, join_head):
+        if join.__name__ not in config.disable_passes:
+            program = _applied(join, program, config)
+    found = _applied(find_loss, program, config)
+    if elide_causal_masks.__name__ not in config.disable_passes:
+        found = _applied(elide_causal_masks, found, config)
+    return _applied(find_layers, found, config)
 
 
 def _scoring(config: RoutingConfig) -> tuple[Pass, ...]:
@@ -64,27 +69,21 @@ def _scoring(config: RoutingConfig) -> tuple[Pass, ...]:
 
 def passes_scores(config: RoutingConfig) -> tuple[Pass, ...]:
     """The passes of the rows' scores alone: what a probe reads, and the router by itself."""
-    return (*_FOUND, find_layers, *_scoring(config), keep_scores, lower_kernels)
+    return (check_labels, *_scoring(config), keep_scores, lower_kernels)
 
 
-def passes_unrouted(config: RoutingConfig) -> tuple[Pass, ...]:
+def passes_unrouted() -> tuple[Pass, ...]:
     """The passes of a step on everything."""
-    return (*_FOUND, *([find_layers_if_any] if config.outlines else []), *_LOWERED)
+    return (check_labels, *_LOWERED)
 
 
 def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass, ...]:
-    """The passes of the configured route, the scores of its rows an input if `scores_given`. A step without a router
-    needs no layers but for the token route and for compiling them by themselves."""
-    scored = rule_of(config.selection).needs_scores and not scores_given
-    passes = list(_FOUND)
-    if scored or "token" in config.routes:
-        passes.append(find_layers)
-    elif config.outlines:
-        passes.append(find_layers_if_any)
-    if scored:
-        passes += _scoring(config)
-    elif scores_given:
+    """The passes of the configured route, after the analysis; the scores of its rows are an input if `scores_given`."""
+    passes: list[Pass] = [check_labels]
+    if scores_given:
         passes.append(take_scores)
+    elif rule_of(config.selection).needs_scores:
+        passes += _scoring(config)
     for route in config.routes:
         passes += ROUTES[route]
     return (*passes, *_LOWERED)
@@ -95,7 +94,7 @@ def routable(program: Program, config: RoutingConfig) -> bool:
     return isinstance(program.batch, torch.SymInt) or "sequence" not in config.routes
 
 
-def run(program: Program, config: RoutingConfig, passes: Sequence[Pass]) -> Program:
+def run(program: Analysed, config: RoutingConfig, passes: Sequence[Pass]) -> Analysed:
     """Applies the passes; every one leaves a snapshot under its name.
 
     Raises:
@@ -103,10 +102,14 @@ def run(program: Program, config: RoutingConfig, passes: Sequence[Pass]) -> Prog
         VerificationError: a pass broke an invariant.
     """
     for pass_ in passes:
-        before = program
-        program = pass_(before, config)
-        if program.graph is before.graph:  # an analysis: roles were found, nothing was rewritten
-            snapshot = Snapshot(pass_.__name__, program.graph)
-            program = dataclasses.replace(program, snapshots=(*program.snapshots, snapshot))
-        verify(before, program, pass_.__name__)
+        program = _applied(pass_, program, config)
+    return program
+
+
+def _applied(pass_: Callable[[P, RoutingConfig], Q], before: P, config: RoutingConfig) -> Q:
+    program = pass_(before, config)
+    if program.graph is before.graph:  # an analysis: roles were found, nothing was rewritten
+        snapshot = Snapshot(pass_.__name__, program.graph)
+        program = dataclasses.replace(program, snapshots=(*program.snapshots, snapshot))
+    verify(before, program, pass_.__name__)
     return program

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from cggr_compile.errors import VerificationError
-from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Program, value
+from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Analysed, Program, value
 
 _QUIET_PARTS = ("router", "score", "select")
 
@@ -28,12 +28,13 @@ def verify(before: Program, after: Program, pass_name: str) -> None:
         raise VerificationError(pass_name, f"the graph does not lint: {error}") from error
     _check_inputs(before, after, pass_name)
     _check_effects(before, after, pass_name)
+    gathered = isinstance(after, Analysed) and after.routing.gathered
     for node in after.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(after.root, str(node.target)), torch.nn.Parameter):
             raise VerificationError(pass_name, "a parameter was copied into the graph", node)
         if node.meta.get(PART) in _QUIET_PARTS and node.meta[REGION].grad is not False:
             raise VerificationError(pass_name, f"the {node.meta[PART]} part records gradients", node)
-        if after.routing.gathered and node.meta.get(PART) in ("main", "loss"):
+        if gathered and node.meta.get(PART) in ("main", "loss"):
             _check_no_size(after, node, pass_name, after.batch, "the batch size is left in the k-row part")
         if node.meta.get(PART) == "middle":
             _check_no_size(after, node, pass_name, after.sequence, "the sequence length is left in the k-token part")

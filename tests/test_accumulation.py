@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from architectures import ARCHITECTURES, VOCABULARY, build
 
 import cggr_compile as cggr
-from cggr_compile.run import runtime
+from cggr_compile.run import plan
 from cggr_compile.run.runtime import Runtime
 
 ROWS, LENGTH, MICRO = 16, 10, 4
@@ -62,7 +62,7 @@ def test_micro_batches_add_up_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
     eager = two_layers()
     model = cggr.optimize(copy.deepcopy(eager), ratio=RATIO, router_layers=1, inner="eager")
     drawn = torch.linspace(0.9, 0.1, ROWS)
-    monkeypatch.setattr(runtime, "uniform_noise", lambda shape, device, generator: drawn[:: ROWS // shape[0]])
+    monkeypatch.setattr(plan, "uniform_noise", lambda shape, device, generator: drawn[:: ROWS // shape[0]])
     batch = batch_of(ROWS)
     batch = oracle.rows_of(batch, by_difficulty(eager, batch))
     items = torch.tensor(ROWS * (LENGTH - 1))
@@ -121,7 +121,7 @@ def test_importance_is_unbiased_over_all_draws(monkeypatch: pytest.MonkeyPatch) 
         selection_options={"floor": floor},
     )
     noise = {"drawn": 0.0}
-    monkeypatch.setattr(runtime, "uniform_noise", lambda shape, device, generator: torch.full(shape, noise["drawn"]))
+    monkeypatch.setattr(plan, "uniform_noise", lambda shape, device, generator: torch.full(shape, noise["drawn"]))
     batch = batch_of(8)
     batch["labels"][::2, :5] = -100
     batch["labels"][3] = -100

@@ -82,7 +82,7 @@ def assert_two_compilations(model: nn.Module, program: Program, count: int, opti
         batch = make(rows, length, seed=seed)
         loss, gradients = compiled.at(ratio).step(batch)
         oracle.assert_same_step(loss, copied(gradients), *plain.at(ratio).step(batch), **CLOSE)
-        torch.testing.assert_close(compiled.runtime.last["rows"], plain.runtime.last["rows"], rtol=0, atol=0)
+        torch.testing.assert_close(compiled.runtime.last.found.rows, plain.runtime.last.found.rows, rtol=0, atol=0)
     assert [variant.compilations for variant in variants(compiled.runtime)] == [2, 2]
 
 
@@ -136,7 +136,7 @@ def test_a_single_row_has_code_of_its_own(toy: tuple[nn.Module, Program]) -> Non
         batch = toy_batch(rows, length, seed)
         loss, gradients = compiled.at(kept / rows).step(batch)
         oracle.assert_same_step(loss, copied(gradients), *plain.at(kept / rows).step(batch), **CLOSE)
-        assert compiled.runtime.last["kept"] == kept
+        assert compiled.runtime.last.kept == kept
     # In numbers, for one row of any batch, and for any others.
     assert compiled.plan.route.variant.compilations == 3
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import cggr_compile as cggr
 from cggr_compile.ir.program import Program
-from cggr_compile.run import runtime
+from cggr_compile.run import plan
 
 LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED)), "model.layers")
 ROWS, STEPS = 12, 4
@@ -88,7 +88,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         seed = 1000 * now["number"] + 10 * len(shape) + sum(shape)
         return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(device)
 
-    monkeypatch.setattr(runtime, "uniform_noise", noise)
+    monkeypatch.setattr(plan, "uniform_noise", noise)
     return now
 
 
@@ -153,10 +153,12 @@ def test_fp32_selects_loses_and_learns_the_same(
         batch = batch_of(number)
         loss, gradients = copied(oracle.step(tested, on(device, batch)))
         expected_loss, expected = reference.step(batch)
-        last, expected_last = tested.cggr.runtime.last, reference.runtime.last
+        last, expected_last = tested.cggr.runtime.last.found, reference.runtime.last.found
         for part in ("scores", "weights"):
-            if expected_last[part] is not None:
-                torch.testing.assert_close(last[part].cpu(), expected_last[part], rtol=EXACT, atol=EXACT)
+            if getattr(expected_last, part) is not None:
+                torch.testing.assert_close(
+                    getattr(last, part).cpu(), getattr(expected_last, part), rtol=EXACT, atol=EXACT
+                )
         for part, wanted in zip(parts_of(tested.cggr.selected), parts_of(reference.selected), strict=True):
             assert torch.equal(part, wanted)
         assert difference(loss, expected_loss) < EXACT
@@ -206,11 +208,11 @@ def test_scores_of_every_head_and_what_rules_make_of_them(
     for model, where in ((tested, device), (reference, "cpu")):
         with torch.autocast(where, torch.bfloat16, enabled=autocast):
             model(**on(where, batch_of(0)))
-    last, expected = tested.cggr.runtime.last, reference.cggr.runtime.last
+    last, expected = tested.cggr.runtime.last.found, reference.cggr.runtime.last.found
     close = 2e-2 if autocast or head == FP8 else EXACT
-    torch.testing.assert_close(last["scores"].cpu(), expected["scores"], rtol=close, atol=close)
-    valid = last["counts"].cpu() > 0
-    noise = runtime.uniform_noise([ROWS], torch.device("cpu"), torch.Generator())
-    rows, weights = selection.importance(last["scores"].cpu(), valid, len(last["rows"]), noise)
-    assert torch.equal(last["rows"].cpu(), rows)
-    torch.testing.assert_close(last["weights"].cpu(), weights * valid.sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(last.scores.cpu(), expected.scores, rtol=close, atol=close)
+    valid = last.counts.cpu() > 0
+    noise = plan.uniform_noise([ROWS], torch.device("cpu"), torch.Generator())
+    rows, weights = selection.importance(last.scores.cpu(), valid, len(last.rows), noise)
+    assert torch.equal(last.rows.cpu(), rows)
+    torch.testing.assert_close(last.weights.cpu(), weights * valid.sum(), rtol=1e-5, atol=0)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.run.metrics import METRICS, metrics_of
+from cggr_compile.ir.program import StepOutputs
+from cggr_compile.run.metrics import METRICS, LastStep, metrics_of
 
 WITHOUT_ROUTER = {"score_mean", "score_selected_mean", "score_cv", "rows_nan_score", "mean_confidence"}
 OF_TOKENS = {"tokens_total", "tokens_selected", "selection_rate_short", "selection_rate_long"}
@@ -69,7 +70,8 @@ def test_figures_of_a_step(step: dict[str, Any]) -> None:
         "rows_nan_score": len(counted) - len(of_counted),
         "score_cv": statistics.pstdev(of_counted) / abs(mean(of_counted)) if mean(of_counted) else 0,
     }
-    found = metrics_of(step, None)
+    left = StepOutputs(**{name: step.get(name) for name in StepOutputs._fields})
+    found = metrics_of(LastStep(len(counts), 0, len(selected), step["fraction"], left), None)
     assert all(figure.shape == () for figure in found.values())
     assert {name: figure.item() for name, figure in found.items()} == pytest.approx(expected, rel=1e-5, abs=1e-6)
 

@@ -12,7 +12,7 @@ import torch
 from architectures import LAYERS, build, token_batch
 from cggr_compile.passes.analyse.find_layers import find_layers
 from cggr_compile.passes.analyse.find_loss import find_loss
-from cggr_compile.passes.pipeline import passes_for, run
+from cggr_compile.passes.pipeline import analyse, passes_for, run
 from cggr_compile.passes.rewrite import gather_rows as gather_module
 from cggr_compile.passes.rewrite.build_router import build_router
 from hypothesis import given
@@ -22,8 +22,9 @@ from torch import fx, nn
 import cggr_compile as cggr
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import VerificationError
+from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import cut_vertices
-from cggr_compile.ir.program import REGION, Builder, Program, Region
+from cggr_compile.ir.program import REGION, Program, Region
 
 CONFIG = RoutingConfig(ratio=0.25, router_layers=2)
 
@@ -110,7 +111,7 @@ def drop_an_input(program: Program, config: RoutingConfig) -> Program:
 
 
 def record_gradients_in_the_router(program: Program, config: RoutingConfig) -> Program:
-    built = build_router(find_layers(find_loss(program, config), config), config)
+    built = build_router(program, config)
     next(node for node in built.graph.nodes if node.meta["cggr_part"] == "router").meta[REGION] = Region()
     return built
 
@@ -147,7 +148,7 @@ def copy_a_parameter(program: Program, config: RoutingConfig) -> Program:
 )
 def test_the_verifier_names_the_pass_that_broke_the_graph(llama: Program, broken: Callable, problem: str) -> None:
     with pytest.raises(VerificationError, match=f"^pass '{broken.__name__}' broke the graph: {problem}"):
-        run(llama, CONFIG, [broken])
+        run(analyse(llama, CONFIG), CONFIG, [broken])
 
 
 def leave_a_batch_size(program: Program, config: RoutingConfig) -> Program:
@@ -164,7 +165,7 @@ def leave_a_batch_size(program: Program, config: RoutingConfig) -> Program:
 
 def test_the_verifier_finds_a_batch_size_left_behind(llama: Program) -> None:
     with pytest.raises(VerificationError, match=r"^pass 'leave_a_batch_size' broke the graph: the batch size is left"):
-        run(llama, CONFIG, [leave_a_batch_size])
+        run(analyse(llama, CONFIG), CONFIG, [leave_a_batch_size])
 
 
 def test_rows_and_batch_cannot_be_mixed_up_unnoticed(llama: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,12 +178,13 @@ def test_rows_and_batch_cannot_be_mixed_up_unnoticed(llama: Program, monkeypatch
 
     monkeypatch.setattr(gather_module, "RowFlow", Forgetful)
     with pytest.raises(cggr.CannotOptimize, match=r"the rewritten graph does not fit together: .*batch_size.*node %"):
-        run(llama, CONFIG, passes_for(CONFIG))
+        run(analyse(llama, CONFIG), CONFIG, passes_for(CONFIG))
 
 
 def test_every_pass_leaves_a_snapshot(llama: Program) -> None:
-    names = [snapshot.name for snapshot in run(llama, CONFIG, passes_for(CONFIG)).snapshots]
-    assert names == ["capture", *(pass_.__name__ for pass_ in passes_for(CONFIG))]
+    names = [snapshot.name for snapshot in run(analyse(llama, CONFIG), CONFIG, passes_for(CONFIG)).snapshots]
+    found = ("join_loss", "join_head", "find_loss", "elide_causal_masks", "find_layers")
+    assert names == ["capture", *found, *(pass_.__name__ for pass_ in passes_for(CONFIG))]
 
 
 def test_the_router_shares_parameters_and_has_no_dropout() -> None:

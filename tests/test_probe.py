@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.inspection.graph_text import operator_counts
+from cggr_compile.ir.names import operator_counts
 from cggr_compile.ir.program import PART
 from cggr_compile.run import auto as probing
 from cggr_compile.run.auto import DRAWS, LEAST_PROBES, MEMORY, Evidence, Measurement, Probe, Skipped, spearman
-from cggr_compile.run.runtime import Plan
+from cggr_compile.run.plan import Plan
+from cggr_compile.run.step import Step
 
 Batch = dict[str, torch.Tensor]
 RATIO, SEED = 0.25, 11
@@ -86,7 +87,7 @@ class Captured:
             patch.setattr(Probe, "before_step", self._record)
             self.model(**batch)
 
-    def _record(self, plan: Plan, inputs: tuple[Any, ...]) -> None:
+    def _record(self, plan: Plan, inputs: tuple[Any, ...], *_: Any) -> None:
         self.plan, self._inputs = plan, inputs
 
     def inputs(self, batch: Batch) -> list[Any]:
@@ -99,7 +100,7 @@ class Captured:
     def step(self, batch: Batch) -> Probe:
         """One step of the plan, with a probe."""
         self.model.cggr.step()
-        self.plan(*self.inputs(batch))
+        Step(self.plan, self.model.cggr.runtime)(*self.inputs(batch))
         return self.model.cggr.runtime.probe
 
 
@@ -198,8 +199,8 @@ def test_between_probes_no_router_runs_and_a_probe_runs_the_same_code(
 
 
 def test_a_step_that_keeps_every_row_is_skipped() -> None:
-    runtime = SimpleNamespace(config=cggr.RoutingConfig(selection="auto", ratio=1.0), steps=0)
-    found = probing.measure(SimpleNamespace(runtime=runtime, sizes=lambda inputs: (4, 8)), ())
+    owner = SimpleNamespace(config=cggr.RoutingConfig(selection="auto", ratio=1.0))
+    found = probing.measure(SimpleNamespace(owner=owner, sizes=lambda inputs: (4, 8)), (), 0, torch.Generator())
     assert found == Skipped("every one of the 4 rows is kept")
 
 
@@ -340,9 +341,9 @@ def fed(
     remaining = iter(found)
     ran: list[int] = []
 
-    def measure(plan: Any, inputs: Any) -> Measurement | Skipped:
+    def measure(plan: Any, inputs: Any, steps: int, generator: torch.Generator) -> Measurement | Skipped:
         outcome = next(remaining)
-        ran.append(plan.runtime.steps)
+        ran.append(steps)
         return outcome if isinstance(outcome, Skipped) else Measurement(*outcome, 0.5, (), (), ())
 
     monkeypatch.setattr(probing, "measure", measure)
@@ -351,7 +352,7 @@ def fed(
     step = 0
     while len(ran) < len(found):
         before = len(ran)
-        probe.before_step(SimpleNamespace(runtime=SimpleNamespace(steps=step), break_even=omega), ())
+        probe.before_step(SimpleNamespace(break_even=omega), (), step, torch.Generator())
         if len(ran) > before:
             history.append((step, probe.pays))
         step += 1
@@ -479,4 +480,4 @@ def test_steps_that_keep_every_row_are_eagers(options: dict[str, Any]) -> None:
         for actual, expected in zip(model.parameters(), eager.parameters(), strict=True):
             assert torch.equal(actual.grad, expected.grad)
         model.cggr.step()
-    assert model.cggr.runtime.last["kept"] == 3
+    assert model.cggr.runtime.last.kept == 3

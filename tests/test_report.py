@@ -17,7 +17,7 @@ from cggr_compile.inspection.diff import compare
 from cggr_compile.inspection.explanation import Diff, Explanation, Report
 from cggr_compile.inspection.figure import figure, write_figure
 from cggr_compile.inspection.graph_text import Line
-from cggr_compile.run.cost import break_even
+from cggr_compile.ir.cost import break_even
 from cggr_compile.run.runtime import Runtime
 
 LAYERS, HIDDEN, INNER, HEADS, KV, VOCABULARY = 3, 32, 48, 4, 2, 97

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import cggr_compile as cggr
-from cggr_compile.inspection.graph_text import operator_counts
+from cggr_compile.ir.names import operator_counts
 from cggr_compile.ir.program import PART, Program, value
 from cggr_compile.run import auto as probing
 
@@ -237,7 +237,7 @@ def test_every_provider_of_an_operator_is_reported(monkeypatch: pytest.MonkeyPat
 def test_a_probe_compares_with_the_models_own_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
 
-    def losses(probe: probing.Probe, plan: Any, inputs: Any) -> None:
+    def losses(probe: probing.Probe, plan: Any, inputs: Any, *_: Any) -> None:
         scores, _ = probing.router_scores(plan, inputs, torch.Generator())
         found.extend([probing.main_losses(plan, inputs), scores])
 

@@ -23,7 +23,7 @@ from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile.capture.fake_runs import FakeRuns
-from cggr_compile.run.recomputed import beside_checkpoints
+from cggr_compile.torch_internals.autograd import beside_checkpoints
 from cggr_compile.torch_internals.dynamo import replaced, step_options
 
 # What writes a message; the last three are transformers' additions, there once it is imported.

@@ -23,7 +23,9 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.front.guard import watch_compiled
 from cggr_compile.ir.program import Program, callers_region
 from cggr_compile.run.inner import resolve_inner
-from cggr_compile.run.runtime import Plan, Runtime
+from cggr_compile.run.plan import Plan
+from cggr_compile.run.runtime import Runtime
+from cggr_compile.run.step import Step
 from cggr_compile.torch_internals import dynamo, inductor
 
 aten = torch.ops.aten
@@ -58,7 +60,7 @@ class Backend:
                 f"the model fixes the batch size to {program.batch} while it is traced",
                 hint="remove the branch on the batch size from the model's forward",
             )
-        return self._plan(program)
+        return Step(self._plan(program), self.runtime)
 
     def _plan(self, program: Program) -> Plan:
         """The plan of an earlier capture that was the same step under the same autocast, or a new one."""

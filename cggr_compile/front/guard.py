@@ -13,27 +13,39 @@ that it is asked for directly. Traced hooks do nothing: what a graph does was de
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.run.runtime import Runtime
 from cggr_compile.torch_internals.dynamo import is_compiled_by_others, untraced_hook
 
-if TYPE_CHECKING:
-    from cggr_compile.front.handle import Handle
-    from cggr_compile.run.runtime import Runtime
+
+class Watched(Protocol):
+    """What is guarded: a model's handle."""
+
+    model: nn.Module
+
+    def reached(self) -> bool:
+        """Whether a training call with labels reached the routed forward since this was asked last."""
+
+    def labels_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The labels of a call."""
+
+    def refuse(self, error: CannotOptimize) -> None:
+        """Raises the error, or warns and goes on."""
 
 
 class Guard:
     """An optimised model's two hooks; copied and pickled with the model."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Watched) -> None:
         self.handle = handle
 
     @untraced_hook
@@ -63,7 +75,7 @@ class Guard:
         )
 
 
-def watch(handle: Handle) -> tuple[RemovableHandle, RemovableHandle]:
+def watch(handle: Watched) -> tuple[RemovableHandle, RemovableHandle]:
     """Installs both hooks on the handle's model; returns what removes them."""
     guard = Guard(handle)
     return (

@@ -27,12 +27,12 @@ from cggr_compile.capture.tracing import compiled_whole
 from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete, VerificationError
 from cggr_compile.front.backend import Backend
+from cggr_compile.front.score_ahead import scored_ahead
 from cggr_compile.inspection.explanation import Diff, Report
 from cggr_compile.kernels.reference.selection import rule_of
-from cggr_compile.run.given_scores import ScoredAhead, ScoresReady, refuse_nan
-from cggr_compile.run.metrics import metrics_of
+from cggr_compile.run.given_scores import ScoresReady, refuse_nan
+from cggr_compile.run.metrics import metrics_of, selected, token_metrics
 from cggr_compile.run.runtime import Runtime
-from cggr_compile.run.selected import selected, token_metrics
 from cggr_compile.torch_internals import dynamo
 
 
@@ -86,10 +86,10 @@ class Handle:
         self._without_gradient()
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the model's own `state_dict`: step, generators, a low-rank router head's basis,
-        the confidence that the dynamic threshold goes by, the findings of `selection="auto"`.
+        """What resuming needs beside the model's own `state_dict`: step, generators, the
+        confidence that the dynamic threshold goes by, the findings of `selection="auto"`.
 
-        Tensors, numbers, strings and bytes only, so `torch.save` and `torch.load(weights_only=True)` take it.
+        Numbers, strings and bytes only, so `torch.save` and `torch.load(weights_only=True)` take it.
         """
         return self.runtime.state_dict()
 
@@ -105,10 +105,12 @@ class Handle:
         """Figures of the last training step by name (`cggr_compile.run.metrics.METRICS` says what each is), as 0-d
         tensors on the device: computed by this call, read back by nobody; empty before the first. With
         `selection="auto"` also those of `Probe.metrics`."""
-        found = metrics_of(self.runtime.last, self._without_gradient(), self.runtime.router_time.seconds)
-        if found:
-            found.update(token_metrics(self.config.routes, self.runtime.last))
-        if found and self.runtime.probe is not None:
+        last = self.runtime.last
+        if last is None:
+            return {}
+        found = metrics_of(last, self._without_gradient(), self.runtime.router_time.seconds)
+        found.update(token_metrics(self.config.routes, last))
+        if self.runtime.probe is not None:
             found.update(self.runtime.probe.metrics(found["rows_total"].device))
         return found
 
@@ -160,22 +162,16 @@ class Handle:
         refuse_nan(scores)
         self.runtime.given.give(scores)
 
-    def score_ahead(self, batches: Iterable[Mapping[str, Any]], trial: int = 0) -> ScoredAhead:
+    def score_ahead(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         """The batches again, to be trained on one by one, each scored while the one before it trains: on CUDA by a
         stream of its own, under the autocast of the step before. The scores are those of the weights before that
         step's update. The first two batches of a model are scored in their steps.
 
-        Whether this is faster depends on the device: `trial` steps with the router inside are timed, then as many
-        scored ahead (either after SETTLING steps that are not), and the faster of the two goes on. `seconds` of the
-        result has both.
-
         Raises:
-            ValueError: no step of this configuration takes scores from outside, or `trial` is negative.
+            ValueError: no step of this configuration takes scores from outside.
         """
         self._check_scores_from_outside()
-        if trial < 0:
-            raise ValueError(f"score_ahead: trial={trial} is not a number of steps")
-        return ScoredAhead(self, batches, trial)
+        return scored_ahead(self, batches)
 
     def _check_scores_from_outside(self) -> None:
         config, rule = self.config, rule_of(self.runtime.in_force.selection)

@@ -6,47 +6,41 @@ Lines are matched by their key, in which k reads B, so a node that only changed 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 from torch import fx
 
-from cggr_compile.inspection.graph_text import GraphText, Line, operator_counts
-from cggr_compile.inspection.report import Report, analyse, latest_plan, layer_range, tail_text
-from cggr_compile.inspection.wording import WHAT, formula, middle_text, schedule_text, score_text
+from cggr_compile.inspection.graph_text import GraphText
+from cggr_compile.inspection.page import render
+from cggr_compile.inspection.report import Report, latest_plan
+from cggr_compile.inspection.rows import LEGEND, Row, compare, count_lines, unified
+from cggr_compile.inspection.wording import (
+    WHAT,
+    formula,
+    layer_range,
+    middle_text,
+    schedule_text,
+    score_text,
+    tail_text,
+)
 from cggr_compile.ir.dataflow import descendants
+from cggr_compile.ir.names import operator_counts
 from cggr_compile.ir.program import value
 from cggr_compile.kernels.reference.selection import rule_name
-from cggr_compile.run.runtime import Plan, Runtime
-
-CONTEXT = 3
-LEGEND = "'-' captured, '+' rewritten, '~' the same node on k rows or tokens in place of all"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a diff: mark (` `, `-`, `+` or `~`), line numbers on either side from 1, and text."""
-
-    mark: str
-    before: int | None
-    after: int | None
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.mark} {self.text}".rstrip()
+from cggr_compile.run.plan import Plan
+from cggr_compile.run.runtime import Runtime
 
 
 class Diff:
     """The rewrite of one plan: `summary()`, `op_counts()`, `rows()`; `str()`, `to_json()` and `to_html()` for all."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, report: Report) -> None:
         self.plan = plan
+        self.report = report
 
     @classmethod
     def of(cls, runtime: Runtime) -> Diff:
@@ -55,12 +49,7 @@ class Diff:
         Raises:
             CannotOptimize: nothing was captured yet.
         """
-        return cls(latest_plan(runtime))
-
-    @cached_property
-    def report(self) -> Report:
-        """The report of the same plan's runtime."""
-        return Report.of(self.plan.runtime)
+        return cls(latest_plan(runtime), Report.of(runtime))
 
     @cached_property
     def _text(self) -> GraphText:
@@ -107,15 +96,14 @@ class Diff:
         return "\n".join(lines)
 
     def _added(self) -> Iterator[str]:
-        config, program = self.plan.runtime.in_force, self.plan.program
+        config, program = self.plan.owner.in_force, self.plan.program
         routing = program.routing
         if routing.router_layers:
-            analysed = self._analysed
-            assert analysed.layers is not None
+            analysed = self.plan.analysed
             assert self.report.router is not None
-            path = f" ({analysed.layers.path})" if analysed.layers.path else ""
+            path = f" ({analysed.stack.path})" if analysed.stack.path else ""
             yield (
-                f"+ router: {layer_range(routing.router_layers)} of {len(analysed.layers)}{path}, "
+                f"+ router: {layer_range(routing.router_layers)} of {len(analysed.stack)}{path}, "
                 f"{tail_text(self.report.router.tail)}head; {self.report.router.body}; shared weights, no gradient"
             )
             yield f"+ score: {config.scoring}, {self.report.router.head}, fp32, {score_text(config.route)}"
@@ -134,28 +122,24 @@ class Diff:
 
     def _changed(self) -> Iterator[str]:
         lines = self._text.lines(self.plan.program.graph)
-        config = self.plan.runtime.config
+        config = self.plan.owner.config
         if self.plan.program.routing.gathered:
             resized = sum(line.text != line.key for line in lines if line.part == "main")
             yield f"~ main pass: B → k in {resized:,} nodes"
         if self.plan.program.routing.positions is not None:
             resized = sum(line.text != line.key for line in lines if line.part == "middle")
-            layers = middle_text(config.first_layers, config.last_layers, len(self._analysed.layers))
+            layers = middle_text(config.first_layers, config.last_layers, len(self.plan.analysed.stack))
             yield f"~ {layers}: S → k in {resized:,} nodes; the other tokens pass on the residual"
         logits = "logits kept" if config.keep_logits else "no logits"
         rows = " on the kept tokens" if self.plan.program.routing.loss_rows is not None else ""
         yield f"~ loss: cross-entropy over logits → cggr.masked_loss{rows} ({logits})"
 
-    @cached_property
-    def _analysed(self) -> Any:
-        return analyse(self.plan)
-
     def _dropped_outputs(self) -> list[str]:
         """The model's outputs that the rewritten graph no longer returns: those of the logits by name, else by type."""
-        of_head = descendants([self._analysed.head.linear])
+        of_head = descendants([self.plan.analysed.head.linear])
         dropped = [
             "logits" if old in of_head else self._text.shape(value(old))
-            for old, new in zip(self.plan.captured.outputs, self.plan.program.outputs, strict=False)
+            for old, new in zip(self.plan.analysed.outputs, self.plan.program.outputs, strict=False)
             if isinstance(old, fx.Node) and new is None
         ]
         return [name if count == 1 else f"{count} × {name}" for name, count in Counter(dropped).items()]
@@ -182,52 +166,4 @@ class Diff:
 
     def to_html(self) -> str:
         """One self-contained page: summary, figure, report, operator counts, diff by pass and in full."""
-        from cggr_compile.inspection.page import render
-
         return render(self)
-
-
-def compare(before: Sequence[Line], after: Sequence[Line]) -> list[Row]:
-    """Matches lines by key; matched lines whose text differs are marked `~` and shown as they are afterwards."""
-    matcher = difflib.SequenceMatcher(None, [line.key for line in before], [line.key for line in after], autojunk=False)
-    rows: list[Row] = []
-    for kind, b0, b1, a0, a1 in matcher.get_opcodes():
-        if kind == "equal":
-            for b, a in zip(range(b0, b1), range(a0, a1), strict=True):
-                mark = " " if before[b].text == after[a].text else "~"
-                rows.append(Row(mark, b + 1, a + 1, after[a].text))
-            continue
-        rows += [Row("-", b + 1, None, before[b].text) for b in range(b0, b1)]
-        rows += [Row("+", None, a + 1, after[a].text) for a in range(a0, a1)]
-    return rows
-
-
-def count_lines(counts: dict[str, tuple[int, int]]) -> list[str]:
-    """`aten.linear: 22 -> 40 (+18)` for each operator."""
-    return [f"{name}: {before} -> {after} ({after - before:+d})" for name, (before, after) in counts.items()]
-
-
-def unified(rows: Sequence[Row]) -> Iterator[str]:
-    """The rows with CONTEXT unchanged lines around changes; what is left out is counted."""
-    near = nearby(rows)
-    skipped = 0
-    for row, shown in zip(rows, near, strict=True):
-        if not shown:
-            skipped += 1
-            continue
-        if skipped:
-            yield f"@@ {skipped} unchanged @@"
-        skipped = 0
-        yield str(row)
-    if skipped:
-        yield f"@@ {skipped} unchanged @@"
-
-
-def nearby(rows: Sequence[Row], marks: str = "-+~") -> list[bool]:
-    """Which rows lie within CONTEXT lines of a row with one of the marks."""
-    near = [False] * len(rows)
-    for index, row in enumerate(rows):
-        if row.mark in marks:
-            for close in range(max(0, index - CONTEXT), min(len(rows), index + CONTEXT + 1)):
-                near[close] = True
-    return near

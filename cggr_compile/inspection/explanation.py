@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cggr_compile.inspection.diff import Diff
 from cggr_compile.inspection.report import Report, latest_plan
-from cggr_compile.ir.program import Program
+from cggr_compile.ir.program import Analysed, Program
 from cggr_compile.run.runtime import Runtime
 
 __all__ = ["Diff", "Explanation", "Report"]
@@ -17,7 +17,7 @@ class Explanation:
         self.runtime = runtime
 
     @property
-    def program(self) -> Program:
+    def program(self) -> Analysed:
         """The rewritten program.
 
         Raises:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from cggr_compile.inspection.report import Report, layer_range
-from cggr_compile.inspection.wording import SIZES, WHAT, middle_text
+from cggr_compile.inspection.report import Report
+from cggr_compile.inspection.wording import SIZES, WHAT, layer_range, middle_text
 
 STYLE = """
 .cggr{--box:#f6f8fa;--line:#8c959f;--ink:#1f2328;--dim:#59636e;--quiet:#8250df;--train:#1a7f37;--pick:#bc4c00}

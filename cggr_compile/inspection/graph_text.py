@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 from torch.utils._dtype_abbrs import dtype_abbrs
 
+from cggr_compile.ir.names import module_of, operator_of
 from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Program, value
-from cggr_compile.passes.analyse.find_layers import find_layers
-from cggr_compile.passes.analyse.find_loss import find_loss
-from cggr_compile.passes.lower.lower_kernels import PROVIDER
-
-if TYPE_CHECKING:
-    from cggr_compile.run.runtime import Plan
+from cggr_compile.run.plan import Plan
 
 aten = torch.ops.aten
 
@@ -46,33 +42,6 @@ class Line:
     part: str
 
 
-def operator_of(node: fx.Node) -> str:
-    """`aten.add`, `cggr.score`, after lowering `cggr.score[reference]`; `input` and `output` for the graph's ends."""
-    if PROVIDER in node.meta:
-        name, _, provider = node.meta[PROVIDER].partition(": ")
-        return f"{name}[{provider}]"
-    if node.op in ("placeholder", "output"):
-        return {"placeholder": "input", "output": "output"}[node.op]
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target.overloadpacket)
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def operator_counts(graph: fx.Graph) -> Counter[str]:
-    """How often each operator is called."""
-    return Counter(operator_of(node) for node in graph.nodes if node.op not in ("placeholder", "output"))
-
-
-def module_of(node: fx.Node) -> str:
-    """Path of the innermost module the node was traced in, `model.layers.3.mlp`, or an empty string."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = list(stack.values())[-1][0]
-    plain = re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", path)
-    return re.sub(r"^[LG]\[[^\]]*\](\.__self__)?\.?", "", plain)
-
-
 def source_of(node: fx.Node) -> str:
     """`modeling_llama.py:217`: the innermost line outside torch that produced the node, or an empty string."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
@@ -86,12 +55,11 @@ class GraphText:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.program = plan.program
-        self._analysed = find_loss(plan.captured, plan.runtime.config)
         self._cuts: tuple[int, int] | None = None
         self._numbers: dict[str, int] = {}
-        self._captured: dict[fx.Node, int] = {}
         self._symbols = self._symbol_table()
-        self._number_capture()
+        self._captured = self._numbered(plan.captured.graph)
+        self._find_cuts()
 
     def lines(self, graph: fx.Graph) -> list[Line]:
         """The lines of one graph of this plan, each part under a heading."""
@@ -164,29 +132,30 @@ class GraphText:
     def _enter(self, key: str) -> int:
         return self._numbers.setdefault(key, len(self._numbers))
 
-    def _number_capture(self) -> None:
-        for node in self.plan.captured.graph.nodes:
-            if node.op == "output":
-                continue
+    def _numbered(self, graph: fx.Graph) -> dict[fx.Node, int]:
+        """Numbers of the nodes of a graph without router and selection."""
+        numbers: dict[fx.Node, int] = {}
+        for node in graph.nodes:
             if _is_dropout(node):
-                self._captured[node] = self._captured[node.args[0]]
-            else:
-                self._captured[node] = self._enter(self._number(node, self._captured))
-        routing = self.program.routing
-        if routing.router_layers:
-            layers = find_layers(self._analysed, self.plan.runtime.config).layers
-            assert layers is not None
-            self._cuts = (
-                self._captured[layers.residuals[routing.router_layers - 1]],
-                self._captured[layers.residuals[-1]],
-            )
+                numbers[node] = numbers[node.args[0]]
+            elif node.op != "output":
+                numbers[node] = self._enter(self._number(node, numbers))
+        return numbers
+
+    def _find_cuts(self) -> None:
+        """The numbers of the loss, the router's last residual and the last one, in the graph where they were found."""
+        analysed, layers = self.plan.analysed, self.program.routing.router_layers
+        numbers = self._numbered(analysed.graph)
+        self._loss = numbers[analysed.head.loss]
+        if layers:
+            residuals = analysed.stack.residuals
+            self._cuts = (numbers[residuals[layers - 1]], numbers[residuals[-1]])
 
     def _match(self, graph: fx.Graph) -> dict[fx.Node, int]:
         """Numbers of the nodes of a rewritten graph; what the router computes from its cut reads it as the last
         residual."""
         numbers: dict[fx.Node, int] = {}
         read: dict[fx.Node, int] = {}
-        assert self._analysed.head is not None
         cut, last = self._cuts or (-1, -1)
         for node in graph.nodes:
             if node.op == "output":
@@ -197,7 +166,7 @@ class GraphText:
             elif operation.startswith("cggr.scatter_tokens"):
                 numbers[node] = read[node.args[1]]
             elif operation.startswith("cggr.masked_loss"):
-                numbers[node] = self._captured[self._analysed.head.loss]
+                numbers[node] = self._loss
             else:
                 numbers[node] = self._enter(self._number(node, read))
             moved = node.meta[PART] == "router" and numbers[node] == cut
@@ -313,12 +282,3 @@ def _constant(item: Any) -> str:
     if callable(item) and hasattr(item, "__name__"):
         return str(item.__name__)
     return repr(item)
-
-
-def part_sizes(graph: fx.Graph) -> dict[str, int]:
-    """Nodes in each part, in order of appearance, placeholders and output left out."""
-    return dict(Counter(node.meta[PART] for node in _calls(graph)))
-
-
-def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
-    return (node for node in graph.nodes if node.op not in ("placeholder", "output"))

@@ -6,14 +6,16 @@ is in the page, nothing needs a script.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from itertools import groupby
 from string import Template
+from typing import Protocol
 
-from cggr_compile.inspection.diff import LEGEND, Diff, Row, count_lines, nearby
 from cggr_compile.inspection.figure import figure
+from cggr_compile.inspection.report import Report
+from cggr_compile.inspection.rows import LEGEND, Row, count_lines, nearby
 from cggr_compile.inspection.wording import all_kept_text
 
 _KINDS = {" ": "same", "-": "gone", "+": "come", "~": "rows"}
@@ -21,7 +23,27 @@ _GROUPS = {" ": "kept", "~": "kept", "-": "changed", "+": "changed"}
 _LONGEST = {"kept": 10, "changed": 40, "heading": 1}
 
 
-def render(diff: Diff) -> str:
+class Rewrite(Protocol):
+    """What a page shows: a diff."""
+
+    @property
+    def report(self) -> Report:
+        """The facts."""
+
+    def summary(self) -> str:
+        """In model terms."""
+
+    def op_counts(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """By kind of change."""
+
+    def rows(self) -> list[Row]:
+        """The full diff."""
+
+    def pass_rows(self) -> Iterator[tuple[str, list[Row]]]:
+        """The diff of each pass."""
+
+
+def render(diff: Rewrite) -> str:
     """The page of one diff."""
     template = Template(files("cggr_compile.inspection").joinpath("page.html").read_text(encoding="utf-8"))
     rows = diff.rows()
@@ -39,13 +61,13 @@ def render(diff: Diff) -> str:
     )
 
 
-def _title(diff: Diff) -> str:
+def _title(diff: Rewrite) -> str:
     report = diff.report
     stack = f"{report.stack.layers} layers" if report.stack else "model"
     return f"cggr rewrite · {stack}, {report.head.objective} objective"
 
 
-def _subtitle(diff: Diff) -> str:
+def _subtitle(diff: Rewrite) -> str:
     report = diff.report
     if not report.routed:
         return "The captured batch has one row, so the step is not routed."

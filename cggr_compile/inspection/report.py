@@ -13,80 +13,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.inspection.graph_text import GraphText, module_of, operator_counts, part_sizes
-from cggr_compile.inspection.wording import kept_text, middle_text, schedule_text, score_text
+from cggr_compile.inspection.facts import (
+    HeadFacts,
+    Router,
+    Sizes,
+    Stack,
+    compilations_of,
+    cuda_graphs_of,
+    head_of,
+    outlined_of,
+    router_of,
+    stack_of,
+)
+from cggr_compile.inspection.wording import kept_text, layer_range, middle_text, schedule_text, score_text, tail_text
+from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import Amount, amounts_of
-from cggr_compile.ir.dataflow import ancestors, descendants
-from cggr_compile.ir.program import REGION, Program, Shortened, hint, is_tensor, value
-from cggr_compile.ir.router_head import describe
+from cggr_compile.ir.cost import Cost
+from cggr_compile.ir.names import operator_counts, part_sizes
+from cggr_compile.ir.program import Shortened, hint
 from cggr_compile.kernels.reference.selection import rule_name
-from cggr_compile.passes.analyse.find_layers import find_layers
-from cggr_compile.passes.analyse.find_loss import find_loss
-from cggr_compile.run import cost
-from cggr_compile.run.cost import Cost
-from cggr_compile.run.runtime import Plan, Runtime
-from cggr_compile.run.variant import Variant
+from cggr_compile.run.plan import Plan
+from cggr_compile.run.runtime import Runtime
 
 aten = torch.ops.aten
 
 WIDTH = 100
 Section = tuple[str, list[tuple[str, str]]]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The layer stack: module path, number of layers, which proof found it, type of each residual."""
-
-    path: str
-    layers: int
-    proof: str
-    residual: str
-
-
-@dataclass(frozen=True)
-class Router:
-    """The cut and what runs in front of it: `layers` of the stack, then `tail` (modules after the last layer) and the
-    `head`, in words; `body` is how the products in front of the head are made. `parameters` counts
-    distinct elements, all shared with the model; `flops_share` is of a plain forward."""
-
-    layers: int
-    cut: str
-    cut_type: str
-    tail: tuple[str, ...]
-    parameters: int
-    flops_share: float
-    body: str
-    head: str
-
-
-@dataclass(frozen=True)
-class HeadFacts:
-    """The head, `linear(hidden, weight, bias) * scale / divisor`, soft-capped where `softcap` > 0, and the objective
-    it is trained by; `tied` where its weight is also the token embedding."""
-
-    objective: str
-    label_shift: int
-    reduction: str
-    ignore_index: int
-    weight: str
-    weight_shape: tuple[int, ...]
-    bias: bool
-    scale: float
-    divisor: float
-    softcap: float
-    tied: bool
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The captured batch: rows, tokens a row, and rows kept once the warm-up is over."""
-
-    batch: int
-    sequence: int
-    kept: int
 
 
 @dataclass(frozen=True)
@@ -154,7 +108,7 @@ class Report:
         """
         plan = latest_plan(runtime)
         program, config = plan.program, runtime.config
-        analysed = analyse(plan)
+        analysed = plan.analysed
         before, after = operator_counts(plan.captured.graph), operator_counts(program.graph)
         ratio = config.ratio if plan.routable else 1.0
         predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
@@ -167,9 +121,9 @@ class Report:
             sizes=Sizes(batch, length, routes["sequence"].kept if "sequence" in routes else batch),
             selection=rule_name(runtime.in_force.selection),
             auto=None if runtime.probe is None else str(runtime.probe),
-            stack=_stack(plan, analysed),
-            router=_router(plan, analysed, predicted),
-            head=_head(analysed),
+            stack=stack_of(plan, analysed),
+            router=router_of(plan, analysed, predicted),
+            head=head_of(analysed),
             inserted={name: count for name, count in sorted((after - before).items()) if name not in before},
             parts=part_sizes(program.graph),
             amounts=routes,
@@ -181,9 +135,9 @@ class Report:
             passes=tuple(snapshot.name for snapshot in program.snapshots[1:]),
             captures=len(runtime.plans),
             causal_attentions=program.routing.causal_attentions,
-            outlined=_outlined(plan),
-            cuda_graphs=_cuda_graphs(plan),
-            compilations=_compilations(plan),
+            outlined=outlined_of(plan),
+            cuda_graphs=cuda_graphs_of(plan, runtime.pool),
+            compilations=compilations_of(plan),
             passive=dict(Counter(runtime.passive)),
             cost=predicted,
         )
@@ -357,131 +311,6 @@ def latest_plan(runtime: Runtime) -> Plan:
             f"nothing captured yet{why}", hint="run one training step with labels or call cggr.explain"
         )
     return runtime.plans[-1]
-
-
-def analyse(plan: Plan) -> Program:
-    """The captured program with the roles that its analysis passes find; layers only where there is a stack."""
-    analysed = find_loss(plan.captured, plan.runtime.config)
-    try:
-        return find_layers(analysed, plan.runtime.config)
-    except CannotOptimize:
-        if plan.program.routing.router_layers:
-            raise
-        return analysed
-
-
-def layer_range(count: int) -> str:
-    """`layer 0` or `layers 0–n`."""
-    return "layer 0" if count == 1 else f"layers 0–{count - 1}"
-
-
-def tail_text(tail: tuple[str, ...]) -> str:
-    """`final norm, ` for a single norm after the last layer, else the modules' names."""
-    if len(tail) == 1 and any(word in tail[0].rpartition(".")[2].lower() for word in ("norm", "ln")):
-        return "final norm, "
-    return "".join(f"{name}, " for name in tail)
-
-
-def _stack(plan: Plan, analysed: Program) -> Stack | None:
-    layers = analysed.layers
-    if layers is None:
-        return None
-    return Stack(layers.path, len(layers), layers.proof, GraphText(plan).shape(value(layers.residuals[0])))
-
-
-def _router(plan: Plan, analysed: Program, predicted: Cost) -> Router | None:
-    routing = plan.program.routing
-    if not routing.router_layers or analysed.layers is None or analysed.head is None:
-        return None
-    cut = analysed.layers.residuals[routing.router_layers - 1]
-    assert routing.router_hidden is not None
-    head = [node for node in (analysed.head.weight, analysed.head.bias) if node is not None]
-    read = {node.name for node in ancestors([routing.router_hidden]) | ancestors(head) if node.op == "placeholder"}
-    return Router(
-        layers=routing.router_layers,
-        cut=cut.name,
-        cut_type=GraphText(plan).shape(value(cut)),
-        tail=_tail(analysed.layers.residuals[-1], analysed.head.hidden),
-        parameters=sum(
-            value(node).numel()
-            for node in plan.captured.placeholders
-            if plan.captured.kind(node) == "state" and _trains(node) and node.name in read
-        ),
-        flops_share=predicted.router_share,
-        body=str(routing.quantized or "exact body"),
-        head=describe(plan.runtime.config, *value(analysed.head.weight).shape),
-    )
-
-
-def _trains(node: fx.Node) -> bool:
-    """Whether a captured input is a parameter: floating, and read where gradients are recorded (buffers such as rotary
-    frequencies are read without)."""
-    floating = is_tensor(node) and value(node).is_floating_point()
-    return floating and any(user.meta[REGION].grad is not False for user in node.users)
-
-
-def _tail(residual: fx.Node, hidden: fx.Node) -> tuple[str, ...]:
-    """Modules that run between the last layer and the head, outermost name of each."""
-    between = [n for n in ancestors([hidden], stop=[residual]) if n in descendants([residual], is_tensor)]
-    paths = dict.fromkeys(module_of(node) for node in sorted(between) if module_of(node))
-    return tuple(path for path in paths if not any(path.startswith(f"{other}.") for other in paths))
-
-
-def _head(analysed: Program) -> HeadFacts:
-    head = analysed.head
-    assert head is not None
-    sources = [node for node in ancestors([head.weight]) if node.op == "placeholder" and is_tensor(node)]
-    embeddings = analysed.graph.find_nodes(op="call_function", target=aten.embedding.default)
-    return HeadFacts(
-        objective=head.objective,
-        label_shift=head.shift,
-        reduction=head.reduction,
-        ignore_index=head.ignore_index,
-        weight=" + ".join(analysed.path(node) for node in sources),
-        weight_shape=tuple(int(size) for size in value(head.weight).shape),
-        bias=head.bias is not None,
-        scale=head.scale,
-        divisor=head.divisor,
-        softcap=head.softcap,
-        tied=any(source in ancestors([node.args[0]]) for node in embeddings for source in sources),
-    )
-
-
-def _compilations(plan: Plan) -> dict[str, int]:
-    return {name: variant.compilations for name, variant in _variants(plan).items()}
-
-
-def _variants(plan: Plan) -> dict[str, Variant]:
-    auto = plan.runtime.probe is not None
-    routes = {name if auto else "routed": route for name, route in plan.routes.items()}
-    variants = {name: route.variant for name, route in routes.items()} if plan.routable else {}
-    if plan._unrouted is not None:
-        variants["unrouted"] = plan._unrouted
-    return variants
-
-
-def _outlined(plan: Plan) -> str:
-    variants = list(_variants(plan).values())
-    outlines = [variant.outline for variant in variants if variant.outline is not None]
-    if not plan.runtime.config.outlines:
-        return "off"
-    if not outlines:
-        return f"off: the {plan.inner} backend compiles nothing"
-    pieces, compiled = sum(variant.pieces for variant in variants), sum(variant.bodies for variant in variants)
-    reasons = dict.fromkeys(outline.reason for outline in outlines if outline.reason)
-    return "; ".join([f"{pieces} pieces, {compiled} compiled", *(f"not divided: {reason}" for reason in reasons)])
-
-
-def _cuda_graphs(plan: Plan) -> str:
-    if not plan.runtime.config.cuda_graphs:
-        return "off"
-    variants = _variants(plan).values()
-    replays = [variant.replays for variant in variants if variant.replays is not None]
-    obstacles = dict.fromkeys(text for each in replays for text in each.obstacles)
-    recorded = f"{sum(each.recordings for each in replays)} recorded"
-    pool = plan.runtime.pool
-    copied = ["gradients copied: one was held over a step"] if pool is not None and pool.lending.copies else []
-    return "; ".join([recorded, *copied, *(f"not recorded: {text}" for text in obstacles)])
 
 
 def _listing(counts: dict[str, int]) -> str:

@@ -47,3 +47,15 @@ def score_text(route: str | tuple[str, ...] | list[str]) -> str:
     routes = [route] if isinstance(route, str) else list(route)
     texts = ["mean over counted tokens"] * ("sequence" in routes) + ["each token by itself"] * (routes != ["sequence"])
     return "; ".join(texts)
+
+
+def layer_range(count: int) -> str:
+    """`layer 0` or `layers 0–n`."""
+    return "layer 0" if count == 1 else f"layers 0–{count - 1}"
+
+
+def tail_text(tail: tuple[str, ...]) -> str:
+    """`final norm, ` for a single norm after the last layer, else the modules' names."""
+    if len(tail) == 1 and any(word in tail[0].rpartition(".")[2].lower() for word in ("norm", "ln")):
+        return "final norm, "
+    return "".join(f"{name}, " for name in tail)

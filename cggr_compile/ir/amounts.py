@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.ir.program import Program, value
+from cggr_compile.ir.program import Analysed, Program, value
 
 Sizes: TypeAlias = Mapping[Any, int]
 """A program's symbols with their values."""
@@ -27,7 +27,7 @@ class Amount(NamedTuple):
 
 
 def amounts_of(
-    program: Program, config: RoutingConfig, step: int, rows: int, length: int, confidence: float | None = None
+    program: Analysed, config: RoutingConfig, step: int, rows: int, length: int, confidence: float | None = None
 ) -> dict[str, Amount]:
     """What each configured route keeps of `rows` sequences of `length` tokens at an optimiser step.
 
@@ -48,12 +48,11 @@ def amounts_of(
     return amounts
 
 
-def _rows_of_loss(program: Program) -> Any:
-    assert program.head is not None
+def _rows_of_loss(program: Analysed) -> Any:
     return program.expression(value(program.head.target).shape[0])
 
 
-def sizes_of(program: Program, rows: int, length: int, amounts: Mapping[str, Amount]) -> dict[Any, int]:
+def sizes_of(program: Analysed, rows: int, length: int, amounts: Mapping[str, Amount]) -> dict[Any, int]:
     """The program's symbols with their values."""
     inputs = ((getattr(program.routing, KEPT[route]), amount.kept) for route, amount in amounts.items())
     named = [(program.batch, rows), (program.sequence, length), *((value(node), kept) for node, kept in inputs)]

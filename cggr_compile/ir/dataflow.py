@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import fx
 
-from cggr_compile.ir.program import Builder, is_tensor, value
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.program import is_tensor, value
 from cggr_compile.torch_internals import symbols
 
 

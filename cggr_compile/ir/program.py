@@ -11,23 +11,22 @@ dataflow alone decides order: copying, reordering and dropping nodes cannot move
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
-from cggr_compile.errors import CannotOptimize
-from cggr_compile.torch_internals import symbols
+from cggr_compile.errors import CannotOptimize, VerificationError
 
 REGION = "cggr_region"
 PART = "cggr_part"
+PROVIDER = "cggr_provider"  # of a lowered operator: its name and implementation
 ORIGIN = "cggr_origin"  # a captured node's name, which its copies cannot always keep
 
 # The parts that autograd differentiates and whose side effects are the model's.
@@ -75,7 +74,7 @@ class Input:
     """One placeholder: `name` in the graph, `path` for people (`model.layers.0.mlp.up_proj.weight`, `input_ids`) and
     `kind`: "size" (a SymInt), "state" (parameter or buffer of the model), "batch" (an argument of the call), "constant"
     (a tensor that the forward reads elsewhere: a global, a closure's, a module's plain attribute) or "added"
-    (by a pass: `kept`, `noise`, `kept_tokens`, `token_noise`, `kept_loss`, `loss_noise`, `column_noise`, `basis`)."""
+    (by a pass: `kept`, `noise`, `kept_tokens`, `token_noise`, `kept_loss`, `loss_noise`, `column_noise`)."""
 
     name: str
     path: str
@@ -175,7 +174,6 @@ class Routing:
     router_hidden: fx.Node | None = None
     quantized: QuantizedBody | None = None
     token_scores: fx.Node | None = None
-    basis_image: fx.Node | None = None
     scores: fx.Node | None = None
     valid: fx.Node | None = None
     counts: fx.Node | None = None
@@ -192,6 +190,23 @@ class Routing:
     shortened: tuple[Shortened, ...] = ()
     providers: tuple[tuple[str, str], ...] = ()
     passed_over: tuple[tuple[str, str], ...] = ()
+
+
+class StepOutputs(NamedTuple):
+    """What a rewritten graph puts out behind the model's own outputs; None where a step has no such thing.
+
+    `rows` int64 [k] and their `weights` float32 [k]; `scores` float32 and counted labels `counts` int64 of all rows
+    [B]; the router's mean `confidence` (0-d); `positions` int64 [B, k] of the kept tokens; `loss_mask` bool [B, S].
+    In a graph they are nodes, after a step tensors.
+    """
+
+    rows: Any
+    weights: Any
+    scores: Any
+    counts: Any
+    confidence: Any
+    positions: Any
+    loss_mask: Any
 
 
 @dataclass(frozen=True)
@@ -216,9 +231,11 @@ class Program:
         branches: what the model's own lines decided by sizes while it was traced.
         stored: indices of the outputs that the model's forward puts into objects that outlive the call.
         loss_output: index of the loss among the outputs.
-        head, layers, routing: what the passes found and inserted; `no_layers` is why no stack was found.
         snapshots: the graph after each pass so far, the capture first.
     """
+
+    ROLES: ClassVar[tuple[str, ...]] = ()
+    """Fields that name nodes."""
 
     graph: fx.Graph
     root: nn.Module
@@ -229,10 +246,6 @@ class Program:
     branches: tuple[Any, ...] = ()
     stored: frozenset[int] = frozenset()
     loss_output: int = -1
-    head: Head | None = None
-    layers: Layers | None = None
-    no_layers: str = ""
-    routing: Routing = field(default_factory=Routing)
     snapshots: tuple[Snapshot, ...] = ()
 
     @property
@@ -289,6 +302,37 @@ class Program:
         return fx.GraphModule(self.root, self.graph)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Analysed(Program):
+    """A program whose loss was found.
+
+    Attributes:
+        head: the loss and what it is made of.
+        layers: the stack; `no_layers` is why none was found.
+        routing: what passes inserted.
+    """
+
+    ROLES = ("head", "layers", "routing")
+
+    head: Head
+    layers: Layers | None = None
+    no_layers: CannotOptimize | None = None
+    routing: Routing = field(default_factory=Routing)
+
+    @property
+    def stack(self) -> Layers:
+        """`layers`, for what cannot go without.
+
+        Raises:
+            CannotOptimize: why there are none.
+        """
+        if self.layers is None:
+            if self.no_layers is None:
+                raise VerificationError("find_layers", "it has not run")
+            raise copy.copy(self.no_layers)
+        return self.layers
+
+
 def expression(shape_env: ShapeEnv, size: Any) -> Any:
     """A size as a sympy expression in which equal sizes are equal, or the int that it is."""
     return shape_env.simplify(size.node.expr) if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
@@ -320,158 +364,3 @@ def describe(item: Any) -> Any:
     if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return item.node.expr
     return (type(item), id(item) if isinstance(item, nn.Module) else item)
-
-
-def map_nodes(item: Any, mapping: Callable[[fx.Node], fx.Node]) -> Any:
-    """Copies a role (node, tuple, dataclass) with every node mapped."""
-    if isinstance(item, fx.Node):
-        return mapping(item)
-    if isinstance(item, tuple):
-        return tuple(map_nodes(part, mapping) for part in item)
-    if dataclasses.is_dataclass(item) and not isinstance(item, type):
-        return dataclasses.replace(
-            item,
-            **{f.name: map_nodes(getattr(item, f.name), mapping) for f in dataclasses.fields(item)},
-        )
-    return item
-
-
-class Builder:
-    """Builds the next program: copies nodes of the old graph, adds new ones and keeps `meta["val"]` true.
-
-    `env` maps old nodes to new. New nodes inherit `region` and `part` from the builder's current setting.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.graph = fx.Graph(program.root)
-        self.env: dict[fx.Node, fx.Node] = {}
-        self.inputs = list(program.inputs)
-        self.region = Region()
-        self.part = "main"
-        self._values: dict[Any, Any] = {}
-
-    def copy_inputs(self) -> None:
-        """Copies every placeholder, in order."""
-        for node in self.program.placeholders:
-            self.copy(node)
-
-    def copy(self, node: fx.Node) -> fx.Node:
-        """Copies one node whose arguments are already in `env`, with its value, region and part."""
-        self.env[node] = self.graph.node_copy(node, lambda old: self.env[old])
-        return self.env[node]
-
-    def copy_parts(self, *parts: str) -> None:
-        """Copies every node that earlier passes put into one of `parts`, in order."""
-        for node in self.program.graph.nodes:
-            if node.op not in ("placeholder", "output") and node.meta[PART] in parts:
-                self.copy(node)
-
-    def copy_rest(self) -> None:
-        """Copies every node not copied yet, the output included."""
-        for node in self.program.graph.nodes:
-            if node.op != "output" and node not in self.env:
-                self.copy(node)
-        self.output(fx.map_arg(self.program.output.args[0], lambda old: self.env[old]))
-
-    def copy_call(
-        self,
-        node: fx.Node,
-        env: dict[fx.Node, fx.Node],
-        args: tuple | None = None,
-        kwargs: dict[str, Any] | None = None,
-    ) -> fx.Node:
-        """Copies one call with arguments from `env` and computes its value afresh; in the builder's part, or, where
-        that is the main pass, in the original's.
-
-        The copy runs under the original's region; where the builder's region disables gradients or adds an autocast,
-        that holds too. `args` and `kwargs`, already mapped, replace the arguments.
-        """
-        new = self.graph.node_copy(node, lambda old: env[old])
-        if args is not None:
-            new.args = args
-        if kwargs is not None:
-            new.kwargs = kwargs
-        region = node.meta[REGION]
-        grad = self.region.grad if self.region.grad is not None else region.grad
-        new.meta[REGION] = Region(grad, self.region.autocasts + region.autocasts)
-        # Within the main pass, the layers that run on fewer tokens stay a part of their own.
-        new.meta[PART] = node.meta[PART] if self.part == "main" else self.part
-        unchanged = all(value(env[source]) is value(source) for source in node.all_input_nodes)
-        if new.op == "call_function" and not (unchanged and args is None and kwargs is None):
-            self.evaluate(new)
-            symbols.inherit_range(value(node), value(new))
-        return new
-
-    def placeholder(self, name: str, val: Any) -> fx.Node:
-        """Adds an input behind the last one."""
-        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
-        with self.graph.inserting_after(last):
-            node = self.graph.placeholder(name)
-        node.meta.update({"val": val, REGION: Region(), PART: "main"})
-        self.inputs.append(Input(node.name, name, "added"))
-        return node
-
-    def tensor_input(self, name: str, shape: Sequence[Any], like: Any) -> fx.Node:
-        """Adds an input of float32 [shape] on the device of the node `like`."""
-        with self.program.fake_mode:
-            empty = torch.empty(tuple(shape), dtype=torch.float32, device=value(like).device)
-            return self.placeholder(name, empty)
-
-    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Adds a call and computes its fake value."""
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta.update({"val": None, REGION: self.region, PART: self.part})
-        self.evaluate(node)
-        return node
-
-    def output(self, values: Any) -> None:
-        """Adds the output node."""
-        self.graph.output(values).meta.update({REGION: Region(), PART: "main"})
-
-    def routing(self, **changes: Any) -> Routing:
-        """The routing role in the new graph, with `changes`."""
-        return dataclasses.replace(map_nodes(self.program.routing, self._follow), **changes)
-
-    def _follow(self, node: fx.Node) -> fx.Node:
-        return self.env.get(node, node)
-
-    def _value(self, node: fx.Node) -> Any:
-        return getattr(self.program.root, str(node.target)) if node.op == "get_attr" else value(node)
-
-    def evaluate(self, node: fx.Node) -> None:
-        """Computes `meta["val"]` by running the node on its arguments' fake values under its region.
-
-        The layers of a stack are alike, and a fake run with symbols is slow: calls of one operator on values of the
-        same description share one result, unless it has a size that depends on data.
-        """
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
-        key = (node.target, node.meta[REGION], describe(args), describe(kwargs))
-        if key in self._values:
-            node.meta["val"] = self._values[key]
-            return
-        node.meta["val"] = self._run(node, args, kwargs)
-        if not symbols.data_symbols(node.meta["val"]) - symbols.data_symbols((args, kwargs)):
-            self._values[key] = node.meta["val"]
-
-    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        modes = (self.program.fake_mode, enable_python_dispatcher(), self.program.shape_env.suppress_guards())
-        with modes[0], modes[1], modes[2], node.meta[REGION].active():
-            try:
-                return node.target(*args, **kwargs)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise CannotOptimize(
-                    f"the rewritten graph does not fit together: {str(error).splitlines()[0]}",
-                    node=node,
-                    hint="the model fixes a size that routing must change; please report it with this line",
-                ) from error
-
-    def finish(self, name: str, **changes: Any) -> Program:
-        """The new program: roles follow their nodes through `env`; `changes` replaces fields; a snapshot is kept.
-
-        A role whose node was not copied keeps pointing at nothing in the graph and must be in `changes`.
-        """
-        roles = {role: map_nodes(getattr(self.program, role), self._follow) for role in ("head", "layers", "routing")}
-        fields = {**roles, **changes, "graph": self.graph, "inputs": tuple(self.inputs)}
-        snapshot = Snapshot(name, self.graph)
-        return dataclasses.replace(self.program, **fields, snapshots=(*self.program.snapshots, snapshot))

@@ -24,20 +24,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.kernels.reference.selection import RULES
-from cggr_compile.passes.analyse.find_layers import find_layers
-from cggr_compile.passes.analyse.find_loss import find_loss
-from cggr_compile.passes.rewrite.build_router import router_layers
-from cggr_compile.run import cost
-
-if TYPE_CHECKING:
-    from cggr_compile.run.runtime import Plan
+from cggr_compile.run.plan import Plan
 
 # Random choices in one probe, whose cosines are averaged.
 DRAWS = 2
@@ -140,16 +134,16 @@ class Probe:
         """The options with `"random"` or `"trimmed"` in place of `"auto"`."""
         return self.choices[self.pays]
 
-    def before_step(self, plan: Plan, inputs: Sequence[Any]) -> None:
-        """Probes with the inputs of a step where one is due, and decides which program runs from this step on.
+    def before_step(self, plan: Plan, inputs: Sequence[Any], steps: int, generator: torch.Generator) -> None:
+        """Probes with the inputs of a step where one is due, and decides which program runs from this step on; the
+        generator is that of the selections.
 
         The gradients' dot products and the rows' scores are read back, in this step only.
         """
-        steps = plan.runtime.steps
         if steps < self.due:
             return
         self.due = steps + self.every
-        found = measure(plan, inputs)
+        found = measure(plan, inputs, steps, generator)
         if isinstance(found, Skipped):
             self.skipped += 1
             self.reason = f"{self._standing()}; the probe at step {steps} was skipped: {found.reason}"
@@ -231,27 +225,18 @@ def by_score(config: RoutingConfig) -> RoutingConfig:
     return replace(config, selection="trimmed")
 
 
-def break_even(plan: Plan) -> float:
-    """ω of this capture's model at the configured ratio (`cost`), in FLOPs."""
-    config = plan.runtime.config
-    analysed = find_layers(find_loss(plan.captured, config), config)
-    assert analysed.layers is not None
-    return cost.predict(analysed, router_layers(config, len(analysed.layers)), config.ratio, config).break_even
-
-
-def measure(plan: Plan, inputs: Sequence[Any]) -> Measurement | Skipped:
+def measure(plan: Plan, inputs: Sequence[Any], steps: int, generator: torch.Generator) -> Measurement | Skipped:
     """One probe on the inputs of a step; the model, its gradients and every generator stay as they are.
 
     Only rows with a counted label take part: half of them, drawn at random, are held out. Of the others, k =
     `config.kept_rows` are taken.
     """
-    runtime = plan.runtime
-    config, steps = runtime.config, runtime.steps
+    config = plan.owner.config
     rows = plan.sizes(inputs)[0]
     kept = config.kept_rows(rows, steps)
     if kept >= rows:
         return Skipped(f"every one of the {rows} rows is kept")
-    seed = _seed(runtime.generator(plan.device), steps)
+    seed = _seed(generator, steps)
     host = torch.Generator().manual_seed(seed)
     with _undisturbed(plan.device, inputs):
         scores, counts = router_scores(plan, inputs, torch.Generator(plan.device).manual_seed(seed + 1))
@@ -310,7 +295,7 @@ def _undisturbed(device: torch.device, inputs: Sequence[Any]) -> Iterator[None]:
 
 def router_scores(plan: Plan, inputs: Sequence[Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The router's score and the counted labels of every row, both [B] and on the host."""
-    scores, counts = plan.row_scores(inputs, by_score(plan.runtime.config), generator)
+    scores, counts = plan.row_scores(inputs, by_score(plan.owner.config), generator)
     return scores.cpu(), counts.cpu()
 
 
@@ -319,11 +304,9 @@ def main_losses(plan: Plan, inputs: Sequence[Any]) -> Tensor:
 
     That is what a router of all layers with exact body and head scores by loss.
     """
-    analysed = plan.routed(by_score(plan.runtime.config)).program
-    assert analysed.layers is not None
-    exact = replace(plan.runtime.config, router_body="exact", router_head="exact", scoring="loss")
-    whole = replace(exact, router_layers=len(analysed.layers))
-    losses, _, _ = plan.scoring("main losses", whole).variant(*inputs)
+    exact = replace(plan.owner.config, router_body="exact", router_head="exact", scoring="loss")
+    whole = replace(exact, router_layers=len(plan.analysed.stack))
+    losses, _ = plan.scoring("main losses", whole).variant(*inputs)
     return losses.cpu()
 
 
@@ -335,7 +318,7 @@ def _gradient(plan: Plan, inputs: Sequence[Any], chosen: Tensor, counts: Tensor,
     add up to the sum over tokens. Rows whose noise is NaN are not selected; where that leaves fewer than `kept`, the
     rest fills up and counts for nothing.
     """
-    route = plan.routed(uniform(plan.runtime.config))
+    route = plan.routed(uniform(plan.owner.config))
     parameters = [tensor for tensor in inputs if isinstance(tensor, Tensor) and tensor.requires_grad]
     total: list[Tensor | None] = []
     for part in chosen.split(kept):

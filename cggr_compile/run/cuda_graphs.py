@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from cggr_compile.run.graph_memory import CALLS_THAT_DISPLACE, Pool, Turn
-from cggr_compile.run.recomputed import beside_checkpoints
+from cggr_compile.torch_internals.autograd import beside_checkpoints
 
 WARM_UP = 2
 """Runs before a recording: libraries and Triton allocate and compile in the first."""

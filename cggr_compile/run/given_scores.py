@@ -7,22 +7,12 @@ The step waits for the router between its forward and its backward, so no optimi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import Region, callers_region
-from cggr_compile.run.router_time import Mark, mark, seconds_between
-
-if TYPE_CHECKING:
-    from cggr_compile.front.handle import Handle
-
-SETTLING = 3
-"""Steps of a trial that are not timed: they compile and record."""
 
 
 class ScoresReady(Exception):
@@ -92,68 +82,3 @@ class GivenScores:
         if self._running and self._beside is not None:
             torch.cuda.current_stream().wait_stream(self._beside)
         self._running = False
-
-
-class ScoredAhead:
-    """Batches of an iterable, each scored while the one before it trains.
-
-    Attributes:
-        seconds: mean time of a step, by what was tried: `"inside"` (the router in the step) and `"ahead"`; empty
-            without a trial and before its end.
-        ahead: whether batches are scored ahead now.
-    """
-
-    def __init__(self, handle: Handle, batches: Iterable[Mapping[str, Any]], trial: int) -> None:
-        self.handle = handle
-        self.batches = batches
-        self.trial = trial
-        self.seconds: dict[str, float] = {}
-        self.ahead = trial == 0
-        self._device = next(handle.model.parameters()).device
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        remaining = iter(self.batches)
-        current = next(remaining, None)
-        scores: Tensor | None = None
-        step, begin = 0, mark(self._device)
-        while current is not None:
-            begin = self._try(step, begin)
-            following = next(remaining, None)
-            if scores is not None:
-                self.handle.runtime.given.join()  # for a batch that no step was made of
-                self.handle.runtime.given.give(scores)
-            scores = self._score(following) if self.ahead and following is not None else None
-            yield current
-            current = following
-            step += 1
-
-    def _try(self, step: int, begin: Mark) -> Mark:
-        """Moves the trial on in front of a step; when what is being timed began."""
-        each = SETTLING + self.trial
-        if not self.trial or step > 2 * each:
-            return begin
-        if step in (SETTLING, each + SETTLING):
-            return mark(self._device)
-        if step in (each, 2 * each):
-            self.seconds["ahead" if self.ahead else "inside"] = seconds_between(begin, mark(self._device)) / self.trial
-            self.ahead = step == each or self.seconds["ahead"] < self.seconds["inside"]
-        return begin
-
-    def _score(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """The scores; None where the model does not train now, where no step has shown under which autocast it does,
-        and where it cannot be routed and may train all the same."""
-        given = self.handle.runtime.given
-        if not self.handle.model.training or not self.handle.runtime.last:
-            return None
-        try:
-            with given.as_in_the_step():
-                if not any(isinstance(each, Tensor) and each.is_cuda for each in batch.values()):
-                    return self.handle.score(batch)
-                training = torch.cuda.current_stream()
-                with torch.cuda.stream(given.beside()):
-                    scores = self.handle.score(batch)
-        except CannotOptimize as error:
-            self.handle.refuse(error)
-            return None
-        scores.record_stream(training)
-        return scores

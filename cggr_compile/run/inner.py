@@ -25,7 +25,7 @@ from cggr_compile import kernels
 from cggr_compile.ir.amounts import Sizes
 from cggr_compile.ir.program import Program
 from cggr_compile.passes.lower.lower_regions import Body, lower_pieces
-from cggr_compile.run.recomputed import beside_checkpoints
+from cggr_compile.torch_internals.autograd import beside_checkpoints
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:

@@ -7,11 +7,12 @@ NaN where scores and weights are finite.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from cggr_compile.ir.program import StepOutputs
 
 METRICS: dict[str, str] = {
     "rows_total": "rows of the batch",
@@ -40,20 +41,31 @@ METRICS: dict[str, str] = {
 """Every metric by name."""
 
 
-def metrics_of(
-    last: Mapping[str, Any], without_gradient: int | None, router_seconds: float | None = None
-) -> dict[str, Tensor]:
-    """The metrics of a step, of those in `METRICS` that it has; empty before the first step.
+@dataclass(frozen=True)
+class LastStep:
+    """What the last step left: `kept` of `total` rows of `length` tokens, the `fraction` that k was computed from, and
+    what the graph put out."""
+
+    total: int
+    length: int
+    kept: int
+    fraction: float
+    found: StepOutputs
+
+
+def metrics_of(last: LastStep, without_gradient: int | None, router_seconds: float | None = None) -> dict[str, Tensor]:
+    """The metrics of a step, of those in `METRICS` that it has.
 
     Args:
         last: what the step left (`Runtime.last`).
         without_gradient: number of trainable parameters without a gradient, None where it is not known.
         router_seconds: time of the router by itself, None where it was not measured.
     """
-    rows = last.get("rows")
-    if not isinstance(rows, Tensor):
-        return {}
-    weights = last["weights"] if isinstance(last["weights"], Tensor) else torch.ones_like(rows, dtype=torch.float32)
+    left = last.found
+    rows, scores, counts = left.rows, left.scores, left.counts
+    weights = left.weights
+    if weights is None:
+        weights = torch.ones_like(rows, dtype=torch.float32)
     trained = weights > 0
 
     def number(value: float) -> Tensor:
@@ -61,10 +73,10 @@ def metrics_of(
         return torch.full((), value, device=rows.device)
 
     found = {
-        "rows_total": number(last["total"]),
+        "rows_total": number(last.total),
         "rows_selected": trained.sum(),
-        "kept_ratio": trained.sum() / last["total"],
-        "ratio_target": number(last["fraction"]),
+        "kept_ratio": trained.sum() / last.total,
+        "ratio_target": number(last.fraction),
         "effective_sample_size": _over(weights.sum() ** 2, (weights**2).sum()),
         "weight_max": weights.max(),
     }
@@ -72,8 +84,7 @@ def metrics_of(
         found["parameters_without_gradient"] = number(without_gradient)
     if router_seconds is not None:
         found["router_seconds"] = number(router_seconds)
-    scores, counts = last["scores"], last["counts"]
-    if isinstance(counts, Tensor):
+    if counts is not None:
         selected = torch.zeros_like(counts).index_add(0, rows, trained.long()) > 0
         found["tokens_total"] = counts.sum()
         found["tokens_selected"] = (counts * selected).sum()
@@ -81,16 +92,40 @@ def metrics_of(
         median = counts.float().where(counted, torch.nan).nanquantile(0.5)
         found["selection_rate_short"] = _mean(selected, counted & (counts < median))
         found["selection_rate_long"] = _mean(selected, counted & (counts >= median))
-        if isinstance(scores, Tensor):
+        if scores is not None:
             known = counted & ~scores.isnan()
             found["rows_nan_score"] = (counted & scores.isnan()).sum()
             found["score_mean"] = _mean(scores, known)
             found["score_selected_mean"] = _mean(scores, known & selected)
             spread = _mean((scores - found["score_mean"]) ** 2, known).sqrt()
             found["score_cv"] = _over(spread, found["score_mean"].abs())
-    if isinstance(last["confidence"], Tensor):
-        found["mean_confidence"] = last["confidence"]
+    if left.confidence is not None:
+        found["mean_confidence"] = left.confidence
     return found
+
+
+def token_metrics(routes: tuple[str, ...], last: LastStep) -> dict[str, Tensor]:
+    """`token_kept_ratio` of the token route; of the loss route, `tokens_selected` and `loss_kept_ratio`."""
+    found: dict[str, Tensor] = {}
+    if "token" in routes:
+        positions = last.found.positions
+        found["token_kept_ratio"] = torch.full((), positions.shape[-1] / last.length, device=positions.device)
+    if "loss" in routes:
+        mask = last.found.loss_mask
+        found["tokens_selected"] = mask.sum()
+        found["loss_kept_ratio"] = mask.float().mean()
+    return found
+
+
+_SELECTIONS = {"sequence": "rows", "token": "positions", "loss": "loss_mask"}
+
+
+def selected(routes: tuple[str, ...], last: LastStep | None) -> Tensor | tuple[Tensor, ...] | None:
+    """The selection of each route, in a tuple where there are two; None before the first step."""
+    if last is None:
+        return None
+    found = tuple(getattr(last.found, _SELECTIONS[route]) for route in routes)
+    return found if len(found) > 1 else found[0]
 
 
 def _over(part: Tensor, whole: Tensor) -> Tensor:

@@ -13,28 +13,21 @@ is routed) cannot be told what its loss was made of, and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
-
-import torch
 
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.torch_internals import autograd
-
-if TYPE_CHECKING:
-    from cggr_compile.run.runtime import Plan
-    from cggr_compile.run.variant import Variant
 
 
 @dataclass(frozen=True)
 class Given:
     """What a step ran with beside the inputs of its call."""
 
-    plan: Plan
-    variant: Variant
+    plan: object
+    variant: Callable[..., tuple[Any, ...]]
     added: tuple[Any, ...]
 
 
@@ -52,7 +45,7 @@ class Recomputations:
     def __init__(self) -> None:
         self._calls: WeakKeyDictionary[Any, _Calls] = WeakKeyDictionary()
 
-    def again(self, plan: Plan) -> Given | None:
+    def again(self, plan: object) -> Given | None:
         """What the step was given that this call runs again; None where the call is a step of its own.
 
         Raises:
@@ -93,18 +86,3 @@ class Recomputations:
         """For the checkpoints that the step runs under."""
         for frame in autograd.checkpoints_around().first_runs:
             self._calls.setdefault(frame, _Calls()).given.append(given)
-
-
-@contextmanager
-def beside_checkpoints() -> Iterator[None]:
-    """Keeps what is computed within, gradients included, out of the checkpoints around: traces and probes are not part
-    of the step that is run again."""
-    if autograd.checkpoints_around() == autograd.Checkpoints():
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _itself):
-        yield
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

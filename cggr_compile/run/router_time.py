@@ -6,17 +6,15 @@ points of it enclose the router alone. So the router is run alone, on the batch 
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-if TYPE_CHECKING:
-    from cggr_compile.config import RoutingConfig
-    from cggr_compile.run.runtime import Plan
+from cggr_compile.config import RoutingConfig
+from cggr_compile.run.plan import Plan
 
 RUNS = 3
 
@@ -44,10 +42,9 @@ class RouterTime:
         self._asked = False
         route = plan.scoring("router scores", config)
         generator = torch.Generator(plan.device).manual_seed(0)
-        basis = copy.deepcopy(plan.runtime.basis)
         spans = []
         for _ in range(1 + RUNS):
-            added = list(route.added_inputs({}, {}, basis, generator))
+            added = list(route.added_inputs({}, {}, generator))
             start = mark(plan.device)
             route.variant(*inputs, *added)
             spans.append((start, mark(plan.device)))

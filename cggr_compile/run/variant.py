@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from cggr_compile.ir.amounts import Sizes, Symbols
-from cggr_compile.ir.program import Program
+from cggr_compile.ir.program import Analysed
 from cggr_compile.passes.lower.lower_regions import lower_regions
 from cggr_compile.passes.lower.outline_layers import outline_layers
 from cggr_compile.run.cuda_graphs import Replays, obstacle_of
@@ -40,7 +40,7 @@ class Variant:
 
     def __init__(
         self,
-        program: Program,
+        program: Analysed,
         inner: str,
         pool: Pool | None = None,
         outlined: bool = False,

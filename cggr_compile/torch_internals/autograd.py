@@ -99,3 +99,18 @@ def _is_checkpoints(hook: Any) -> bool:
 def in_backward() -> bool:
     """Whether autograd runs a backward in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+@contextmanager
+def beside_checkpoints() -> Iterator[None]:
+    """Keeps what is computed within, gradients included, out of the checkpoints around: traces and probes are not part
+    of the step that is run again."""
+    if checkpoints_around() == Checkpoints():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _itself):
+        yield
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

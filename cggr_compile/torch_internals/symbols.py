@@ -6,7 +6,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
@@ -54,3 +55,10 @@ def _size_functions() -> dict[Any, Any]:
 
 
 SIZE_FUNCTIONS = _size_functions()
+
+
+def new_size(shape_env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
+    """A symbolic size of its own, that nothing specialises, 0 and 1 included."""
+    source = ConstantSource(name)
+    symbol = shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+    return shape_env.create_symintnode(symbol, hint=hint, source=source)

@@ -26,19 +26,26 @@ from torch import fx
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.dataflow import ancestors, cut_vertices
-from cggr_compile.ir.program import Head, Layers, Program, is_tensor, value
+from cggr_compile.ir.program import Analysed, Head, Layers, is_tensor, value
 
 aten = torch.ops.aten
 
 
-def find_layers(program: Program, config: RoutingConfig) -> Program:
-    """Sets `layers`. Needs `head`.
+def find_layers(program: Analysed, config: RoutingConfig) -> Analysed:
+    """Sets `layers`; where no stack can be proved, `no_layers`, which whatever needs a stack will raise."""
+    try:
+        return dataclasses.replace(program, layers=_layers(program, config))
+    except CannotOptimize as error:
+        return dataclasses.replace(program, no_layers=error.with_traceback(None))
+
+
+def _layers(program: Analysed, config: RoutingConfig) -> Layers:
+    """The stack.
 
     Raises:
         CannotOptimize: no layer stack, a layer that more than one tensor leaves, or, on the token route, layers that
             run on other positions than those of the call.
     """
-    assert program.head is not None
     hidden = program.head.hidden
     embeddings = _embeddings(program, program.head, config)
     streams = [
@@ -68,7 +75,7 @@ def find_layers(program: Program, config: RoutingConfig) -> Program:
             node=layers.residuals[0],
             hint="route whole sequences: route='sequence'",
         )
-    return dataclasses.replace(program, layers=layers)
+    return layers
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,11 @@ class _Stream:
 
     entry: fx.Node
     cuts: list[fx.Node]
-    carries: Callable[[Program, fx.Node], bool]
+    carries: Callable[[Analysed, fx.Node], bool]
 
 
 def _stream(
-    program: Program, hidden: fx.Node, embeddings: list[fx.Node], carries: Callable[[Program, fx.Node], bool]
+    program: Analysed, hidden: fx.Node, embeddings: list[fx.Node], carries: Callable[[Analysed, fx.Node], bool]
 ) -> _Stream | None:
     """The embedding from which the most cuts that carry rows or tokens lead to the head; None without one."""
     streams = [
@@ -92,7 +99,7 @@ def _stream(
     return max((stream for stream in streams if stream.cuts), key=lambda stream: len(stream.cuts), default=None)
 
 
-def _embeddings(program: Program, head: Head, config: RoutingConfig) -> list[fx.Node]:
+def _embeddings(program: Analysed, head: Head, config: RoutingConfig) -> list[fx.Node]:
     """The token embeddings that reach the head as numbers; where some embed ids that are made from the labels, those.
 
     Raises:
@@ -113,7 +120,7 @@ def _embeddings(program: Program, head: Head, config: RoutingConfig) -> list[fx.
     return decoding or every
 
 
-def _embeds_labels(program: Program, embedding: fx.Node) -> bool:
+def _embeds_labels(program: Analysed, embedding: fx.Node) -> bool:
     ids = ancestors([embedding.args[1]], through=is_tensor)
     return any(node.op == "placeholder" and program.path(node) == "labels" for node in ids)
 
@@ -128,7 +135,7 @@ def _is_floating(node: fx.Node) -> bool:
     return is_tensor(node) and (value(node).is_floating_point() or value(node).is_complex())
 
 
-def _carries_tokens(program: Program, node: fx.Node) -> bool:
+def _carries_tokens(program: Analysed, node: fx.Node) -> bool:
     """Whether the tensor is floating and has a batch, a sequence and a further dimension, in any order."""
     if not is_tensor(node) or value(node).dim() < 3 or not value(node).is_floating_point():
         return False
@@ -138,7 +145,7 @@ def _carries_tokens(program: Program, node: fx.Node) -> bool:
     return bool(batch) and bool(sequence - batch)
 
 
-def _carries_rows(program: Program, node: fx.Node) -> bool:
+def _carries_rows(program: Analysed, node: fx.Node) -> bool:
     """Whether the tensor is floating and has a batch and two further dimensions, in any order: positions that are not
     those of the call (prompts in front of them, latents) route sequences as well."""
     if not is_tensor(node) or value(node).dim() < 3 or not value(node).is_floating_point():
@@ -163,7 +170,7 @@ def _layer_indices(node: fx.Node) -> dict[tuple[str, ...], int]:
     return found
 
 
-def _by_metadata(program: Program, stream: _Stream) -> Layers | None:
+def _by_metadata(program: Analysed, stream: _Stream) -> Layers | None:
     placed, _ = _stacks(program, stream)
     hidden = stream.cuts[-1]
     found = {path: residuals for path, inside in placed.items() if (residuals := _residuals(inside, stream.cuts))}
@@ -183,7 +190,7 @@ def _by_metadata(program: Program, stream: _Stream) -> Layers | None:
     return Layers(".".join(path), "metadata + single-residual cut", stream.entry, found[path])
 
 
-def _stacks(program: Program, stream: _Stream) -> tuple[dict[tuple[str, ...], dict[fx.Node, int]], set[fx.Node]]:
+def _stacks(program: Analysed, stream: _Stream) -> tuple[dict[tuple[str, ...], dict[fx.Node, int]], set[fx.Node]]:
     """The indexed containers with several members, most members first, and in which member each node is; and the nodes
     in front of the stream's last cut, of which alone they consist."""
     placed: dict[tuple[str, ...], dict[fx.Node, int]] = defaultdict(dict)
@@ -201,7 +208,7 @@ def _stacks(program: Program, stream: _Stream) -> tuple[dict[tuple[str, ...], di
     return {path: placed[path] for path in stacks}, upstream
 
 
-def _refuse_metadata(program: Program, stream: _Stream) -> None:
+def _refuse_metadata(program: Analysed, stream: _Stream) -> None:
     """Raises for a stack of named modules that no cuts end."""
     placed, upstream = _stacks(program, stream)
     for path, inside in placed.items():
@@ -219,7 +226,7 @@ def _residuals(placed: dict[fx.Node, int], cuts: list[fx.Node]) -> tuple[fx.Node
 
 
 def _cuts_behind(
-    program: Program, placed: dict[fx.Node, int], hidden: fx.Node, carries: Callable[[Program, fx.Node], bool]
+    program: Analysed, placed: dict[fx.Node, int], hidden: fx.Node, carries: Callable[[Analysed, fx.Node], bool]
 ) -> list[fx.Node]:
     """The cuts of every path from the members' nodes: what is computed in front of the first member does not count."""
     inside = [node for node in placed if is_tensor(node) and node.op == "call_function"]
@@ -227,7 +234,7 @@ def _cuts_behind(
 
 
 def _refuse_second_tensor(
-    program: Program, path: tuple[str, ...], indices: set[int], cutting: dict[int, fx.Node]
+    program: Analysed, path: tuple[str, ...], indices: set[int], cutting: dict[int, fx.Node]
 ) -> None:
     """Raises for a stack whose layers are chained, but by more than one tensor."""
     missing = min(indices - set(cutting), default=None)
@@ -249,7 +256,7 @@ def _refuse_second_tensor(
 
 
 def _refuse_uncut_majority(
-    program: Program, path: tuple[str, ...], placed: dict[fx.Node, int], upstream: set[fx.Node], cuts: list[fx.Node]
+    program: Analysed, path: tuple[str, ...], placed: dict[fx.Node, int], upstream: set[fx.Node], cuts: list[fx.Node]
 ) -> None:
     """Raises for numbered modules that run one after the other, read most parameters and are cut neither inside nor
     between two of them: they are the layers, and what repeats elsewhere is not."""
@@ -269,11 +276,11 @@ def _refuse_uncut_majority(
         )
 
 
-def _is_state(program: Program, node: fx.Node) -> bool:
+def _is_state(program: Analysed, node: fx.Node) -> bool:
     return node.op == "placeholder" and program.kind(node) == "state"
 
 
-def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
+def _by_repetition(program: Analysed, stream: _Stream) -> Layers | None:
     """The longest run of equal consecutive blocks of segments; a segment is what lies between two cuts.
 
     It ends where the repetition does, so that what is left of a block runs in front of it. What a block consists of is
@@ -316,7 +323,7 @@ def _by_repetition(program: Program, stream: _Stream) -> Layers | None:
     return Layers("", "repetition + single-residual cut", stream.entry, residuals)
 
 
-def _signature(program: Program, before: fx.Node, after: fx.Node) -> frozenset[tuple[str, int]]:
+def _signature(program: Analysed, before: fx.Node, after: fx.Node) -> frozenset[tuple[str, int]]:
     """Which operators, with parameters of which shapes, lead from one cut to the next."""
     counted: Counter[str] = Counter()
     for node in ancestors([after], stop=[before]):

@@ -22,7 +22,7 @@ from torch import fx
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.dataflow import ancestors, descendants
-from cggr_compile.ir.program import Head, Program, is_tensor, value
+from cggr_compile.ir.program import Analysed, Head, Program, is_tensor, value
 
 aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ class Mismatch:
     hint: str
 
 
-def find_loss(program: Program, config: RoutingConfig) -> Program:
+def find_loss(program: Program, config: RoutingConfig) -> Analysed:
     """Sets `head` and `loss_output`.
 
     Raises:
@@ -74,7 +74,8 @@ def find_loss(program: Program, config: RoutingConfig) -> Program:
     if not heads:
         mismatch = next(match for _, match in matches if isinstance(match, Mismatch))
         raise CannotOptimize(mismatch.reason, node=mismatch.node, hint=mismatch.hint)
-    return dataclasses.replace(program, head=heads[0], loss_output=_loss_output(program, heads[0].loss))
+    fields = {**vars(program), "loss_output": _loss_output(program, heads[0].loss)}
+    return Analysed(**fields, head=heads[0])
 
 
 def _loss_output(program: Program, loss: fx.Node) -> int:

@@ -23,7 +23,7 @@ from torch import fx
 
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.dataflow import carries_data
-from cggr_compile.ir.program import PART, TRAINED_PARTS, Program, is_tensor, value
+from cggr_compile.ir.program import PART, TRAINED_PARTS, Analysed, is_tensor, value
 from cggr_compile.ir.sequence_order import indices_of, is_pointwise, packet_of
 
 aten = torch.ops.aten
@@ -65,7 +65,7 @@ class RowFlow:
             row and is no argument; entries that reach the loss without having been divided among the rows.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Analysed) -> None:
         self.program = program
         self.dims: dict[fx.Node, list[int]] = {}
         self.whole: dict[fx.Node, int] = {}
@@ -163,7 +163,6 @@ class RowFlow:
 
     def _refuse_mixed_loss(self) -> None:
         head, outputs = self.program.head, self.program.outputs
-        assert head is not None
         for node in (head.hidden, head.target, outputs[self.program.loss_output]):
             if node in self.mixed:
                 raise CannotOptimize(
@@ -174,7 +173,7 @@ class RowFlow:
                 )
 
 
-def batch_dims(program: Program, node: fx.Node) -> list[int]:
+def batch_dims(program: Analysed, node: fx.Node) -> list[int]:
     """The dimensions of an input that are the batch.
 
     Raises:

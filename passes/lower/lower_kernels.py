@@ -17,9 +17,8 @@ from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.ir.program import REGION, Builder, Program, Region, value
-
-PROVIDER = "cggr_provider"
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.program import PROVIDER, REGION, Analysed, Region, value
 
 
 def operator_name(node: fx.Node) -> str | None:
@@ -29,7 +28,7 @@ def operator_name(node: fx.Node) -> str | None:
     return operator if namespace == "cggr" and operator in PROVIDERS else None
 
 
-def lower_kernels(program: Program, config: RoutingConfig) -> Program:
+def lower_kernels(program: Analysed, config: RoutingConfig) -> Analysed:
     """Replaces each `cggr` operator by its provider's implementation; fills `routing.providers` and
     `routing.passed_over`.
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from cggr_compile.ir.dataflow import ancestors, carries_data, descendants
-from cggr_compile.ir.program import Program, is_tensor, value
+from cggr_compile.ir.program import Analysed, is_tensor, value
 from cggr_compile.torch_internals import symbols
 
 # With fewer there is nothing to share: the first layer goes with what is in front of it.
@@ -32,7 +32,7 @@ class Outline:
     reason: str = ""
 
 
-def outline_layers(program: Program) -> Outline:
+def outline_layers(program: Analysed) -> Outline:
     """The pieces of a lowered program: front, layers 1 to the last, rest; or all of it and the reason."""
     calls = [node for node in program.graph.nodes if node.op == "call_function" and not is_size(node)]
     reason = _obstacle(program, calls)
@@ -49,13 +49,13 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(value(node), (int, torch.SymInt)) and not symbols.data_symbols(value(node))
 
 
-def _obstacle(program: Program, calls: list[fx.Node]) -> str:
+def _obstacle(program: Analysed, calls: list[fx.Node]) -> str:
     if program.layers is None:
-        return program.no_layers or "layers were not looked for"
-    if len(program.layers) < FEWEST:
-        return f"{len(program.layers)} layers are fewer than {FEWEST}"
+        return "layers were not looked for" if program.no_layers is None else program.no_layers.reason
+    if len(program.stack) < FEWEST:
+        return f"{len(program.stack)} layers are fewer than {FEWEST}"
     present = set(calls)
-    if not all(residual in present for residual in program.layers.residuals):
+    if not all(residual in present for residual in program.stack.residuals):
         return "the residual between two layers is not a value of this program"
     for node in calls:
         schema = getattr(node.target, "_schema", None)
@@ -64,10 +64,9 @@ def _obstacle(program: Program, calls: list[fx.Node]) -> str:
     return ""
 
 
-def _places(program: Program, calls: list[fx.Node]) -> dict[fx.Node, int]:
+def _places(program: Analysed, calls: list[fx.Node]) -> dict[fx.Node, int]:
     """The piece of every call: 0 in front, i for layer i, one more for the rest."""
-    assert program.layers is not None
-    residuals = program.layers.residuals
+    residuals = program.stack.residuals
     after = descendants([residuals[0]], carries_data)
     place: dict[fx.Node, int] = {}
     for index, (entry, leaving) in enumerate(pairwise(residuals), 1):

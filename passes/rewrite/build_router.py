@@ -17,8 +17,10 @@ from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import clone
-from cggr_compile.ir.program import Autocast, Builder, Program, Region, value
+from cggr_compile.ir.program import Analysed, Region
+from cggr_compile.ir.roles import quiet_region, router_layers
 
 aten = torch.ops.aten
 
@@ -30,22 +32,13 @@ _DROPOUTS = {
 }
 
 
-def router_layers(config: RoutingConfig, layers: int) -> int:
-    """Layers the router runs: the configured number, or max(2, L // 8), at most L - 1 and at least 1."""
-    if isinstance(config.router_layers, int):
-        return config.router_layers
-    return max(1, min(max(2, layers // 8), layers - 1))
-
-
-def build_router(program: Program, config: RoutingConfig) -> Program:
+def build_router(program: Analysed, config: RoutingConfig) -> Analysed:
     """Inserts the router in front of the main pass and sets `routing.router_hidden` (the head's input, [B, S, D]).
 
     Raises:
         CannotOptimize: more router layers than layers, or randomness other than dropout inside the router.
     """
-    assert program.head is not None
-    assert program.layers is not None
-    layers = program.layers
+    layers = program.stack
     count = router_layers(config, len(layers))
     if count > len(layers):
         raise CannotOptimize(
@@ -69,16 +62,7 @@ def build_router(program: Program, config: RoutingConfig) -> Program:
     return builder.finish("build_router", routing=routing)
 
 
-def quiet_region(program: Program) -> Region:
-    """No gradients; under the caller's autocast, no weight cache either."""
-    assert program.head is not None
-    device = value(program.head.weight).device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return Region(grad=False)
-    return Region(False, (Autocast(device, torch.get_autocast_dtype(device), True, False),))
-
-
-def _without_dropout(builder: Builder, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
+def _without_dropout(builder: Builder[Analysed], node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """The router's version of one node: dropout is the identity, attention has no dropout."""
     if node.target in _DROPOUTS:
         return env[node.args[0]]

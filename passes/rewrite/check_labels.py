@@ -11,12 +11,12 @@ import cggr_compile.kernels.op.labels  # noqa: F401  registers torch.ops.cggr
 import torch
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.ir.program import PART, REGION, Builder, Program, value
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.program import PART, REGION, Analysed, value
 
 
-def check_labels(program: Program, config: RoutingConfig) -> Program:
+def check_labels(program: Analysed, config: RoutingConfig) -> Analysed:
     """The program whose `head.target` is checked; its other nodes are as they were."""
-    assert program.head is not None
     head = program.head
     builder = Builder(program)
     builder.copy_inputs()

@@ -20,8 +20,9 @@ import torch
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis
-from cggr_compile.ir.program import Builder, Program, hint, value
+from cggr_compile.ir.program import Analysed, hint, value
 
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
@@ -29,7 +30,7 @@ _ATTENTION = aten.scaled_dot_product_attention.default
 _WIDEST_GROUPED_HEAD = 256
 
 
-def elide_causal_masks(program: Program, config: RoutingConfig) -> Program:
+def elide_causal_masks(program: Analysed, config: RoutingConfig) -> Analysed:
     """Rewrites every attention whose mask is proved causal; sets `routing.causal_attentions` to how many there are.
 
     Masks, and what only they were computed from, go with the next pass that copies what is needed.
@@ -106,7 +107,7 @@ def _bound(condition: Expression, later: sympy.Symbol, earlier: sympy.Symbol) ->
     return int(rest) - isinstance(condition, (sympy.Lt, sympy.Gt))
 
 
-def _without_mask(builder: Builder, program: Program, node: fx.Node) -> fx.Node:
+def _without_mask(builder: Builder, program: Analysed, node: fx.Node) -> fx.Node:
     given = {parameter.name: argument(node, parameter.name) for parameter in _ATTENTION._schema.arguments}
     key, held = _unrepeated(program, given["key"]), _unrepeated(program, given["value"])
     if key is not None and held is not None and _may_be_grouped(program, node, key, held):
@@ -118,13 +119,13 @@ def _without_mask(builder: Builder, program: Program, node: fx.Node) -> fx.Node:
     return builder.copy_call(node, builder.env, args=args, kwargs=mapped)
 
 
-def _may_be_grouped(program: Program, node: fx.Node, key: fx.Node, held: fx.Node) -> bool:
+def _may_be_grouped(program: Analysed, node: fx.Node, key: fx.Node, held: fx.Node) -> bool:
     width = value(key).shape[-1]
     same = program.same_size(value(key).shape[1], value(held).shape[1])
     return bool(same and width == value(held).shape[-1] and width <= _WIDEST_GROUPED_HEAD)
 
 
-def _unrepeated(program: Program, node: fx.Node) -> fx.Node | None:
+def _unrepeated(program: Analysed, node: fx.Node) -> fx.Node | None:
     """The heads [B, H, S, D] that `node` [B, H·n, S, D] repeats n times each, next to each other, or None."""
     joined = _through_copies(program, node)
     if joined.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
@@ -148,7 +149,7 @@ def _unrepeated(program: Program, node: fx.Node) -> fx.Node | None:
     )
 
 
-def _through_copies(program: Program, node: fx.Node) -> fx.Node:
+def _through_copies(program: Analysed, node: fx.Node) -> fx.Node:
     """What a node's elements are, before copies of them and slices of everything."""
     while True:
         source = node.args[0] if node.args else None
@@ -158,6 +159,6 @@ def _through_copies(program: Program, node: fx.Node) -> fx.Node:
         node = source
 
 
-def _same_sizes(program: Program, node: fx.Node, sizes: Any) -> bool:
+def _same_sizes(program: Analysed, node: fx.Node, sizes: Any) -> bool:
     shape = value(node).shape
     return len(shape) == len(sizes) and all(program.same_size(a, b) for a, b in zip(shape, sizes, strict=True))

@@ -17,13 +17,15 @@ from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors, clone
-from cggr_compile.ir.program import ORIGIN, PART, TRAINED_PARTS, Builder, Program, value
+from cggr_compile.ir.program import ORIGIN, Analysed, value
+from cggr_compile.ir.roles import main_roots
 
 aten = torch.ops.aten
 
 
-def gather_rows(program: Program, config: RoutingConfig) -> Program:
+def gather_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     """Inserts `cggr::gather` for each batched input and copies the main pass onto the results.
 
     Raises:
@@ -65,13 +67,13 @@ def gather_rows(program: Program, config: RoutingConfig) -> Program:
     return builder.finish("gather_rows", routing=builder.routing(gathered=tuple(gathered)))
 
 
-def _checked_before(builder: Builder, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
+def _checked_before(builder: Builder[Analysed], node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """The kept rows' labels in place of a check: those of the whole batch passed it before any row was selected."""
     checks = node.target == torch.ops.cggr.checked_target.default
     return env[node.args[0]] if checks else None
 
 
-def _whole(builder: Builder, flow: RowFlow, roots: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+def _whole(builder: Builder[Analysed], flow: RowFlow, roots: list[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Copies what the main pass needs of values that are made for the whole batch; returns old node -> new node."""
     needed = ancestors(roots, stop=flow.whole)
     wanted = [node for node in flow.whole if not needed.isdisjoint(node.users) or node in roots]
@@ -98,14 +100,3 @@ def _draws(node: fx.Node) -> bool:
     if node.target == aten.scaled_dot_product_attention.default:
         return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def main_roots(program: Program) -> list[fx.Node]:
-    """What the main pass must compute: the outputs, and nodes that act by side effect."""
-    outputs = [out for out in program.outputs if isinstance(out, fx.Node)]
-    effects = [
-        node
-        for node in program.graph.nodes
-        if node.op == "call_function" and node.meta[PART] in TRAINED_PARTS and node.is_impure()
-    ]
-    return outputs + effects

@@ -24,25 +24,14 @@ from typing import Any
 
 import cggr_compile.kernels.op.tokens  # noqa: F401  registers torch.ops.cggr
 import torch
-from cggr_compile.passes.rewrite.score_rows import token_ids
-from cggr_compile.passes.rewrite.select_tokens import middle_layers
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.builder import Builder, map_nodes
 from cggr_compile.ir.dataflow import ancestors, carries_activations, carries_data, descendants
-from cggr_compile.ir.program import (
-    ORIGIN,
-    PART,
-    Builder,
-    Layers,
-    Program,
-    Region,
-    Shortened,
-    is_tensor,
-    map_nodes,
-    value,
-)
+from cggr_compile.ir.program import ORIGIN, PART, Analysed, Layers, Region, Shortened, is_tensor, value
+from cggr_compile.ir.roles import middle_layers, token_ids
 from cggr_compile.ir.sequence_order import counts_tokens, indices_of, is_unrolled, order_dependence, packet_of
 from cggr_compile.ir.size_nodes import emit_size
 from cggr_compile.ir.token_shapes import COUNTERS, TokenShapes
@@ -71,7 +60,7 @@ class Span:
     """What is gathered, by the dimensions that broadcasting adds in front."""
 
 
-def gather_tokens(program: Program, config: RoutingConfig) -> Program:
+def gather_tokens(program: Analysed, config: RoutingConfig) -> Analysed:
     """Copies the middle layers onto the kept tokens and scatters their result back; sets `routing.shortened`.
 
     Raises:
@@ -82,7 +71,7 @@ def gather_tokens(program: Program, config: RoutingConfig) -> Program:
 
 
 class _Rewrite:
-    def __init__(self, program: Program, config: RoutingConfig) -> None:
+    def __init__(self, program: Analysed, config: RoutingConfig) -> None:
         assert program.routing.positions is not None
         assert program.routing.kept_tokens is not None
         self.program = program
@@ -97,7 +86,7 @@ class _Rewrite:
         self.shortened: list[Shortened] = []
         self.sizes: dict[Any, fx.Node] = {}
 
-    def run(self) -> Program:
+    def run(self) -> Analysed:
         builder = self.builder
         builder.copy_inputs()
         for node in self.program.graph.nodes:
@@ -125,7 +114,6 @@ class _Rewrite:
     def _find_statistics(self) -> dict[fx.Node, Span]:
         """What the middle layers give out beside the residual and all that is computed from it, up to where the loss
         joins: a mixture-of-experts' statistics. They are those of the kept tokens, in every layer that adds to them."""
-        assert self.program.head is not None
         joined = descendants([self.program.head.loss])
         found: dict[fx.Node, Span] = {}
         for span in self.spans:
@@ -166,7 +154,6 @@ class _Rewrite:
 
     def _layers(self) -> Layers:
         """The stack, with the residuals of middle layers as the kept tokens have them."""
-        assert self.program.layers is not None
         return map_nodes(self.program.layers, self._output)
 
     def _output(self, node: fx.Node) -> fx.Node:
@@ -381,11 +368,10 @@ class _Rewrite:
         self.shortened.append(Shortened(name, self.shapes.text(node), dims, why))
 
 
-def _spans(program: Program, config: RoutingConfig) -> list[Span]:
-    assert program.layers is not None
+def _spans(program: Analysed, config: RoutingConfig) -> list[Span]:
     middle = middle_layers(program, config)
     blocks = [middle] if config.resample == "block" else [range(layer, layer + 1) for layer in middle]
-    residuals = program.layers.residuals
+    residuals = program.stack.residuals
     spans = []
     for layers in blocks:
         first, last = residuals[layers[0] - 1], residuals[layers[-1]]

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.ir.program import PART, REGION, Builder, Program, is_tensor, value
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.program import PART, REGION, Program, is_tensor, value
 
 aten = torch.ops.aten
 

@@ -7,15 +7,16 @@ and draws nothing from torch's generators (`build_router` saw to both), so runni
 from __future__ import annotations
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.ir.program import Builder, Program
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.program import Analysed
 
 
-def keep_scores(program: Program, config: RoutingConfig) -> Program:
-    """The program whose outputs are `routing.scores` [B] fp32, `.counts` [B] int64 and `.basis_image` (or None)."""
+def keep_scores(program: Analysed, config: RoutingConfig) -> Analysed:
+    """The program whose outputs are `routing.scores` [B] fp32 and `.counts` [B] int64."""
     routing = program.routing
     builder = Builder(program)
     builder.copy_inputs()
     builder.copy_parts("router", "score")
-    outputs = (routing.scores, routing.counts, routing.basis_image)
+    outputs = (routing.scores, routing.counts)
     builder.output(tuple(None if node is None else builder.env[node] for node in outputs))
     return builder.finish("keep_scores", loss_output=-1)

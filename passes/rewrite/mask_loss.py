@@ -16,23 +16,21 @@ from __future__ import annotations
 import cggr_compile.kernels.op.rows  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.reference.selection import rule_of
-from cggr_compile.passes.rewrite.gather_rows import main_roots
-from cggr_compile.passes.rewrite.score_rows import by_position, head_parameters, rows_of, token_ids
-from cggr_compile.passes.rewrite.select_rows import without_fillers
+from cggr_compile.passes.rewrite.shared import by_position, head_parameters, rows_of, without_fillers
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors, clone
-from cggr_compile.ir.program import Builder, Program, Region, is_tensor, value
+from cggr_compile.ir.program import Analysed, Region, StepOutputs, is_tensor, value
+from cggr_compile.ir.roles import main_roots, token_ids
 
 aten = torch.ops.aten
 
 
-def mask_loss(program: Program, config: RoutingConfig) -> Program:
+def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     """Inserts `cggr::masked_loss` and the outputs of the rewritten graph: the model's own, of which scalars, state and
-    what the model stores survive (with `keep_logits`, everything), then `EXTRA_OUTPUTS` of
-    `cggr_compile.run.runtime`."""
-    assert program.head is not None
+    what the model stores survive (with `keep_logits`, everything), then `StepOutputs`."""
     head, routing = program.head, program.routing
     builder = Builder(program)
     builder.copy_inputs()
@@ -80,24 +78,14 @@ def mask_loss(program: Program, config: RoutingConfig) -> Program:
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
     env = clone(builder, roots, {**env, head.loss: loss})
     builder.env.update(env)
-    roles = (
-        routing.rows,
-        routing.weights,
-        routing.scores,
-        routing.counts,
-        routing.basis_image,
-        routing.confidence,
-        routing.positions,
-    )
-    builder.output(
-        tuple(None if out is None else builder.env[out] for out in outputs)
-        + tuple(None if node is None else builder.env[node] for node in roles)
-        + (mask,)
-    )
+    found = {name: getattr(routing, name) for name in StepOutputs._fields if name != "loss_mask"}
+    extra = {name: None if node is None else builder.env[node] for name, node in found.items()}
+    own = tuple(None if out is None else builder.env[out] for out in outputs)
+    builder.output(own + StepOutputs(**extra, loss_mask=mask))
     return builder.finish("mask_loss")
 
 
-def _row_weight(builder: Builder, config: RoutingConfig, target: fx.Node) -> fx.Node | None:
+def _row_weight(builder: Builder[Analysed], config: RoutingConfig, target: fx.Node) -> fx.Node | None:
     """The weight of each row that enters the loss, fp32, or None where all count alike: its sequence's, its own, or,
     where both were selected by weight, the product."""
     routing = builder.program.routing
@@ -115,19 +103,17 @@ def _row_weight(builder: Builder, config: RoutingConfig, target: fx.Node) -> fx.
     return builder.call(aten.mul.Tensor, of_sequence, own)
 
 
-def _counted_in_batch(builder: Builder, target: fx.Node) -> fx.Node:
+def _counted_in_batch(builder: Builder[Analysed], target: fx.Node) -> fx.Node:
     """How many targets of the whole batch are counted, int64 []."""
     counts = builder.program.routing.counts
     if counts is not None:
         return builder.call(aten.sum.default, builder.env[counts])
-    assert builder.program.head is not None
     return builder.call(aten.sum.default, builder.call(aten.ne.Scalar, target, builder.program.head.ignore_index))
 
 
-def _mask_of_loss(builder: Builder, target: fx.Node, rows: fx.Node | None) -> fx.Node:
+def _mask_of_loss(builder: Builder[Analysed], target: fx.Node, rows: fx.Node | None) -> fx.Node:
     """bool [B, S]: the positions whose logits enter the loss."""
     program = builder.program
-    assert program.head is not None
     mask = builder.call(aten.ne.Scalar, target, program.head.ignore_index)
     if rows is not None:
         nothing = builder.call(aten.zeros_like.default, mask)
@@ -145,7 +131,7 @@ def _mask_of_loss(builder: Builder, target: fx.Node, rows: fx.Node | None) -> fx
     return builder.call(aten.gt.Scalar, builder.call(aten.index_add.default, nothing, 0, sequences, ones), 0)
 
 
-def _survives(program: Program, index: int, config: RoutingConfig) -> bool:
+def _survives(program: Analysed, index: int, config: RoutingConfig) -> bool:
     """Whether an output is still returned; what is not would force the logits of every row into memory.
 
     What the model stores in an attribute is kept, of the selected rows, and so is what no input of the batch decides:
@@ -157,7 +143,7 @@ def _survives(program: Program, index: int, config: RoutingConfig) -> bool:
     return not any(node.op == "placeholder" and program.kind(node) == "batch" for node in ancestors([out]))
 
 
-def _by_token(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.Node:
+def _by_token(builder: Builder[Analysed], target: fx.Node, weights: fx.Node) -> fx.Node:
     """The rows' weights [k], one for each of their targets [N]."""
     rows = builder.call(aten.sym_size.int, weights, 0)
     by_row = builder.call(aten.view.default, target, [rows, -1])
@@ -167,10 +153,9 @@ def _by_token(builder: Builder, target: fx.Node, weights: fx.Node) -> fx.Node:
 
 
 def _scaled_to_batch(
-    builder: Builder, loss: fx.Node, target: fx.Node, row_weight: fx.Node | None, counted: fx.Node
+    builder: Builder[Analysed], loss: fx.Node, target: fx.Node, row_weight: fx.Node | None, counted: fx.Node
 ) -> fx.Node:
     """The kept tokens' (weighted) sum, times the batch's counted tokens over the kept ones (their weights' sum)."""
-    assert builder.program.head is not None
     kept = builder.call(aten.ne.Scalar, target, builder.program.head.ignore_index)
     if row_weight is None:
         kept = builder.call(aten.clamp_min.default, builder.call(aten.sum.default, kept), 1)

@@ -19,7 +19,8 @@ from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.ir.program import PART, REGION, Builder, Program, QuantizedBody, value
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.program import PART, REGION, Analysed, QuantizedBody, value
 
 aten = torch.ops.aten
 
@@ -55,7 +56,7 @@ _OTHERS = {
 }
 
 
-def quantize_router(program: Program, config: RoutingConfig) -> Program:
+def quantize_router(program: Analysed, config: RoutingConfig) -> Analysed:
     """Replaces the router's products with weights by `cggr.fp8_linear` and sets `routing.quantized`.
 
     Raises:
@@ -89,7 +90,7 @@ def quantize_router(program: Program, config: RoutingConfig) -> Program:
     return builder.finish("quantize_router", routing=builder.routing(quantized=body))
 
 
-def _weights(program: Program) -> set[fx.Node]:
+def _weights(program: Analysed) -> set[fx.Node]:
     """What is computed from the model's parameters and buffers alone."""
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
@@ -124,7 +125,7 @@ def _obstacle(node: fx.Node) -> str | None:
     return None
 
 
-def _quantized(builder: Builder, node: fx.Node) -> fx.Node:
+def _quantized(builder: Builder[Analysed], node: fx.Node) -> fx.Node:
     places = _LINEARS[node.target]
     input, weight = (builder.env[node.args[place]] for place in (places.input, places.weight))
     bias = places.bias_of(node)

@@ -14,22 +14,22 @@ import dataclasses
 import cggr_compile.kernels.op.rows  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.reference.selection import rule_of
-from cggr_compile.passes.rewrite.build_router import quiet_region
-from cggr_compile.passes.rewrite.select_rows import drawn, first, fresh_size, preferred, without_fillers
+from cggr_compile.passes.rewrite.shared import drawn, first, fresh_size, preferred, without_fillers
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import clone
-from cggr_compile.ir.program import Builder, Program, value
+from cggr_compile.ir.program import Analysed, value
+from cggr_compile.ir.roles import quiet_region
 
 aten = torch.ops.aten
 
 
-def select_loss(program: Program, config: RoutingConfig) -> Program:
+def select_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     """Adds the inputs `kept_loss` and, for rules that draw, `loss_noise` ([N] fp32, N the rows that the loss sees);
     sets `routing.kept_loss`, `.loss_rows` ([k] int64, sorted, into those rows) and `.loss_weights` ([k] fp32, or None
     where every selected row counts alike)."""
-    assert program.head is not None
     builder = Builder(program)
     builder.copy_inputs()
     kept = builder.placeholder("kept_loss", fresh_size(program, "kept_loss", value(program.head.target).shape[0]))
@@ -57,7 +57,7 @@ def select_loss(program: Program, config: RoutingConfig) -> Program:
     return builder.finish("select_loss", routing=routing)
 
 
-def _scores(builder: Builder, program: Program) -> fx.Node:
+def _scores(builder: Builder[Analysed], program: Analysed) -> fx.Node:
     """The router's token scores [N], of the kept sequences where the sequence route selected some."""
     routing = program.routing
     assert routing.token_scores is not None

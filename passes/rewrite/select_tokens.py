@@ -15,15 +15,15 @@ from typing import Any
 import cggr_compile.kernels.op.rows  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.reference.selection import rule_of
-from cggr_compile.passes.rewrite.build_router import quiet_region
-from cggr_compile.passes.rewrite.score_rows import by_position, has_tokens, token_ids
-from cggr_compile.passes.rewrite.select_rows import drawn, first, fresh_size, preferred
+from cggr_compile.passes.rewrite.shared import by_position, drawn, first, fresh_size, preferred
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import descendants
-from cggr_compile.ir.program import Builder, Program, value
+from cggr_compile.ir.program import Analysed, value
+from cggr_compile.ir.roles import has_tokens, middle_layers, quiet_region, token_ids
 from cggr_compile.ir.sequence_order import packet_of
 
 aten = torch.ops.aten
@@ -34,24 +34,7 @@ _MOVES = {
 }
 
 
-def middle_layers(program: Program, config: RoutingConfig) -> range:
-    """The layers that run on the kept tokens.
-
-    Raises:
-        CannotOptimize: none is left between the first and the last layers.
-    """
-    assert program.layers is not None
-    middle = range(config.first_layers, len(program.layers) - config.last_layers)
-    if not middle:
-        raise CannotOptimize(
-            f"first_layers={config.first_layers} and last_layers={config.last_layers} leave none of the "
-            f"{len(program.layers)} layers ({program.layers.path or 'found by repetition'}) to run on fewer tokens",
-            hint="lower them, or choose another route",
-        )
-    return middle
-
-
-def select_tokens(program: Program, config: RoutingConfig) -> Program:
+def select_tokens(program: Analysed, config: RoutingConfig) -> Analysed:
     """Adds the inputs `kept_tokens` and, for rules that draw, `token_noise` ([B, S] fp32, or [layers, B, S] with
     `resample="layer"`); sets `routing.kept_tokens` and `.positions` ([B, k] int64, sorted, or [layers, B, k]).
 
@@ -90,7 +73,7 @@ def select_tokens(program: Program, config: RoutingConfig) -> Program:
     return builder.finish("select_tokens", routing=routing)
 
 
-def _real_tokens(builder: Builder, ids: fx.Node) -> fx.Node:
+def _real_tokens(builder: Builder[Analysed], ids: fx.Node) -> fx.Node:
     """bool [B, S]: False where an `attention_mask` [B, S], of any dtype, is 0; every token where there is none.
 
     Raises:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from cggr_compile.passes.rewrite.build_router import quiet_region
-from cggr_compile.passes.rewrite.score_rows import selectable
+from cggr_compile.passes.rewrite.shared import selectable
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.ir.program import Builder, Program
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.program import Analysed
+from cggr_compile.ir.roles import quiet_region
 
 GIVEN_SCORES = "given_scores"
 
 
-def take_scores(program: Program, config: RoutingConfig) -> Program:
+def take_scores(program: Analysed, config: RoutingConfig) -> Analysed:
     """Adds the input `given_scores` [B] fp32 and sets `routing.scores`, `.valid` and `.counts` to go with it."""
-    assert program.head is not None
     builder = Builder(program)
     builder.copy_inputs()
     scores = builder.tensor_input(GIVEN_SCORES, (program.batch,), program.head.target)

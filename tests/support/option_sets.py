@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import cggr_compile as cggr
 from cggr_compile.ir.program import Program
-from cggr_compile.run import runtime as route
+from cggr_compile.run import plan as route
 
 LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED)), "model.layers")
 WARM = 4
@@ -217,7 +217,7 @@ def _check_step(family: Family, routed: plans.Routed, batch: dict[str, Tensor], 
     gradients = {name: None if g is None else g.clone() for name, g in gradients.items()}
     found = routed.selected if isinstance(routed.selected, tuple) else (routed.selected,)
     kept = dict(zip(config.routes, found, strict=True))
-    weighed = routed.runtime.last["weights"]
+    weighed = routed.runtime.last.found.weights
     if isinstance(weighed, Tensor):  # a row of weight 0 only fills up
         valid = int((_targets(batch) != -100).any(1).sum())
         assert int((weighed > 0).sum()) == min(len(weighed), valid)
@@ -292,14 +292,14 @@ def _weights(
     found = counted.clone()
     rows = torch.arange(len(counted))
     if "sequence" in kept:
-        last = routed.runtime.last
-        found *= torch.zeros(len(counted)).scatter_reduce(0, last["rows"], last["weights"], "amax").unsqueeze(1)
-        rows = last["rows"]
+        last = routed.runtime.last.found
+        found *= torch.zeros(len(counted)).scatter_reduce(0, last.rows, last.weights, "amax").unsqueeze(1)
+        rows = last.rows
     if "loss" in kept:
         scores = _token_scores(family, config, eager, batch)[rows]
         valid = counted[rows].bool()
         if "sequence" in kept:  # a row that only fills up has no token
-            valid &= (last["weights"] > 0).unsqueeze(1)
+            valid &= (last.weights > 0).unsqueeze(1)
         k = config.kept_rows(valid.numel(), routed.runtime.steps)
         rule, options = rule_of(config.selection), config.selection_options or {}
         index, weight = rule.function(scores.flatten(), valid.flatten(), k, noise[-1], **options)

@@ -12,9 +12,10 @@ from torch import nn
 
 import cggr_compile as cggr
 from cggr_compile.ir.program import Program
-from cggr_compile.run.metrics import metrics_of
-from cggr_compile.run.runtime import Plan, Runtime
-from cggr_compile.run.selected import selected
+from cggr_compile.run.metrics import metrics_of, selected
+from cggr_compile.run.plan import Plan
+from cggr_compile.run.runtime import Runtime
+from cggr_compile.run.step import Step
 
 
 def captured(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Program:
@@ -30,6 +31,7 @@ class Routed:
         self.runtime = Runtime(cggr.RoutingConfig(**{"inner": "eager", "router_layers": 2, **options}))
         self.plan = Plan(program, self.runtime)
         self.runtime.plans.append(self.plan)
+        self.call = Step(self.plan, self.runtime)
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
         """Loss and gradients of one step."""
@@ -39,7 +41,7 @@ class Routed:
         state = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
         values = {"size": named, "state": state, "batch": batch}
         inputs = [values[entry.kind][entry.path] for entry in self.plan.captured.inputs]
-        loss = self.plan(*inputs)[self.plan.program.loss_output]
+        loss = self.call(*inputs)[self.plan.program.loss_output]
         loss.backward()
         return loss.detach(), gradients(self.model)
 

@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from cggr_compile.config import RoutingConfig, kept_of
-from cggr_compile.inspection.graph_text import operator_of
 from cggr_compile.ir.dataflow import ancestors, descendants
-from cggr_compile.ir.program import Program, hint, is_tensor, value
+from cggr_compile.ir.names import operator_of
+from cggr_compile.ir.program import Analysed, Program, hint, is_tensor, value
+from cggr_compile.ir.roles import middle_layers
 from cggr_compile.ir.router_head import cost_factor
-from cggr_compile.passes.rewrite.select_tokens import middle_layers
 
 BACKWARD = 2
 
@@ -89,7 +89,7 @@ def break_even(c: float, main: float, eta: float) -> float:
     return 1 + c / ((1 + BACKWARD) * main * (1 + eta))
 
 
-def predict(analysed: Program, router_layers: int, ratio: float, config: RoutingConfig) -> Cost:
+def predict(analysed: Analysed, router_layers: int, ratio: float, config: RoutingConfig) -> Cost:
     """The cost of routing a program whose loss (and, with `router_layers` > 0, whose layers) have been found.
 
     Without layers the whole of the forward that is not head counts as body.
@@ -122,7 +122,7 @@ def predict(analysed: Program, router_layers: int, ratio: float, config: Routing
     )
 
 
-def _main_share(analysed: Program, flops: Flops, ratio: float, config: RoutingConfig) -> float:
+def _main_share(analysed: Analysed, flops: Flops, ratio: float, config: RoutingConfig) -> float:
     """m: the routed forward, without the router, over the plain one."""
     if not flops.total:
         return ratio
@@ -141,18 +141,14 @@ def _main_share(analysed: Program, flops: Flops, ratio: float, config: RoutingCo
     return share * ratio if "sequence" in config.routes else share
 
 
-def _kappa(analysed: Program, config: RoutingConfig) -> float:
-    assert analysed.head is not None
-    (rows,) = value(analysed.head.target).shape
-    vocabulary, width = value(analysed.head.weight).shape
-    return cost_factor(config, hint(rows), vocabulary, width)
+def _kappa(analysed: Analysed, config: RoutingConfig) -> float:
+    return cost_factor(config, value(analysed.head.weight).shape[0])
 
 
-def count(analysed: Program, sizes: Mapping[Any, int] | None = None) -> Flops:
+def count(analysed: Analysed, sizes: Mapping[Any, int] | None = None) -> Flops:
     """Counts one forward of a captured program, with `sizes` in place of the captured ones of some symbols; a node
     belongs to layer i if residual i is computed from it through the stream of activations and residual i - 1 is not, to
     the head if it is the head's linear, else to the rest."""
-    assert analysed.head is not None
     counter = _Counter(analysed, sizes or {})
     layers = [0] * len(analysed.layers or ())
     owner = _owners(analysed)
@@ -170,7 +166,7 @@ def count(analysed: Program, sizes: Mapping[Any, int] | None = None) -> Flops:
     return Flops(tuple(layers), head, rest, tuple(sorted(counter.uncounted.items())))
 
 
-def _owners(analysed: Program) -> dict[fx.Node, int]:
+def _owners(analysed: Analysed) -> dict[fx.Node, int]:
     if analysed.layers is None:
         return {}
     stream = descendants([analysed.layers.entry], _is_activation) - {analysed.layers.entry}

@@ -1,0 +1,182 @@
+"""One capture: the programs that passes make of it, and the code that runs them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+
+from cggr_compile.capture.branches import Branches
+from cggr_compile.config import RoutingConfig
+from cggr_compile.ir import cost
+from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
+from cggr_compile.ir.program import Analysed, Program, callers_region, is_tensor, value
+from cggr_compile.ir.roles import router_layers, token_ids
+from cggr_compile.kernels.reference.selection import rule_name
+from cggr_compile.passes.pipeline import Pass, analyse, passes_for, passes_scores, passes_unrouted, routable, run
+from cggr_compile.passes.rewrite.take_scores import GIVEN_SCORES
+from cggr_compile.run.graph_memory import Pool
+from cggr_compile.run.inner import resolve_inner
+from cggr_compile.run.variant import Variant
+
+
+class Owner(Protocol):
+    """What a plan asks of the runtime that it belongs to."""
+
+    config: RoutingConfig
+
+    @property
+    def in_force(self) -> RoutingConfig:
+        """The configuration that steps run under now."""
+
+    @property
+    def choices(self) -> tuple[RoutingConfig, ...]:
+        """Every configuration that steps may run under."""
+
+    def graphs_on(self, device: torch.device) -> Pool | None:
+        """The memory of CUDA graphs, where they are wanted."""
+
+
+class Plan:
+    """One capture: what was found in it once, its routed programs, the unrouted one, and the code that runs them."""
+
+    def __init__(self, captured: Program, owner: Owner) -> None:
+        self.captured = captured
+        self.owner = owner
+        guards = len(captured.shape_env.guards)
+        self.routable = routable(captured, owner.config)
+        self.analysed = analyse(captured, owner.config)
+        self.routes: dict[str, Route] = {}
+        # All now: what cannot be routed by scores is refused at once, and passes read the caller's autocast.
+        for config in owner.choices:
+            self.routed(config)
+        self.device, self.inner = self.route.device, self.route.variant.inner
+        # What passes went by beside the capture, and whether they made its guards stricter: no other capture has these.
+        self.autocast = callers_region(self.device.type)
+        self.guarded = len(captured.shape_env.guards) > guards
+        self.symbols = Symbols(captured)
+        self.branches = Branches(captured)
+        self.tensors = [is_tensor(out) for out in captured.outputs]
+        self._unrouted: Variant | None = None if self.routable else self.route.variant
+        self._ids = captured.placeholders.index(token_ids(captured))
+        if not self.routable and owner.config.ratio < 1:
+            warnings.warn(
+                "a batch of one row leaves no rows to choose from, and trains as it is; raise the batch size, or route "
+                "tokens (route='token')",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def route(self) -> Route:
+        """The routed program in force."""
+        return self.routed(self.owner.in_force)
+
+    @property
+    def program(self) -> Analysed:
+        """The rewritten program in force."""
+        return self.route.program
+
+    def routed(self, config: RoutingConfig) -> Route:
+        """The program that trains under a configuration; it is the unrouted one where the batch has one row."""
+        passes = passes_for(config) if self.routable else passes_unrouted()
+        return self._derived(rule_name(config.selection), config, passes, trains=True)
+
+    def with_scores(self, config: RoutingConfig) -> Route:
+        """The program that trains under a configuration on rows whose scores are an input."""
+        name = f"{rule_name(config.selection)}, scores given"
+        return self._derived(name, config, passes_for(config, scores_given=True), trains=True)
+
+    def scoring(self, name: str, config: RoutingConfig) -> Route:
+        """The program of the rows' scores alone, under a configuration."""
+        return self._derived(name, config, passes_scores(config), trains=False)
+
+    def row_scores(
+        self, inputs: Sequence[Any], config: RoutingConfig, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The router's score and the counted labels of every row of a call, both [B]."""
+        route = self.scoring("router scores", config)
+        scores, counts = route.variant(*inputs, *route.added_inputs({}, {}, generator))
+        return scores, counts
+
+    def _derived(self, name: str, config: RoutingConfig, passes: Sequence[Pass], trains: bool) -> Route:
+        """What the passes make of this capture, built when `name` is first asked for."""
+        if name not in self.routes:
+            self.routes[name] = Route(run(self.analysed, config, passes), self.owner, trains)
+        return self.routes[name]
+
+    @property
+    def unrouted(self) -> Variant:
+        """The program without router and selection, built when a step first keeps every row."""
+        if self._unrouted is None:
+            config = self.owner.in_force
+            plain = run(self.analysed, config, passes_unrouted())
+            graphs = self.owner.graphs_on(self.device)
+            self._unrouted = Variant(plain, self.inner, graphs, config.outlines, config.recompute_elementwise)
+        return self._unrouted
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """Everything that was lowered so far, by the name of its selection; `unrouted` where nothing is selected."""
+        found = {name: route.variant for name, route in self.routes.items()} if self.routable else {}
+        return found if self._unrouted is None else {**found, "unrouted": self._unrouted}
+
+    @cached_property
+    def break_even(self) -> float:
+        """ω: what a step on rows chosen by score must be worth, in steps on equally many random rows."""
+        config = self.owner.config
+        layers = router_layers(config, len(self.analysed.stack))
+        return cost.predict(self.analysed, layers, config.ratio, config).break_even
+
+    def sizes(self, inputs: Sequence[Any]) -> tuple[int, int]:
+        """Batch size and sequence length of a call."""
+        rows, length = inputs[self._ids].shape
+        return rows, length
+
+
+class Route:
+    """One program made of a capture, and the code that runs it."""
+
+    def __init__(self, program: Analysed, owner: Owner, trains: bool) -> None:
+        self.program = program
+        self.device = value(program.head.weight).device
+        inner = resolve_inner(owner.config.inner, self.device)
+        # What has no backward runs rarely, and a CUDA graph records a backward.
+        graphs = owner.graphs_on(self.device) if trains else None
+        outlined, recompute = trains and owner.config.outlines, owner.config.recompute_elementwise
+        self.variant = Variant(program, inner, graphs, outlined, recompute)
+        inputs = zip(program.placeholders, program.inputs, strict=True)
+        self._added = [
+            (entry.name, [program.expression(size) for size in getattr(value(node), "shape", ())])
+            for node, entry in inputs
+            if entry.kind == "added"
+        ]
+
+    def added_inputs(
+        self,
+        sizes: Mapping[Any, int],
+        amounts: Mapping[str, Amount],
+        generator: torch.Generator,
+        scores: torch.Tensor | None = None,
+    ) -> Iterator[Any]:
+        """What the passes' own inputs get in one step, in their order; noise is uniform fp32 from the generator.
+
+        `sizes` are those of the program's symbols (`sizes_of`), `amounts` what each route keeps, `scores` those of the
+        rows where they are given.
+        """
+        kept = {KEPT[route]: amount.kept for route, amount in amounts.items()}
+        for name, shape in self._added:
+            if name in kept:
+                yield kept[name]
+            elif name == GIVEN_SCORES:
+                yield scores
+            else:
+                yield uniform_noise([concrete(size, sizes) for size in shape], self.device, generator)
+
+
+def uniform_noise(shape: Sequence[int], device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """fp32 noise in [0, 1) for selections and router heads."""
+    return torch.rand(shape, dtype=torch.float32, device=device, generator=generator)
