@@ -51,9 +51,8 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
     if "cggr" in vars(model):
         restore(model)
     check_model(model)
-    transformers.install_output_hooks(model)
-    dynamo.unmark_buffers(model)
-    handle = Handle(model, Runtime(resolved), {name: vars(model)[name] for name in ("forward",) if name in vars(model)})
+    undo = {name: vars(model)[name] for name in ("forward",) if name in vars(model)}
+    handle = Handle(model, Runtime(resolved), {**undo, **_prepare(model)})
     vars(model)["cggr"] = handle
     vars(model)["forward"] = RoutedForward(handle)
     handle.undo["hooks"] = watch(handle)
@@ -77,6 +76,7 @@ def restore(model: M) -> M:
     del vars(model)["forward"], vars(model)["cggr"]
     for hook in handle.undo["hooks"]:
         hook.remove()
+    _put_back(model, handle.undo)
     if "forward" in handle.undo:
         vars(model)["forward"] = handle.undo["forward"]
     return model
@@ -135,8 +135,7 @@ def explain(
     check_call(arguments, model)
     temporary = Handle(model, runtime, optimized.undo if isinstance(optimized, Handle) else None)
     training = {module: module.training for module in model.modules()}
-    transformers.install_output_hooks(model)
-    dynamo.unmark_buffers(model)
+    prepared = _prepare(model)
     try:
         if not model.training:
             model.train()
@@ -146,7 +145,18 @@ def explain(
     finally:
         for module, flag in training.items():
             module.training = flag
+        _put_back(model, prepared)
     return Explanation(runtime)
+
+
+def _prepare(model: nn.Module) -> dict[str, Any]:
+    """Readies a model for being traced; returns what `_put_back` takes."""
+    return {"marks": dynamo.unmark_buffers(model), "recording": transformers.install_output_hooks(model)}
+
+
+def _put_back(model: nn.Module, prepared: Mapping[str, Any]) -> None:
+    transformers.remove_output_hooks(model, prepared["recording"])
+    dynamo.mark_buffers(model, prepared["marks"])
 
 
 class _Explainer(Backend):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -238,9 +238,22 @@ def graph_break_of(gm: fx.GraphModule) -> Any:
     return reason if reason is not None and reason.graph_break else None
 
 
-def unmark_buffers(model: nn.Module) -> None:
+_BUFFER_MARKS = ("_is_buffer", "persistent")
+
+
+def unmark_buffers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Makes plain tensors of a model's `nn.Buffer`s, as moving the model to another device does: a forward that assigns
-    to a marked one reads its mark, which Dynamo cannot trace. The module itself knows which of its buffers persist."""
-    for buffer in model.buffers():
-        for mark in ("_is_buffer", "persistent"):
-            vars(buffer).pop(mark, None)
+    to a marked one reads its mark, which Dynamo cannot trace. The module itself knows which of its buffers persist.
+    Returns the marks by the buffers' names, for `mark_buffers`."""
+    marks = {}
+    for name, buffer in model.named_buffers():
+        found = {mark: vars(buffer).pop(mark) for mark in _BUFFER_MARKS if mark in vars(buffer)}
+        if found:
+            marks[name] = found
+    return marks
+
+
+def mark_buffers(model: nn.Module, marks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Gives the marks back to the buffers that are still there."""
+    for name, buffer in model.named_buffers():
+        vars(buffer).update(marks.get(name, {}))

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
+_INSTALLED = "_output_capturing_hooks_installed"
 
-def install_output_hooks(model: nn.Module) -> None:
+
+def install_output_hooks(model: nn.Module) -> dict[str, list[int]]:
     """Installs transformers' output-recording hooks where a model's config asks for recorded outputs (router logits,
     say), and in models of several parts, which ask each other for theirs; transformers installs them at the first such
-    forward, under a lock that Dynamo cannot trace."""
+    forward, under a lock that Dynamo cannot trace.
+
+    Returns the hooks' keys by the name of their module, none for a module that is only marked, for
+    `remove_output_hooks`.
+    """
     try:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:  # transformers without lazily installed hooks
-        return
+        return {}
     from transformers import PreTrainedModel
 
     composite = bool(getattr(getattr(model, "config", None), "sub_configs", None))
+    before = {name: (set(module._forward_hooks), _INSTALLED in vars(module)) for name, module in model.named_modules()}
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and (
             composite or any(name.startswith("output_") and flag for name, flag in vars(module.config).items())
         ):
             maybe_install_capturing_hooks(module)
+    installed = {}
+    for name, module in model.named_modules():
+        hooks, marked = before[name]
+        added = [key for key in module._forward_hooks if key not in hooks]
+        if added or (_INSTALLED in vars(module) and not marked):
+            installed[name] = added
+    return installed
+
+
+def remove_output_hooks(model: nn.Module, installed: Mapping[str, list[int]]) -> None:
+    """Takes away what `install_output_hooks` put there, from the modules that are still there."""
+    for name, module in model.named_modules():
+        if name in installed:
+            for key in installed[name]:
+                module._forward_hooks.pop(key, None)
+            vars(module).pop(_INSTALLED, None)
