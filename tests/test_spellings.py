@@ -118,9 +118,37 @@ class Reassigned(Toy):
         return super().middle(hidden + self.table[: hidden.shape[1]])
 
 
+class Segments(Toy):
+    """Adds a trained table, in place, to rows of a constant one that were detached (as Kosmos-2.5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.segments = nn.Embedding(2, WIDTH)
+        self.register_buffer("table", torch.randn(LENGTH, WIDTH))
+
+    @torch.no_grad()
+    def constant(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.table[: hidden.shape[1]].expand(len(hidden), -1, -1).clone()
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        positions = self.constant(hidden).detach()
+        positions += self.segments((hidden[..., 0] > 0).long())
+        return super().middle(hidden + positions)
+
+
+class ReadAgain(Segments):
+    """Reads what the changed tensor was detached from, which has changed with it."""
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        constant = self.constant(hidden)
+        positions = constant.detach()
+        positions += self.segments((hidden[..., 0] > 0).long())
+        return Toy.middle(self, hidden + positions * constant)
+
+
 @pytest.mark.parametrize(
     "kind",
-    [AddedBias, BiasRow, JoinedTables, FixedLength, LogProbabilities, Prompted, Latent, Talking, Reassigned],
+    [AddedBias, BiasRow, JoinedTables, FixedLength, LogProbabilities, Prompted, Latent, Talking, Reassigned, Segments],
     ids=lambda k: k.__name__,
 )
 def test_rows_loss_and_gradients_are_eagers(kind: type[Toy]) -> None:
@@ -142,6 +170,14 @@ def test_rows_loss_and_gradients_are_eagers(kind: type[Toy]) -> None:
     for (name, actual), wanted in zip(routed.named_buffers(), eager.buffers(), strict=True):
         assert torch.equal(actual, wanted), name
     assert list(routed.state_dict()) == list(eager.state_dict())
+    assert routed.cggr.report().stack.layers == len(eager.layers)
+    assert "→ cggr.masked_loss" in str(routed.cggr.diff())
+
+
+def test_what_a_changed_tensor_was_detached_from_is_not_read_afterwards() -> None:
+    model = cggr.optimize(ReadAgain().train(), inner="eager")
+    with pytest.raises(CannotOptimize, match=r"detached from is read afterwards .*positions \* constant"):
+        model(**toy_batch(length=LENGTH))
 
 
 @pytest.mark.parametrize("kind", [Prompted, Latent])

@@ -36,6 +36,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -63,7 +64,7 @@ def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
         return _Inliner(gm, calls).run(*args)
 
     def run_with_mutable_dropout(*args: Any) -> Any:
-        return _MutableDropout(gm).run(*args)
+        return _Functional(gm).run(*args)
 
     with fx_traceback.preserve_node_meta():
         try:
@@ -113,8 +114,16 @@ class _Inliner(Replayer):
         return super().call_function(target, args, kwargs)
 
 
-class _MutableDropout(_Inliner):
-    """The same for functionalisation, with dropouts whose outputs may be mutated."""
+class _Functional(_Inliner):
+    """The same for functionalisation, with dropouts whose outputs may be mutated, and detached tensors that something
+    trained is added to in place: functionalisation would add it to what they were detached from, and detach the sum."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target in ("detach", torch.detach) and n.meta["example_value"].requires_grad:
+            _refuse_read_again(n)
+            return result.clone()
+        return result
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if target is not F.dropout:
@@ -124,6 +133,28 @@ class _MutableDropout(_Inliner):
         if not bound.arguments["training"] or bound.arguments["p"] == 0:
             return bound.arguments["input"]
         return super().call_function(target, args, kwargs).clone()
+
+
+def _refuse_read_again(detached: fx.Node) -> None:
+    """Raises `CannotOptimize` where what a tensor was detached from is read behind it: by then it has changed too."""
+    memory = StorageWeakRef(detached.meta["example_value"].untyped_storage())
+    nodes = list(detached.graph.nodes)
+    own = {detached}
+    for node in nodes[nodes.index(detached) + 1 :]:
+        read = [source for source in node.all_input_nodes if source not in own and _lies_in(source, memory)]
+        if read:
+            raise CannotOptimize(
+                "a detached tensor is changed in place, and what it was detached from is read afterwards",
+                node=node,
+                hint="clone the tensor that is changed",
+            )
+        if _lies_in(node, memory):
+            own.add(node)
+
+
+def _lies_in(node: fx.Node, memory: StorageWeakRef) -> bool:
+    known = node.meta.get("example_value")
+    return isinstance(known, torch.Tensor) and StorageWeakRef(known.untyped_storage()) == memory
 
 
 def _opaque(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
