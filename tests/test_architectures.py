@@ -92,7 +92,7 @@ def test_what_a_configuration_says_of_each_layer_is_kept() -> None:
 )
 def test_a_class_of_each_mechanism_is_exact(model_type: str, objective: str, layers: str) -> None:
     ran = []
-    record = examine(candidate(model_type, objective), lambda: ran.append(True))
+    record = examine(candidate(model_type, objective), lambda _: ran.append(True))
     assert (record.status, record.reason, record.path, record.difference) == ("exact", "", layers, 0.0)
     assert record.captured
     assert ran
@@ -137,7 +137,7 @@ def test_a_class_without_an_eager_router_is_neither_a_failure_nor_exact(
         raise LayerStackNotFound("X runs no list of modules more than once")
 
     monkeypatch.setattr("cggr_compile.architectures.check", unjudged)
-    record = examine(candidate("bert", "masked"), lambda: None)
+    record = examine(candidate("bert", "masked"), lambda _: None)
     assert (record.status, record.reason) == ("unchecked", "X runs no list of modules more than once")
     surroundings = {"command": "python", "device": "cpu", "versions": {}}
     page = render([record], [], surroundings)
@@ -232,11 +232,11 @@ def test_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not outcome.within_rounding
 
 
-def _stub(subject: Candidate, runs: Callable[[], None]) -> Record:
+def _stub(subject: Candidate, runs: Callable[[str], None]) -> Record:
     """A worker that behaves as the candidate's type says."""
     if subject.model_type == "unbuildable":
         raise ImportError("no such extension")
-    runs()
+    runs("")
     if subject.model_type == "crashes":
         os.kill(os.getpid(), signal.SIGKILL)
     if subject.model_type == "hangs":
@@ -293,7 +293,7 @@ def test_reasons_name_no_folder_of_the_machine() -> None:
 def test_results_are_kept_and_the_page_counts_them(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     records = [
-        Record(candidate("llama"), "exact", "", True, 2, "model.layers", "metadata", 0.0, 3.0, "abc"),
+        Record(candidate("llama"), "exact", "", True, "", 2, "model.layers", "metadata", 0.0, 3.0, "abc"),
         Record(candidate("ctrl"), "refused", "a | b", commit="abc"),
         Record(candidate("git"), "not runnable", "ValueError: x", commit="abc"),
     ]
