@@ -48,7 +48,7 @@ Results = dict[Candidate, Record]
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 # Folders above an installed package say where this was run, not what went wrong.
 _FOLDERS = re.compile(
-    r"(?<![\w.])/(?:[^\s:'\"]+/)?(?:site-packages/|(?=(?:torch|transformers|cggr_compile|passes|kernels)/))"
+    r"(?<![\w.])/(?:[^\s:'\"]+/)?(?:site-packages/|lib/python3\.\d+/|(?=(?:torch|transformers|cggr_compile|passes|kernels)/))"
 )
 
 

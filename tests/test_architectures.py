@@ -288,6 +288,8 @@ def test_reasons_name_no_folder_of_the_machine() -> None:
     assert last_error("only a warning") == ""
     elsewhere = text.replace("/transformers/models/x/modeling_x.py", "/huggingface_hub/a.py")
     assert last_error(elsewhere).endswith(" (at huggingface_hub/a.py:7)")
+    standard = text.replace("site-packages/transformers/models/x/modeling_x.py", "lib/python3.11/functools.py")
+    assert last_error(standard).endswith(" (at functools.py:7)")
 
 
 def test_results_are_kept_and_the_page_counts_them(tmp_path: Path) -> None:
