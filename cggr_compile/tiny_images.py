@@ -227,8 +227,7 @@ def _places(model: nn.Module, images: Batch, a_row: int) -> Iterator[int]:
     count = _features(model, images)
     if count:
         yield count
-        return
-    yield from range(a_row, MOST_PLACES + 1)
+    yield from (places for places in range(a_row, MOST_PLACES + 1) if places != count)
 
 
 def _features(model: nn.Module, images: Batch) -> int:
@@ -305,13 +304,46 @@ def _beside(batch: Batch, marks: torch.Tensor, taken: set[str], a_row: int) -> B
 
 
 def _reads(model: nn.Module, batch: Batch, images: Batch) -> bool:
-    """Whether the images make a difference to the loss or a gradient (a gate may be closed at first)."""
-    others = {name: part.flip(0) * 0.5 for name, part in images.items() if part.is_floating_point()}
+    """Whether the last row's images make a difference to the loss or a gradient (a gate may be closed at first), and
+    no other row's make one to the last row's loss.
+
+    Where rows have too few places, and the model does not mind, rows take the features of the rows before them.
+    """
+    pixels = {name: part for name, part in images.items() if part.is_floating_point()}
+    others = {name: _last_changed(part) for name, part in pixels.items()}
     loss, gradients = eager_step(model, batch)
     another, others_gradients = eager_step(model, {**batch, **others})
-    if not loss.isfinite():
+    if not loss.isfinite() or not _owns(model, batch, pixels):
         return False
     return bool(loss != another) or any(
         gradient is not None and other is not None and not torch.equal(gradient, other)
         for gradient, other in zip(gradients.values(), others_gradients.values(), strict=True)
     )
+
+
+def _owns(model: nn.Module, batch: Batch, pixels: Batch) -> bool:
+    """Whether the last row's loss has no gradient with respect to other rows' images."""
+    labels = batch["labels"].clone()
+    labels[:-1] = IGNORED
+    watched = {name: part.clone().requires_grad_() for name, part in pixels.items()}
+    eager_step(model, {**batch, **watched, "labels": labels})
+    for part in watched.values():
+        if part.grad is not None and part.grad.narrow(*_share(part, first=True)).any():
+            return False
+    return True
+
+
+def _last_changed(part: torch.Tensor) -> torch.Tensor:
+    """The images with other values in the last row's."""
+    changed = part.clone()
+    last = changed.narrow(*_share(part, first=False))
+    last.copy_(last.roll(1, -1) * 0.5)
+    return changed
+
+
+def _share(part: torch.Tensor, first: bool) -> tuple[int, int, int]:
+    """Dimension, start and length of the first rows' images, or of the last row's: of the first dimension that the
+    rows divide."""
+    dim = next(dim for dim, size in enumerate(part.shape) if size % ROWS == 0)
+    start = part.shape[dim] - part.shape[dim] // ROWS
+    return (dim, 0, start) if first else (dim, start, part.shape[dim] - start)

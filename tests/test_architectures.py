@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import cggr_compile as cggr
 from cggr_compile.architecture_table import render
-from cggr_compile.architectures import Candidate, Record, batches, build, candidates, examine
+from cggr_compile.architectures import IMAGES, TEXT, Candidate, Record, batches, build, candidates, examine
 from cggr_compile.cli import app
 from cggr_compile.eager_layers import LayerStackNotFound, layer_calls
 from cggr_compile.eager_tokens import TokensNotTold, _at
@@ -313,19 +313,41 @@ def test_results_are_kept_and_the_page_counts_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "route"),
-    [("architectures", "sequence"), ("architectures-token", "token"), ("architectures-oldest", "sequence")],
+    ("name", "route", "objectives"),
+    [
+        ("architectures", "sequence", TEXT),
+        ("architectures-token", "token", TEXT),
+        ("architectures-oldest", "sequence", TEXT),
+        ("architectures-multimodal", "sequence", IMAGES),
+    ],
 )
-def test_the_documented_table_is_that_of_the_committed_results(name: str, route: str) -> None:
+def test_the_documented_table_is_that_of_the_committed_results(
+    name: str, route: str, objectives: tuple[str, ...]
+) -> None:
     path = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
-    results = load(path)
-    records = [results[c] for c in EVERY if c in results]
+    results, every = load(path), candidates(objectives)
+    records = [results[c] for c in every if c in results]
     # An older transformers lacks some classes.
-    missing = [c for c in EVERY if c not in results] if "oldest" not in name else []
+    missing = [c for c in every if c not in results] if "oldest" not in name else []
     surroundings = json.loads(path.read_text(encoding="utf-8"))["environment"]
-    page = render(records, missing, surroundings, route)
+    page = render(records, missing, surroundings, route, objectives)
     assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == page
     assert not re.search(r"/(home|work|usr|root)/", path.read_text(encoding="utf-8"))
+
+
+def test_models_without_images_are_counted_apart() -> None:
+    """Never mixed with those that had images; what failed says what it had."""
+    some = [c for c in candidates(IMAGES) if c.model_type in ("llava", "qwen2_vl", "evolla")]
+    records = [
+        Record(some[0], "exact", "", True, "two a row", 2, "model.layers", "metadata", 0.0, 3.0, "abc"),
+        Record(some[1], "failure", "stopped", images="two a row", commit="abc"),
+        Record(some[2], "exact", "", True, "text only", 2, "model.layers", "metadata", 0.0, 3.0, "abc"),
+    ]
+    surroundings = {"command": "python", "device": "cpu", "versions": {}}
+    page = render(records, [], surroundings, objectives=IMAGES)
+    assert "| multimodal, with images | 1 | 0 | 0 | 0 | 1 | 0 | 1 of 2 (50.0%) |" in page
+    assert "| multimodal, text only | 1 | 0 | 0 | 0 | 0 | 0 | 1 of 1 (100.0%) |" in page
+    assert f"| {some[2].model_type} | {some[2].model_class} | text only | yes |" in page
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
