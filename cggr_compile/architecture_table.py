@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cggr_compile.architectures import STATUSES, TEXT, Candidate, Record
+from cggr_compile.architectures import IMAGES_OF, STATUSES, TEXT, Candidate, Record
+from cggr_compile.tiny_images import TEXT_ONLY
 
 _INTRODUCTION = """# Architectures: the {route} route
 
@@ -28,8 +29,13 @@ _TITLES = {
 _TEXT = ("causal-LM and masked-LM mappings", "`input_ids` and `labels`")
 _WITH_IMAGES = (
     "image-text-to-text mapping",
-    "`input_ids`, `labels` and two images a row (`pixel_values` [2 B, channels, height, width])",
+    "`input_ids` and `labels`, with images in any form that was tried or without,",
 )
+_IMAGES = (
+    "* **images**: two or one a row, in the form that the model takes, and proved to be read: other images give "
+    "another loss or gradient. **text only**: no form of images that was tried ran, but the text alone did.\n"
+)
+_TEXT_ONLY = IMAGES_OF[TEXT_ONLY]
 _SELECTED = {"sequence": "rows", "token": "tokens"}
 _UNCHECKED = (
     "* **unchecked**: the eager side cannot find the layers, or tell the tokens of what they are given: neither exact "
@@ -52,6 +58,7 @@ def render(
     introduction = _INTRODUCTION.format(route=route, selection=_SELECTED[route], mappings=mappings, inputs=inputs) + (
         _UNCHECKED if unchecked else ""
     )
+    introduction += _IMAGES if objectives != TEXT else ""
     parts = [introduction, _provenance(results, environment), _counts(results, missing, objectives)]
     for objective in objectives:
         chosen = [record for record in results if record.candidate.objective == objective]
@@ -76,29 +83,42 @@ def _counts(results: Sequence[Record], missing: Sequence[Candidate], objectives:
     statuses = [status for status in STATUSES if status != "unchecked" or any(r.status == status for r in results)]
     lines = [f"| | {' | '.join(statuses)} | not run | exact of those that run in eager |"]
     lines.append("| --- " * (len(statuses) + 3) + "|")
-    for objective in objectives:
-        counts = Counter(record.status for record in results if record.candidate.objective == objective)
+    kinds = [(objective, objective, False) for objective in objectives]
+    if any(record.images == _TEXT_ONLY for record in results):
+        kinds = [
+            (f"{title}, {_TEXT_ONLY if alone else 'with images'}", objective, alone)
+            for title, objective, _ in kinds
+            for alone in (False, True)
+        ]
+    for title, objective, alone in kinds:
+        counts = Counter(
+            record.status
+            for record in results
+            if record.candidate.objective == objective and (record.images == _TEXT_ONLY) == alone
+        )
         runnable = sum(counts.values()) - counts["not runnable"]
         share = f"{counts['exact']} of {runnable} ({counts['exact'] / runnable:.1%})" if runnable else ""
-        absent = sum(candidate.objective == objective for candidate in missing)
-        lines.append(f"| {objective} | {' | '.join(str(counts[s]) for s in statuses)} | {absent} | {share} |")
+        absent = 0 if alone else sum(candidate.objective == objective for candidate in missing)
+        lines.append(f"| {title} | {' | '.join(str(counts[s]) for s in statuses)} | {absent} | {share} |")
     return "\n".join(lines) + "\n"
 
 
 def _table(title: str, results: Sequence[Record]) -> str:
+    images = "images | " if any(record.images for record in results) else ""
     lines = [
         f"## {title}\n",
-        "| type | class | captured | layers | found by | route | largest difference | s |",
-        "| --- " * 8 + "|",
+        f"| type | class | {images}captured | layers | found by | route | largest difference | s |",
+        "| --- " * (9 if images else 8) + "|",
     ]
     for record in results:
         found = f"{record.layers} ({record.path or 'unnamed'})" if record.layers else ""
         apart = "" if record.difference is None else f"{record.difference:.1e}" if record.difference else "0"
         captured = "yes" if record.captured else "no"
+        given = f"{record.images} | " if images else ""
         proof = record.proof.removesuffix(" + single-residual cut")
         lines.append(
-            f"| {record.candidate.model_type} | {record.candidate.model_class} | {captured} | {found} | {proof} | "
-            f"{record.status} | {apart} | {record.seconds:.0f} |"
+            f"| {record.candidate.model_type} | {record.candidate.model_class} | {given}{captured} | {found} | "
+            f"{proof} | {record.status} | {apart} | {record.seconds:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

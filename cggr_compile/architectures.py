@@ -32,9 +32,10 @@ from cggr_compile.checking.check import IGNORED, check, eager_step
 from cggr_compile.checking.eager_layers import LayerStackNotFound
 from cggr_compile.checking.eager_tokens import TokensNotTold
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.tiny import FIRST_ID, LAST_ID, tiny_config
+from cggr_compile.tiny import FIRST_ID, HEAD_DIM, LAST_ID, rotary_sections, tiny_config
+from cggr_compile.tiny_images import ROWS, TEXT_ONLY, with_images
 
-ROWS, LENGTH = 6, 12
+LENGTH = 12
 STATUSES = ("exact", "rounding", "refused", "not runnable", "unchecked", "failure")
 
 
@@ -55,13 +56,15 @@ class Record:
     `status` is one of `STATUSES`: loss and every gradient bitwise equal; equal within fp32 rounding; refused with
     `CannotOptimize`; not runnable in eager training on the CPU; routed, but without an eager side to compare with
     (`LayerStackNotFound`, `TokensNotTold`); anything else. `difference` is that of `Check`, None where nothing was
-    compared. `captured`: whether the training step became a graph. `seconds`: processor time.
+    compared. `images`: of a multimodal candidate that runs, what each row had (`IMAGES_OF`). `captured`: whether
+    the training step became a graph. `seconds`: processor time.
     """
 
     candidate: Candidate
     status: str
     reason: str = ""
     captured: bool = False
+    images: str = ""
     layers: int = 0
     path: str = ""
     proof: str = ""
@@ -76,7 +79,7 @@ _MAPPINGS: dict[str, tuple[type, dict[str, Any]]] = {
     "multimodal": (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
 }
 TEXT, IMAGES = ("causal", "masked"), ("multimodal",)
-IMAGES_A_ROW = 2
+IMAGES_OF = {2: "two a row", 1: "one a row", TEXT_ONLY: "text only"}
 
 
 def candidates(objectives: Sequence[str] = TEXT) -> list[Candidate]:
@@ -98,12 +101,29 @@ def build(candidate: Candidate) -> nn.Module:
     auto: Any = _MAPPINGS[candidate.objective][0]
     model_class = auto._model_mapping[type(config)]
     config = _own_part(config, model_class)
+    if candidate.objective == "multimodal":
+        _complete(config)
     if candidate.objective == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True
     torch.manual_seed(0)
     model = model_class._from_config(config, attn_implementation="eager")
     model.config.use_cache = False
     return model.train()
+
+
+def _complete(config: PretrainedConfig) -> None:
+    """Gives a composite configuration the vision tower that it may do without, a decoder that reads its
+    encoder, and rotary sections that fit its heads."""
+    tower = config.sub_configs.get("vision_config")
+    if tower is not None and getattr(config, "vision_config", None) is None and hasattr(tower, "model_type"):
+        config.vision_config = tiny_config(tower)
+    if isinstance(decoder := getattr(config, "decoder", None), PretrainedConfig):
+        decoder.is_decoder = decoder.add_cross_attention = True
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # Models that rotate a head as one do not read them.
+    for kind in [part for part in rope.values() if isinstance(part, dict)] or [rope]:
+        rotated = kind.get("partial_rotary_factor") or 1.0
+        kind["mrope_section"] = rotary_sections(int(HEAD_DIM * rotated) // 2)
 
 
 def _own_part(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> PretrainedConfig:
@@ -141,50 +161,14 @@ def batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     return given
 
 
-def image_batches(model: nn.Module) -> list[dict[str, torch.Tensor]]:
-    """The batches of `batches` with IMAGES_A_ROW images in every row: their places follow the third token of a row and
-    have no labels.
-
-    Raises:
-        whatever the model raises where its images are not [N, channels, height, width] tensors of one size.
-    """
-    config = model.config
-    vision = getattr(config, "vision_config", config)
-    size = vision.image_size if isinstance(vision.image_size, int) else next(iter(vision.image_size))
-    generator = torch.Generator().manual_seed(2)
-    shape = (ROWS * IMAGES_A_ROW, getattr(vision, "num_channels", 3), size, size)
-    images = torch.randn(shape, generator=generator)
-    with torch.no_grad():
-        features = model.get_image_features(pixel_values=images)
-    parts = getattr(features, "pooler_output", features)
-    parts = [parts] if isinstance(parts, torch.Tensor) else parts
-    places = IMAGES_A_ROW * sum(part.numel() // part.shape[-1] for part in parts) // len(images)
-    token = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
-    taken = inspect.signature(model.forward).parameters
-    given = []
-    for batch in batches(model):
-        widened = {
-            name: torch.cat([part[:, :3], part.new_full((ROWS, places), filler), part[:, 3:]], dim=1)
-            for (name, part), filler in zip(batch.items(), _fillers(batch, token), strict=True)
-        }
-        marks = (widened["input_ids"] == token).long()
-        kinds = {name: marks for name in ("token_type_ids", "mm_token_type_ids") if name in taken}
-        given.append({**widened, **kinds, "pixel_values": images})
-    return given
-
-
-def _fillers(batch: dict[str, torch.Tensor], token: int) -> list[int]:
-    fillers = {"input_ids": token, "attention_mask": 1, "labels": IGNORED}
-    return [fillers[name] for name in batch]
-
-
-def examine(candidate: Candidate, runs: Callable[[], Any], route: str = "sequence") -> Record:
+def examine(candidate: Candidate, runs: Callable[[str], Any], route: str = "sequence") -> Record:
     """Builds the candidate, runs it in eager training, and checks its routing.
 
     Args:
         candidate: which architecture.
         route: "sequence" or "token".
-        runs: called once the model has trained in eager mode: an error before that is the model's.
+        runs: called with what each row has of images once the model has trained in eager mode: an
+            error before that is the model's.
 
     Raises:
         whatever the model, or the compiler against its promise, raises.
@@ -192,24 +176,28 @@ def examine(candidate: Candidate, runs: Callable[[], Any], route: str = "sequenc
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     model = build(candidate)
-    given = image_batches(model) if candidate.objective == "multimodal" else batches(model)
+    given, images = batches(model), ""
+    if candidate.objective == "multimodal":
+        given, count = with_images(model, given)
+        images = IMAGES_OF[count]
     for batch in given:
         eager_step(model, batch)
-    runs()
+    runs(images)
     start = time.process_time()
     try:
         outcome = check(build(candidate), *given, route=route)
     except CannotOptimize as error:
         seconds = time.process_time() - start
-        return Record(candidate, "refused", str(error), _reached_passes(error), seconds=seconds)
+        return Record(candidate, "refused", str(error), _reached_passes(error), images, seconds=seconds)
     except (LayerStackNotFound, TokensNotTold) as error:
-        return Record(candidate, "unchecked", str(error), True, seconds=time.process_time() - start)
+        return Record(candidate, "unchecked", str(error), True, images, seconds=time.process_time() - start)
     status = "exact" if outcome.exact else "rounding" if outcome.within_rounding else "failure"
     return Record(
         candidate,
         status,
         "" if outcome.exact else str(outcome),
         True,
+        images,
         outcome.layers,
         outcome.path,
         outcome.proof,

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
@@ -33,14 +33,22 @@ from cggr_compile.demo.environment import environment
 
 PATIENCE = 20
 
-_STARTED, _RUNS = "started", "runs"
+_STARTED = "started"
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """A worker's message: the model has trained in eager mode, with such images."""
+
+    images: str
+
 
 Results = dict[Candidate, Record]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 # Folders above an installed package say where this was run, not what went wrong.
 _FOLDERS = re.compile(
-    r"(?<![\w.])/(?:[^\s:'\"]+/)?(?:site-packages/|(?=(?:torch|transformers|cggr_compile|passes|kernels)/))"
+    r"(?<![\w.])/(?:[^\s:'\"]+/)?(?:site-packages/|lib/python3\.\d+/|(?=(?:torch|transformers|cggr_compile|passes|kernels)/))"
 )
 
 
@@ -50,7 +58,7 @@ def run(
     time_limit: float,
     memory_limit: float,
     done: Callable[[Record], None],
-    work: Callable[[Candidate, Callable[[], None]], Record] = examine,
+    work: Callable[[Candidate, Callable[[str], None]], Record] = examine,
     context: BaseContext | None = None,
 ) -> None:
     """Examines each candidate in a process of its own and passes its record to `done`.
@@ -135,8 +143,9 @@ class _Worker:
             reason = f"stopped after {self.time_limit:.0f} s"
         elif not reason:
             reason = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
-        status = "failure" if _RUNS in messages else "not runnable"
-        return Record(self.candidate, status, reason, seconds=self._seconds())
+        ran = [message for message in messages if isinstance(message, _Ran)]
+        status, images = ("failure", ran[0].images) if ran else ("not runnable", "")
+        return Record(self.candidate, status, reason, images=images, seconds=self._seconds())
 
 
 def _received(receiver: Connection) -> Iterator[Any]:
@@ -161,7 +170,7 @@ def _work(
     used = int(time.process_time())
     resource.setrlimit(resource.RLIMIT_CPU, (used + time_limit, used + time_limit + 5))
     resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
-    sender.send(work(candidate, lambda: sender.send(_RUNS)))
+    sender.send(work(candidate, lambda images: sender.send(_Ran(images))))
 
 
 def last_error(text: str) -> str:

@@ -21,6 +21,9 @@ VOCABULARY = 128
 FIRST_ID, LAST_ID = 4, 96
 HIDDEN, HEADS, HEAD_DIM, LAYERS = 64, 4, 16, 2
 POSITIONS = 64
+PATCH = 8
+# Kinds of image token of a model that reads images as tokens.
+CODES = 8
 
 
 def _at_most(limit: int) -> Callable[[int], int]:
@@ -47,6 +50,7 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|index_topk_blocks", _at_most(2)),
     (r"n_group|num_expert_group|.*(shared_experts|ngroups|n_groups)", _at_most(2)),
     (r"topk_group", _at_most(1)),
+    (r"resampler_n_latents|latent_query_num|num_query_tokens", _at_most(4)),
     (r"o_groups|(mamba_)?expand", _at_most(1)),
     (r"index_topk|sliding_window_pattern", _at_most(4)),
     (r".*kernel.*", _at_most(10**9)),
@@ -72,6 +76,7 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
 
 _SPECIAL = re.compile(r".*_token_(id|index)s?|.*_(token_)?index$")
 _FIRST_SPECIAL = {"pad": 0, "bos": 1, "cls": 1, "eos": 2, "sep": 2, "decoder_start": 1, "forced_eos": 2}
+_IMAGE_TOKEN = r"(image|video)_token_(id|index)"
 _RANDOMNESS = re.compile(r".*(drop|jitter|noise).*")
 _INDEX_LIST = re.compile(r".*(_layers|_ids|_idxs|_ind(ex|ic)es)")
 
@@ -88,6 +93,14 @@ _REQUIRED = {
 _OVERRIDES: dict[str, dict[str, Any]] = {
     # Its forward exchanges the modules of block-sparse attention for full attention where a batch is short.
     "BigBirdConfig": {"attention_type": "original_full"},
+    # Features a row for each number of patches.
+    "AriaConfig": {"projector_patch_to_query_dict": {16: 4}},
+    # Names of the image token and of as many tokens as its autoencoder tells apart.
+    "ChameleonConfig": {
+        "vocabulary_map": {"<image>": LAST_ID + 1}
+        | {f"IMGIMG{chr(ord('A') + code)}Z": LAST_ID + 2 + code for code in range(CODES)}
+    },
+    "ChameleonVQVAEConfig": {"num_embeddings": CODES, "base_channels": 32},
     # Rotary parameters for each kind of layer, and sections that fill half a head; its default has neither.
     "CohereCompassTextConfig": {
         "rope_parameters": {
@@ -97,16 +110,42 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     # Read by the attention, but declared by no field, or as optional.
     "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    # Each layer's kind is declared optional, but read.
+    "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
     # Shared experts are declared optional, but counted on.
     "Dots1Config": {"n_shared_experts": 1},
+    # The channels of its autoencoder are divided into 32 groups.
+    "Emu3VQVAEConfig": {"base_channels": 32, "channel_multiplier": (1, 1, 2, 2), "codebook_size": CODES},
+    "Emu3Config": {
+        "vocabulary_map": {"<image>": LAST_ID + 1}
+        | {f"<|visual token {code:06}|>": LAST_ID + 2 + code for code in range(CODES)}
+    },
     # Positions are counted from the padding token.
     "EsmConfig": {"pad_token_id": 0},
+    # One entry for each of its four stages.
+    "Florence2VisionConfig": {
+        "embed_dim": (32, 32, 64, 64),
+        "num_heads": (2, 2, 4, 4),
+        "num_groups": (2, 2, 4, 4),
+        "depths": (1, 1, 1, 1),
+        "projection_dim": HIDDEN,
+    },
     # As many places as a tiny image has patches.
     "Gemma3Config": {"mm_tokens_per_image": 4},
+    # Tokens are pooled before the indexer chooses among them.
+    "Glm5NextTextConfig": {"index_kpool": 2, "qk_rope_head_dim": 0},
     # Layer kinds come from pairs of (pattern, repetitions).
     "GPTNeoConfig": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+    "JanusVisionConfig": {"projection_dim": HIDDEN, "num_image_tokens": 16},
+    # Four patches become one of four times the width.
+    "Llama4VisionConfig": {"intermediate_size": 4 * HIDDEN},
+    "MllamaVisionConfig": {"vision_output_dim": 2 * HIDDEN},
+    "MuseGlimmerConfig": {"out_hidden_size": 4 * HIDDEN},
+    "MuseSparkConfig": {"out_hidden_size": 4 * HIDDEN},
     # The kinds of layer that its own field does not name, which leaves it None.
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
+    # Must equal a field of the configuration around it.
+    "RadioConfig": {"video_temporal_patch_size": 2},
     # Its output has one position for each of its positions, whatever the input.
     "PerceiverConfig": {"max_position_embeddings": 12},
     # The indexer is declared optional, but the class builds layers of no other kind of attention.
@@ -119,6 +158,18 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     # Axial positions fix the sequence length in training.
     "ReformerConfig": {"axial_pos_embds": False},
+    # Some layers have windows, whose size is declared optional.
+    "Step3p7TextConfig": {"sliding_window": 4},
+    "T5Gemma2EncoderConfig": {"mm_tokens_per_image": 4},
+    # The start of a decoder's sequence, which its class reads and does not declare.
+    "UdopConfig": {"decoder_start_token_id": 0},
+    # As many places as a tiny image has patches.
+    "ShieldGemma2Config": {"mm_tokens_per_image": 4},
+    # Read where token types are counted, and declared by no field.
+    "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": LAST_ID + 1},
+    "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": LAST_ID + 1},
+    # Read of the whole, declared by its parts.
+    "VisionEncoderDecoderConfig": {"pad_token_id": 0, "decoder_start_token_id": 1},
     # Widths are rounded up to multiples of 64.
     "xLSTMConfig": {"hidden_size": 2 * HIDDEN},
     # Adapters are chosen by language.
@@ -172,6 +223,7 @@ def tiny_fields(config_class: type[PretrainedConfig]) -> dict[str, Any]:
             tiny[name] = HEADS
     if {"head_dim", "qk_rope_head_dim"} <= tiny.keys() and fields["head_dim"] == fields["qk_rope_head_dim"]:
         tiny["head_dim"] = tiny["qk_rope_head_dim"]  # the rotated part: rotary tables have the size of a head
+    tiny.update(_image_fields(fields, tiny))
     tiny.update(_special_tokens(fields))
     tiny.update(_sampled_layers(fields, standard, tiny))
     tiny.update(_OVERRIDES.get(config_class.__name__, {}))
@@ -190,9 +242,48 @@ def _shrunk(name: str, standard: str, was: int, width: int | None) -> int:
     return HIDDEN // 2
 
 
+def rotary_sections(frequencies: int) -> list[int]:
+    """Sections that divide a head's frequencies into three, the first two equal."""
+    return [frequencies * 3 // 8, frequencies * 3 // 8, frequencies - 2 * (frequencies * 3 // 8)]
+
+
+def _image_fields(fields: dict[str, Any], tiny: dict[str, Any]) -> dict[str, Any]:
+    """What a vision tower, or a model with one, says of pixels, patches and layers: images of 4 by 4 patches."""
+    found: dict[str, Any] = {}
+    patch = fields.get("patch_size")
+    if {"image_size", "patch_size"} <= fields.keys() and (isinstance(patch, int) or _is_pair(patch)):
+        found["patch_size"] = small = _each(patch, PATCH)
+        found["image_size"] = _each(fields["image_size"], 4 * PATCH)
+    elif isinstance(patch, int):
+        small = patch
+        if type(fields.get("num_patches")) is int:
+            found["num_patches"] = 16
+    if {"window_size", "spatial_merge_size"} <= fields.keys() and isinstance(patch, int):
+        found["window_size"] = 2 * fields["spatial_merge_size"] * small  # of two merged patches by two
+    for name, was in fields.items():
+        if re.fullmatch(r".*feature_layers?", name) and type(was) in (int, list, tuple):
+            # The last two layers are there in every tower.
+            found[name] = max(was, -2) if type(was) is int else [-1 - place % LAYERS for place in range(len(was))]
+        elif name == "image_grid_pinpoints":
+            found[name] = [[4 * PATCH, 8 * PATCH], [8 * PATCH, 4 * PATCH]]
+        elif isinstance(was, dict) and "mrope_section" in was:
+            found[name] = {**was, "mrope_section": rotary_sections(HEAD_DIM // 2)}
+    return found
+
+
+def _is_pair(size: Any) -> bool:
+    return isinstance(size, (list, tuple)) and len(size) == 2
+
+
+def _each(was: Any, size: int) -> Any:
+    """The size in the form of the default: a number, or one for each dimension."""
+    return type(was)([size] * len(was)) if isinstance(was, (list, tuple)) else size
+
+
 def _special_tokens(fields: dict[str, Any]) -> dict[str, Any]:
     """Ids inside the vocabulary, equal where they were equal."""
     special = {name: was for name, was in fields.items() if _SPECIAL.fullmatch(name) and isinstance(was, (int, list))}
+    special |= {name: -1 for name, was in fields.items() if was is None and re.fullmatch(_IMAGE_TOKEN, name)}
     free = iter(range(VOCABULARY - 1, LAST_ID, -1))
     places: dict[Any, int] = {}
     moved: dict[str, Any] = {}

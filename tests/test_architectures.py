@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import cggr_compile as cggr
 from cggr_compile.architecture_table import render
-from cggr_compile.architectures import Candidate, Record, batches, build, candidates, examine
+from cggr_compile.architectures import IMAGES, TEXT, Candidate, Record, batches, build, candidates, examine
 from cggr_compile.checking.eager_layers import LayerStackNotFound, layer_calls
 from cggr_compile.checking.eager_tokens import TokensNotTold, _at
 from cggr_compile.cli import app
@@ -92,7 +92,7 @@ def test_what_a_configuration_says_of_each_layer_is_kept() -> None:
 )
 def test_a_class_of_each_mechanism_is_exact(model_type: str, objective: str, layers: str) -> None:
     ran = []
-    record = examine(candidate(model_type, objective), lambda: ran.append(True))
+    record = examine(candidate(model_type, objective), lambda _: ran.append(True))
     assert (record.status, record.reason, record.path, record.difference) == ("exact", "", layers, 0.0)
     assert record.captured
     assert ran
@@ -137,7 +137,7 @@ def test_a_class_without_an_eager_router_is_neither_a_failure_nor_exact(
         raise LayerStackNotFound("X runs no list of modules more than once")
 
     monkeypatch.setattr("cggr_compile.architectures.check", unjudged)
-    record = examine(candidate("bert", "masked"), lambda: None)
+    record = examine(candidate("bert", "masked"), lambda _: None)
     assert (record.status, record.reason) == ("unchecked", "X runs no list of modules more than once")
     surroundings = {"command": "python", "device": "cpu", "versions": {}}
     page = render([record], [], surroundings)
@@ -232,11 +232,11 @@ def test_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not outcome.within_rounding
 
 
-def _stub(subject: Candidate, runs: Callable[[], None]) -> Record:
+def _stub(subject: Candidate, runs: Callable[[str], None]) -> Record:
     """A worker that behaves as the candidate's type says."""
     if subject.model_type == "unbuildable":
         raise ImportError("no such extension")
-    runs()
+    runs("")
     if subject.model_type == "crashes":
         os.kill(os.getpid(), signal.SIGKILL)
     if subject.model_type == "hangs":
@@ -288,12 +288,14 @@ def test_reasons_name_no_folder_of_the_machine() -> None:
     assert last_error("only a warning") == ""
     elsewhere = text.replace("/transformers/models/x/modeling_x.py", "/huggingface_hub/a.py")
     assert last_error(elsewhere).endswith(" (at huggingface_hub/a.py:7)")
+    standard = text.replace("site-packages/transformers/models/x/modeling_x.py", "lib/python3.11/functools.py")
+    assert last_error(standard).endswith(" (at functools.py:7)")
 
 
 def test_results_are_kept_and_the_page_counts_them(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     records = [
-        Record(candidate("llama"), "exact", "", True, 2, "model.layers", "metadata", 0.0, 3.0, "abc"),
+        Record(candidate("llama"), "exact", "", True, "", 2, "model.layers", "metadata", 0.0, 3.0, "abc"),
         Record(candidate("ctrl"), "refused", "a | b", commit="abc"),
         Record(candidate("git"), "not runnable", "ValueError: x", commit="abc"),
     ]
@@ -311,19 +313,41 @@ def test_results_are_kept_and_the_page_counts_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "route"),
-    [("architectures", "sequence"), ("architectures-token", "token"), ("architectures-oldest", "sequence")],
+    ("name", "route", "objectives"),
+    [
+        ("architectures", "sequence", TEXT),
+        ("architectures-token", "token", TEXT),
+        ("architectures-oldest", "sequence", TEXT),
+        ("architectures-multimodal", "sequence", IMAGES),
+    ],
 )
-def test_the_documented_table_is_that_of_the_committed_results(name: str, route: str) -> None:
+def test_the_documented_table_is_that_of_the_committed_results(
+    name: str, route: str, objectives: tuple[str, ...]
+) -> None:
     path = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
-    results = load(path)
-    records = [results[c] for c in EVERY if c in results]
+    results, every = load(path), candidates(objectives)
+    records = [results[c] for c in every if c in results]
     # An older transformers lacks some classes.
-    missing = [c for c in EVERY if c not in results] if "oldest" not in name else []
+    missing = [c for c in every if c not in results] if "oldest" not in name else []
     surroundings = json.loads(path.read_text(encoding="utf-8"))["environment"]
-    page = render(records, missing, surroundings, route)
+    page = render(records, missing, surroundings, route, objectives)
     assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == page
     assert not re.search(r"/(home|work|usr|root)/", path.read_text(encoding="utf-8"))
+
+
+def test_models_without_images_are_counted_apart() -> None:
+    """Never mixed with those that had images; what failed says what it had."""
+    some = [c for c in candidates(IMAGES) if c.model_type in ("llava", "qwen2_vl", "evolla")]
+    records = [
+        Record(some[0], "exact", "", True, "two a row", 2, "model.layers", "metadata", 0.0, 3.0, "abc"),
+        Record(some[1], "failure", "stopped", images="two a row", commit="abc"),
+        Record(some[2], "exact", "", True, "text only", 2, "model.layers", "metadata", 0.0, 3.0, "abc"),
+    ]
+    surroundings = {"command": "python", "device": "cpu", "versions": {}}
+    page = render(records, [], surroundings, objectives=IMAGES)
+    assert "| multimodal, with images | 1 | 0 | 0 | 0 | 1 | 0 | 1 of 2 (50.0%) |" in page
+    assert "| multimodal, text only | 1 | 0 | 0 | 0 | 0 | 0 | 1 of 1 (100.0%) |" in page
+    assert f"| {some[2].model_type} | {some[2].model_class} | text only | yes |" in page
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:

@@ -71,6 +71,14 @@ def put(model: Model, hidden: torch.Tensor, ids: torch.Tensor, images: torch.Ten
     return flat.view(hidden.shape)
 
 
+def added(model: Model, hidden: torch.Tensor, ids: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Features are added to what stands at the image places, as deep layers of vision towers are."""
+    mask = ids == IMAGE
+    hidden = hidden.clone()
+    hidden[mask] = hidden[mask] + model.projector(images)
+    return hidden
+
+
 def divided(model: Model, hidden: torch.Tensor, ids: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Equally many entries a row, by a view."""
     return hidden + model.projector(images).view(ids.shape[0], -1, WIDTH).mean(1, keepdim=True)
@@ -120,7 +128,7 @@ def by_row(batch: Batch, rows: torch.Tensor, *names: str) -> dict[str, torch.Ten
     return {name: batch[name][rows] for name in names}
 
 
-@pytest.mark.parametrize("merge", [scattered, put])
+@pytest.mark.parametrize("merge", [scattered, put, added])
 def test_rows_train_on_their_own_images(merge: Callable[..., torch.Tensor]) -> None:
     """Two a row, as many as rows but not one a row, some rows without, more rows."""
     routed, eager = Model(merge).train(), Model(merge).train()

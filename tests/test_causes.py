@@ -56,3 +56,20 @@ def test_a_branch_on_data_is_refused_without_symbols() -> None:
     with pytest.raises(CannotOptimize, match=r"test_causes\.py:\d+") as error:
         model(**toy_batch(8))
     assert not re.search(r"\b(zuf|zf|u|s)\d+\b", str(error.value))
+
+
+class Lists(Toy):
+    """Makes a list of numbers, as many as the data say."""
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        for place in hidden[0, :, 0].gt(0).nonzero().flatten().tolist():
+            hidden = hidden + place
+        return super().middle(hidden)
+
+
+def test_a_list_as_long_as_the_data_say_is_refused_by_its_line() -> None:
+    """Vision towers attend to each image by itself, in as many chunks as the grids say."""
+    model = cggr.optimize(Lists().train(), inner="eager")
+    with pytest.raises(CannotOptimize, match=r"numbers that it reads from data .*test_causes\.py:\d+") as error:
+        model(**toy_batch(8))
+    assert not re.search(r"\b(zuf|zf|u|s)\d+\b", str(error.value))

@@ -97,6 +97,13 @@ class Latent(Toy):
         return (self.positions[: hidden.shape[1]] @ latents.transpose(1, 2)).softmax(-1) @ latents
 
 
+class LabelsLast(Toy):
+    """The loss is that of the last positions, as many as there are labels, as BLIP-2's."""
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().loss(logits[:, -labels.size(1) :, :], labels)
+
+
 class Talking(Toy):
     """Logs through the logger's method, and through a method that transformers adds."""
 
@@ -148,7 +155,19 @@ class ReadAgain(Segments):
 
 @pytest.mark.parametrize(
     "kind",
-    [AddedBias, BiasRow, JoinedTables, FixedLength, LogProbabilities, Prompted, Latent, Talking, Reassigned, Segments],
+    [
+        AddedBias,
+        BiasRow,
+        JoinedTables,
+        FixedLength,
+        LogProbabilities,
+        LabelsLast,
+        Prompted,
+        Latent,
+        Talking,
+        Reassigned,
+        Segments,
+    ],
     ids=lambda k: k.__name__,
 )
 def test_rows_loss_and_gradients_are_eagers(kind: type[Toy]) -> None:

@@ -24,6 +24,7 @@ from cggr_compile.torch_internals.dynamo import why_not_compiled
 
 _FROM_DATA = re.compile(r"\b(?:zuf|u)\d+\b")
 _SIZE = re.compile(r"\b(?:zf|s)\d+\b")
+_REWRITES = _REWRITE, _BOTH_CASES = ("rewrite that line", "compute both cases and choose by torch.where")
 _ELSE = "or pass fallback='eager' to train without routing"
 
 
@@ -65,7 +66,7 @@ def recognised(error: CannotOptimize) -> CannotOptimize:
             reason = f"{cause.name} ({error.reason})"
             return CannotOptimize(reason, source=error.source, hint=f"{cause.remedy}, {_ELSE}")
     library = re.search(r"/site-packages/(\w+)/", source)
-    if library and error.hint and "rewrite that line" in error.hint:
+    if library and error.hint and any(advice in error.hint for advice in _REWRITES):
         hint = f"the line belongs to {library[1]}: do without the feature that runs it, {_ELSE}"
         return CannotOptimize(error.reason, source=error.source, hint=hint)
     return error
@@ -77,7 +78,8 @@ def refusal_of(error: Exception, model: nn.Module) -> CannotOptimize:
     if isinstance(error, GuardOnDataDependentSymNode):
         return CannotOptimize(
             f"the model decides by numbers that it reads from data ({first_line})",
-            hint=f"compute both cases and choose by torch.where, {_ELSE}",
+            source=_line_of(list(getattr(error, "real_stack", None) or [])),
+            hint=f"{_BOTH_CASES}, {_ELSE}",
         )
     if isinstance(error, TorchRuntimeError):
         return CannotOptimize(
@@ -93,9 +95,7 @@ def refusal_of(error: Exception, model: nn.Module) -> CannotOptimize:
 
 
 def _graph_break(first_line: str, stack: list[FrameSummary], model: nn.Module) -> CannotOptimize:
-    inside_torch = os.path.dirname(torch.__file__)
-    frame = next((frame for frame in reversed(stack) if not frame.filename.startswith(inside_torch)), None)
-    source = f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else None
+    source = _line_of(stack)
     sharded = next((name for kind, name in _SHARDED for module in model.modules() if isinstance(module, kind)), None)
     if sharded is not None:
         reason = f"{sharded} shards the model by hooks that break Dynamo's graph ({first_line})"
@@ -105,7 +105,14 @@ def _graph_break(first_line: str, stack: list[FrameSummary], model: nn.Module) -
         reason = f"{hook} breaks Dynamo's graph ({first_line})"
         return CannotOptimize(reason, source=source, hint=f"remove the hook for training, {_ELSE}")
     reason = f"the model breaks Dynamo's graph ({first_line})"
-    return CannotOptimize(reason, source=source, hint=f"rewrite that line, {_ELSE}")
+    return CannotOptimize(reason, source=source, hint=f"{_REWRITE}, {_ELSE}")
+
+
+def _line_of(stack: list[FrameSummary]) -> str | None:
+    """The innermost line outside torch."""
+    inside_torch = os.path.dirname(torch.__file__)
+    frame = next((frame for frame in reversed(stack) if not frame.filename.startswith(inside_torch)), None)
+    return f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else None
 
 
 def _hooks_in(stack: Iterable[FrameSummary], first_line: str, model: nn.Module) -> Iterator[str]:

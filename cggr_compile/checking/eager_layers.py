@@ -71,8 +71,9 @@ def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
 
     Candidates are the indexed containers (`layers.0`, `layers.1`, …) whose members run at least twice between them. A
     stack of layers is one where the output of the first decides everything behind it: put in its place in a run on
-    other rows, it gives its own logits. Of several, the one with the most parameters, or else the last, is taken; where
-    there is none, the container with the most parameters.
+    other rows, it gives its own logits. Of several, the one with the most parameters, or else the last, is taken, or
+    one that runs as often and later, since a layer ends with its last part; where there is none, the container with the
+    most parameters.
 
     Raises:
         LayerStackNotFound: there is no candidate.
@@ -100,7 +101,13 @@ def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
         size = sum(parameter.numel() for module in set(stacks[position]) for parameter in module.parameters())
         return _decides(model, inputs, stacks[position]), size, position
 
-    return stacks[max(range(len(stacks)), key=merit)]
+    best = max(range(len(stacks)), key=merit)
+    last_parts = [
+        stack
+        for stack in stacks[best + 1 :]
+        if len(stack) == len(stacks[best]) and _decides(model, inputs, stacks[best]) and _decides(model, inputs, stack)
+    ]
+    return [stacks[best], *last_parts][-1]
 
 
 def _decides(model: nn.Module, inputs: Batch, stack: list[nn.Module]) -> bool:

@@ -390,7 +390,13 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
             f"the model changes so often that this step needs more than {dynamo.MAX_CAPTURES} captures of it",
             hint="see what changes with TORCH_LOGS=recompiles, and fix it; optimizing anew forgets the captures",
         ) from error
-    except (Unsupported, UserError, TorchRuntimeError, InternalTorchDynamoError) as error:
+    except (
+        Unsupported,
+        UserError,
+        TorchRuntimeError,
+        InternalTorchDynamoError,
+        GuardOnDataDependentSymNode,  # not wrapped where Dynamo itself iterates over a tensor (`tolist`)
+    ) as error:
         raise recognised(refusal_of(error, model)) from error
     except RuntimeError as error:
         if dynamo.stance() != "fail_on_recompile" or isinstance(error, CannotOptimize):

@@ -5,7 +5,8 @@ has several entries a row (the images of a batch, which lie behind one another).
 the model does where the argument's values meet those of the rows can:
 
 * an operator that acts on every row alike, with the argument as a table or broadcast over the rows: it is shared;
-* anything else (`masked_scatter` takes entries by their order, a view divides them among rows): the result is computed
+* anything else (`masked_scatter` takes entries by their order, a view divides them among rows, a mask picks entries
+  of the rows to meet theirs): the result is computed
   for the whole batch, with gradients, and *its* rows are gathered. Whatever the argument is, that is exactly what these
   rows are in the whole batch; entries of other rows get gradients of zero.
 
@@ -72,6 +73,7 @@ class RowFlow:
         self.apart: dict[fx.Node, frozenset[str]] = {}
         self.mixed: dict[fx.Node, frozenset[str]] = {}
         self._rows: set[fx.Node] = set()
+        self._picked: set[fx.Node] = set()  # entries of the rows that a mask picked out, one behind another
         self._by_row: dict[fx.Node, frozenset[str]] = {}  # of arguments with an entry for each row, not met with tokens
         for node in program.graph.nodes:
             if node.op == "placeholder":
@@ -107,6 +109,8 @@ class RowFlow:
         sources = [source for source in node.all_input_nodes if carries_data(source)]
         names, by_order = self._names(sources), self._by_order(node)
         met = [source for source in sources if source in self._rows]
+        if _picks(node) or (any(source in self._picked for source in sources) and self._row_dim(node) is None):
+            self._picked.add(node)
         if not names and not by_order:
             if met:
                 self._rows.add(node)
@@ -129,7 +133,7 @@ class RowFlow:
 
     def _acts_alike(self, node: fx.Node, sources: list[fx.Node], meets: bool, sized: bool) -> bool:
         """Whether every row reads the same of the arguments that have no entry for each row."""
-        if any(source in self.mixed for source in sources):
+        if any(source in self.mixed or source in self._picked for source in sources):
             return False
         packet = packet_of(node)
         if not meets and (not sized or packet in _REPEATS):
@@ -188,6 +192,14 @@ def batch_dims(program: Analysed, node: fx.Node) -> list[int]:
             hint="give the input one row for each row of input_ids",
         )
     return dims
+
+
+def _picks(node: fx.Node) -> bool:
+    """Whether a node gives the entries of a tensor at the places where a mask holds."""
+    packet = packet_of(node)
+    if packet == aten.index:
+        return any(not _is_integer(place) for place in indices_of(node))
+    return packet in (aten.masked_select, aten.nonzero)
 
 
 def _sizes(node: fx.Node) -> list[Any]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import operator
 from itertools import chain, count
 from operator import getitem
+from typing import Any
 
 import torch
 from cggr_compile.kernels.op.selection import register
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.builder import Builder
-from cggr_compile.ir.dataflow import clone
-from cggr_compile.ir.program import Analysed, Head, hint, value
+from cggr_compile.ir.dataflow import ancestors, clone
+from cggr_compile.ir.program import Analysed, Head, hint, is_tensor, value
 from cggr_compile.ir.roles import token_ids
 from cggr_compile.torch_internals import symbols
 
@@ -48,11 +50,29 @@ def rows_of(builder: Builder[Analysed], head: Head, hidden: fx.Node) -> fx.Node:
         target = move.target
         if isinstance(args[1], (list, tuple)):  # a view: its last size is the vocabulary
             # A size that is read off the logits is not there; being the only one, it follows.
-            sizes = [builder.env.get(size, -1) if isinstance(size, fx.Node) else size for size in args[1][:-1]]
-            args[1] = [*sizes, width]
+            sizes = [_size(builder, size) for size in args[1][:-1]]
+            args[1] = [*(-1 if size is None else size for size in sizes), width]
             target = aten.reshape.default
+        else:
+            args = [arg if arg is rows else _size(builder, arg) for arg in args]
+            if any(arg is None and move.args[place] is not None for place, arg in enumerate(args)):
+                raise CannotOptimize(
+                    "the loss's rows are cut out of the logits by a size that is read off the logits",
+                    node=move,
+                    hint="read that size off input_ids or labels",
+                )
         rows = builder.call(target, *args)
     return rows
+
+
+def _size(builder: Builder[Analysed], arg: Any) -> Any:
+    """An argument of a row move in the graph that is built: a size is computed anew of the inputs' sizes where it is
+    not there; None where that takes more than them."""
+    if not isinstance(arg, fx.Node) or arg in builder.env:
+        return builder.env.get(arg, arg) if isinstance(arg, fx.Node) else arg
+    if any(is_tensor(node) and node.op != "placeholder" for node in ancestors([arg])):
+        return None
+    return clone(builder, [arg], {node: builder.env[node] for node in builder.program.placeholders})[arg]
 
 
 def by_position(builder: Builder[Analysed], values: fx.Node, fill: float, sizes: tuple[fx.Node, fx.Node]) -> fx.Node:
