@@ -44,7 +44,7 @@ from harness import (
 from torch import Tensor
 
 import cggr_compile as cggr
-from cggr_compile.demo.environment import environment
+from cggr_compile.environment import environment
 
 try:
     from triton.errors import TritonError

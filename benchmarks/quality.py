@@ -40,7 +40,7 @@ from quality_report import page
 from torch import Tensor, nn
 
 import cggr_compile as cggr
-from cggr_compile.demo.environment import environment
+from cggr_compile.environment import environment
 
 MARK = "RECORD "
 WARM_UP, FLOOR = 0.05, 0.02

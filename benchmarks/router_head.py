@@ -32,7 +32,7 @@ from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.demo.data import Windows, load_pretrained, make_windows, read_text
-from cggr_compile.demo.environment import environment
+from cggr_compile.environment import environment
 from cggr_compile.ir.router_head import cost_factor
 
 SAMPLES = ((64, 64), (256, 256), (512, 512), (1024, 1024), (2048, 2048))

@@ -19,7 +19,7 @@ import typer
 from cggr_compile.kernels.providers import LONGEST_SELECT, choose
 from harness import measure
 
-from cggr_compile.demo.environment import environment
+from cggr_compile.environment import environment
 
 LENGTHS = tuple(2**power for power in (8, 10, 12, 14, 15, 16, 17, 18, 20))
 PROVIDERS = ("triton", "reference")

@@ -43,7 +43,7 @@ from step_time_report import Arm, compiled_as, page, table
 
 import cggr_compile as cggr
 from cggr_compile.config import kept_of
-from cggr_compile.demo.environment import environment
+from cggr_compile.environment import environment
 from cggr_compile.run.router_time import mark, seconds_between
 
 

@@ -27,7 +27,7 @@ import transformers
 from harness import WARM_UP, first_line
 
 import cggr_compile as cggr
-from cggr_compile.demo.environment import environment
+from cggr_compile.environment import environment
 
 FIXED = [
     f"{code}@{ratio}{graphs}" for ratio in (1.0, 0.25) for graphs in ("", "+graphs") for code in ("static", "symbolic")

@@ -1,5 +1,4 @@
-"""The command line: `explain` shows what routing does to a model, `demo` trains one with and without it,
-`architectures` proves the contract on every architecture of transformers.
+"""The command line: `explain` shows what routing does to a model, `demo` trains one with and without it.
 
 `explain` needs a configuration only. The model is built on the meta device, so nothing is downloaded but the
 configuration and no memory is taken by weights.
@@ -8,7 +7,7 @@ configuration and no memory is taken by weights.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import huggingface_hub
 import torch
@@ -112,37 +111,6 @@ def demo(
         run(model, text, device, output, steps, ratio, batch_size, sequence_length, seed)
     except (CannotOptimize, ConfigError, OSError) as error:
         _fail(error)
-
-
-@app.command()
-def architectures(
-    only: Annotated[
-        list[str] | None, typer.Option(help="Model type or class (repeatable); examined again if it has a result.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
-    time_limit: Annotated[float, typer.Option(min=1, help="Processor seconds for each class.")] = 300,
-    memory_limit: Annotated[float, typer.Option(min=1, help="GiB of data for each class.")] = 8,
-    output: Annotated[Path, typer.Option(help="Results; an earlier run's are kept and gone on with.")] = Path(
-        "architectures.json"
-    ),
-    markdown: Annotated[Path | None, typer.Option(help="The page; beside the results without.")] = None,
-    route: Annotated[Literal["sequence", "token"], typer.Option(help="What is routed.")] = "sequence",
-    models: Annotated[Literal["text", "multimodal"], typer.Option(help="Language models, or those with images.")] = (
-        "text"
-    ),
-) -> None:
-    """Prove the contract on a tiny model of every architecture of transformers; exit 1 where one fails."""
-    from cggr_compile.architectures import IMAGES, TEXT
-    from cggr_compile.sweep import UnknownArchitecture, sweep
-
-    objectives = TEXT if models == "text" else IMAGES
-    try:
-        page = markdown or output.with_suffix(".md")
-        failed = sweep(only or [], jobs, time_limit, memory_limit, output, page, route, objectives)
-    except (UnknownArchitecture, OSError, ValueError) as error:
-        _fail(error)
-    if failed:
-        raise typer.Exit(1)
 
 
 def read_config(name: str) -> PretrainedConfig:

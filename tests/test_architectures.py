@@ -1,6 +1,6 @@
 """Every architecture of transformers: tiny configurations, the check itself, the processes, the results, the page.
 
-The whole sweep is `python -m cggr_compile architectures`; here is a sample, one class a mechanism.
+The whole sweep is `python benchmarks/architectures.py`; here is a sample, one class a mechanism.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from cggr_compile.passes.rewrite import build_router as build_router_module
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from processes import environment
 from random_models import VOCABULARY, Layer, RandomModel, Spec
+from sweep.classes import IMAGES, TEXT, Candidate, Record, batches, build, candidates, examine
+from sweep.page import render
+from sweep.runs import UnknownArchitecture, last_error, load, run, save, sweep
+from sweep.tiny import VOCABULARY as TINY_VOCABULARY
+from sweep.tiny import tiny_config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from typer.testing import CliRunner
 
 import cggr_compile as cggr
-from cggr_compile.architecture_table import render
-from cggr_compile.architectures import IMAGES, TEXT, Candidate, Record, batches, build, candidates, examine
 from cggr_compile.checking.eager_layers import LayerStackNotFound, layer_calls
 from cggr_compile.checking.eager_tokens import TokensNotTold, _at
-from cggr_compile.cli import app
-from cggr_compile.sweep import last_error, load, run, save, sweep
-from cggr_compile.tiny import VOCABULARY as TINY_VOCABULARY
-from cggr_compile.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
 EVERY = candidates()
@@ -98,6 +96,14 @@ def test_a_class_of_each_mechanism_is_exact(model_type: str, objective: str, lay
     assert ran
 
 
+@pytest.mark.parametrize(("model_type", "objective"), [("bart", "causal"), ("esm", "masked"), ("mobilebert", "masked")])
+def test_what_spells_its_head_or_loss_otherwise_can_be_inspected(model_type: str, objective: str) -> None:
+    model = build(candidate(model_type, objective))
+    explanation = cggr.explain(model, batches(model)[1], ratio=0.5)
+    assert explanation.report().stack.layers == 2
+    assert "→ cggr.masked_loss" in str(explanation.diff())
+
+
 def test_the_eager_side_finds_the_layers_by_itself() -> None:
     """Albert runs one module twice; of XLM's four lists, the last part of a layer ends it."""
     for model_type, path in (("albert", "albert.encoder.albert_layer_groups.0"), ("xlm", "transformer.layer_norm2.0")):
@@ -136,14 +142,14 @@ def test_a_class_without_an_eager_router_is_neither_a_failure_nor_exact(
     def unjudged(*arguments: object, **options: object) -> None:
         raise LayerStackNotFound("X runs no list of modules more than once")
 
-    monkeypatch.setattr("cggr_compile.architectures.check", unjudged)
+    monkeypatch.setattr("sweep.classes.check", unjudged)
     record = examine(candidate("bert", "masked"), lambda _: None)
     assert (record.status, record.reason) == ("unchecked", "X runs no list of modules more than once")
     surroundings = {"command": "python", "device": "cpu", "versions": {}}
     page = render([record], [], surroundings)
     assert "| masked | 0 | 0 | 0 | 0 | 1 | 0 | 0 | 0 of 1 (0.0%) |" in page
     assert "* bert (BertForMaskedLM, unchecked): X runs no list" in page
-    monkeypatch.setattr("cggr_compile.sweep.run", lambda *given: given[4](record))
+    monkeypatch.setattr("sweep.runs.run", lambda *given: given[4](record))
     assert sweep(["BertForMaskedLM"], 1, 1, 1, tmp_path / "r.json", tmp_path / "page.md", "sequence") == 1
 
 
@@ -351,10 +357,8 @@ def test_models_without_images_are_counted_apart() -> None:
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["architectures", "--only", "lama", "--output", str(tmp_path / "r.json")])
-    assert result.exit_code == 1
-    assert "'lama' is no model type or class of transformers' mappings" in result.output
-    assert "llama" in result.output
+    with pytest.raises(UnknownArchitecture, match=r"'lama' is no model type or class of transformers' mappings.*llama"):
+        sweep(["lama"], 1, 60, 8, tmp_path / "r.json", tmp_path / "r.md", "sequence", TEXT)
 
 
 def test_the_script_examines_on_both_routes(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ import re
 
 import pytest
 import torch
+from sweep.classes import IMAGES, TEXT_ONLY, batches, build, candidates
+from sweep.tiny import LAST_ID, PATCH, rotary_sections, tiny_config
+from sweep.tiny_images import ROWS, NoImages, with_images
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from cggr_compile.architectures import IMAGES, TEXT_ONLY, batches, build, candidates
 from cggr_compile.checking.check import IGNORED, eager_step
-from cggr_compile.tiny import LAST_ID, PATCH, rotary_sections, tiny_config
-from cggr_compile.tiny_images import ROWS, NoImages, with_images
 
 EVERY = {c.model_type: c for c in candidates(IMAGES)}
 

@@ -42,7 +42,7 @@ from cggr_compile.demo.data import (
     metadata_version,
     read_text,
 )
-from cggr_compile.demo.environment import command_line
+from cggr_compile.environment import command_line
 
 LEARNING_RATE = 5e-5
 EVALUATIONS = 4

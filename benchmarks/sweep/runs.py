@@ -26,10 +26,10 @@ from typing import IO, Any
 import torch
 from rich.progress import Progress, TextColumn
 
-from cggr_compile.architecture_table import render
-from cggr_compile.architectures import TEXT, Candidate, Record, candidates, examine
 from cggr_compile.config import nearest
-from cggr_compile.demo.environment import environment
+from cggr_compile.environment import environment
+from sweep.classes import TEXT, Candidate, Record, candidates, examine
+from sweep.page import render
 
 PATIENCE = 20
 
@@ -75,7 +75,7 @@ def run(
     """
     if context is None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["cggr_compile.sweep", "cggr_compile.warm_worker"])
+        context.set_forkserver_preload(["sweep.runs", "sweep.warm_worker"])
     waiting = list(todo)
     running: list[_Worker] = []
     try:

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import cggr_compile as cggr
-from cggr_compile.architectures import Candidate, batches, build
+from sweep.classes import Candidate, batches, build
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

@@ -32,8 +32,8 @@ from cggr_compile.checking.check import IGNORED, check, eager_step
 from cggr_compile.checking.eager_layers import LayerStackNotFound
 from cggr_compile.checking.eager_tokens import TokensNotTold
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.tiny import FIRST_ID, HEAD_DIM, LAST_ID, rotary_sections, tiny_config
-from cggr_compile.tiny_images import ROWS, TEXT_ONLY, with_images
+from sweep.tiny import FIRST_ID, HEAD_DIM, LAST_ID, rotary_sections, tiny_config
+from sweep.tiny_images import ROWS, TEXT_ONLY, with_images
 
 LENGTH = 12
 STATUSES = ("exact", "rounding", "refused", "not runnable", "unchecked", "failure")

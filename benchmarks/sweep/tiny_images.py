@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from cggr_compile.checking.check import IGNORED, eager_step
-from cggr_compile.tiny import FIRST_ID
+from sweep.tiny import FIRST_ID
 
 ROWS = 6
 

@@ -1,4 +1,4 @@
-"""The results of `python -m cggr_compile architectures` as a page: counts, a row a class, and why not, where not."""
+"""The results of `python benchmarks/architectures.py` as a page: counts, a row a class, and why not, where not."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cggr_compile.architectures import IMAGES_OF, STATUSES, TEXT, Candidate, Record
-from cggr_compile.tiny_images import TEXT_ONLY
+from sweep.classes import IMAGES_OF, STATUSES, TEXT, Candidate, Record
+from sweep.tiny_images import TEXT_ONLY
 
 _INTRODUCTION = """# Architectures: the {route} route
 
 Every entry of transformers' {mappings}, at a tiny size, through the {route} route: captured,
 rewritten, and compared with eager training on the {selection} that an independent eager router selects, with and
-without padding. This page is generated from the results, by `python -m cggr_compile architectures`.
+without padding. This page is generated from the results, by `python benchmarks/architectures.py`.
 
 * **exact**: the same {selection}, and loss and every gradient bitwise equal, also while everything is kept.
 * **rounding**: the same {selection}; loss and gradients differ by what reordered fp32 sums explain.

@@ -1,0 +1,1 @@
+"""Every class of transformers at a tiny size against eager: what is examined, how, and the page of the outcome."""

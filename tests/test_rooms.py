@@ -1,0 +1,140 @@
+"""The house: which room may import which, no module in a circle of imports, no room without a word on what it is for.
+
+Imports for types and inside of functions count too.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "cggr_compile"
+
+# A room, and those it may import beside itself; `errors` may be imported everywhere.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "environment": (),
+    "torch_internals": (),
+    "kernels": (),
+    "config": ("kernels",),
+    "ir": ("config", "kernels", "torch_internals"),
+    "capture": ("ir", "torch_internals"),
+    "passes": ("config", "ir", "kernels", "torch_internals"),
+    "run": ("capture", "config", "ir", "kernels", "passes", "torch_internals"),
+    "inspection": ("config", "ir", "kernels", "run"),
+    "front": ("capture", "config", "inspection", "ir", "kernels", "run", "torch_internals"),
+    "checking": ("config", "front"),
+    "original": ("kernels",),
+    "demo": ("environment", PACKAGE),
+    "cli": ("config", "demo", PACKAGE),
+    "__main__": ("cli",),
+}
+# The package's own names are gathered from these.
+ROOMS[PACKAGE] = ("checking", "config", "front", "original")
+# The eager side of `cggr.check` shares nothing with the compiler.
+INDEPENDENT = ("checking.eager_layers", "checking.eager_tokens")
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """The files of a checkout by their module's name in the package."""
+    found = {}
+    for top, prefix in ((PACKAGE, ()), ("passes", ("passes",)), ("kernels", ("kernels",))):
+        for path in (root / top).rglob("*.py"):
+            parts = (PACKAGE, *prefix, *path.relative_to(root / top).with_suffix("").parts)
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: Mapping[str, Path]) -> Iterator[str]:
+    """The modules of the package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module in known:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in known else node.module
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def trespasses(root: Path) -> list[str]:
+    """Imports that no room allows."""
+    known = modules(root)
+    found = []
+    for module, path in known.items():
+        room = room_of(module)
+        allowed = {room, "errors", *ROOMS[room]}
+        if module.removeprefix(f"{PACKAGE}.") in INDEPENDENT:
+            allowed = {"checking"}
+        found += [f"{module} imports {target}" for target in imports(path, known) if room_of(target) not in allowed]
+    return found
+
+
+def circles(root: Path) -> list[list[str]]:
+    """Modules that import each other, by way of others or not."""
+    known = modules(root)
+    graph = {module: set(imports(path, known)) - {module} for module, path in known.items()}
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for target in graph[waiting.pop()] - seen:
+                seen.add(target)
+                waiting.append(target)
+        return seen
+
+    behind = {module: reached(module) for module in known}
+    return sorted(
+        [module, *sorted(other for other in behind[module] if module in behind[other] and other != module)]
+        for module in known
+        if module in behind[module]
+    )
+
+
+def test_rooms_import_what_is_below_them() -> None:
+    assert trespasses(ROOT) == []
+
+
+def test_no_module_is_in_a_circle() -> None:
+    assert circles(ROOT) == []
+
+
+def test_the_rooms_are_those_of_the_checkout() -> None:
+    assert {room_of(module) for module in modules(ROOT)} == set(ROOMS)
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for module, path in modules(ROOT).items():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), module
+
+
+@pytest.mark.parametrize(
+    ("line", "trespass"),
+    [
+        ("from cggr_compile.front import api", "cggr_compile.ir.planted imports cggr_compile.front.api"),
+        ("def f():\n    import cggr_compile.run.plan", "cggr_compile.ir.planted imports cggr_compile.run.plan"),
+        (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from cggr_compile.run.plan import Plan",
+            "cggr_compile.ir.planted imports cggr_compile.run.plan",
+        ),
+    ],
+)
+def test_a_planted_trespass_is_found(line: str, trespass: str, tmp_path: Path) -> None:
+    for path in modules(ROOT).values():
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "cggr_compile" / "ir" / "planted.py").write_text(line, encoding="utf-8")
+    assert trespasses(tmp_path) == [trespass]
+    program = tmp_path / "cggr_compile" / "ir" / "program.py"
+    program.write_text(f"{program.read_text(encoding='utf-8')}\nfrom cggr_compile.ir import planted\n")
+    (tmp_path / "cggr_compile" / "ir" / "planted.py").write_text("from cggr_compile.ir import program")
+    assert circles(tmp_path)[0] == ["cggr_compile.ir.planted", "cggr_compile.ir.program"]
