@@ -11,8 +11,10 @@ from cggr_compile.front.handle import Handle
 from cggr_compile.original.loss import CGGRLoss, CGGRScorer
 from cggr_compile.original.model import CGGRModel
 from cggr_compile.original.router import TruncatedRouter, create_truncated_router
+from cggr_compile.run.metrics import METRICS
 
 __all__ = [
+    "METRICS",
     "CGGRCallback",
     "CGGRLoss",
     "CGGRModel",

@@ -50,6 +50,10 @@ ROUTES: dict[str, tuple[Pass, ...]] = {
 _LOWERED: tuple[Pass, ...] = (mask_loss, lower_kernels)
 
 
+OPTIONAL = (join_loss, join_head, elide_causal_masks)
+"""Passes that `disable_passes` may name."""
+
+
 def analyse(captured: Program, config: RoutingConfig) -> Analysed:
     """What is found in a capture once, whatever is made of it; raises as `run`."""
     program = captured

@@ -181,6 +181,14 @@ def test_rows_and_batch_cannot_be_mixed_up_unnoticed(llama: Program, monkeypatch
         run(analyse(llama, CONFIG), CONFIG, passes_for(CONFIG))
 
 
+def test_a_pass_that_is_left_out_does_not_run() -> None:
+    explained = cggr.explain(build("llama"), token_batch(masked=False), CONFIG)
+    without = dataclasses.replace(CONFIG, disable_passes=("elide_causal_masks",))
+    plain = cggr.explain(build("llama"), token_batch(masked=False), without)
+    assert "elide_causal_masks" not in plain.report().passes
+    assert (explained.report().causal_attentions > 0, plain.report().causal_attentions) == (True, 0)
+
+
 def test_every_pass_leaves_a_snapshot(llama: Program) -> None:
     names = [snapshot.name for snapshot in run(analyse(llama, CONFIG), CONFIG, passes_for(CONFIG)).snapshots]
     found = ("join_loss", "join_head", "find_loss", "elide_causal_masks", "find_layers")

@@ -6,10 +6,17 @@ Imports for types and inside of functions count too.
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from cggr_compile.passes.analyse.find_layers import find_layers
+from cggr_compile.passes.analyse.find_loss import find_loss
+from cggr_compile.passes.pipeline import OPTIONAL, ROUTES, passes_for, passes_scores
+
+from cggr_compile.config import RoutingConfig
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "cggr_compile"
@@ -34,7 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "__main__": ("cli",),
 }
 # The package's own names are gathered from these.
-ROOMS[PACKAGE] = ("checking", "config", "front", "original")
+ROOMS[PACKAGE] = ("checking", "config", "front", "original", "run")
 # The eager side of `cggr.check` shares nothing with the compiler.
 INDEPENDENT = ("checking.eager_layers", "checking.eager_tokens")
 
@@ -138,3 +145,14 @@ def test_a_planted_trespass_is_found(line: str, trespass: str, tmp_path: Path) -
     program.write_text(f"{program.read_text(encoding='utf-8')}\nfrom cggr_compile.ir import planted\n")
     (tmp_path / "cggr_compile" / "ir" / "planted.py").write_text("from cggr_compile.ir import program")
     assert circles(tmp_path)[0] == ["cggr_compile.ir.planted", "cggr_compile.ir.program"]
+
+
+def test_every_pass_shows_what_it_does() -> None:
+    """Its module's docstring has a few lines of a graph before and after it."""
+    config = RoutingConfig()
+    shown = {find_loss, find_layers, *OPTIONAL, *passes_for(config), *passes_scores(RoutingConfig(router_body="fp8"))}
+    for route in ROUTES.values():
+        shown |= set(route)
+    for pass_ in shown:
+        text = sys.modules[pass_.__module__].__doc__ or ""
+        assert re.search(r"\nBefore::\n\n    .+\nAfter::\n\n    ", text, re.DOTALL), pass_.__name__

@@ -102,7 +102,7 @@ class Handle:
         self.runtime.load_state_dict(state)
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """Figures of the last training step by name (`cggr_compile.run.metrics.METRICS` says what each is), as 0-d
+        """Figures of the last training step by name (`cggr.METRICS` says what each is), as 0-d
         tensors on the device: computed by this call, read back by nobody; empty before the first. With
         `selection="auto"` also those of `Probe.metrics`."""
         last = self.runtime.last

@@ -9,6 +9,14 @@ that is missing or names a single module, from repetition: the longest run of eq
 
 Of an encoder and a decoder, the decoder's layers are cut: what the encoder makes of the input ids is loop-invariant to
 them, since the decoder's embedding, of ids made from the labels, is not upstream of it.
+
+Before::
+
+    %add_4, %add_9, … on every path from the embedding to the head
+
+After::
+
+    layers: model.layers, 30; residuals: %add_4, %add_9, …
 """
 
 from __future__ import annotations

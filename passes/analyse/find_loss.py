@@ -8,6 +8,16 @@ front of it.
 
 Which label a row predicts is not matched but *executed*: labels that spell out their own position go through the
 label nodes, rows that spell out theirs through the row moves, and the difference is the shift.
+
+Before::
+
+    %logits = aten.linear(%hidden, lm_head.weight)
+    %rows = aten.view(%logits, [-1, V])
+    %loss = aten.cross_entropy_loss(%rows, %target)
+
+After::
+
+    head: %logits of %hidden by lm_head.weight; labels shifted by 1; mean over labels other than -100
 """
 
 from __future__ import annotations

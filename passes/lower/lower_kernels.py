@@ -3,6 +3,14 @@
 Up to here the operators only say what is computed. A provider is chosen by device, dtype (under autocast, its own) and
 length, or by `config.kernels`. The reference provider is plain torch, which autograd and the inner backend see
 through; a Triton provider is an operator of its own, opaque to them like the one that it replaces.
+
+Before::
+
+    loss    %loss = cggr.masked_loss(…)
+
+After::
+
+    loss    %loss = cggr_triton.masked_loss(…)    # its meta names the provider
 """
 
 from __future__ import annotations

@@ -6,6 +6,16 @@ the last layer, and loop-invariant values, and nothing of the layers between.
 
 It runs without gradients, without autocast's weight cache (a cast made under no_grad and then reused by the main pass
 would cut the weights off from their gradient) and without dropout.
+
+Before::
+
+    main    %add_9 = … layers 0–1 …, %norm = … the final norm
+
+After::
+
+    router  %add_9 = … layers 0–1 on all B rows, no gradient
+    router  %norm = … the final norm
+    main    as before
 """
 
 from __future__ import annotations

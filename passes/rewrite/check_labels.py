@@ -3,6 +3,15 @@
 Whatever a route keeps, something that it cannot do without reads the labels of the whole batch: the sequence route
 counts each row's, the others have the loss over all of them. So one check here raises for a label out of range in any
 row, at the positions that eager's loss looks at, and no other.
+
+Before::
+
+    %target = aten.view(%labels, [-1])
+
+After::
+
+    %target = aten.view(%labels, [-1])
+    %checked = cggr.checked_target(%target, V, -100)    # read in place of %target
 """
 
 from __future__ import annotations

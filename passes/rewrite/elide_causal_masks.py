@@ -9,6 +9,15 @@ transformers does wherever it passes no mask itself.
 
 This is what transformers itself calls in eager mode without padding, so the results are those of that call; where it
 passes a mask that hides nothing (a window of just the sequence's length), they are those of another kernel.
+
+Before::
+
+    %mask = … 40 nodes …
+    %attention = aten.scaled_dot_product_attention(%q, %repeated_k, %repeated_v, %mask)
+
+After::
+
+    %attention = aten.scaled_dot_product_attention(%q, %k, %v, None, 0.0, True, enable_gqa=True)
 """
 
 from __future__ import annotations

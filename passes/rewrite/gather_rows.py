@@ -6,6 +6,15 @@ can leak into the part that trains; `verify` checks that no size there depends o
 
 Where an argument's entries are divided among the rows by the model itself (`row_flow`), what they are merged into is
 computed for the whole batch, in a part of its own, and gathered there.
+
+Before::
+
+    main    %hidden = aten.embedding(embed.weight, %input_ids)    # [B, S, D]
+
+After::
+
+    gather  %ids = cggr.gather(%input_ids, %rows, 0)
+    main    %hidden = aten.embedding(embed.weight, %ids)    # [k, S, D]
 """
 
 from __future__ import annotations

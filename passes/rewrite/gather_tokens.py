@@ -14,6 +14,16 @@ to it *for the kept tokens*, by the symbols in its shape:
 Anything else is ambiguous and refused. Positions are thus those of the whole sequence, as in the original layers:
 rotary angles, windows and document boundaries of the kept tokens do not change. What middle layers give out beside the
 residual (a mixture-of-experts' statistics) continues on k tokens until no dimension depends on the sequence.
+
+Before::
+
+    main    %add_14 = … layers 1–28 of %add_4    # [B, S, D]
+
+After::
+
+    middle  %short = cggr.gather_tokens(%add_4, %positions, [1])    # [B, k, D]
+    middle  %add_14 = … layers 1–28 of %short
+    main    %whole = cggr.scatter_tokens(%add_4, %add_14, %positions)    # [B, S, D]
 """
 
 from __future__ import annotations

@@ -2,6 +2,16 @@
 
 Some models multiply by a transposed table, `hidden @ table.T`, or add the bias in a step of its own. Either is the
 linear by definition, `linear(x, W, b) = x @ W.T + b`, whatever stands between it and the loss.
+
+Before::
+
+    %product = aten.matmul(%hidden, %table)
+    %logits = aten.add(%product, %bias)
+
+After::
+
+    %weight = aten.t(%table)
+    %logits = aten.linear(%hidden, %weight, %bias)
 """
 
 from __future__ import annotations

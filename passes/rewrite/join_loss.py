@@ -1,6 +1,15 @@
 """Spells a loss of log-probabilities, `nll_loss(log_softmax(logits), target)`, as the cross-entropy that it is.
 
 `cross_entropy_loss` is defined as these two operators; `find_loss` looks for it alone.
+
+Before::
+
+    %log = aten.log_softmax(%logits, -1)
+    %loss = aten.nll_loss(%log, %target, None, 1, -100)
+
+After::
+
+    %loss = aten.cross_entropy_loss(%logits, %target, None, 1, -100)
 """
 
 from __future__ import annotations

@@ -2,6 +2,15 @@
 
 Everything that the scores do not need goes, the main pass with its dropout included. What is left records no gradients
 and draws nothing from torch's generators (`build_router` saw to both), so running it leaves training as it was.
+
+Before::
+
+    router, score, main, loss
+
+After::
+
+    router, score
+    return %scores, %counts
 """
 
 from __future__ import annotations

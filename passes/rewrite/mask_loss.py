@@ -9,6 +9,15 @@ batch's counted tokens, which is unbiased; with weights that stand for shares, Î
 A loss that the model reduces by `sum` (divided later by `num_items_in_batch`, which counts the whole batch) is scaled
 by counted tokens of the batch / counted tokens kept: it estimates the batch's sum, so gradient accumulation keeps the
 gradient scale of plain training.
+
+Before::
+
+    main    %logits = aten.linear(%hidden, lm_head.weight)
+    main    %loss = aten.cross_entropy_loss(%logits, %target)
+
+After::
+
+    loss    %loss = cggr.masked_loss(%hidden, lm_head.weight, None, %target, â€¦)    # no logits
 """
 
 from __future__ import annotations

@@ -6,6 +6,14 @@ table of two dimensions that is computed from the model's state alone, and where
 of what tensor cores take (`fp8_linear.MULTIPLE`); the rule does not ask for the device, so that the same products are
 quantised on all. Tables of other sizes, experts' grouped products and convolutions stay exact and are counted; so does,
 uncounted, whatever other operator reads weights. The head is an operator of its own (`score_head`).
+
+Before::
+
+    router  %q = aten.linear(%x, q_proj.weight)
+
+After::
+
+    router  %q = cggr.fp8_linear(%x, q_proj.weight, None)
 """
 
 from __future__ import annotations

@@ -4,6 +4,15 @@ its counted tokens.
 The row moves between head and loss (views, slices) are replayed on the hidden states in front of the head; the head
 acts on each row alone, so this commutes, and logits never exist in the graph. Targets come from the model's own label
 path, so shift and ignored positions are the model's.
+
+Before::
+
+    router  %norm: [B, S, D]
+
+After::
+
+    score   %nll = cggr.score(%rows, lm_head.weight, None, %target, ["nll"])
+    score   %scores = sum over tokens / counted tokens    # [B]
 """
 
 from __future__ import annotations

@@ -5,6 +5,15 @@ whose weights only say what counts fills up with ignored tokens where fewer than
 the loss too, so no weight is needed and the loss is the mean over the others. A rule that fills up by repeating a token
 with weight 0 is brought into that form, or the token would enter the loss as often as it is repeated; where weights
 enter the loss, those of 0 do it. Behind the sequence route, the batch is what that one kept.
+
+Before::
+
+    score   %scores: [B · S]
+
+After::
+
+    %kept_loss: k = an input
+    select  %rows = cggr.select(%scores, %counted, %kept_loss, "topk", None)    # of the rows that the loss sees
 """
 
 from __future__ import annotations

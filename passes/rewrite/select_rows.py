@@ -2,6 +2,15 @@
 
 `kept` (k) and `noise` are inputs of the rewritten graph, supplied by the runtime: the graph stays a pure function, k
 can follow a curriculum without a new capture, and a random selection never touches the generator that dropout uses.
+
+Before::
+
+    score   %scores: [B], %valid: [B]
+
+After::
+
+    %kept: k = an input
+    select  %rows = cggr.select(%scores, %valid, %kept, "topk", None)    # [k]
 """
 
 from __future__ import annotations

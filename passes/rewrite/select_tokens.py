@@ -5,6 +5,15 @@ not: a prompt token carries context. Its score is that of the prediction made at
 every scoring, where the label is ignored. Positions of one sequence must be distinct, or attention would see a key
 twice; so where a sequence has fewer than k real tokens, the selection is filled up with padding, which the gathered
 mask hides from the others.
+
+Before::
+
+    score   %scores: [B, S]
+
+After::
+
+    %kept_tokens: k = an input
+    select  %positions = cggr.select(%scores, %real, %kept_tokens, "topk", None)    # [B, k], ascending
 """
 
 from __future__ import annotations

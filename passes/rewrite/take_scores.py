@@ -1,4 +1,13 @@
-"""Scores of the rows from outside instead of from a router: computed ahead, or kept from earlier."""
+"""Scores of the rows from outside instead of from a router: computed ahead, or kept from earlier.
+
+Before::
+
+    a program without a router
+
+After::
+
+    %scores: [B] = an input
+"""
 
 from __future__ import annotations
 
