@@ -13,16 +13,10 @@ from cggr_compile.capture.arguments import check_call
 from cggr_compile.config import ConfigError, RoutingConfig
 from cggr_compile.errors import CannotOptimize, PlanComplete
 from cggr_compile.front.backend import Backend, runtimes_of
+from cggr_compile.front.call import call_compiled, compiled_forward, optimized_parts, refuse_nested
 from cggr_compile.front.guard import watch
-from cggr_compile.front.handle import (
-    Handle,
-    RoutedForward,
-    call_compiled,
-    compiled_forward,
-    is_routed,
-    optimized_parts,
-    refuse_nested,
-)
+from cggr_compile.front.handle import Handle
+from cggr_compile.front.routed_forward import RoutedForward, is_routed
 from cggr_compile.inspection.explanation import Explanation
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.torch_internals import dynamo, transformers

@@ -10,23 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import (
-    BackendCompilerFailed,
-    FailOnRecompileLimitHit,
-    InternalTorchDynamoError,
-    TorchRuntimeError,
-    Unsupported,
-    UserError,
-)
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cggr_compile.capture.arguments import check_call, named_arguments
-from cggr_compile.capture.capture import dynamic_dims, token_ids_of
-from cggr_compile.capture.causes import passed_over, recognised, refusal_of
-from cggr_compile.capture.tracing import compiled_whole
-from cggr_compile.config import ConfigError, RoutingConfig
-from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete, VerificationError
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize, NotCompiled
 from cggr_compile.front.backend import Backend
+from cggr_compile.front.call import call_compiled, compiled_forward, refuse_nested
 from cggr_compile.front.score_ahead import scored_ahead
 from cggr_compile.inspection.explanation import Diff, Report
 from cggr_compile.kernels.reference.selection import rule_of
@@ -268,137 +257,3 @@ class Handle:
                 if isinstance(error.__cause__, NotCompiled) and dynamo.stance() == "default":
                     self._compiled = None  # Dynamo never looks again at code that it has passed over
                 raise
-
-
-class RoutedForward:
-    """The instance attribute `forward` of an optimised model: to `inspect` and to wrappers the original's bound method.
-
-    Wrappers take a method's function, wrap it, and bind the result; one that is taken off (Accelerate's
-    `unwrap_model`) leaves the function bound, which is the same.
-    """
-
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
-
-    @property
-    def __self__(self) -> nn.Module:
-        return self.handle.model
-
-    @property
-    def __func__(self) -> Callable[..., Any]:
-        return _RoutedFunction(self.handle)
-
-    @property
-    def __code__(self) -> types.CodeType:
-        return inspect.unwrap(self.handle.original()).__code__
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.handle.original())
-
-    @property
-    def __doc__(self) -> str | None:  # type: ignore[override]
-        return self.handle.original().__doc__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.handle.call(*args, **kwargs)
-
-
-class _RoutedFunction:
-    """`RoutedForward`, with the model as its first argument."""
-
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        bound = inspect.signature(self.handle.original())
-        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        return bound.replace(parameters=[itself, *bound.parameters.values()])
-
-    @property
-    def __doc__(self) -> str | None:  # type: ignore[override]
-        return self.handle.original().__doc__
-
-    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle = vars(model)["cggr"]
-        if is_routed(vars(model).get("forward")):  # a wrapper was taken off; a bound method cannot be copied or pickled
-            vars(model)["forward"] = RoutedForward(handle)
-        return handle.call(*args, **kwargs)
-
-
-def is_routed(forward: Any) -> bool:
-    """Whether a model's `forward` is the routed one, bound anew or not."""
-    return isinstance(forward, RoutedForward) or isinstance(getattr(forward, "__func__", None), _RoutedFunction)
-
-
-def optimized_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of the optimised models in a module: itself, named "", and submodules."""
-    return (part for part in model.named_modules() if "cggr" in vars(part[1]))
-
-
-def refuse_nested(model: nn.Module) -> None:
-    """Raises `CannotOptimize` where a part of the model is optimised: only one of the two can route the step."""
-    for name, part in optimized_parts(model):
-        if part is not model:
-            raise CannotOptimize(
-                f"{type(model).__name__} holds a model that is optimized itself: {type(part).__name__} at {name}",
-                hint="optimize one of the two: cggr.restore the other first",
-            )
-
-
-def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
-    """Dynamo over a forward, with a code object of its own.
-
-    Dynamo counts recompilations by code object; sharing the class's would let one optimised model use up another's.
-    Where something keeps Dynamo from compiling a call, the call raises `NotCompiled` and runs nothing.
-    """
-
-    def entry(arguments: dict[str, Any], global_hooks: str) -> Any:
-        str(global_hooks)  # so that Dynamo guards on them
-        if not torch.compiler.is_dynamo_compiling():
-            raise NotCompiled  # nothing has run yet
-        return forward(**arguments)
-
-    own = types.FunctionType(entry.__code__.replace(), entry.__globals__, "cggr_forward", None, entry.__closure__)
-    return compiled_whole(own, backend)
-
-
-def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model: nn.Module) -> Any:
-    """Calls a model's compiled forward, batch and sequence marked dynamic; Dynamo's errors become `CannotOptimize`."""
-    tensors = {name: arg for name, arg in arguments.items() if isinstance(arg, torch.Tensor)}
-    for name, dims in dynamic_dims(tensors, token_ids_of(tensors), "labels").items():
-        torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
-    try:
-        return compiled(arguments, dynamo.global_hooks())
-    except NotCompiled as error:
-        raise passed_over() from error
-    except BackendCompilerFailed as error:
-        cause = error.inner_exception
-        if isinstance(cause, CannotOptimize):
-            raise recognised(cause) from None
-        if isinstance(cause, (ConfigError, PlanComplete, VerificationError)):
-            raise cause from None
-        if isinstance(cause, GuardOnDataDependentSymNode):
-            raise refusal_of(cause, model) from error
-        raise CannotOptimize(
-            f"the captured step cannot be rewritten ({type(cause).__name__}: {str(cause).splitlines()[0]})",
-            hint="report it with the output of cggr.explain; fallback='eager' trains without routing",
-        ) from error
-    except FailOnRecompileLimitHit as error:
-        raise CannotOptimize(
-            f"the model changes so often that this step needs more than {dynamo.MAX_CAPTURES} captures of it",
-            hint="see what changes with TORCH_LOGS=recompiles, and fix it; optimizing anew forgets the captures",
-        ) from error
-    except (
-        Unsupported,
-        UserError,
-        TorchRuntimeError,
-        InternalTorchDynamoError,
-        GuardOnDataDependentSymNode,  # not wrapped where Dynamo itself iterates over a tensor (`tolist`)
-    ) as error:
-        raise recognised(refusal_of(error, model)) from error
-    except RuntimeError as error:
-        if dynamo.stance() != "fail_on_recompile" or isinstance(error, CannotOptimize):
-            raise
-        raise passed_over() from error
