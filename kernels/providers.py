@@ -196,10 +196,6 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         "triton": Provider("triton", _without_head_kernels, _triton("sampled_score"), _interpreted),
         **_reference(router_heads.sampled_score),
     },
-    "low_rank_score": {
-        "triton": Provider("triton", _without_head_kernels, _triton("low_rank_score"), _interpreted),
-        **_reference(router_heads.low_rank_score),
-    },
     "fp8_score": {
         "triton": Provider("triton", _without_fp8, _triton("fp8_score"), _interpreted),
         **_reference(router_heads.fp8_score),

@@ -177,7 +177,7 @@ def test_a_row_with_nan_scores_is_not_selected() -> None:
     [
         {"selection": "random"},
         {"selection": "importance", "router_head": "sampled", "router_head_frequent": 4, "router_head_sampled": 4},
-        {"selection": "stratified", "router_head": "low_rank", "router_head_rank": 4},
+        {"selection": "stratified"},
         {"selection": "trimmed", "route": "loss"},
     ],
 )

@@ -23,7 +23,6 @@ select = ops.define_select("cggr_triton", select_kernels.select)
 gather = ops.define_gather("cggr_triton", gather_kernels.gather, gather_kernels.gather_backward)
 
 sampled_score = router_head_ops.define_sampled_score("cggr_triton", score_kernels.sampled_score)
-low_rank_score = router_head_ops.define_low_rank_score("cggr_triton", score_kernels.low_rank_score)
 fp8_score = router_head_ops.define_fp8_score("cggr_triton", score_kernels.fp8_score)
 
 _OPTIONS = (

@@ -1,4 +1,4 @@
-"""The router's cheap heads against float64 loops by definition, and samples and bases against what they converge to."""
+"""The router's cheap heads against float64 loops by definition, and samples against what they converge to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cggr_compile.kernels.op import router_heads as router_head_ops
 from cggr_compile.kernels.reference import router_heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router_head_oracle import IGNORED, OPTIONS, fp8_truth, logits, low_rank_truth, operands, orthonormal, sampled_truth
+from router_head_oracle import IGNORED, OPTIONS, fp8_truth, logits, operands, sampled_truth
 from torch import Tensor
 from torch.library import opcheck
 
@@ -45,10 +45,6 @@ def test_any_shape_and_option(
     times = 3 * torch.rand(read, generator=torch.Generator().manual_seed(seed))
     actual = ops.sampled_score(*args, columns, times, SAMPLED, *options).double()
     torch.testing.assert_close(actual, sampled_truth(args, columns, times, options), **close)
-
-    basis = orthonormal(width, data.draw(st.integers(1, width)), seed)
-    actual = ops.low_rank_score(*args, basis, QUANTITIES, *options)[0].double()
-    torch.testing.assert_close(actual, low_rank_truth(args, basis, options), **close)
 
     actual = ops.fp8_score(*args, QUANTITIES, *options).double()
     torch.testing.assert_close(actual, fp8_truth(args, options), **close)
@@ -123,42 +119,6 @@ def test_nll_of_a_sample_is_never_negative() -> None:
     assert (ops.sampled_score(20 * hidden, weight, None, target, *columns, ["nll"]) >= 0).all()
 
 
-def test_full_rank_is_exact() -> None:
-    args = operands(rows=11)
-    args[3][4] = IGNORED
-    for basis in (torch.eye(8), orthonormal(8, 8)):
-        torch.testing.assert_close(ops.low_rank_score(*args, basis, QUANTITIES)[0], ops.score(*args, QUANTITIES))
-
-
-def test_refreshing_converges_to_the_dominant_invariant_subspace() -> None:
-    rows, width, classes, rank = 64, 12, 40, 3
-    hidden, weight, _, target = operands(rows, width, classes)
-    decay = 0.5 ** torch.arange(width).float()
-    hidden, weight = hidden * decay, weight * decay.sqrt()
-    target[::5] = IGNORED
-    counted = hidden[target != IGNORED].double()
-    product = (counted.T @ counted) @ (weight.double().T @ weight.double())
-    values, vectors = torch.linalg.eig(product)
-    dominant = torch.linalg.qr(vectors.real[:, values.real.argsort(descending=True)[:rank]]).Q
-    basis = orthonormal(width, rank)
-    overlaps = []
-    for _ in range(8):
-        basis = router_heads.refreshed(ops.low_rank_score(hidden, weight, None, target, basis, ["nll"])[1], basis)
-        overlaps.append(torch.linalg.svdvals(dominant.T @ basis.double()).min().item())
-    assert overlaps[-1] > 1 - 1e-5, overlaps
-    assert overlaps[0] < overlaps[-1]
-    torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)
-
-
-def test_a_useless_image_keeps_the_basis() -> None:
-    basis = orthonormal(8, 3)
-    for image in (torch.zeros(8, 3), torch.full((8, 3), math.nan), basis / 0):
-        assert torch.equal(router_heads.refreshed(image, basis), basis)
-    hidden, weight, _, target = operands()
-    nothing = ops.low_rank_score(hidden, weight, None, torch.full_like(target, IGNORED), basis, ["nll"])[1]
-    assert torch.equal(nothing, torch.zeros(8, 3))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantised_rows_are_within_half_a_step(dtype: torch.dtype) -> None:
     x = (
@@ -194,12 +154,11 @@ def calls(args: tuple, quantities: list[str] = SAMPLED) -> dict[str, Tensor]:
     columns = ops.sample_columns(args[3], torch.rand(1, generator=torch.Generator().manual_seed(0)), 13, 4, 5)
     return {
         "sampled_score": ops.sampled_score(*args, *columns, quantities),
-        "low_rank_score": ops.low_rank_score(*args, orthonormal(8, 3), quantities)[0],
         "fp8_score": ops.fp8_score(*args, quantities),
     }
 
 
-HEADS = ["sampled_score", "low_rank_score", "fp8_score"]
+HEADS = ["sampled_score", "fp8_score"]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -231,7 +190,6 @@ def test_the_lowered_reference_agrees_under_autocast(head: str) -> None:
     args = operands()
     between = {
         "sampled_score": ops.sample_columns(args[3], torch.rand(1), 13, 4, 5),
-        "low_rank_score": (orthonormal(8, 3),),
         "fp8_score": (),
     }[head]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -253,7 +211,6 @@ def test_opcheck(bias: bool, options: tuple) -> None:
     columns = ops.sample_columns(*drawn)
     opcheck(router_head_ops.sample_columns, drawn)
     opcheck(router_head_ops.sampled_score, (*leaves, *columns, SAMPLED, *options))
-    opcheck(router_head_ops.low_rank_score, (*leaves, orthonormal(8, 3), QUANTITIES, *options))
     opcheck(router_head_ops.fp8_score, (*leaves, QUANTITIES, *options))
     assert not any(result.requires_grad for result in calls(leaves).values())
 
@@ -269,8 +226,6 @@ def test_opcheck(bias: bool, options: tuple) -> None:
             "column_weight has shape",
         ),
         (lambda a: ops.sampled_score(*a, torch.arange(3), torch.ones(3), ["margin"]), ValueError, "quantities is"),
-        (lambda a: ops.low_rank_score(*a, torch.eye(7), ["nll"]), ValueError, "basis has shape"),
-        (lambda a: ops.low_rank_score(*a, torch.eye(8).double(), ["nll"]), TypeError, "basis is torch.float64"),
         (lambda a: ops.fp8_score(*a, []), ValueError, "quantities is"),
         (lambda a: ops.fp8_score(a[0], a[1][:, 1:], *a[2:], ["nll"]), ValueError, "weight has shape"),
     ],
