@@ -141,9 +141,9 @@ def _by_name_only(place: Place) -> str | None:
 
 
 def _loss_algorithm(dtype: torch.dtype) -> str:
-    from cggr_compile.kernels.triton.loss import Options, default_algorithm
+    from cggr_compile.kernels.triton.loss import default_algorithm
 
-    return default_algorithm(dtype, Options())
+    return default_algorithm(dtype)
 
 
 def _triton(attribute: str) -> Callable[[], Callable[..., Any]]:

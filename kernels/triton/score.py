@@ -150,8 +150,7 @@ def _scores(rows: Rows, own: Head, sample: Head | None, quantities: Sequence[str
 class Statistics:
     """Softmax statistics of each row and slice of the vocabulary, fp32 [splits, M]; see `statistics.statistics_kernel`.
 
-    `moment`, `second` and `logit_sum` are computed where a quantity needs them ("logit_sum" is asked for by name)
-    and are `most` elsewhere.
+    `moment` and `second` are computed where a quantity needs them and are `most` elsewhere.
     """
 
     def __init__(self, rows: Rows, of: Head, quantities: Sequence[str], without_target: bool = False) -> None:
@@ -167,7 +166,6 @@ class Statistics:
         self.total = slices(True)
         self.moment = slices("entropy" in quantities)
         self.second = slices("margin" in quantities)
-        self.logit_sum = slices("logit_sum" in quantities)
         launch(
             statistics_kernels.statistics_kernel,
             triton.cdiv(size, tile.rows) * splits,
@@ -184,7 +182,6 @@ class Statistics:
             self.total,
             self.moment,
             self.second,
-            self.logit_sum,
             size,
             classes,
             hidden.shape[1],
@@ -197,7 +194,6 @@ class Statistics:
             SCALED=of.row_scale is not None,
             MOMENT="entropy" in quantities,
             SECOND="margin" in quantities,
-            LOGIT_SUM="logit_sum" in quantities,
             SPLITS=splits,
             GROUP=GROUP,
             PRECISION=precision(hidden.dtype),
