@@ -14,7 +14,6 @@ their rows inside the timed call.
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import sys
@@ -138,7 +137,7 @@ PEERS: dict[str, dict[str, Callable[[], Loss]]] = {
 NEED_CUDA = ("liger", "cce", "cce_exact")
 OURS = "ours:"
 HEADS = "head:"
-ROUTER_HEADS = ("sampled", "low_rank", "fp8")
+ROUTER_HEADS = ("sampled", "fp8")
 OPERATORS = {"loss": "masked_loss", "score": "score"}
 
 
@@ -167,10 +166,6 @@ def router_head(name: str, device: torch.device) -> Loss:
     config, nll = cggr.RoutingConfig(), ["nll"]
     if name == "fp8":
         return lambda p: operator("fp8_score")(p.hidden, p.weight, None, p.target, nll)
-    if name == "low_rank":
-        return lambda p: operator("low_rank_score")(
-            p.hidden, p.weight, None, p.target, basis_of(p.weight, config.router_head_rank), nll
-        )[0]
 
     def sampled(p: Problem) -> Tensor:
         sizes = p.weight.shape[0], config.router_head_frequent, config.router_head_sampled
@@ -178,11 +173,6 @@ def router_head(name: str, device: torch.device) -> Loss:
         return operator("sampled_score")(p.hidden, p.weight, None, p.target, *drawn, nll)
 
     return sampled
-
-
-@functools.lru_cache(maxsize=1)
-def basis_of(weight: Tensor, rank: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(weight.shape[1], rank, device=weight.device)).Q
 
 
 def our_arms() -> dict[str, tuple[str, ...]]:

@@ -7,8 +7,8 @@ real text.
 Routers are the first n layers of SmolLM2-135M with its final norm; every head scores the same hidden states of the same
 batches of Paradise Lost. Rank correlations (Spearman) are with the exact head of the same router, over the rows of a
 batch (mean nll) and over its tokens. A time is one call of the operator's reference, divided by the exact head's call
-on the same hidden states. The low-rank basis has been refreshed on other rows only, as in training. Behind the fp8
-body, heads score the hidden states of layers whose linears are `cggr::fp8_linear`, against those of the exact body.
+on the same hidden states. Behind the fp8 body, heads score the hidden states of layers whose linears are
+`cggr::fp8_linear`, against those of the exact body.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import cggr_compile.kernels.op.router_heads  # noqa: F401  registers torch.ops.c
 import torch
 import typer
 from cggr_compile.kernels.op.fp8_linear import MULTIPLE
-from cggr_compile.kernels.reference.router_heads import refreshed
 from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
@@ -37,23 +36,18 @@ from cggr_compile.ir.router_head import cost_factor
 
 SAMPLES = ((64, 64), (256, 256), (512, 512), (1024, 1024), (2048, 2048))
 BODY_SAMPLE = (1024, 1024)
-RANKS = (64, 128)
 STRIDES = (8,)
-REFRESHES = 4
 WANTED = 0.98
 ops = torch.ops.cggr
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Hidden states [N, D] of one batch behind one router, by the exact and by the fp8 body, those of other rows
-    [M, D], and the targets of both."""
+    """Hidden states [N, D] of one batch behind one router, by the exact and by the fp8 body, and their targets."""
 
     hidden: Tensor
     fp8_hidden: Tensor
     target: Tensor
-    other_hidden: Tensor
-    other_target: Tensor
     weight: Tensor
     rows: int
 
@@ -90,16 +84,6 @@ def fp8_body(model: torch.nn.Module) -> Iterator[None]:
             del linear.forward
 
 
-def low_rank_basis(problem: Problem, rank: int) -> Tensor:
-    """A random basis after REFRESHES refreshes on the other rows."""
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(problem.weight.shape[1], rank, generator=generator)).Q
-    parts = zip(problem.other_hidden.chunk(REFRESHES), problem.other_target.chunk(REFRESHES), strict=True)
-    for hidden, target in parts:
-        basis = refreshed(ops.low_rank_score(hidden, problem.weight, None, target, basis, ["nll"])[1], basis)
-    return basis
-
-
 def heads(problem: Problem, seed: int) -> Iterator[tuple[str, dict, float | None, Tensor]]:
     """Name, options, seconds (None behind the fp8 body) and token scores [N] of each head; the exact one first."""
     operands = (problem.hidden, problem.weight, None, problem.target)
@@ -113,10 +97,6 @@ def heads(problem: Problem, seed: int) -> Iterator[tuple[str, dict, float | None
     for frequent, drawn in SAMPLES:
         options = {"router_head": "sampled", "router_head_frequent": frequent, "router_head_sampled": drawn}
         yield f"sampled, {frequent} + {drawn}", options, *timed(lambda f=frequent, d=drawn: sampled(f, d))
-    for rank in RANKS:
-        basis = low_rank_basis(problem, rank)
-        call = timed(lambda basis=basis: ops.low_rank_score(*operands, basis, ["nll"])[0])
-        yield f"low rank, {rank}", {"router_head": "low_rank", "router_head_rank": rank}, *call
     yield "fp8", {"router_head": "fp8"}, *timed(lambda: ops.fp8_score(*operands, ["nll"]))
     body = {"router_body": "fp8"}
     yield "exact, fp8 body", body, None, ops.score(problem.fp8_hidden, *operands[1:], ["nll"])[0]
@@ -134,7 +114,6 @@ def timed(call) -> tuple[float, Tensor]:
 
 def compare(problem: Problem, seed: int) -> Iterator[dict]:
     """One record a head: correlations with the exact one, seconds, and multiply-adds relative to it."""
-    vocabulary, width = problem.weight.shape
     exact_seconds, exact = 0.0, torch.empty(0)
     for name, options, seconds, tokens in heads(problem, seed):
         if name == "exact":
@@ -150,29 +129,22 @@ def compare(problem: Problem, seed: int) -> Iterator[dict]:
             "token": spearman(tokens, exact),
             "bias": (tokens - exact).mean().item(),
             **({} if seconds is None else {"seconds": seconds, "time": seconds / exact_seconds}),
-            "flops": cost_factor(RoutingConfig(**options), len(tokens), vocabulary, width),
+            "flops": cost_factor(RoutingConfig(**options), len(problem.weight)),
         }
 
 
 def problems(
     model: torch.nn.Module, windows: Windows, rows: int, batches: int, depths: list[int]
 ) -> Iterator[tuple[int, int, Problem]]:
-    """(batch, depth, problem); the other rows are held-out windows."""
+    """(batch, depth, problem)."""
     weight = model.lm_head.weight.detach()
-    other = windows.held_out
-    other_states = hidden_by_depth(model, other, depths)
     for index, ids in enumerate(windows.batches(steps=batches, batch_size=rows, seed=0)):
         states = hidden_by_depth(model, ids, depths)
         with fp8_body(model):
             fp8_states = hidden_by_depth(model, ids, depths)
         for depth in depths:
-            parts = [
-                (x[:, :-1].flatten(0, 1), y[:, 1:].flatten())
-                for x, y in ((states[depth], ids), (other_states[depth], other))
-            ]
-            (hidden, target), others = parts
-            fp8_hidden = fp8_states[depth][:, :-1].flatten(0, 1)
-            yield index, depth, Problem(hidden, fp8_hidden, target, *others, weight, rows)
+            hidden, fp8_hidden = (x[depth][:, :-1].flatten(0, 1) for x in (states, fp8_states))
+            yield index, depth, Problem(hidden, fp8_hidden, ids[:, 1:].flatten(), weight, rows)
 
 
 def render(report: dict) -> str:

@@ -32,16 +32,6 @@ OPTIONAL_PASSES = ("join_loss", "join_head", "elide_causal_masks")
 # graphs are recorded for at most LADDER_RUNGS + 1 sizes of each batch shape.
 LADDER_RUNGS = 8
 
-# Rules that mean nothing on a route: why, and what to use there.
-_MEANINGLESS: Mapping[str, Mapping[str, str]] = {
-    "sequence": {
-        "sequence_aware": "it shares tokens out among sequences, and this route keeps or drops whole sequences; "
-        "use 'topk', or 'stratified' for a selection of easy and hard ones"
-    },
-    "token": {"sequence_aware": "every sequence keeps equally many tokens; use 'topk'"},
-    "loss": {"sequence_aware": "the tokens of the batch are one list that knows no sequences; use 'topk'"},
-}
-
 
 class ConfigError(ValueError):
     """An option of `RoutingConfig` is unknown, ill-typed or out of range."""
@@ -235,7 +225,7 @@ class RoutingConfig:
             return
         rule = rule_of(self.selection)
         if rule.weighting != "none":
-            valid = [name for name in RULES if RULES[name].weighting == "none" and name not in _MEANINGLESS["token"]]
+            valid = [name for name in RULES if RULES[name].weighting == "none"]
             raise ConfigError(
                 f"selection={self.selection!r} weighs the loss of what it selects, and a token that skips layers keeps "
                 f"its loss; with route='token' valid selections: {', '.join(valid)}"
@@ -296,11 +286,7 @@ class RoutingConfig:
     def _check_selection(self) -> None:
         rule, options = self.selection, {} if self.selection_options is None else self.selection_options
         if not callable(rule):
-            meaningless = {name: why for route in self.routes for name, why in _MEANINGLESS[route].items()}
-            if isinstance(rule, str) and rule in meaningless:
-                raise ConfigError(f"selection={rule!r} has no meaning with route={self.route!r}: {meaningless[rule]}")
-            known = (*(name for name in RULES if name not in meaningless), "auto")
-            _choice("selection", rule, known, " or a function (scores, valid, k, noise)")
+            _choice("selection", rule, (*RULES, "auto"), " or a function (scores, valid, k, noise)")
             _check_options("trimmed" if rule == "auto" else rule, options)
             return
         signature = _signature(rule)

@@ -141,9 +141,9 @@ def _by_name_only(place: Place) -> str | None:
 
 
 def _loss_algorithm(dtype: torch.dtype) -> str:
-    from cggr_compile.kernels.triton.loss import Options, default_algorithm
+    from cggr_compile.kernels.triton.loss import default_algorithm
 
-    return default_algorithm(dtype, Options())
+    return default_algorithm(dtype)
 
 
 def _triton(attribute: str) -> Callable[[], Callable[..., Any]]:
@@ -195,10 +195,6 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     "sampled_score": {
         "triton": Provider("triton", _without_head_kernels, _triton("sampled_score"), _interpreted),
         **_reference(router_heads.sampled_score),
-    },
-    "low_rank_score": {
-        "triton": Provider("triton", _without_head_kernels, _triton("low_rank_score"), _interpreted),
-        **_reference(router_heads.low_rank_score),
     },
     "fp8_score": {
         "triton": Provider("triton", _without_fp8, _triton("fp8_score"), _interpreted),

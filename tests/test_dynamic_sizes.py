@@ -67,7 +67,7 @@ ROUTES = {
     "loss": {"route": "loss", "selection": "trimmed"},
     "both": {"route": ("token", "loss"), "router_head": "sampled"},
     "trimmed": {"selection": "trimmed", "router_head": "sampled"},
-    "importance": {"selection": "importance", "router_head": "low_rank"},
+    "importance": {"selection": "importance", "router_head": "fp8"},
     "outlined": {"outline_layers": True},
     "outlined_tokens": {"outline_layers": True, "route": "token", "selection": "random"},
 }

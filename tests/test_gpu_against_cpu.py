@@ -31,7 +31,6 @@ COMMON = {"ratio": 0.5, "router_layers": 2, "seed": 0}
 # Sums of at most a few thousand fp32 terms in another order: their number times the rounding of one.
 EXACT = 2000 * torch.finfo(torch.float32).eps
 SAMPLED = {"router_head": "sampled", "router_head_frequent": 8, "router_head_sampled": 16}
-LOW_RANK = {"router_head": "low_rank", "router_head_rank": 8}
 FP8 = {"router_head": "fp8"}
 BOTH, TOKENS = ("sequence", "loss"), ("token", "loss")
 
@@ -39,7 +38,7 @@ FP32: list[dict[str, Any]] = [
     {"selection": "importance", **SAMPLED, "cuda_graphs": True, "inner": "inductor"},
     {"selection": "stratified", "route": "loss", **SAMPLED, "inner": "inductor"},
     {"selection": "trimmed", "route": BOTH, "cuda_graphs": True},
-    {"selection": "topk", "route": "token", "inner": "inductor", "cuda_graphs": True, **LOW_RANK},
+    {"selection": "topk", "route": "token", "inner": "inductor", "cuda_graphs": True},
     {"selection": "topk"},
     {"selection": "topk", "route": "loss", "cuda_graphs": True, **SAMPLED},
     {"selection": "topk", "route": BOTH, "kernels": "reference"},
@@ -48,12 +47,12 @@ FP32: list[dict[str, Any]] = [
     {"selection": "random", "route": "loss"},
     {"selection": "random", "route": BOTH, "cuda_graphs": True},
     {"selection": "random", "route": "token", "kernels": "reference"},
-    {"selection": "trimmed", **LOW_RANK, "cuda_graphs": True},
+    {"selection": "trimmed", "cuda_graphs": True},
     {"selection": "trimmed", "route": "loss", "kernels": "reference"},
     {"selection": "trimmed", "route": "token", **SAMPLED},
     {"selection": "trimmed", "route": TOKENS, "cuda_graphs": True},
     {"selection": "stratified", "kernels": {"masked_loss": "triton_recompute"}},
-    {"selection": "stratified", "route": BOTH, "cuda_graphs": True, **LOW_RANK},
+    {"selection": "stratified", "route": BOTH, "cuda_graphs": True},
     {"selection": "importance", "kernels": "reference", "cuda_graphs": True},
     {"selection": "importance", "route": "loss", "cuda_graphs": True},
     {"selection": "importance", "route": BOTH, **SAMPLED},
@@ -113,14 +112,6 @@ def optimized(device: str, options: dict[str, Any]) -> nn.Module:
     return cggr.optimize(eager_of(LLAMA).to(device), **options)
 
 
-def same_basis(*runtimes: runtime.Runtime) -> None:
-    """Lets low-rank heads begin with the same directions."""
-    for each in runtimes:
-        if each.config.router_head == "low_rank":
-            width = LLAMA.build().config.hidden_size
-            each.basis.on(width, each.config.router_head_rank, torch.Generator().manual_seed(0))
-
-
 def batch_of(number: int) -> dict[str, Tensor]:
     return token_batch(ROWS, 12, seed=number + 1)
 
@@ -147,7 +138,6 @@ def test_fp32_selects_loses_and_learns_the_same(
     device: str, step: dict[str, int], captured: tuple[nn.Module, Program], options: dict[str, Any]
 ) -> None:
     tested, reference = optimized(device, options), plans.Routed(*captured, **of_reference(options))
-    same_basis(tested.cggr.runtime, reference.runtime)
     for number in range(STEPS):
         step["number"] = number
         batch = batch_of(number)
@@ -196,7 +186,7 @@ def test_under_autocast_it_errs_no_more_than_the_cpu(
             assert difference(found[1][name], gradient) <= allowed, name
 
 
-@pytest.mark.parametrize("head", [{}, SAMPLED, LOW_RANK, FP8], ids=str)
+@pytest.mark.parametrize("head", [{}, SAMPLED, FP8], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_scores_of_every_head_and_what_rules_make_of_them(
     device: str, step: dict[str, int], head: dict[str, Any], autocast: bool
@@ -204,7 +194,6 @@ def test_scores_of_every_head_and_what_rules_make_of_them(
     """Scores are the CPU's up to the dtype's rounding; rows and weights are the rule's of the GPU's own scores."""
     options = {"selection": "importance", **head}
     tested, reference = optimized(device, options), optimized("cpu", of_reference(options))
-    same_basis(tested.cggr.runtime, reference.cggr.runtime)
     for model, where in ((tested, device), (reference, "cpu")):
         with torch.autocast(where, torch.bfloat16, enabled=autocast):
             model(**on(where, batch_of(0)))

@@ -9,7 +9,7 @@ import head_oracle
 import oracle
 import pytest
 import torch
-from architectures import ARCHITECTURES, build, token_batch
+from architectures import ARCHITECTURES, COMMON, VOCABULARY, build, token_batch
 from cggr_compile.kernels.triton import tiles
 from cggr_compile.kernels.triton.tiles import Tile
 
@@ -49,7 +49,9 @@ def test_a_routed_step_on_triton_is_eagers_on_the_same_rows(name: str, loss: str
     rows = model.cggr.selected
     assert torch.equal(rows, optimized_rows(eager, batch, name))
     wanted, expected = oracle.step(eager, oracle.rows_of(batch, rows))
-    oracle.assert_same_step(got, gradients, wanted, expected, rtol=1e-4, atol=1e-5)
+    # The sums whose order the kernels change: over the width, over the words, and over the kept tokens.
+    share = oracle.rounding(COMMON["hidden_size"], VOCABULARY, batch["labels"][rows].numel())
+    oracle.assert_step_within(share, got, gradients, wanted, expected)
     chosen = dict(model.cggr.report().providers)
     assert chosen == kernels
 
@@ -75,19 +77,27 @@ def test_a_router_head_on_triton_selects_the_references_rows() -> None:
 
 
 def test_autocast_runs_the_kernels_in_its_dtype_and_loses_no_gradient() -> None:
+    """No further from fp32 than eager under the same autocast, but for one rounding to bfloat16: of the exponentials,
+    which eager keeps in fp32 until they are a gradient."""
     eager = build("llama").to(DEVICE)
     batch = {key: tensor.to(DEVICE) for key, tensor in token_batch(6, 16).items()}
     model = optimized(eager, kernels="triton")
     with torch.autocast(DEVICE, torch.bfloat16):
         got, gradients = oracle.step(model, batch)
-        wanted, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
-    assert got.item() == pytest.approx(wanted.item(), rel=2e-2)
-    assert {name for name, g in gradients.items() if g is not None} == {n for n, g in expected.items() if g is not None}
-    for name, gradient in expected.items():
-        if gradient is not None:
-            assert gradients[name].dtype == gradient.dtype
-            apart = (gradients[name] - gradient).norm() / gradient.norm()
-            assert apart < 0.05, f"{name}: {apart}"
+        rows = oracle.rows_of(batch, model.cggr.selected)
+        wanted, expected = oracle.step(eager, rows)
+    expected = {name: None if g is None else g.clone() for name, g in expected.items()}
+    loss, truth = oracle.step(eager, rows)
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    assert (got - loss).abs() <= (wanted - loss).abs() + unit * loss
+    for name, exact in truth.items():
+        found, same_dtype = gradients[name], expected[name]
+        assert (found is None) == (same_dtype is None) == (exact is None), name
+        if found is None or same_dtype is None or exact is None:
+            continue
+        assert found.dtype == same_dtype.dtype, name
+        error, allowed = ((x - exact).norm() for x in (found, same_dtype))
+        assert error <= allowed + unit * exact.norm(), f"{name}: {error / exact.norm()}"
 
 
 def test_the_report_says_what_was_passed_over_and_why() -> None:
@@ -134,7 +144,7 @@ def test_bad_options_name_the_valid_ones(kernels: object, message: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("router_head", ["exact", "sampled", "low_rank", "fp8"])
+@pytest.mark.parametrize("router_head", ["exact", "sampled", "fp8"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_inductor_takes_the_kernels_without_a_sync(router_head: str, autocast: bool) -> None:
     eager = build("llama").cuda().to(torch.float32 if autocast else torch.bfloat16)

@@ -67,7 +67,7 @@ def _bfloat16_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
             for options in (
                 {"router_head": "exact"},
                 {"router_head": "fp8", "kernels": {"masked_loss": "triton_recompute", "fp8_score": "triton"}},
-                {"route": ("token", "loss"), "router_head": "low_rank"},
+                {"route": ("token", "loss"), "router_head": "sampled"},
                 {"ratio": 1.0},
             )
             for autocast in (False, True)

@@ -203,8 +203,6 @@ def first(scores: torch.Tensor, valid: torch.Tensor, k: int, noise: torch.Tensor
         ({"route": ("sequence", "loss"), "dynamic_threshold": True}, r"route=\('sequence', 'loss'\) selects tokens"),
         ({"route": "loss", "selection": "auto"}, "selection='auto' is for whole sequences .*name a rule"),
         ({"route": "token", "selection": first}, "selection=first is for whole sequences .*name a rule"),
-        ({"route": "loss", "selection": "sequence_aware"}, "sequence_aware' has no meaning with route='loss'"),
-        ({"route": ("token", "loss"), "selection": "sequence_aware"}, r"has no meaning with route=\('token', 'loss'\)"),
         ({"route": "token", "resample": "layer"}, "would select the same tokens for every layer"),
         ({"route": "token", "resample": "lair"}, "did you mean 'layer'"),
         ({"first_layers": 0}, "first_layers=0 is not an integer of at least 1"),

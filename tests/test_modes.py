@@ -177,7 +177,7 @@ def test_a_row_with_nan_scores_is_not_selected() -> None:
     [
         {"selection": "random"},
         {"selection": "importance", "router_head": "sampled", "router_head_frequent": 4, "router_head_sampled": 4},
-        {"selection": "stratified", "router_head": "low_rank", "router_head_rank": 4},
+        {"selection": "stratified"},
         {"selection": "trimmed", "route": "loss"},
     ],
 )
@@ -286,13 +286,14 @@ def test_warm_up_walks_down_the_ladder() -> None:
 
 
 @pytest.mark.parametrize("inner", ["aot_eager"])
-def test_compiled_inner_backends_agree_within_rounding(inner: str) -> None:
+def test_compiled_inner_backends_agree_bitwise(inner: str) -> None:
+    """It runs the operators that eager runs, in their order."""
     eager = build("llama")
     model = optimized(eager, inner=inner)
     batch = token_batch()
     loss, gradients = oracle.step(model, batch)
     expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
-    oracle.assert_same_step(loss, gradients, expected_loss, expected, rtol=1e-4, atol=1e-6)
+    oracle.assert_same_step(loss, gradients, expected_loss, expected)
 
 
 def test_the_cache_is_off_in_a_routed_step_only() -> None:
@@ -328,6 +329,7 @@ def test_keep_logits_returns_those_of_the_kept_rows() -> None:
 
 
 def test_bfloat16_weights() -> None:
+    """Bitwise: logits are rounded to bfloat16 where the model rounds them, and the loss of them is in fp32."""
     config = transformers.LlamaConfig(**GROUPED)
     torch.manual_seed(0)
     eager = transformers.LlamaForCausalLM(config).to(torch.bfloat16).train()
@@ -335,7 +337,7 @@ def test_bfloat16_weights() -> None:
     batch = token_batch()
     loss, gradients = oracle.step(model, batch)
     expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
-    oracle.assert_same_step(loss, gradients, expected_loss, expected, rtol=2e-2, atol=1e-3)
+    oracle.assert_same_step(loss, gradients, expected_loss, expected)
 
 
 def test_no_operator_reads_back_to_the_host() -> None:

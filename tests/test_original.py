@@ -13,11 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, VOCABULARY, build, token_batch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import cggr_compile as cggr
 from cggr_compile import CGGRLoss, CGGRModel, CGGRScorer, TruncatedRouter, create_truncated_router
+from cggr_compile.original.loss import sequence_aware_places
 
 LOSS_METRICS = [
     *("step", "token_ratio", "tokens_selected", "tokens_total"),
@@ -251,6 +254,24 @@ def test_loss_is_the_mean_over_the_selected(scoring: str, selection: str) -> Non
         "selection": selection,
         "scoring": scoring,
     }
+
+
+@given(data=st.data(), shape=st.tuples(st.integers(1, 4), st.integers(1, 6)), least=st.integers(1, 3))
+def test_sequence_aware_places_are_the_definitions(data: st.DataObject, shape: tuple[int, int], least: int) -> None:
+    """Python's sort: the hardest `least` of each sequence, then the rest, then NaN, ties to the lower index."""
+    count = shape[0] * shape[1]
+    scores = data.draw(
+        st.lists(st.sampled_from([0.0, 1.0, -2.0, math.inf, -math.inf, math.nan]), min_size=count, max_size=count)
+    )
+    valid = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    ranked = sorted((i for i in range(count) if valid[i] and not math.isnan(scores[i])), key=lambda i: (-scores[i], i))
+    first = [i for b in range(shape[0]) for i in [j for j in ranked if j // shape[1] == b][:least]]
+    order = [i for i in ranked if i in first] + [i for i in ranked if i not in first]
+    order += [i for i in range(count) if valid[i] and math.isnan(scores[i])]
+    places = sequence_aware_places(torch.tensor(scores).view(shape), torch.tensor(valid).view(shape), least)
+    found = places.flatten().tolist()
+    assert sorted(found) == list(range(count))
+    assert [found.index(place) for place in range(len(order))] == order
 
 
 def test_flat_logits_are_one_sequence() -> None:

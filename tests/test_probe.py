@@ -270,7 +270,12 @@ def test_it_switches_where_most_rows_are_learnt_and_resumes_bit_for_bit() -> Non
         optimizer.step()
     # An inner backend that counts as a compiler.
     options = {"selection": "auto", "probe_every": 1, "router_layers": 1, "inner": "eager_noexcept"}
-    options |= {"router_head": "low_rank", "router_head_rank": 8, "selection_options": {"tau": 0.0, "epsilon": 0.0}}
+    options |= {
+        "router_head": "sampled",
+        "router_head_frequent": 16,
+        "router_head_sampled": 32,
+        "selection_options": {"tau": 0.0, "epsilon": 0.0},
+    }
     model = optimized(learnt, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     handle = model.cggr

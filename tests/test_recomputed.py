@@ -21,7 +21,6 @@ DRAWING = {
     "importance": {"selection": "importance"},
     "stratified": {"selection": "stratified"},
     "sampled head": SAMPLED,
-    "low-rank head": {"router_head": "low_rank", "router_head_rank": 3, "router_head_refresh": 1},
     "tokens": {"route": "token", "selection": "random"},
     "losses": {"route": "loss", "selection": "random"},
     "threshold": {"dynamic_threshold": True},
@@ -66,7 +65,7 @@ def assert_same_as_without(model: Toy, run: Callable[[Toy, bool], torch.Tensor])
     assert model.cggr.metrics().keys() == metrics.keys() | {"parameters_without_gradient"}
 
 
-IN_CI = ("random", "low-rank head", "tokens", "auto")
+IN_CI = ("random", "sampled head", "tokens", "auto")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 import transformers as T
-from architectures import ARCHITECTURES, GROUPED, Architecture, build, eager_of, token_batch
+from architectures import ARCHITECTURES, COMMON, GROUPED, VOCABULARY, Architecture, build, eager_of, token_batch
 from cggr_compile.kernels.op import fp8_linear
 from cggr_compile.kernels.providers import PROVIDERS, Place, Provider
 from torch import nn
@@ -26,6 +26,9 @@ from cggr_compile.run import auto as probing
 RATIO, LAYERS, DEEP = 0.4, 2, 5
 OPTIONS = {"ratio": RATIO, "router_layers": LAYERS, "router_body": "fp8", "inner": "eager"}
 Batch = dict[str, torch.Tensor]
+# A score is a mean over 14 tokens of a log-sum-exp over the words of products of the width's length, all in fp32. Sums
+# of float8 products are all but exact, so the layers in front of that add nothing.
+CLOSE = oracle.rounding(14, VOCABULARY, COMMON["hidden_size"])
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -95,9 +98,9 @@ def test_rows_are_those_of_a_quantised_router_and_gradients_those_of_eager(name:
         rows = hardest(scores, batch, architecture.causal)
         assert model.cggr.selected.tolist() == rows
         oracle.assert_same_step(loss, gradients, *oracle.step(eager, oracle.rows_of(batch, torch.tensor(rows))))
-        torch.testing.assert_close(model.cggr.score(batch), scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model.cggr.score(batch), scores, rtol=CLOSE, atol=0)
         exact = scores_by_hand(eager, architecture, batch, fp8=False)
-        assert (scores - exact).abs().max() > 4e-4
+        assert ((scores - exact) / exact).abs().nan_to_num().max() > 10 * CLOSE
     report = model.cggr.report()
     assert model.cggr.captures == 1
     assert re.fullmatch(body, report.router.body)
@@ -119,12 +122,12 @@ def test_under_autocast_products_have_the_autocast_dtype_and_no_gradient_is_lost
         expected = eager(**oracle.rows_of(batch, model.cggr.selected)).loss
     loss.backward()
     expected.backward()
-    torch.testing.assert_close(scores, by_hand, rtol=0, atol=2e-4)
-    assert (by_hand - exact).abs().max() > 4e-4
+    torch.testing.assert_close(scores, by_hand, rtol=CLOSE, atol=0)
+    assert ((by_hand - exact) / exact).abs().nan_to_num().max() > 10 * CLOSE
     products = router_products(model.cggr.runtime.plans[-1].program)
     assert {value(node).dtype for node in products} == {torch.bfloat16}
     found = loss.detach(), oracle.gradients(model)
-    oracle.assert_same_step(*found, expected.detach(), oracle.gradients(eager), rtol=2e-2, atol=2e-3)
+    oracle.assert_same_step(*found, expected.detach(), oracle.gradients(eager))
 
 
 def test_products_keep_their_modules_and_regions() -> None:
@@ -148,7 +151,7 @@ def test_outlined_layers_select_alike(options: dict[str, int]) -> None:
         batch = token_batch(9, 14, seed=seed)
         expected, actual = oracle.step(whole, batch), oracle.step(outlined, batch)
         assert outlined.cggr.selected.tolist() == whole.cggr.selected.tolist()
-        oracle.assert_same_step(*actual, *expected, rtol=1e-5, atol=1e-7)
+        oracle.assert_same_step(*actual, *expected)
     variant = outlined.cggr.runtime.plans[-1].route.variant
     assert (variant.outline.reason, variant.pieces, variant.bodies) == ("", DEEP + 1, 3)
 
@@ -249,8 +252,8 @@ def test_a_probe_compares_with_the_models_own_losses(monkeypatch: pytest.MonkeyP
         logits = eager(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
     sums = oracle.token_scores(logits, batch["labels"], "loss", True).sum(1)
     expected = sums / oracle.counted(batch["labels"], True).clamp(min=1)
-    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[1], scores_by_hand(eager, architecture, batch), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[0], expected, rtol=CLOSE, atol=0)
+    torch.testing.assert_close(found[1], scores_by_hand(eager, architecture, batch), rtol=CLOSE, atol=0)
 
 
 @pytest.mark.parametrize(

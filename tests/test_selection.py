@@ -163,10 +163,6 @@ def test_a_config_holds_the_function_itself() -> None:
         ({"selection": "stratified", "selection_options": {"num_strata": 2.5}}, "=2.5 is not an integer"),
         ({"selection": "fixed_quotta"}, "did you mean 'fixed_quota'"),
         (
-            {"selection": "sequence_aware"},
-            "no meaning with route='sequence': it shares tokens out among sequences.*use 'topk', or 'stratified'",
-        ),
-        (
             {"selection": middling, "selection_options": {"skp": 1}},
             r"'middling' has no option 'skp', did you mean 'skip'\? valid options: skip",
         ),

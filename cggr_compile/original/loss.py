@@ -24,6 +24,16 @@ SCORINGS = ("entropy", "margin", "loss", "combined")
 SELECTIONS = ("topk", "stratified", "sequence_aware", "fixed_quota")
 
 
+def sequence_aware_places(scores: Tensor, valid: Tensor, least: int) -> Tensor:
+    """int64 [B, S]: each token's place in the whole batch: first the `least` hardest of each sequence, then the rest,
+    both by score, then those of score NaN; invalid ones come last."""
+    first = (selection.topk_places(scores, valid) < least) & selection.known_rows(scores, valid)
+    place = selection.topk_places(scores.flatten(), valid.flatten()).view_as(scores)
+    # Places are distinct, so these keys are, and no sort has a tie to break.
+    key = torch.where(first, place, place + place.numel())
+    return key.flatten().argsort().argsort().view_as(scores)
+
+
 class _Selector(nn.Module):
     """Options, curriculum and selection that the loss and the scorer share."""
 
@@ -99,7 +109,7 @@ class _Selector(nn.Module):
         """bool [B, S]: max(1, floor(ratio · valid)) of the valid tokens, by the selection's order of preference."""
         k = selection.fraction_of(ratio, valid.sum()).clamp(min=1)
         if self.selection == "sequence_aware":
-            places = selection.sequence_aware_places(difficulty, valid, self.min_tokens_per_sequence)
+            places = sequence_aware_places(difficulty, valid, self.min_tokens_per_sequence)
             k = k.maximum(valid.sum(1).clamp(max=self.min_tokens_per_sequence).sum())
             return valid & (places < k)
         flat = difficulty.flatten(), valid.flatten()

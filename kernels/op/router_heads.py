@@ -1,4 +1,4 @@
-"""The operators of the router's cheap heads: `cggr::sample_columns`, `sampled_score`, `low_rank_score`, `fp8_score`.
+"""The operators of the router's cheap heads: `cggr::sample_columns`, `sampled_score`, `fp8_score`.
 
 Registered as `cggr::score` is (`ops`): schema, checks that name the argument, fake, no gradient, and autocast as part
 of the dispatch; the semantics are those of `router_heads`.
@@ -106,49 +106,6 @@ def define_sampled_score(namespace: str, implementation: Callable[..., Tensor]) 
     return _without_gradient(op, ops._HEAD_OPERANDS)
 
 
-def _check_low_rank_score(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    basis: Tensor,
-    quantities: Sequence[str],
-    *_: float,
-    **__: float,
-) -> None:
-    ops._check_head("low_rank_score", hidden, weight, bias, target)
-    torch._check_value(
-        basis.dim() == 2,
-        lambda: f"cggr::low_rank_score: basis has shape {tuple(basis.shape)}, expected [D, R]",
-    )
-    ops._check_shape("low_rank_score", "basis", basis, (hidden.shape[1], basis.shape[1]), "[D, R]")
-    ops._check_dtype("low_rank_score", "basis", basis, (torch.float32,))
-    _check_quantities("low_rank_score", quantities, list(reference.QUANTITIES))
-
-
-def define_low_rank_score(namespace: str, implementation: Callable[..., tuple[Tensor, Tensor]]) -> CustomOpDef:
-    """The operator `low_rank_score` of a namespace: `router_heads.low_rank_score` as computed by `implementation`.
-
-    Scores float32 [Q, N] and image float32 [D, R], neither differentiable; ValueError or TypeError by argument.
-    """
-
-    @torch.library.custom_op(
-        f"{namespace}::low_rank_score",
-        mutates_args=(),
-        schema=f"({_OPERANDS}, Tensor basis, str[] quantities, {ops._HEAD_OPTIONS}) -> (Tensor, Tensor)",
-    )
-    def op(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        _check_low_rank_score(*args, **options)
-        return implementation(*args, **options)
-
-    @op.register_fake
-    def fake(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        _check_low_rank_score(*args, **options)
-        return _new_statistics(args[0], args[5]), args[4].new_empty(args[4].shape)
-
-    return _without_gradient(op, ops._HEAD_OPERANDS)
-
-
 def _check_fp8_score(
     hidden: Tensor,
     weight: Tensor,
@@ -194,5 +151,4 @@ def _without_gradient(op: CustomOpDef, cast: int) -> CustomOpDef:
 
 _without_gradient(sample_columns, 0)
 sampled_score = define_sampled_score("cggr", router_heads.sampled_score)
-low_rank_score = define_low_rank_score("cggr", router_heads.low_rank_score)
 fp8_score = define_fp8_score("cggr", router_heads.fp8_score)

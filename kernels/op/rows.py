@@ -246,10 +246,7 @@ def define_gather(
     return op
 
 
-_LOSS_OPTIONS = (
-    f'{_HEAD_OPTIONS}, str reduction="mean", float label_smoothing=0.0, float z_loss=0.0, '
-    "Tensor? rows=None, Tensor? num_items=None"
-)
+_LOSS_OPTIONS = f'{_HEAD_OPTIONS}, str reduction="mean", Tensor? rows=None, Tensor? num_items=None'
 
 
 def check_masked_loss(
@@ -264,8 +261,6 @@ def check_masked_loss(
     softcap: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     rows: Tensor | None = None,
     num_items: Tensor | None = None,
 ) -> None:
@@ -293,10 +288,6 @@ def check_masked_loss(
     )
     if num_items is not None:
         _check_shape(op, "num_items", num_items, (), "()")
-    torch._check_value(
-        0 <= label_smoothing <= 1,
-        lambda: f"cggr::{op}: label_smoothing is {label_smoothing}, expected it in [0, 1]",
-    )
 
 
 @torch.library.custom_op(
@@ -354,8 +345,8 @@ def _masked_loss_backward_fake(grad: Tensor, *args: Any, **options: Any) -> list
     return [x.new_empty(x.shape) for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
 
 
-# hidden, weight, bias, target, row_weight, then seven numbers and strings, rows, num_items.
-_OPERANDS, _ROWS, _NUM_ITEMS = 5, 12, 13
+# hidden, weight, bias, target, row_weight, then five numbers and strings, rows, num_items.
+_OPERANDS, _ROWS, _NUM_ITEMS = 5, 10, 11
 _DIFFERENTIABLE = (0, 1, 2, 4)
 
 

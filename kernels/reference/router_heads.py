@@ -7,10 +7,6 @@ gradient, 0 in rows whose target is ignored. The statistics are `reference.Shift
   Σ w_c exp(x_c) is an unbiased estimate of Z = Σ exp(x_c). The target's own logit is exact and enters Z once, exactly,
   in place of its weighted column: E[Σ_{c≠t} w_c exp(x_c)] + exp(x_t) is Z still, the largest term of a well-predicted
   token costs no variance, and the nll stays non-negative.
-* `low_rank_score` projects hidden states and head onto R directions Q, the dominant invariant subspace of
-  (HᵀH)(WᵀW): WᵀW alone ignores where hidden states are, HᵀH alone what the head makes of them. One product of a
-  subspace iteration costs 2NDR + VDR multiply-adds beside the NVR of the scores, so each call returns it and the
-  caller orthonormalises it when it likes.
 * `fp8_score` multiplies hidden states and head in float8_e4m3fn with one scale a row.
 """
 
@@ -97,58 +93,6 @@ def sampled_score(
         return ShiftedRows(x, torch.zeros_like(target), F.pad(column_weight, (1, 0), value=1.0))
 
     return statistics(rows_of, hidden, target, quantities, columns.shape[0] + 1, ignore_index)
-
-
-def low_rank_score(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    basis: Tensor,
-    quantities: Sequence[str],
-    scale: float = 1.0,
-    divisor: float = 1.0,
-    softcap: float = 0.0,
-    ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:
-    """`reference.score` of the logits (H Q)(W Q)ᵀ, the target's own exact: float32 [Q, N]; and the next basis's image.
-
-    `basis` Q (float32 [D, R]) has orthonormal columns; with R = D the scores are the exact ones up to rounding. The
-    image, float32 [D, R], is (HᵀH)(WᵀW) Q up to a factor, H the hidden states of the counted rows: what `refreshed`
-    orthonormalises.
-    """
-    hidden, weight, bias = _detached(hidden, weight, bias)
-    directions = basis.to(hidden.dtype)
-    projected = weight @ directions
-
-    def rows_of(hidden: Tensor, target: Tensor) -> ShiftedRows:
-        x = F.linear(hidden @ directions, projected, bias)
-        own = _target_linear(hidden, weight, bias, target)
-        x = x.scatter(1, target.unsqueeze(1), own.unsqueeze(1).to(x.dtype))
-        return ShiftedRows(scaled(x, scale, divisor, softcap).float(), target)
-
-    scores = statistics(rows_of, hidden, target, quantities, weight.shape[0], ignore_index)
-    return scores, next_image(hidden, weight, projected, target, ignore_index)
-
-
-def next_image(hidden: Tensor, weight: Tensor, projected: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """(HᵀH) Wᵀ P, float32 [D, R], up to a factor, H the hidden states of the counted rows and P = W Q `projected`."""
-    with without_autocast(hidden):
-        counted = hidden.float().masked_fill((target == ignore_index).unsqueeze(1), 0.0)
-        pulled = weight.T.float() @ projected.float()
-        # Only the span matters, and fp32 must not overflow.
-        pulled = pulled / torch.linalg.vector_norm(pulled)
-        return counted.T @ (counted @ pulled)
-
-
-def refreshed(image: Tensor, basis: Tensor) -> Tensor:
-    """The orthonormal basis float32 [D, R] of an image's columns: a subspace iteration ends with this.
-
-    An image that is not finite, or zero because no row counted, leaves the basis as it is; that is decided on the
-    device. `torch.linalg.qr` does not synchronise.
-    """
-    usable = image.isfinite().all() & image.any()
-    return torch.where(usable, torch.linalg.qr(torch.where(usable, image, basis)).Q, basis)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ Z = Σ exp(x - m), the confidence is 1 / Z and the log-sum-exp that meets shifte
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -243,8 +242,6 @@ def masked_loss(
     softcap: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     rows: Tensor | None = None,
     num_items: Tensor | None = None,
 ) -> Tensor:
@@ -253,10 +250,9 @@ def masked_loss(
     `hidden` [N, D], `weight` [V, D] and `bias` [V] are of one floating dtype, `target` [N] is of any integer dtype.
     `rows` [M] (int32 or int64, repeats included) selects the rows that are read at all, None is every row (M = N);
     `row_weight` [M], of any floating dtype, weighs the selected rows. With w = 1 where it is None and
-    l = lse - (1 - ε) x[target] - ε mean(x) + z lse² for `label_smoothing` ε (as in `F.cross_entropy`) and `z_loss` z
-    (PaLM, arXiv 2204.02311), `"sum"` gives Σ w·l over the counted rows, `"num_items"` divides it by `num_items`
-    (0-d), and `"mean"` by the number of counted rows or, with `row_weight`, by Σ w over them; it is 0 where that is
-    0. Where every row is ignored the loss is 0 and stays connected to every input. Raises ValueError for an unknown
+    l = lse - x[target], `"sum"` gives Σ w·l over the counted rows, `"num_items"` divides it by `num_items` (0-d), and
+    `"mean"` by the number of counted rows or, with `row_weight`, by Σ w over them; it is 0 where that is 0. Where every
+    row is ignored the loss is 0 and stays connected to every input. Raises ValueError for an unknown
     reduction; torch reports targets outside [0, V).
 
     Without `row_weight` the mean equals `F.cross_entropy(..., reduction="mean")` to the bit on the CPU in float32:
@@ -269,16 +265,11 @@ def masked_loss(
     x = logits(hidden, weight, bias, scale, divisor, softcap).float()
     target = target.long()
     counted = target != ignore_index
-    row_loss = functools.partial(F.cross_entropy, x, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if row_weight is None:
-        total = row_loss(reduction="sum")
-        if z_loss:
-            total = total + z_loss * (torch.where(counted, x.logsumexp(-1), 0.0) ** 2).sum()
+        total = F.cross_entropy(x, target, ignore_index=ignore_index, reduction="sum")
         amount = counted.sum()
     else:
-        nll = row_loss(reduction="none")
-        if z_loss:
-            nll = nll + z_loss * x.logsumexp(-1) ** 2
+        nll = F.cross_entropy(x, target, ignore_index=ignore_index, reduction="none")
         counted_weight = torch.where(counted, row_weight.float(), 0.0)
         total = (counted_weight * nll).sum()
         amount = counted_weight.sum()

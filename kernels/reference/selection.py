@@ -100,19 +100,6 @@ def stratified_places(scores: Tensor, valid: Tensor, within: Tensor, num_strata:
     return _places(valid, ~known, torch.where(known, time, 0.0), stratum)
 
 
-def sequence_aware_places(scores: Tensor, valid: Tensor, min_tokens_per_sequence: int) -> Tensor:
-    """int64 [B, S]: each token's place in the whole batch: first the `min_tokens_per_sequence` hardest of each
-    sequence, then the rest, both by score, then those of score NaN; invalid ones come last. Raises ValueError for a
-    minimum below 1 or scores that are not 2-D."""
-    _at_least(1, min_tokens_per_sequence=min_tokens_per_sequence)
-    if scores.dim() != 2:
-        raise ValueError(f"sequence_aware: scores has shape {tuple(scores.shape)}, expected [B, S]")
-    known = known_rows(scores, valid)
-    rest = topk_places(scores, valid) >= min_tokens_per_sequence
-    keys = (~known, rest & known, torch.where(known, -scores, 0.0))
-    return _places(valid.flatten(), *(key.flatten() for key in keys)).view_as(scores)
-
-
 def topk(scores: Tensor, valid: Tensor, k: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k highest scores, weight 1. Registered as `topk` and as `fixed_quota`: the two differ in what k is, which
     `fixed_quota` says is the ratio's, whatever the dynamic threshold says."""
@@ -147,24 +134,6 @@ def stratified(
     weight = _share(stratum, known_rows(scores, valid) | taken, num_strata) / _share(stratum, taken, num_strata)
     # Only strata without draws divide by 0, and no selected row is of them.
     return index, torch.where(drawn == 1, weight.gather(-1, _of_stratum(stratum, index)), 0.0)
-
-
-def sequence_aware(
-    scores: Tensor, valid: Tensor, k: int, noise: Tensor | None = None, *, min_tokens_per_sequence: int = 1
-) -> tuple[Tensor, Tensor]:
-    """The hardest tokens of scores [B, S], at least `min_tokens_per_sequence` of each sequence that has them.
-
-    index [k] counts in the flattened [B · S]; weight [k] is 1. Raises ValueError where B · min_tokens_per_sequence
-    exceeds k, which is seen from shapes alone.
-    """
-    _check("sequence_aware", scores, valid, k, noise)
-    place = sequence_aware_places(scores, valid, min_tokens_per_sequence)
-    if scores.shape[0] * min_tokens_per_sequence > k:
-        raise ValueError(
-            f"sequence_aware: {min_tokens_per_sequence} tokens of each of {scores.shape[0]} sequences are more than "
-            f"k = {k}; raise the ratio or lower min_tokens_per_sequence"
-        )
-    return _first(place.flatten(), valid.flatten(), k)
 
 
 def trimmed(
@@ -252,7 +221,6 @@ RULES: dict[str, Rule] = {
         Rule("fixed_quota", topk, needs_scores=True, needs_noise=False, ranking="topk"),
         Rule("random", random, needs_scores=False, needs_noise=True, ranking="random"),
         Rule("stratified", stratified, needs_scores=True, needs_noise=True, weighting="share"),
-        Rule("sequence_aware", sequence_aware, needs_scores=True, needs_noise=False),
         Rule("trimmed", trimmed, needs_scores=True, needs_noise=True),
         Rule("importance", importance, needs_scores=True, needs_noise=True, weighting="inverse"),
     )

@@ -26,9 +26,9 @@ class Exponentials:
         self.weight = descriptor(padded(linear.weight), self.tile.columns, self.tile)
         self.bias = None if linear.bias is None else linear.bias.contiguous()
 
-    def normalized(self, out: Tensor, gain: Tensor, uniform: Tensor, at_target: Tensor, first_column: int) -> None:
+    def normalized(self, out: Tensor, gain: Tensor, at_target: Tensor, first_column: int) -> None:
         """The gradient by the head's outputs of the classes from `first_column` on, out [M, columns]."""
-        self._launch(out, slice(0, out.shape[0]), first_column, (gain, uniform, at_target), None, None, None)
+        self._launch(out, slice(0, out.shape[0]), first_column, (gain, at_target), None, None, None)
 
     def unnormalized(
         self, out: Tensor, own: Tensor, loss_factor: Tensor, losses: Tensor, scale: Tensor, part: slice
@@ -84,7 +84,7 @@ class Exponentials:
         out: Tensor,
         part: slice,
         first_column: int,
-        per_row: tuple[Tensor, Tensor, Tensor] | None,
+        per_row: tuple[Tensor, Tensor] | None,
         flagged: Tensor | None,
         total: Tensor | None,
         most: Tensor | None,
@@ -102,7 +102,7 @@ class Exponentials:
             self.bias,
             self.rows.target[part],
             self.shift[part],
-            *(per_row or (None, None, None)),
+            *(per_row or (None, None)),
             self.rows.count,
             flagged,
             total,

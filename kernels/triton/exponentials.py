@@ -9,7 +9,7 @@ from cggr_compile.kernels.triton.head import LN_2, LOG2_E, NEGATIVE_INFINITY, ca
 
 @triton.jit
 def exponentials_kernel(
-    hidden, weight, out, bias, target, shift, gain, uniform, at_target, count, flagged, total, most,
+    hidden, weight, out, bias, target, shift, gain, at_target, count, flagged, total, most,
     rows, classes, width, factor, softcap, first_row, first_column, columns,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NORMALIZED: tl.constexpr, FLAGS: tl.constexpr,
     PROGRAMS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
@@ -17,8 +17,8 @@ def exponentials_kernel(
 ):  # fmt: skip
     """Exponentials of the logits x (in units of log 2) of `columns` classes, in the dtype of `out` [rows, columns].
 
-    NORMALIZED, with shift = lse, they are the loss's gradient by the head's outputs: `gain[n] 2^(x - shift[n]) -
-    uniform[n]` off the target and `at_target[n]` on it, times the soft-cap's derivative.
+    NORMALIZED, with shift = lse, they are the loss's gradient by the head's outputs: `gain[n] 2^(x - shift[n])`
+    off the target and `at_target[n]` on it, times the soft-cap's derivative.
 
     Otherwise they are `2^(x - shift[n])` off the target and 0 on it, times the soft-cap's derivative; total and most
     [column tiles, rows] hold each tile's sum and maximum of x. With FLAGS > 0, nothing is done unless one of so many
@@ -53,7 +53,6 @@ def exponentials_kernel(
         is_target = column[None, :] == tl.load(target + offsets, inside, -1).to(tl.int32)[:, None]
         if NORMALIZED:
             value = value * tl.load(gain + offsets, inside, 0.0)[:, None]
-            value -= tl.load(uniform + offsets, inside, 0.0)[:, None]
             value = tl.where(is_target, tl.load(at_target + offsets, inside, 0.0)[:, None], value)
         else:
             value = tl.where(is_target, 0.0, value)

@@ -8,7 +8,7 @@ stored logits.
 `one_pass_small` is the same in smaller blocks: less memory, for more additions to the head's gradient.
 
 `recompute` saves each row's log-sum-exp in the forward pass, a fourth product, and in the backward pass makes the
-gradient by the logits a block of columns at a time. It needs the least memory and takes every option.
+gradient by the logits a block of columns at a time. It needs the least memory and takes every dtype.
 
 Both are deterministic: no atomics, every sum in a fixed order. Products are summed in fp32 over blocks.
 """
@@ -42,15 +42,13 @@ RECOMPUTE_BYTES = 2**26
 
 
 class Options(NamedTuple):
-    """The options of `reference.masked_loss` from `scale` to `z_loss`."""
+    """The options of `reference.masked_loss` from `scale` to `reduction`."""
 
     scale: float = 1.0
     divisor: float = 1.0
     softcap: float = 0.0
     ignore_index: int = -100
     reduction: str = "mean"
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
 
     @property
     def factor(self) -> float:
@@ -86,19 +84,14 @@ def one_pass_rows(algorithm: str, rows: int, classes: int, dtype: torch.dtype, d
     return _evenly(rows, max(1, most), tile_for(dtype, device).rows)
 
 
-def why_not_one_pass(dtype: torch.dtype, options: Options) -> str | None:
-    """The reason why `one_pass` does not apply, or None: its exponentials need the range of an 8-bit exponent, and a
-    gradient that is a multiple of the softmax off the target."""
-    if dtype == torch.float16:
-        return "float16 cannot hold unnormalised exponentials"
-    if options.label_smoothing or options.z_loss:
-        return "label smoothing and z-loss need the log-sum-exp first"
-    return None
+def why_not_one_pass(dtype: torch.dtype) -> str | None:
+    """The reason why `one_pass` does not apply, or None: its exponentials need the range of an 8-bit exponent."""
+    return "float16 cannot hold unnormalised exponentials" if dtype == torch.float16 else None
 
 
-def default_algorithm(dtype: torch.dtype, options: Options) -> str:
+def default_algorithm(dtype: torch.dtype) -> str:
     """`"one_pass"` where it applies, else `"recompute"`."""
-    return "recompute" if why_not_one_pass(dtype, options) else "one_pass"
+    return "recompute" if why_not_one_pass(dtype) else "one_pass"
 
 
 def forward(
@@ -129,7 +122,7 @@ def forward(
         losses, gradients = _one_pass(chosen, hidden, linear, own, shift, rows is None, wanted, height)
         log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
     else:
-        losses, *statistics = _by_statistics(chosen, linear, own, options)
+        losses, *statistics = _by_statistics(chosen, linear, own)
         log_total, missed = map(in_order, statistics)
         gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
     # A row of weight 0 still counts with its loss, as 0 · NaN is NaN in the reference.
@@ -168,15 +161,9 @@ def backward(
         return _of_no_rows(hidden, weight, bias, wanted)[-3:]
     per_row = chosen.weights * (grad * (options.factor / divisor))
     log_total, missed = log_total[chosen.place], missed[chosen.place]
-    counted = _counted(chosen)
-    shift = torch.where(counted, log_total, torch.inf)
-    # With l = lse - (1 - ε) x[t] - ε mean(x) + z lse², d l / d x[v] = (1 + 2 z lse) p[v] - (1 - ε) [v = t] - ε / V; at
-    # the target p = 1 - missed, and 2 z lse + ε - (1 + 2 z lse) missed keeps its precision where p is nearly 1.
-    lse_slope = 2 * options.z_loss * head.LN_2.value * log_total if options.z_loss else torch.zeros_like(log_total)
-    lse_slope = torch.where(counted, lse_slope, 0.0)
-    gain = per_row * (1 + lse_slope)
-    uniform = per_row * (options.label_smoothing / len(weight))
-    at_target = per_row * (lse_slope + options.label_smoothing - (1 + lse_slope) * missed) - uniform
+    shift = torch.where(_counted(chosen), log_total, torch.inf)
+    # d l / d x[v] = p[v] - [v = t]; at the target that is -missed, which keeps its precision where p is nearly 1.
+    at_target = -per_row * missed
     block = Exponentials(chosen, Head(weight, bias, options.factor, options.softcap), shift)
     size, classes = chosen.hidden.shape[0], weight.shape[0]
     columns = _evenly(classes, max(1, RECOMPUTE_BYTES // (size * hidden.element_size())), block.tile.columns)
@@ -189,7 +176,7 @@ def backward(
     for first in range(0, classes, columns):
         last = min(first + columns, classes)
         gradient = buffer[:, : last - first]
-        block.normalized(gradient, gain, uniform, at_target, first)
+        block.normalized(gradient, per_row, at_target, first)
         if wanted[0]:
             of_hidden = add_product(of_hidden, gradient, weight[first:last])
         if wanted[1]:
@@ -211,14 +198,14 @@ def _counted(rows: Rows) -> Tensor:
     return torch.arange(rows.target.shape[0], device=rows.count.device) < rows.count
 
 
-def _by_statistics(rows: Rows, linear: Head, own: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+def _by_statistics(rows: Rows, linear: Head, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's loss, log-sum-exp in units of log 2, and the probability of the classes other than its target.
 
     With r = Σ exp(x - x[t]) over the others, lse = x[t] + log(1 + r) and the probability is r / (1 + r): precise where
     the target's is nearly 1. Where r overflows, lse is that of the others alone.
     """
-    smoothing, counted = options.label_smoothing, _counted(rows)
-    statistics = Statistics(rows, linear, ("logit_sum",) if smoothing else (), without_target=True)
+    counted = _counted(rows)
+    statistics = Statistics(rows, linear, (), without_target=True)
     most = statistics.most.amax(0)
     base = torch.where(most == -torch.inf, 0.0, most)
     total = (statistics.total * torch.exp2(statistics.most - base)).sum(0)
@@ -228,12 +215,6 @@ def _by_statistics(rows: Rows, linear: Head, own: Tensor, options: Options) -> t
     losses = torch.where(ratio.isinf(), distance * head.LN_2.value, ratio.log1p())
     log_total = torch.where(ratio.isinf(), others, own * head.LOG2_E.value + ratio.log1p() * head.LOG2_E.value)
     missed = torch.where(ratio.isinf(), 1.0, ratio / (1 + ratio))
-    in_nats = log_total * head.LN_2.value
-    if smoothing:
-        mean = statistics.logit_sum.sum(0) * (head.LN_2.value / len(linear.weight))
-        losses = losses + smoothing * (own - mean)
-    if options.z_loss:
-        losses = losses + options.z_loss * in_nats**2
     return tuple(torch.where(counted, x, 0.0) for x in (losses, log_total, missed))
 
 

@@ -23,12 +23,9 @@ select = ops.define_select("cggr_triton", select_kernels.select)
 gather = ops.define_gather("cggr_triton", gather_kernels.gather, gather_kernels.gather_backward)
 
 sampled_score = router_head_ops.define_sampled_score("cggr_triton", score_kernels.sampled_score)
-low_rank_score = router_head_ops.define_low_rank_score("cggr_triton", score_kernels.low_rank_score)
 fp8_score = router_head_ops.define_fp8_score("cggr_triton", score_kernels.fp8_score)
 
-_OPTIONS = (
-    "float scale, float divisor, float softcap, int ignore_index, str reduction, float label_smoothing, float z_loss"
-)
+_OPTIONS = "float scale, float divisor, float softcap, int ignore_index, str reduction"
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_weight, Tensor? rows"
 
 
@@ -49,7 +46,7 @@ def masked_loss_forward(*args: Any) -> tuple[Tensor, ...]:
 
 def _checked(args: tuple[Any, ...]) -> tuple[Any, Options, tuple[bool, bool, bool], str]:
     """The operator's arguments, checked: seven tensors, the options, which gradients are wanted, the algorithm."""
-    tensors, numbers, (wanted, algorithm) = args[:7], args[7:14], args[14:]
+    tensors, numbers, (wanted, algorithm) = args[:7], args[7:12], args[12:]
     *operands, rows, num_items = tensors
     arguments: list[Any] = [*operands, *numbers, rows, num_items]
     ops.check_masked_loss("masked_loss", *arguments)
@@ -118,7 +115,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     ctx.mark_non_differentiable(*output[1:])
     # Otherwise autograd makes zeros of the size of the gradients that came with the loss.
     ctx.set_materialize_grads(False)
-    tensors, ctx.numbers, (ctx.wanted, ctx.algorithm) = inputs[:7], inputs[7:14], inputs[14:]
+    tensors, ctx.numbers, (ctx.wanted, ctx.algorithm) = inputs[:7], inputs[7:12], inputs[12:]
     ctx.save_for_backward(*output, *tensors[:6])
 
 
@@ -167,8 +164,6 @@ def masked_loss(
     softcap: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     rows: Tensor | None = None,
     num_items: Tensor | None = None,
     algorithm: str | None = None,
@@ -178,13 +173,13 @@ def masked_loss(
     `algorithm` is `"one_pass"`, `"one_pass_small"` or `"recompute"` (see `loss`); None takes `one_pass` where it
     applies. Raises ValueError for the first two where they do not.
     """
-    numbers = (scale, divisor, softcap, ignore_index, reduction, label_smoothing, z_loss)
+    numbers = (scale, divisor, softcap, ignore_index, reduction)
     autocasts = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocasts else hidden.dtype
-    obstacle = why_not_one_pass(dtype, Options(*numbers))
+    obstacle = why_not_one_pass(dtype)
     if algorithm in loss_kernels.ONE_PASS_BYTES and obstacle:
         raise ValueError(f"masked_loss: algorithm {algorithm!r} does not apply: {obstacle}; use 'recompute'")
-    algorithm = algorithm or default_algorithm(dtype, Options(*numbers))
+    algorithm = algorithm or default_algorithm(dtype)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if algorithm in loss_kernels.ONE_PASS_BYTES and not any(wanted):
         algorithm = "recompute"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from cggr_compile.kernels.reference.router_heads import next_image, quantize_rows
+from cggr_compile.kernels.reference.router_heads import quantize_rows
 from cggr_compile.kernels.triton import head
 from cggr_compile.kernels.triton import statistics as statistics_kernels
 from cggr_compile.kernels.triton.gather import gather
@@ -71,29 +71,6 @@ def sampled_score(
     return _scores(rows, every, read._replace(log_weight=column_weight.log(), class_of=columns), quantities)
 
 
-def low_rank_score(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    basis: Tensor,
-    quantities: Sequence[str],
-    *options: Any,
-    **named: Any,
-) -> tuple[Tensor, Tensor]:
-    """`router_heads.low_rank_score`, with the exceptions of `score`."""
-    given = HeadOptions(*options, **named)
-    rows = counted_first(hidden, target, None, given.ignore_index)
-    directions = basis.to(hidden.dtype)
-    projected = weight @ directions
-    every = Head(weight, bias, given.factor, given.softcap)
-    # Every column but the target's, as a sample that leaves none out.
-    log_weight, class_of = basis.new_zeros(len(weight)), torch.arange(len(weight), device=weight.device)
-    sample = every._replace(weight=projected, log_weight=log_weight, class_of=class_of)
-    scores = _scores(rows, every, sample, quantities, padded(rows.hidden[:, : hidden.shape[1]] @ directions))
-    return scores, next_image(hidden, weight, projected, target, given.ignore_index)
-
-
 def fp8_score(
     hidden: Tensor,
     weight: Tensor,
@@ -129,17 +106,13 @@ class Head(NamedTuple):
     class_of: Tensor | None = None
 
 
-def _scores(
-    rows: Rows, own: Head, sample: Head | None, quantities: Sequence[str], near: Tensor | None = None
-) -> Tensor:
-    """The quantities [Q, N] of the head `own`, of which `sample` may stand for all columns but the target's, as a head
-    of the hidden states `near` instead of the rows' own."""
+def _scores(rows: Rows, own: Head, sample: Head | None, quantities: Sequence[str]) -> Tensor:
+    """The quantities [Q, N] of the head `own`, of which `sample` may stand for all columns but the target's."""
     size = rows.target.shape[0]
     out = torch.empty((len(quantities), size), dtype=torch.float32, device=rows.target.device)
     if size == 0:
         return out
-    read = rows if near is None else rows._replace(hidden=near)
-    statistics = Statistics(read, sample or own, quantities, without_target=sample is not None)
+    statistics = Statistics(rows, sample or own, quantities, without_target=sample is not None)
     wants = dict.fromkeys(QUANTITIES, -1) | {name: place for place, name in enumerate(quantities)}
     logits = statistics.most
     if wants["nll"] >= 0 or sample is not None:
@@ -177,8 +150,7 @@ def _scores(
 class Statistics:
     """Softmax statistics of each row and slice of the vocabulary, fp32 [splits, M]; see `statistics.statistics_kernel`.
 
-    `moment`, `second` and `logit_sum` are computed where a quantity needs them ("logit_sum" is asked for by name)
-    and are `most` elsewhere.
+    `moment` and `second` are computed where a quantity needs them and are `most` elsewhere.
     """
 
     def __init__(self, rows: Rows, of: Head, quantities: Sequence[str], without_target: bool = False) -> None:
@@ -194,7 +166,6 @@ class Statistics:
         self.total = slices(True)
         self.moment = slices("entropy" in quantities)
         self.second = slices("margin" in quantities)
-        self.logit_sum = slices("logit_sum" in quantities)
         launch(
             statistics_kernels.statistics_kernel,
             triton.cdiv(size, tile.rows) * splits,
@@ -211,7 +182,6 @@ class Statistics:
             self.total,
             self.moment,
             self.second,
-            self.logit_sum,
             size,
             classes,
             hidden.shape[1],
@@ -224,7 +194,6 @@ class Statistics:
             SCALED=of.row_scale is not None,
             MOMENT="entropy" in quantities,
             SECOND="margin" in quantities,
-            LOGIT_SUM="logit_sum" in quantities,
             SPLITS=splits,
             GROUP=GROUP,
             PRECISION=precision(hidden.dtype),

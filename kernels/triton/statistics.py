@@ -10,17 +10,17 @@ from cggr_compile.kernels.triton.head import LN_2, LOG2_E, NEGATIVE_INFINITY, ca
 @triton.jit
 def statistics_kernel(
     hidden, weight, bias, log_weight, class_of, target, row_scale, column_scale, count,
-    most, total, moment, second, logit_sum,
+    most, total, moment, second,
     rows, classes, width, factor, softcap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr, WITHOUT_TARGET: tl.constexpr,
-    SCALED: tl.constexpr, MOMENT: tl.constexpr, SECOND: tl.constexpr, LOGIT_SUM: tl.constexpr,
+    SCALED: tl.constexpr, MOMENT: tl.constexpr, SECOND: tl.constexpr,
     SPLITS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Softmax statistics of each row over one of SPLITS slices of the vocabulary, by the online algorithm.
 
     With x the logits in units of log 2 and y = x, each [SPLITS, N]: most = max y, total = Σ 2^(y - most),
-    moment = Σ 2^(y - most) (x - most), second = the second largest y, repeats included, logit_sum = Σ x. Row tiles
+    moment = Σ 2^(y - most) (x - most), second = the second largest y, repeats included. Row tiles
     from `count` on are left out. SCALED multiplies products by row_scale[n] column_scale[v]. WEIGHTED, the columns
     are a sample of the classes, column v being class_of[v], and y = x + log2 weight[v]. WITHOUT_TARGET, y = -inf at
     a row's own target.
@@ -37,7 +37,6 @@ def statistics_kernel(
     s = tl.zeros([BLOCK_M], tl.float32)
     a = tl.zeros([BLOCK_M], tl.float32)
     runner_up = tl.full([BLOCK_M], NEGATIVE_INFINITY, tl.float32)
-    u = tl.zeros([BLOCK_M], tl.float32)
     if SCALED:
         scales = tl.load(row_scale + offsets, offsets < rows, 0.0)
     if WITHOUT_TARGET:
@@ -51,8 +50,6 @@ def statistics_kernel(
         if HAS_BIAS:
             x += tl.load(bias + columns, columns < classes, 0.0).to(tl.float32)[None, :]
         x = capped(x, factor, softcap, SOFTCAP) * LOG2_E
-        if LOGIT_SUM:
-            u += tl.sum(tl.where((columns < classes)[None, :], x, 0.0), 1)
         if start + BLOCK_N > classes:
             x = tl.where((columns < classes)[None, :], x, NEGATIVE_INFINITY)
         y = x
@@ -91,8 +88,6 @@ def statistics_kernel(
         tl.store(moment + place, a, inside)
     if SECOND:
         tl.store(second + place, runner_up, inside)
-    if LOGIT_SUM:
-        tl.store(logit_sum + place, u, inside)
 
 
 @triton.jit

@@ -72,8 +72,6 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
         head.softcap,
         head.ignore_index,
         reduction,
-        0.0,
-        0.0,
         rows,
         num_items,
     )

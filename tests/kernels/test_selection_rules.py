@@ -97,7 +97,6 @@ ORDERS: dict[str, Callable[[list[Row], int], list[int]]] = {
     "random": random_order,
     "trimmed": trimmed_order,
 }
-FLAT = [name for name in selection.RULES if name != "sequence_aware"]
 
 
 @pytest.mark.parametrize("name", list(ORDERS))
@@ -176,32 +175,6 @@ def test_stratified_weighted_mean_is_unbiased() -> None:
     error = estimates.std() / math.sqrt(draws)
     assert (estimates.mean() - losses.mean()).abs() < 5 * error
     assert (losses[index].mean() - losses.mean()).abs() > 20 * error  # the unweighted mean leans to the hard ones
-
-
-@examples
-@given(data=st.data(), shape=st.tuples(st.integers(1, 4), st.integers(1, 6)), minimum=st.integers(1, 3))
-def test_sequence_aware(data: st.DataObject, shape: tuple[int, int], minimum: int) -> None:
-    count = shape[0] * shape[1]
-    row = st.tuples(scores_with_traps, st.booleans(), st.just(0.0))
-    rows = data.draw(st.lists(row, min_size=count, max_size=count))
-    k = minimum * shape[0] + data.draw(st.integers(0, count))
-    ranked = by_score(rows)
-    sequence = {b: [i for i in ranked if i // shape[1] == b] for b in range(shape[0])}
-    safe = [i for i in ranked if i in sequence[i // shape[1]][:minimum]]
-    order = safe + [i for i in ranked if i not in safe] + unknown(rows)
-    scores, valid, _ = (tensor.view(shape) for tensor in tensors(rows))
-    result = selection.sequence_aware(scores, valid, k, min_tokens_per_sequence=minimum)
-    assert pairs(*result) == expected(order, k)
-    kept = Counter(i // shape[1] for i, w in pairs(*result) if w and i in ranked)
-    assert all(kept[b] >= min(minimum, len(members)) for b, members in sequence.items())
-
-
-def test_sequence_aware_refuses_what_k_cannot_hold() -> None:
-    scores = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match=r"sequence_aware: 2 tokens of each of 3 sequences are more than k = 5"):
-        selection.sequence_aware(scores, scores == 0, 5, min_tokens_per_sequence=2)
-    with pytest.raises(ValueError, match=r"scores has shape \(3,\), expected \[B, S\]"):
-        selection.sequence_aware(scores[:, 0], scores[:, 0] == 0, 3)
 
 
 def inclusion(rows: list[Row], k: int, floor: float) -> dict[int, Fraction]:
@@ -304,7 +277,7 @@ def test_rows_of_nan_noise_are_not_drawn(name: str) -> None:
     assert index[weight > 0].tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("name", [*FLAT, "custom"])
+@pytest.mark.parametrize("name", [*selection.RULES, "custom"])
 @examples
 @given(rows=rows_of, k=st.integers(0, 24))
 def test_what_holds_for_every_rule(name: str, rows: list[Row], k: int) -> None:
@@ -323,7 +296,7 @@ def test_what_holds_for_every_rule(name: str, rows: list[Row], k: int) -> None:
     assert weight.isfinite().all()
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", list(selection.RULES))
 @examples
 @given(count=st.integers(1, 30), k=st.integers(0, 30), seed=st.integers(0, 2**20))
 def test_permuted_rows_permute_the_selection(name: str, count: int, k: int, seed: int) -> None:
@@ -338,7 +311,7 @@ def test_permuted_rows_permute_the_selection(name: str, count: int, k: int, seed
     assert {int(order[i]): w for i, w in there if w} == here
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", list(selection.RULES))
 @examples
 @given(shape=st.lists(st.integers(1, 3), min_size=1, max_size=2), count=st.integers(1, 9), k=st.integers(0, 10))
 def test_batched_equals_row_by_row(name: str, shape: list[int], count: int, k: int) -> None:
@@ -390,7 +363,7 @@ def test_nothing_is_read_back(name: str) -> None:
         scores, noise = torch.empty(4, 16), torch.empty(4, 16)
         valid = torch.empty(4, 16, dtype=torch.bool)
         index, weight = selection.RULES[name].function(scores, valid, 6, noise)
-        assert index.shape == weight.shape == ((6,) if name == "sequence_aware" else (4, 6))
+        assert index.shape == weight.shape == (4, 6)
 
 
 @pytest.mark.parametrize("name", list(selection.RULES))
@@ -418,7 +391,6 @@ def test_bad_arguments(name: str) -> None:
         ("trimmed", {"tau": 1.5}, r"tau is 1\.5, expected a fraction in \[0, 1\]"),
         ("trimmed", {"epsilon": -0.1}, r"epsilon is -0\.1"),
         ("importance", {"floor": 0.0}, r"floor is 0\.0, expected a share in \(0, 1\]"),
-        ("sequence_aware", {"min_tokens_per_sequence": 0}, "min_tokens_per_sequence is 0"),
     ],
 )
 def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:

@@ -122,13 +122,11 @@ def loss_truth(
     softcap: float = 0.0,
     ignore_index: int = IGNORED,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
 ) -> Truth:
     """The loss and its derivatives by hidden, weight, bias and row_weight, multiplied out by hand.
 
-    With p = softmax(x), ε the smoothing, z the z-loss: d l / d x = (1 + 2 z lse) p - (1 - ε) onehot - ε / V; the
-    soft-cap x = c·tanh(a / c) multiplies by 1 - tanh²(a / c), a = (h·W + b)·scale / divisor by scale / divisor.
+    With p = softmax(x): d l / d x = p - onehot; the soft-cap x = c·tanh(a / c) multiplies by 1 - tanh²(a / c),
+    a = (h·W + b)·scale / divisor by scale / divisor.
     """
     every = torch.arange(len(case.hidden)) if case.rows is None else case.rows.cpu().long()
     labels = case.target.cpu().long()[every]
@@ -145,25 +143,20 @@ def loss_truth(
 
     onehot = F.one_hot(labels, classes).double()
     own = head.x.gather(1, labels[:, None])[:, 0]
-    losses = head.lse - (1 - label_smoothing) * own + z_loss * head.lse**2
-    if label_smoothing:
-        losses = losses - label_smoothing * head.x.mean(-1)
+    losses = head.lse - own
     loss = (per_row * losses).sum() * share
     p = (head.x - head.lse[:, None]).exp()
-    gain = 1 + 2 * z_loss * head.lse
-    by_x = gain[:, None] * p - (1 - label_smoothing) * onehot - label_smoothing / classes
     factor = (per_row * share * grad * head.factor)[:, None]
-    by_output = by_x * head.slope * factor
+    by_output = (p - onehot) * head.slope * factor
 
-    terms_of_x = (gain.abs()[:, None] * p + (1 - label_smoothing) * onehot + label_smoothing / classes) * factor.abs()
+    terms_of_x = (p + onehot) * factor.abs()
     # d (Σ w·l / Σ w) / d w_i = (l_i - loss) / Σ w.
     by_weights = (losses - (loss if reduction == "mean" else 0.0)) * share * grad
-    loss_size = gain.abs() * head.size
-    total_size = (per_row.abs() * abs(share) * loss_size).sum()
+    total_size = (per_row.abs() * abs(share) * head.size).sum()
     values, terms, sizes = {}, {}, {}
     by_rows, by_place = torch.zeros_like(double(case.hidden)), torch.zeros(len(every), dtype=torch.float64)
     place = counted.nonzero()[:, 0]
-    weights_size = (loss_size + (total_size if reduction == "mean" else 0.0)) * abs(share * grad)
+    weights_size = (head.size + (total_size if reduction == "mean" else 0.0)) * abs(share * grad)
     absolute = head.weight.abs(), head.hidden.abs(), total_size, weights_size
     for into, by_logits, weight, hidden, in_loss, of_weights in (
         (values, by_output, head.weight, head.hidden, loss, by_weights),
@@ -189,8 +182,6 @@ def plain_loss(
     softcap: float = 0.0,
     ignore_index: int = IGNORED,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     rows: Tensor | None = None,
     num_items: Tensor | None = None,
 ) -> Tensor:
@@ -202,9 +193,7 @@ def plain_loss(
         x = torch.tanh(x / softcap) * softcap
     x, target = x.float(), target.long()
     counted = (target != ignore_index).float()
-    losses = F.cross_entropy(x, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
-    if z_loss:
-        losses = losses + z_loss * x.logsumexp(-1) ** 2 * counted
+    losses = F.cross_entropy(x, target, ignore_index=ignore_index, reduction="none")
     per_row = counted if row_weight is None else counted * row_weight.float()
     total = (per_row * losses).sum()
     amount = {"mean": per_row.sum(), "sum": 1.0, "num_items": num_items}[reduction]

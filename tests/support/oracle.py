@@ -82,6 +82,12 @@ def step(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.
     return loss.detach(), gradients(model)
 
 
+def rounding(*lengths: int) -> float:
+    """How far, relative to their size, results of fp32 sums of these lengths are apart where their order differs: each
+    addition rounds by half a unit, to first order (Higham, Accuracy and Stability, 4.2)."""
+    return sum(lengths) * torch.finfo(torch.float32).eps / 2
+
+
 def rows_of(batch: Batch, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """The batch restricted to some rows."""
     return {name: tensor[rows] for name, tensor in batch.items()}
@@ -98,6 +104,20 @@ def assert_same_step(
     """Equality of loss and gradients; bitwise unless a tolerance is given."""
     torch.testing.assert_close(loss, expected_loss, rtol=rtol, atol=atol)
     assert_same_gradients(actual, expected, rtol, atol)
+
+
+def assert_step_within(
+    share: float,
+    loss: torch.Tensor,
+    actual: Mapping[str, torch.Tensor | None],
+    expected_loss: torch.Tensor,
+    expected: Mapping[str, torch.Tensor | None],
+) -> None:
+    """The loss within `share` of itself, every gradient within `share` of the step's largest entry: a gradient that is
+    zero but for rounding has no size of its own."""
+    largest = max(g.abs().max().item() for g in expected.values() if g is not None)
+    torch.testing.assert_close(loss, expected_loss, rtol=share, atol=0.0)
+    assert_same_gradients(actual, expected, rtol=0.0, atol=share * largest)
 
 
 def assert_same_gradients(

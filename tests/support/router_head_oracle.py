@@ -21,10 +21,6 @@ def operands(
     return hidden, weight, bias, torch.randint(0, classes, (rows,), generator=generator)
 
 
-def orthonormal(width: int, rank: int, seed: int = 0) -> Tensor:
-    return torch.linalg.qr(torch.randn(width, rank, generator=torch.Generator().manual_seed(seed))).Q
-
-
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale=1.0, divisor=1.0, softcap=0.0) -> Tensor:
     """float64 logits by definition."""
     x = hidden.double() @ weight.double().T
@@ -57,15 +53,6 @@ def sampled_truth(args: tuple, columns: Tensor, column_weight: Tensor, options: 
     classes = torch.cat([own, x[:, columns]], 1)
     times = torch.cat([torch.ones_like(own), others], 1)
     return statistics_of(classes, own[:, 0], times, target, IGNORED)[:2]
-
-
-def low_rank_truth(args: tuple, basis: Tensor, options: tuple = (1.0, 1.0, 0.0)) -> Tensor:
-    hidden, weight, bias, target = args
-    projection = basis.double() @ basis.double().T
-    at = target.clamp(min=0).unsqueeze(1)
-    own = logits(hidden, weight, bias, *options).gather(1, at)
-    x = logits(hidden.double() @ projection, weight, bias, *options).scatter(1, at, own)
-    return statistics_of(x, own[:, 0], torch.ones_like(x), target, IGNORED)
 
 
 def quantised(x: Tensor) -> Tensor:
