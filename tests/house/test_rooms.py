@@ -18,7 +18,7 @@ from cggr_compile.passes.pipeline import OPTIONAL, ROUTES, passes_for, passes_sc
 
 from cggr_compile.config import RoutingConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = "cggr_compile"
 
 # A room, and those it may import beside itself; `errors` may be imported everywhere.

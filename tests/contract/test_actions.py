@@ -1,6 +1,6 @@
 """Whatever is done to a model between two steps, the next one equals eager on what was selected, or is refused.
 
-    HYPOTHESIS_PROFILE=fuzz ACTION_SEQUENCES=125 pytest tests/test_actions.py --hypothesis-seed=1
+    HYPOTHESIS_PROFILE=fuzz ACTION_SEQUENCES=125 pytest tests/contract/test_actions.py --hypothesis-seed=1
 
 draws 125 sequences of actions; CI draws a few, always the same.
 """

@@ -246,7 +246,7 @@ def test_the_backend_needs_no_import() -> None:
         "import cggr_compile as cggr\n"
         "print('rows', cggr.handle(compiled).selected.tolist())\n"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     eager = build("llama")

@@ -62,7 +62,7 @@ def test_an_environment_that_switches_dynamo_off_is_named() -> None:
         "try: cggr.optimize(Toy().train(), ratio=0.5, inner='eager')(**toy_batch())\n"
         "except cggr.CannotOptimize as error: print(error)"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent / "support"), *sys.path])
+    paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": paths}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.startswith("cannot optimize: TORCHDYNAMO_DISABLE=1 in the environment")

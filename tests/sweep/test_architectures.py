@@ -34,7 +34,7 @@ import cggr_compile as cggr
 from cggr_compile.checking.eager_layers import LayerStackNotFound, layer_calls
 from cggr_compile.checking.eager_tokens import TokensNotTold, _at
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EVERY = candidates()
 RANDOMNESS = re.compile(r".*(drop|pdrop|jitter).*")
 

@@ -11,7 +11,7 @@ from cggr_compile.passes.pipeline import OPTIONAL
 
 from cggr_compile.config import OPTIONAL_PASSES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [
     path for top in ("cggr_compile", "passes", "kernels", "tests", "benchmarks") for path in (ROOT / top).rglob("*.py")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from processes import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(code: str, cwd: Path) -> str:

@@ -1,6 +1,6 @@
 """Option sets drawn pairwise over the whole table, on two models: each step equals eager's, or the set is refused.
 
-    HYPOTHESIS_PROFILE=long OPTION_SEED=1 pytest tests/test_option_sets.py
+    HYPOTHESIS_PROFILE=long OPTION_SEED=1 pytest tests/contract/test_option_sets.py
 
 draws OPTION_SETS of them, 200 if not given, for each of the two models; CI draws a few, always the same.
 """

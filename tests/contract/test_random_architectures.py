@@ -1,6 +1,6 @@
 """The contract on decoder models composed at random, with and without numbered layers; none is a transformers class.
 
-`HYPOTHESIS_PROFILE=fuzz pytest tests/test_random_architectures.py --hypothesis-seed=1` runs 500 of them.
+`HYPOTHESIS_PROFILE=fuzz pytest tests/contract/test_random_architectures.py --hypothesis-seed=1` runs 500 of them.
 """
 
 from __future__ import annotations
