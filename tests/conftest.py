@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=_SLOW)
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40, suppress_health_check=_SLOW)
 settings.register_profile("long", deadline=None, max_examples=1000, suppress_health_check=_SLOW)
 settings.register_profile("fuzz", deadline=None, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -26,15 +26,28 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci":
         later = pytest.mark.skip(reason="runs with the long profile (make test-long)")
-        for item in items:
-            if "long" in item.keywords:
-                item.add_marker(later)
+        for item in [item for item in items if "long" in item.keywords] + _beyond_samples(items):
+            item.add_marker(later)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def _beyond_samples(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of each test marked `sample(n)` the cases but for n, which are spread evenly over them."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    beyond = []
+    for those in cases.values():
+        number = those[0].get_closest_marker("sample").args[0]
+        kept = {len(those) * i // number for i in range(number)}
+        beyond += [item for place, item in enumerate(those) if place not in kept]
+    return beyond
 
 
 @pytest.fixture(autouse=True)

@@ -81,6 +81,7 @@ def step(model: nn.Module, autocast: bool = False) -> None:
         optimized(**batch)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name",
     [
@@ -96,6 +97,7 @@ def test_the_graph_is_the_traced_one(name: str, monkeypatch: pytest.MonkeyPatch)
     assert both.replayed > len(both.graphs[0].nodes) / 3
 
 
+@pytest.mark.long
 def test_deeper_stacks_are_traced_with_as_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[int] = []
 
@@ -114,6 +116,7 @@ def test_deeper_stacks_are_traced_with_as_many_calls(monkeypatch: pytest.MonkeyP
     assert traced[0] == traced[1] > 0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_dropout_and_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both(monkeypatch)
@@ -134,6 +137,7 @@ def test_checkpointed_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert regions >= set(range(1, DEEP + 1))
 
 
+@pytest.mark.long
 def test_experts_whose_graph_mutates(monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both(monkeypatch)
     step(deep("mixtral"))
@@ -200,6 +204,7 @@ class Stack(Toy):
         return hidden
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("function", [halves, itself, frozen, sizes, constants, written, repeated])
 def test_calls_that_are_not_plain(function: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both(monkeypatch)

@@ -13,7 +13,6 @@ from architectures import ARCHITECTURES, VOCABULARY, build
 
 import cggr_compile as cggr
 from cggr_compile.run import plan
-from cggr_compile.run.runtime import Runtime
 
 ROWS, LENGTH, MICRO = 16, 10, 4
 RATIO = 0.75
@@ -47,12 +46,10 @@ RULES: list[tuple[str, dict[str, float] | None, tuple[int, ...], tuple[float, ..
 
 def apply_rule(model: torch.nn.Module, rule: str, options: dict[str, float] | None) -> None:
     """The model's one capture under another rule, which only runs the passes anew."""
-    (plan,) = model.cggr.runtime.plans
-    config = dataclasses.replace(model.cggr.config, selection=rule, selection_options=options)
-    own = Runtime(config)
-    own.plans.append(plan)
-    plan.__init__(plan.captured, own)
-    model.cggr.runtime = own
+    runtime = model.cggr.runtime
+    (plan,) = runtime.plans
+    runtime.config = dataclasses.replace(runtime.config, selection=rule, selection_options=options)
+    plan.__init__(plan.captured, runtime)
 
 
 def test_micro_batches_add_up_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import actions
 import torch
 from hypothesis import event, given, note, settings
 
-EXAMPLES = int(os.environ.get("ACTION_SEQUENCES", 4 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 125))
+EXAMPLES = int(os.environ.get("ACTION_SEQUENCES", 2 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 125))
 
 
 @settings(max_examples=EXAMPLES)

@@ -53,6 +53,7 @@ def test_gradient_checkpointing_is_exact_and_still_saves_memory() -> None:
     assert saved_bytes(model, batch) < plain_bytes / 2
 
 
+@pytest.mark.long
 def test_the_partitioners_memory_budget_holds_inside() -> None:
     eager, batch = build("llama"), token_batch(8, 32)
     plain, tight = optimized(eager, inner="aot_eager"), optimized(eager, inner="aot_eager")
@@ -64,6 +65,7 @@ def test_the_partitioners_memory_budget_holds_inside() -> None:
     oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "options",
     [{"outline_layers": True}, *(pytest.param(o, marks=pytest.mark.long) for o in ({}, {"inner": "inductor"}))],
@@ -79,6 +81,7 @@ def test_elementwise_results_are_recomputed_where_asked(options: dict[str, Any])
     oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", pytest.param("mixtral", marks=pytest.mark.long)])
 def test_autocast_loses_no_gradient(name: str) -> None:
     """The original CGGR's router filled autocast's weight cache under no_grad: 28 of 56 parameters got no gradient."""
@@ -128,6 +131,7 @@ def test_dropout_is_eagers_under_the_same_generator_state() -> None:
     assert torch.equal(rows, oracle.expected_rows(quiet, ARCHITECTURES["gpt2"], batch, 0.4, 2))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("ratio", [0.4, 1.0])
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_batch_without_counted_labels_has_a_connected_zero_loss(name: str, ratio: float) -> None:
@@ -171,6 +175,7 @@ def test_a_row_with_nan_scores_is_not_selected() -> None:
     assert loss.isfinite()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
     "options",
@@ -249,6 +254,7 @@ def test_random_rows_leave_torchs_generator_alone_and_follow_the_seed() -> None:
     assert len({tuple(rows) for rows in drawn[0]}) > 1
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("rows", "length"), [pytest.param(2, 12, marks=pytest.mark.long), (12, 12), (1, 12), (5, 2)])
 def test_odd_shapes(rows: int, length: int) -> None:
     """B = 2, B = S, one row (passes unrouted) and the shortest sequence."""

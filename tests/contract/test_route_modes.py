@@ -129,6 +129,7 @@ def test_a_batch_of_one_row_is_routed(route: Any) -> None:
     oracle.assert_same_step(*actual, *expected, **tolerances(route))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiled_inner_backends_agree_within_rounding(route: Any, inner: str) -> None:

@@ -75,6 +75,7 @@ def router_products(program: Program) -> list[torch.fx.Node]:
     return graph.find_nodes(op="call_function", target=target)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "body"),
     [
@@ -140,6 +141,7 @@ def test_products_keep_their_modules_and_regions() -> None:
     assert all("model.layers." in text for text in added)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [{}, pytest.param({"router_layers": 4}, marks=pytest.mark.long)])
 def test_outlined_layers_select_alike(options: dict[str, int]) -> None:
     config = T.LlamaConfig(**{**GROUPED, "num_hidden_layers": DEEP})
@@ -212,6 +214,7 @@ def test_a_provider_that_cannot_run_is_refused() -> None:
         cggr.explain(build("llama"), token_batch(), **OPTIONS, kernels={"fp8_linear": "scaled_mm"})
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("route", ["token", "loss", ("sequence", "loss")])
 def test_other_routes_score_their_tokens_with_it(route: str | tuple[str, ...]) -> None:
     """In place of the exact body's operators, and of no others."""

@@ -43,6 +43,7 @@ def row_sums(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Te
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).sum(1)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("rule", "options", "items"),
     [

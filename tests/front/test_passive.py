@@ -106,6 +106,7 @@ def test_two_models_with_different_options_do_not_share_anything() -> None:
     assert few.cggr.captures == many.cggr.captures == 1
 
 
+@pytest.mark.long
 def test_more_models_of_one_class_than_dynamos_limit() -> None:
     """Dynamo counts recompilations by code object; each optimised model has its own."""
     model = build("llama")

@@ -193,6 +193,7 @@ def test_zero_sizes(shape: tuple[int, ...], places: list[int], dim: int) -> None
     assert torch.equal(backward(out, places, dim, shape[dim]), torch.zeros(shape))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 17])
 @pytest.mark.parametrize("inner", [1, 3, 8, 33])
 def test_ragged_tiles(rows: int, inner: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,7 @@ def one_tile(dtype: torch.dtype = torch.float32, **options: object) -> Case:
 # Tiles.
 
 
+@pytest.mark.sample(4)
 @both
 @pytest.mark.parametrize("blocks", ["blocks of a tile", "one block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -100,6 +101,7 @@ def test_work_done_once_per_tile_over_three_ragged_tiles_in_each_dimension(
         check(algorithm, draw(*SHAPE, dtype, seed=1))
 
 
+@pytest.mark.sample(1)
 @both
 def test_work_done_once_per_tile_of_a_fixed_size(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Three ragged tiles of kernels whose tiles are constants of at most 128: target logits, sums of columns, scores.
@@ -109,6 +111,7 @@ def test_work_done_once_per_tile_of_a_fixed_size(algorithm: str, monkeypatch: py
     check(algorithm, draw(131, 300, 131))
 
 
+@pytest.mark.sample(6)
 @both
 @pytest.mark.parametrize("classes", [1, 15, 16, 33])
 @pytest.mark.parametrize("level", [-60.0, 0.0])
@@ -198,6 +201,7 @@ def test_true_class_gradient_where_p_is_nearly_one_in_bf16(algorithm: str, gap: 
     torch.testing.assert_close(double(found["hidden"][:, 0]), truth["hidden"][:, 0], rtol=allowed, atol=0)
 
 
+@pytest.mark.sample(1)
 @both
 def test_bf16_accumulation_over_a_large_vocabulary_is_fp32(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
@@ -230,6 +234,7 @@ def test_bf16_accumulation_over_many_blocks_of_rows_is_fp32(algorithm: str) -> N
     torch.testing.assert_close(double(found["weight"]), truth.values["weight"], rtol=2**-7, atol=0)
 
 
+@pytest.mark.sample(6)
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gap", [58.0, 62.0, 90.0, 1000.0])
@@ -268,6 +273,7 @@ def test_all_labels_ignored_is_zero_connected_with_zero_gradients(
     assert all(torch.equal(x, torch.zeros_like(x)) for x in found.values())
 
 
+@pytest.mark.sample(4)
 @both
 @pytest.mark.parametrize("label", [19, 31, -1, 2**31, 2**33 + 3])
 def test_label_out_of_range_makes_the_loss_nan(algorithm: str, label: int) -> None:
@@ -278,6 +284,7 @@ def test_label_out_of_range_makes_the_loss_nan(algorithm: str, label: int) -> No
     assert steps(algorithm, case, softcap=4.0, reduction="sum")["loss"].isnan()
 
 
+@pytest.mark.sample(3)
 @both
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
 def test_int32_and_narrower_labels(algorithm: str, dtype: torch.dtype) -> None:
@@ -347,6 +354,7 @@ def test_row_weight_of_zero_takes_a_row_out(algorithm: str) -> None:
     assert all((x == 0).all() for x in none.values())
 
 
+@pytest.mark.sample(5)
 @both
 @pytest.mark.parametrize("trained", TRAINED, ids="+".join)
 def test_frozen_weight_frozen_hidden_and_frozen_bias_get_and_cost_no_gradient(

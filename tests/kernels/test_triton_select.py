@@ -136,6 +136,7 @@ def test_rows_over_several_blocks_with_ties_across_them(
         assert selected(key, mask, k) == truths(key, mask, k)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 70])
 @pytest.mark.parametrize("values", [0, 3])
 def test_k_of_one_of_all_and_of_more(length: int, values: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,7 @@ def repeated(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("branch", "ratio"),
     [

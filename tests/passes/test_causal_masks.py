@@ -171,6 +171,7 @@ def test_causality_needs_no_batch_and_no_head() -> None:
     assert reach(IndexFunction(sizes, query < key + 3)) is None
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "padded"), [("llama", False), ("gemma3", False), pytest.param("llama", True, marks=pytest.mark.long)]
 )

@@ -39,6 +39,7 @@ def captured(request: pytest.FixtureRequest) -> tuple[nn.Module, Program, bool]:
     return model, plans.captured(model, token_batch()), architecture.causal
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_label_out_of_range_raises_in_any_row(
     captured: tuple[nn.Module, Program, bool], options: dict[str, Any]

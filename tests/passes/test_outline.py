@@ -39,6 +39,7 @@ def counts(routed: plans.Routed) -> tuple[int, int]:
     return variant.pieces, variant.bodies
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("selection", ["topk", "random"])
 def test_the_sequence_route_is_eagers_on_the_selected_rows(llama: tuple[nn.Module, Program], selection: str) -> None:
     eager = copy.deepcopy(llama[0])
@@ -70,6 +71,7 @@ def test_a_step_on_everything_is_divided_too(llama: tuple[nn.Module, Program]) -
     assert (routed.plan.unrouted.pieces, routed.plan.unrouted.bodies) == (LAYERS + 1, 3)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["gemma2", *(pytest.param(n, marks=pytest.mark.long) for n in ("mixtral", "gpt2"))])
 def test_other_families(name: str) -> None:
     """Windows in turn, experts whose statistics reach the loss, another block."""
@@ -89,6 +91,7 @@ def test_other_families(name: str) -> None:
     assert variant.bodies <= 4  # of windows there are two kinds of layers
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", ["checkpointing", "autocast"])
 def test_modes(mode: str) -> None:
     eager, batch = eager_of(LLAMA), token_batch()

@@ -44,6 +44,7 @@ def without_metadata(program: Program) -> Program:
     return program
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gpt_neox"])
 def test_layers_are_found_by_repetition_where_metadata_is_missing(name: str) -> None:
     """The same number of layers; the residual of each is the tensor that metadata names or one the same layer makes."""

@@ -192,7 +192,7 @@ def test_between_probes_no_router_runs_and_a_probe_runs_the_same_code(
     held_out = math.ceil(10 / 6)  # half of the 20 rows with labels, of which a step's 6 run at a time
     assert ran == {"router scores": 1, "main losses": 1, "random": held_out + 1 + DRAWS + 1}
     ran.clear()
-    plan(*captured.inputs(batch))
+    Step(plan, captured.model.cggr.runtime)(*captured.inputs(batch))
     assert ran == {"random": 1}
     assert not [name for name in operator_counts(plan.program.graph) if "score" in name or "draw" in name]
     assert not {"router", "score"} & {node.meta[PART] for node in plan.program.graph.nodes}

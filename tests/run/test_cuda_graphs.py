@@ -76,6 +76,7 @@ def assert_same(replayed: torch.nn.Module, plain: torch.nn.Module) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"d {name}: {m}")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{"selection": "importance"}, {"route": "token"}])
 def test_training_is_the_same(device: str, options: dict) -> None:
     replayed, plain = pair(device, **options)
@@ -185,6 +186,7 @@ def test_gradients_that_are_held_keep_their_values(
     assert "copied" in replayed.cggr.report().cuda_graphs
 
 
+@pytest.mark.sample(1)
 def test_micro_batches_after_steps_without(device: str) -> None:
     replayed, plain = pair(device)
     small, large = batches(device, 4, batch=4), batches(device, 4, batch=8)

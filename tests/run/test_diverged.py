@@ -46,6 +46,7 @@ def positive_only(scores: Tensor, valid: Tensor, k: int, noise: Tensor) -> tuple
     return index, (scores[index] > 0).float()
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize(
     "options",
     [
@@ -72,6 +73,7 @@ def test_the_loss_and_the_gradients_are_nan_as_eagers(
         assert gradients[name].isnan().any() == gradient.isnan().any(), name
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("selected_by", RULES[2:])
 def test_rows_whose_score_is_nan_train_only_where_too_few_are_left(
     llama: tuple[nn.Module, Program], selected_by: str

@@ -24,6 +24,7 @@ def toy(**options: Any) -> Toy:
     return cggr.optimize(Toy().train(), **{**OPTIONS, **options})
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_scores_are_the_router_s_and_the_step_is_as_if_it_had_run(name: str) -> None:
     """Against eager: the scores choose the rows that the eager router chooses, and gradients are those rows' alone."""

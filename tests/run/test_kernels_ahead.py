@@ -56,6 +56,7 @@ def _bfloat16_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         head_oracle.shrink_tiles(monkeypatch)
 
 
+@pytest.mark.sample(4)
 @needs_interpreter
 @pytest.mark.parametrize(
     ("options", "autocast"),

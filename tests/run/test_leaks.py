@@ -38,6 +38,7 @@ def refused() -> None:
         cggr.optimize(model, inner="eager")(**toy_batch())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "use",
     [

@@ -361,12 +361,15 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
         sweep(["lama"], 1, 60, 8, tmp_path / "r.json", tmp_path / "r.md", "sequence", TEXT)
 
 
-def test_the_script_examines_on_both_routes(tmp_path: Path) -> None:
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("name", ["architectures-token", "architectures"])
+def test_the_script_examines_a_page(name: str, tmp_path: Path) -> None:
     for folder in ("benchmarks/results", "docs"):
         (tmp_path / folder).mkdir(parents=True)
     script = [sys.executable, str(ROOT / "benchmarks" / "architectures.py"), "--root", str(tmp_path)]
-    subprocess.run([*script, "--only", "gpt2"], check=True, capture_output=True, timeout=300, env=environment())
-    for name in ("architectures", "architectures-token"):
-        (record,) = load(tmp_path / "benchmarks" / "results" / f"{name}-cpu.json").values()
-        assert (record.candidate.model_class, record.status) == ("GPT2LMHeadModel", "exact")
-        assert "| gpt2 | GPT2LMHeadModel | yes |" in (tmp_path / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    subprocess.run(
+        [*script, "--page", name, "--only", "gpt2"], check=True, capture_output=True, timeout=300, env=environment()
+    )
+    (record,) = load(tmp_path / "benchmarks" / "results" / f"{name}-cpu.json").values()
+    assert (record.candidate.model_class, record.status) == ("GPT2LMHeadModel", "exact")
+    assert "| gpt2 | GPT2LMHeadModel | yes |" in (tmp_path / "docs" / f"{name}.md").read_text(encoding="utf-8")
