@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import cggr_compile.kernels.op  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.reference.selection import rule_of
 from cggr_compile.passes.analyse.find_layers import find_layers

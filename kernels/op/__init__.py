@@ -1,1 +1,15 @@
-"""The operators: schema, fake, autograd, checks."""
+"""The operators: schema, fake, autograd, checks. Importing this registers all of `torch.ops.cggr`."""
+
+from cggr_compile.kernels.op import (
+    fp8_linear,
+    gather,
+    labels,
+    masked_loss,
+    router_heads,
+    score,
+    select,
+    selection,
+    tokens,
+)
+
+__all__ = ["fp8_linear", "gather", "labels", "masked_loss", "router_heads", "score", "select", "selection", "tokens"]

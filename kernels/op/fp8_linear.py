@@ -10,7 +10,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op.checks import (
+    check_dtype,
+    check_shape,
+    no_gradient,
+    no_gradient_backward,
+    register_autocast,
+)
 from cggr_compile.kernels.reference import router_heads
 from torch import Tensor
 
@@ -81,10 +87,10 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     torch._check_type(
         input.is_floating_point(), lambda: f"cggr::fp8_linear: input is {input.dtype}, expected a floating dtype"
     )
-    ops._check_dtype("fp8_linear", "weight", weight, (input.dtype,))
+    check_dtype("fp8_linear", "weight", weight, (input.dtype,))
     if bias is not None:
-        ops._check_shape("fp8_linear", "bias", bias, (weight.shape[0],), "[O]")
-        ops._check_dtype("fp8_linear", "bias", bias, (input.dtype,))
+        check_shape("fp8_linear", "bias", bias, (weight.shape[0],), "[O]")
+        check_dtype("fp8_linear", "bias", bias, (input.dtype,))
 
 
 @torch.library.custom_op(
@@ -102,5 +108,5 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-fp8_linear_op.register_autograd(ops._no_gradient_backward, setup_context=ops._no_gradient)
-ops._register_autocast(fp8_linear_op._opoverload, _OPERANDS)
+fp8_linear_op.register_autograd(no_gradient_backward, setup_context=no_gradient)
+register_autocast(fp8_linear_op._opoverload, _OPERANDS)

@@ -9,7 +9,7 @@ front of its readers.
 from __future__ import annotations
 
 import torch
-from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op.checks import INTEGERS, check_dtype
 from torch import Tensor
 
 
@@ -24,7 +24,7 @@ def checked_target(target: Tensor, classes: int, ignore_index: int = -100) -> Te
     Where one is not, it raises as torch's cross-entropy does: IndexError on the CPU; on CUDA an assertion fails on the
     device, and nothing is read back. Other devices do not check, as torch does not there.
     """
-    ops._check_dtype("checked_target", "target", target, ops._INTEGERS)
+    check_dtype("checked_target", "target", target, INTEGERS)
     label = target.long()
     inside = (label.clamp(0, classes - 1) == label) | (label == ignore_index)
     if target.device.type == "cuda":
@@ -36,5 +36,5 @@ def checked_target(target: Tensor, classes: int, ignore_index: int = -100) -> Te
 
 @checked_target.register_fake
 def _checked_target_fake(target: Tensor, classes: int, ignore_index: int = -100) -> Tensor:
-    ops._check_dtype("checked_target", "target", target, ops._INTEGERS)
+    check_dtype("checked_target", "target", target, INTEGERS)
     return torch.empty_like(target)

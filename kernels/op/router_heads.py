@@ -10,7 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op.checks import (
+    HEAD_OPERANDS,
+    HEAD_OPTIONS,
+    INTEGERS,
+    check_dtype,
+    check_head,
+    check_shape,
+    no_gradient,
+    no_gradient_backward,
+    register_autocast,
+)
 from cggr_compile.kernels.reference import router_heads
 from cggr_compile.kernels.reference import rows as reference
 from torch import Tensor
@@ -33,10 +43,10 @@ def _new_statistics(hidden: Tensor, quantities: Sequence[str]) -> Tensor:
 def _check_sample_columns(
     target: Tensor, noise: Tensor, classes: int, frequent: int, sampled: int, ignore_index: int = -100
 ) -> None:
-    ops._check_shape("sample_columns", "target", target, (target.numel(),), "[N]")
-    ops._check_dtype("sample_columns", "target", target, ops._INTEGERS)
-    ops._check_shape("sample_columns", "noise", noise, (1,), "[1]")
-    ops._check_dtype("sample_columns", "noise", noise, (torch.float32,))
+    check_shape("sample_columns", "target", target, (target.numel(),), "[N]")
+    check_dtype("sample_columns", "target", target, INTEGERS)
+    check_shape("sample_columns", "noise", noise, (1,), "[1]")
+    check_dtype("sample_columns", "noise", noise, (torch.float32,))
     torch._check_value(frequent >= 0, lambda: f"cggr::sample_columns: frequent is {frequent}, expected at least 0")
     torch._check_value(sampled >= 1, lambda: f"cggr::sample_columns: sampled is {sampled}, expected at least 1")
 
@@ -75,11 +85,11 @@ def _check_sampled_score(
     *_: float,
     **__: float,
 ) -> None:
-    ops._check_head("sampled_score", hidden, weight, bias, target)
-    ops._check_shape("sampled_score", "columns", columns, (columns.numel(),), "[C]")
-    ops._check_dtype("sampled_score", "columns", columns, (torch.int64, torch.int32))
-    ops._check_shape("sampled_score", "column_weight", column_weight, columns.shape, "[C] as columns")
-    ops._check_dtype("sampled_score", "column_weight", column_weight, (torch.float32,))
+    check_head("sampled_score", hidden, weight, bias, target)
+    check_shape("sampled_score", "columns", columns, (columns.numel(),), "[C]")
+    check_dtype("sampled_score", "columns", columns, (torch.int64, torch.int32))
+    check_shape("sampled_score", "column_weight", column_weight, columns.shape, "[C] as columns")
+    check_dtype("sampled_score", "column_weight", column_weight, (torch.float32,))
     _check_quantities("sampled_score", quantities, router_heads.SAMPLED_QUANTITIES)
 
 
@@ -92,7 +102,7 @@ def define_sampled_score(namespace: str, implementation: Callable[..., Tensor]) 
     @torch.library.custom_op(
         f"{namespace}::sampled_score",
         mutates_args=(),
-        schema=f"({_OPERANDS}, Tensor columns, Tensor column_weight, str[] quantities, {ops._HEAD_OPTIONS}) -> Tensor",
+        schema=f"({_OPERANDS}, Tensor columns, Tensor column_weight, str[] quantities, {HEAD_OPTIONS}) -> Tensor",
     )
     def op(*args: Any, **options: Any) -> Tensor:
         _check_sampled_score(*args, **options)
@@ -103,7 +113,7 @@ def define_sampled_score(namespace: str, implementation: Callable[..., Tensor]) 
         _check_sampled_score(*args, **options)
         return _new_statistics(args[0], args[6])
 
-    return _without_gradient(op, ops._HEAD_OPERANDS)
+    return _without_gradient(op, HEAD_OPERANDS)
 
 
 def _check_fp8_score(
@@ -115,7 +125,7 @@ def _check_fp8_score(
     *_: float,
     **__: float,
 ) -> None:
-    ops._check_head("fp8_score", hidden, weight, bias, target)
+    check_head("fp8_score", hidden, weight, bias, target)
     _check_quantities("fp8_score", quantities, list(reference.QUANTITIES))
 
 
@@ -128,7 +138,7 @@ def define_fp8_score(namespace: str, implementation: Callable[..., Tensor]) -> C
     @torch.library.custom_op(
         f"{namespace}::fp8_score",
         mutates_args=(),
-        schema=f"({_OPERANDS}, str[] quantities, {ops._HEAD_OPTIONS}) -> Tensor",
+        schema=f"({_OPERANDS}, str[] quantities, {HEAD_OPTIONS}) -> Tensor",
     )
     def op(*args: Any, **options: Any) -> Tensor:
         _check_fp8_score(*args, **options)
@@ -139,13 +149,13 @@ def define_fp8_score(namespace: str, implementation: Callable[..., Tensor]) -> C
         _check_fp8_score(*args, **options)
         return _new_statistics(args[0], args[4])
 
-    return _without_gradient(op, ops._HEAD_OPERANDS)
+    return _without_gradient(op, HEAD_OPERANDS)
 
 
 def _without_gradient(op: CustomOpDef, cast: int) -> CustomOpDef:
-    op.register_autograd(ops._no_gradient_backward, setup_context=ops._no_gradient)
+    op.register_autograd(no_gradient_backward, setup_context=no_gradient)
     if cast:
-        ops._register_autocast(op._opoverload, cast)
+        register_autocast(op._opoverload, cast)
     return op
 
 

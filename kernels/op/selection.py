@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
 import torch
-from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op.checks import check_dtype, check_shape, no_gradient, no_gradient_backward
 from cggr_compile.kernels.reference import selection
 from torch import Tensor
 
@@ -93,11 +93,11 @@ def _rule(rule: str) -> str | selection.RuleFunction:
 
 def _check(scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor, names: Sequence[str]) -> None:
     torch._check_value(scores.dim() >= 1, lambda: "cggr::draw: scores has shape (), expected [..., N]")
-    ops._check_dtype("draw", "scores", scores, (torch.float32,))
-    ops._check_shape("draw", "valid", valid, scores.shape, "[..., N] as scores")
-    ops._check_dtype("draw", "valid", valid, (torch.bool,))
-    ops._check_shape("draw", "noise", noise, scores.shape, "[..., N] as scores")
-    ops._check_dtype("draw", "noise", noise, (torch.float32,))
+    check_dtype("draw", "scores", scores, (torch.float32,))
+    check_shape("draw", "valid", valid, scores.shape, "[..., N] as scores")
+    check_dtype("draw", "valid", valid, (torch.bool,))
+    check_shape("draw", "noise", noise, scores.shape, "[..., N] as scores")
+    check_dtype("draw", "noise", noise, (torch.float32,))
     torch._check_value(
         rule in DRAWING or rule in _FUNCTIONS,
         lambda: f"cggr::draw: rule is {rule!r}, expected one of {list(DRAWING)} or the key of a function that lives",
@@ -133,4 +133,4 @@ def _draw_fake(
     return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
 
 
-draw.register_autograd(ops._no_gradient_backward, setup_context=ops._no_gradient)
+draw.register_autograd(no_gradient_backward, setup_context=no_gradient)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op.checks import check_dtype, check_shape
 from torch import Tensor
 
 
@@ -52,7 +52,7 @@ def _check_positions(op: str, positions: Tensor) -> None:
         positions.dim() == 2,
         lambda: f"cggr::{op}: positions has shape {tuple(positions.shape)}, expected [B, k]",
     )
-    ops._check_dtype(op, "positions", positions, (torch.int64,))
+    check_dtype(op, "positions", positions, (torch.int64,))
 
 
 def _check_gather(x: Tensor, positions: Tensor, dims: Sequence[int], lead: int) -> None:
@@ -84,8 +84,8 @@ def _check_scatter(full: Tensor, part: Tensor, positions: Tensor) -> None:
     torch._check_value(
         full.dim() >= 2, lambda: f"cggr::scatter_tokens: full has shape {tuple(full.shape)}, expected [B, S, ...]"
     )
-    ops._check_shape("scatter_tokens", "part", part, (*positions.shape, *full.shape[2:]), "[B, k, ...]")
-    ops._check_shape("scatter_tokens", "full", full, (positions.shape[0], *full.shape[1:]), "[B, S, ...]")
+    check_shape("scatter_tokens", "part", part, (*positions.shape, *full.shape[2:]), "[B, k, ...]")
+    check_shape("scatter_tokens", "full", full, (positions.shape[0], *full.shape[1:]), "[B, S, ...]")
 
 
 @torch.library.custom_op(

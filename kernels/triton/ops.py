@@ -8,8 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from cggr_compile.kernels.op import gather as gather_op
+from cggr_compile.kernels.op import masked_loss as masked_loss_op
 from cggr_compile.kernels.op import router_heads as router_head_ops
-from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op import score as score_op
+from cggr_compile.kernels.op import select as select_op
+from cggr_compile.kernels.op.checks import HEAD_OPERANDS, register_autocast
 from cggr_compile.kernels.triton import blocks
 from cggr_compile.kernels.triton import gather as gather_kernels
 from cggr_compile.kernels.triton import loss as loss_kernels
@@ -18,9 +22,9 @@ from cggr_compile.kernels.triton import select as select_kernels
 from cggr_compile.kernels.triton.loss import Options, default_algorithm, why_not_one_pass
 from torch import Tensor
 
-score = ops.define_score("cggr_triton", score_kernels.score)
-select = ops.define_select("cggr_triton", select_kernels.select)
-gather = ops.define_gather("cggr_triton", gather_kernels.gather, gather_kernels.gather_backward)
+score = score_op.define_score("cggr_triton", score_kernels.score)
+select = select_op.define_select("cggr_triton", select_kernels.select)
+gather = gather_op.define_gather("cggr_triton", gather_kernels.gather, gather_kernels.gather_backward)
 
 sampled_score = router_head_ops.define_sampled_score("cggr_triton", score_kernels.sampled_score)
 fp8_score = router_head_ops.define_fp8_score("cggr_triton", score_kernels.fp8_score)
@@ -49,7 +53,7 @@ def _checked(args: tuple[Any, ...]) -> tuple[Any, Options, tuple[bool, bool, boo
     tensors, numbers, (wanted, algorithm) = args[:7], args[7:12], args[12:]
     *operands, rows, num_items = tensors
     arguments: list[Any] = [*operands, *numbers, rows, num_items]
-    ops.check_masked_loss("masked_loss", *arguments)
+    masked_loss_op.check_masked_loss("masked_loss", *arguments)
     return tensors, Options(*numbers), tuple(wanted), algorithm
 
 
@@ -149,8 +153,8 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 
 masked_loss_forward.register_autograd(_autograd, setup_context=_context)
-ops._register_autocast(masked_loss_forward._opoverload, ops._HEAD_OPERANDS)
-ops._register_autocast(masked_loss_backward._opoverload, 0)
+register_autocast(masked_loss_forward._opoverload, HEAD_OPERANDS)
+register_autocast(masked_loss_backward._opoverload, 0)
 
 
 def masked_loss(

@@ -16,7 +16,6 @@ After::
 
 from __future__ import annotations
 
-import cggr_compile.kernels.op.labels  # noqa: F401  registers torch.ops.cggr
 import torch
 
 from cggr_compile.config import RoutingConfig

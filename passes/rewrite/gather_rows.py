@@ -19,7 +19,6 @@ After::
 
 from __future__ import annotations
 
-import cggr_compile.kernels.op.labels  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.passes.analyse.row_flow import RowFlow
 from torch import fx

@@ -32,7 +32,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import cggr_compile.kernels.op.tokens  # noqa: F401  registers torch.ops.cggr
 import torch
 from torch import fx
 

@@ -22,7 +22,6 @@ After::
 
 from __future__ import annotations
 
-import cggr_compile.kernels.op.rows  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.reference.selection import rule_of
 from cggr_compile.passes.rewrite.shared import by_position, head_parameters, rows_of, without_fillers

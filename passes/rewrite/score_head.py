@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any, NamedTuple
 
-import cggr_compile.kernels.op.router_heads  # noqa: F401  registers torch.ops.cggr
 import torch
 from torch import fx
 

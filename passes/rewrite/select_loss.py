@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import cggr_compile.kernels.op.rows  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.reference.selection import rule_of
 from cggr_compile.passes.rewrite.shared import drawn, first, fresh_size, preferred, without_fillers

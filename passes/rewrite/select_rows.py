@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 from operator import getitem
 
-import cggr_compile.kernels.op.rows  # noqa: F401  registers torch.ops.cggr
 import torch
 from cggr_compile.kernels.reference.selection import rule_of
 from cggr_compile.passes.rewrite.shared import drawn, fresh_size, selectable

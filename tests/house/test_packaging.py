@@ -60,7 +60,7 @@ def test_the_built_wheel_imports_from_an_empty_folder(distributions: Path, tmp_p
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "import cggr_compile, cggr_compile.passes.pipeline, cggr_compile.kernels.op.rows, importlib.metadata as m\n"
+        "import cggr_compile, cggr_compile.passes.pipeline, cggr_compile.kernels.op.score, importlib.metadata as m\n"
         "print(cggr_compile.__file__)\n"
         "print([e.value for e in m.entry_points(group='torch_dynamo_backends') if e.name == 'cggr'][0])\n"
         "print(m.version('cggr-compile') == cggr_compile.__version__)\n"
@@ -74,4 +74,4 @@ def test_the_built_wheel_imports_from_an_empty_folder(distributions: Path, tmp_p
 def test_the_sdist_holds_sources_tests_and_licence(distributions: Path) -> None:
     with tarfile.open(next(distributions.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"passes/pipeline.py", "kernels/op/rows.py", "LICENSE", "README.md", "cggr_compile/front/api.py"} <= names
+    assert {"passes/pipeline.py", "kernels/op/score.py", "LICENSE", "README.md", "cggr_compile/front/api.py"} <= names

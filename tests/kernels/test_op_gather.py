@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op import gather as gather_op
 from cggr_compile.kernels.reference import rows as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,4 +148,4 @@ def test_errors_name_the_argument(argument: str, replacement: object, error: typ
 @pytest.mark.parametrize(("shape", "dim"), [((5,), 0), ((5, 3), 0), ((2, 5, 3), -2), ((2, 3, 4, 5), 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
-    opcheck(ops.gather, (torch.randn(shape, dtype=dtype, requires_grad=True), torch.tensor([4, 0, 0]), dim))
+    opcheck(gather_op.gather, (torch.randn(shape, dtype=dtype, requires_grad=True), torch.tensor([4, 0, 0]), dim))

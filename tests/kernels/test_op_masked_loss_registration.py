@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op import masked_loss as masked_loss_op
 from cggr_compile.kernels.reference import rows as reference
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -146,7 +146,7 @@ def test_errors_name_the_argument(argument: str, replacement: object, error: typ
 def test_opcheck(with_bias: bool, dtype: torch.dtype, options: tuple) -> None:
     hidden, weight, bias, target = operands(dtype=dtype)
     target[target == IGNORED] = options[4] if len(options) > 1 else IGNORED
-    opcheck(ops.masked_loss, (hidden, weight, bias if with_bias else None, target, *options))
+    opcheck(masked_loss_op.masked_loss, (hidden, weight, bias if with_bias else None, target, *options))
 
 
 @pytest.mark.parametrize("wanted", [[True] * 4, [True, False, False, False], [False, True, True, False]])
@@ -156,7 +156,7 @@ def test_opcheck_of_the_backward(wanted: list[bool], transposed: bool) -> None:
     if transposed:
         hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
     args = (torch.tensor(0.7), hidden, weight, bias, target, weights().detach())
-    opcheck(ops.masked_loss_backward, (*args, wanted, 2.0, 3.0, 5.0, IGNORED, "mean"))
+    opcheck(masked_loss_op.masked_loss_backward, (*args, wanted, 2.0, 3.0, 5.0, IGNORED, "mean"))
 
 
 def test_every_operator_has_a_signature_that_inductor_can_bind() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op import score as score_op
 from cggr_compile.kernels.reference import rows as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -302,7 +302,7 @@ def test_opcheck(bias: bool, dtype: torch.dtype, options: tuple) -> None:
     hidden, weight, offset, target = operands(6, 8, 11, dtype)
     target[1] = 1
     leaves = [hidden.requires_grad_(), weight.requires_grad_(), offset if bias else None]
-    opcheck(ops.score, (*leaves, target, *options))
+    opcheck(score_op.score, (*leaves, target, *options))
 
 
 @settings(deadline=None)

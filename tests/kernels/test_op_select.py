@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cggr_compile.kernels.op import rows as ops
+from cggr_compile.kernels.op import select as select_op
 from cggr_compile.kernels.reference import rows as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,4 +233,4 @@ def test_random_without_noise_raises() -> None:
 def test_opcheck(shape: tuple[int, ...], k: int, rule: str) -> None:
     generator = torch.Generator().manual_seed(0)
     scores, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    opcheck(ops.select, (scores.requires_grad_(), noise > 0, k, rule, noise))
+    opcheck(select_op.select, (scores.requires_grad_(), noise > 0, k, rule, noise))

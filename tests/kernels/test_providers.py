@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cggr_compile.kernels import op as operators
 from cggr_compile.kernels import providers
-from cggr_compile.kernels.op import fp8_linear
-from cggr_compile.kernels.op import router_heads as router_head_ops
-from cggr_compile.kernels.op import rows as ops
-from cggr_compile.kernels.op import selection as selection_ops
-from cggr_compile.kernels.op import tokens as token_ops
 from cggr_compile.kernels.providers import LONGEST_SELECT, PROVIDERS, Place, Provider, choose, passed_over
 from cggr_compile.kernels.reference import rows as reference
 
@@ -83,8 +79,8 @@ def test_the_choice_on_a_gpu(op: str, dtype: torch.dtype, name: str) -> None:
 
 
 def test_the_table_covers_the_operators_and_names_providers_by_their_keys() -> None:
-    defined = {name for module in (fp8_linear, ops, router_head_ops, selection_ops, token_ops) for name in vars(module)}
-    assert all(op in defined and hasattr(torch.ops.cggr, op) for op in PROVIDERS)
+    defined = {name for module in operators.__all__ for name in vars(getattr(operators, module))}
+    assert all(name in defined and hasattr(torch.ops.cggr, name) for name in PROVIDERS)
     assert all(name == provider.name for table in PROVIDERS.values() for name, provider in table.items())
 
 
