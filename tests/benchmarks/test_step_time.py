@@ -56,6 +56,7 @@ def test_an_arm_that_dies_says_why(printed: str, reason: str) -> None:
     assert step_time.outcome(process, timeout=60) == {"failed": reason}
 
 
+@pytest.mark.long
 def test_the_step_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # arms are processes, as for a user
     output = tmp_path / "out.json"

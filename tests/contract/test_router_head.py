@@ -84,6 +84,7 @@ def fp8(head: Head) -> torch.Tensor:
     return x.logsumexp(1) - x.gather(1, head.target.clamp(min=0).unsqueeze(1))[:, 0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("router_head", "name"), [("sampled", "gemma2"), ("sampled", "llama"), ("fp8", "bert")])
 def test_rows_are_those_of_the_head_and_gradients_those_of_eager(router_head: str, name: str) -> None:
     """Four steps, of which the first and third agree in shape. A sampled model has an inner backend that counts as a

@@ -262,6 +262,7 @@ def test_report_and_diff_name_what_is_gathered(deep: tuple[nn.Module, Program]) 
     assert "tokens of each sequence" in diff.to_html()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, *([torch.bfloat16, torch.uint8] if LONG else [])])
 def test_a_padding_mask_of_any_dtype_tells_padding(dtype: torch.dtype) -> None:
     batch = token_batch()

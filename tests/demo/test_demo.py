@@ -106,6 +106,7 @@ def test_demo_leaves_every_file_and_every_sample(inputs: Inputs, capsys: pytest.
     assert "result.json" in shown
 
 
+@pytest.mark.long
 def test_plain_arm_is_the_eager_training_loop(inputs: Inputs) -> None:
     output = run(inputs)
     arm = json.loads((output / "result.json").read_text())["arms"]["plain"]

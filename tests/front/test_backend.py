@@ -14,6 +14,7 @@ import cggr_compile as cggr
 OPTIONS = {"ratio": 0.4, "router_layers": 2, "inner": "eager"}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dynamic", [None, True, False])
 def test_static_or_dynamic_the_backend_routes_exactly(dynamic: bool | None) -> None:
     """A static capture is traced again with symbols; the batch sizes then share it."""

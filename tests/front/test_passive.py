@@ -68,6 +68,7 @@ def test_generate_and_save_pretrained_behave_as_before(pair: tuple, tmp_path: Pa
     assert not hasattr(loaded, "cggr")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_restore_leaves_no_trace(name: str) -> None:
     model = build(name)
@@ -150,6 +151,7 @@ def test_saving_whole_model_and_state_dict(pair: tuple) -> None:
             eager.load_state_dict(loaded)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_moving_the_model(when: str) -> None:
     model = build("llama")
@@ -233,6 +235,7 @@ def test_explain_works_on_the_meta_device() -> None:
     assert cggr.explain(model, batch).program.layers is not None
 
 
+@pytest.mark.long
 def test_the_backend_needs_no_import() -> None:
     """In a process that never imports the package, the entry point finds the backend."""
     script = (

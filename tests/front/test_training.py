@@ -205,6 +205,7 @@ class OutOfMemoryOnce(transformers.TrainerCallback):
             raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
 
 
+@pytest.mark.long
 def test_a_run_that_starts_over_starts_the_schedule_over(tmp_path: Path) -> None:
     """After an out-of-memory error, and in a second `train()`; a hook on the optimiser does not count twice."""
     arguments = transformers.TrainingArguments(

@@ -100,6 +100,7 @@ def unfreeze(model: Toy, pattern: int) -> None:
         layer.requires_grad_(bool(pattern >> bit & 1))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_layers_unfrozen_in_turn_are_one_plan(inner: str) -> None:
     """More patterns than Dynamo's own limit of 8; compiled code is kept for each."""

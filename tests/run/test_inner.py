@@ -21,6 +21,7 @@ import cggr_compile as cggr
 from cggr_compile.run import inner
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_a_later_process_is_served_from_inductors_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second compilation stands for another process: Dynamo starts anew and only the disk is shared.

@@ -96,6 +96,7 @@ def test_a_class_of_each_mechanism_is_exact(model_type: str, objective: str, lay
     assert ran
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("model_type", "objective"), [("bart", "causal"), ("esm", "masked"), ("mobilebert", "masked")])
 def test_what_spells_its_head_or_loss_otherwise_can_be_inspected(model_type: str, objective: str) -> None:
     model = build(candidate(model_type, objective))
