@@ -15,18 +15,36 @@ _ACTIVATIONS = ("output_hidden_states", "output_attentions")
 
 
 def named_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name, those that are None left out."""
+    """All arguments by name, those left out that are None where nothing else is the default.
+
+    Raises:
+        CannotOptimize: an argument has no name to be given by.
+    """
     signature = inspect.signature(forward)
+    parameters = signature.parameters
     bound = signature.bind_partial(*args, **kwargs).arguments
     named: dict[str, Any] = {}
     for name, arg in bound.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+        if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             named.update(arg)
+        elif parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise CannotOptimize(
+                f"the forward takes {name} by position only, and a routed step gives every argument by its name",
+                hint=f"give {name} a name in the forward's signature, or leave it out of training calls",
+            )
         else:
             named[name] = arg
-    if "use_cache" in signature.parameters:
+    if "use_cache" in parameters:
         named["use_cache"] = False
-    return {name: arg for name, arg in named.items() if arg is not None}
+    items, ids = named.get("num_items_in_batch"), named.get("input_ids")
+    if isinstance(items, (int, float)) and isinstance(ids, torch.Tensor):
+        named["num_items_in_batch"] = torch.tensor(items, device=ids.device)  # in the graph, and of every value
+    unset = (None, inspect.Parameter.empty)
+    return {
+        name: arg
+        for name, arg in named.items()
+        if arg is not None or (name in parameters and parameters[name].default not in unset)
+    }
 
 
 def check_call(arguments: dict[str, Any], model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from cggr_compile.capture.retrace import functional_aten
 from cggr_compile.capture.unify import unify
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import ORIGIN, PART, REGION, Autocast, Input, Program, Region, Snapshot, expression, value
+from cggr_compile.ir.roles import changes_of
 from cggr_compile.torch_internals import dynamo, symbols
 
 aten = torch.ops.aten
@@ -66,7 +67,18 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Program:
     graph, inputs = _normalize(traced, sources, batch, sequence)
     branches = branches_of(fake_mode.shape_env)
     program = Program(graph, traced, inputs, fake_mode, batch, sequence, branches, _stored(gm))
+    _refuse_changed_arguments(program)
     return Program(**{**vars(program), "snapshots": (Snapshot("capture", graph),)})
+
+
+def _refuse_changed_arguments(program: Program) -> None:
+    for node in changes_of(program):
+        if program.kind(node.args[0]) == "batch":
+            raise CannotOptimize(
+                f"the forward changes {program.path(node.args[0])} in place",
+                node=node,
+                hint="let it change a copy: a routed step runs on some of the rows",
+            )
 
 
 def _stored(gm: fx.GraphModule) -> frozenset[int]:

@@ -42,7 +42,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from cggr_compile.capture.copies import Calls, Mutation, Replayer, mutates
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.torch_internals import autograd
+from cggr_compile.torch_internals import autograd, dynamo, tracing
 
 aten = torch.ops.aten
 
@@ -63,8 +63,12 @@ def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
     def run(*args: Any) -> Any:
         return _Inliner(gm, calls).run(*args)
 
-    def run_with_mutable_dropout(*args: Any) -> Any:
-        return _Functional(gm).run(*args)
+    changed: list[int] = []
+
+    def run_with_changes(*args: Any) -> Any:
+        outputs = _Functional(gm).run(*args)
+        changed[:] = [place for place, arg in enumerate(args) if tracing.is_changed(arg)]
+        return (*outputs, *(args[place] for place in changed))
 
     with fx_traceback.preserve_node_meta():
         try:
@@ -76,11 +80,45 @@ def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
         if not functional:
             with enable_python_dispatcher():
                 mode = FunctionalTensorMode(pre_dispatch=True, export=True)
-                functionalized = dispatch_functionalize(run_with_mutable_dropout, mode)
+                functionalized = dispatch_functionalize(run_with_changes, mode)
                 decompositions = {aten.copy.default: _copy}
                 traced = make_fx(functionalized, decompositions, pre_dispatch=True, tracing_mode="real")(*fakes)
+            _write_back(traced, changed, [place for place in changed if fakes[place].requires_grad])
     _refuse_escaped_values(traced)
     return traced
+
+
+def _write_back(traced: fx.GraphModule, changed: list[int], trained: list[int]) -> None:
+    """Writes what a forward changed in place, the last of the outputs, into the inputs: state that it keeps, as batch
+    norm keeps its statistics. Places of inputs; `trained` are those of `changed` that require a gradient.
+
+    Raises:
+        CannotOptimize: it changed a parameter that trains, whose gradient is that of the changed one.
+    """
+    output = next(iter(traced.graph.find_nodes(op="output")))
+    values = list(output.args[0])
+    inputs = traced.graph.find_nodes(op="placeholder", sort=True)
+    with traced.graph.inserting_after(inputs[-1]):
+        for place in changed:  # a backward that has saved the input must not find it changed
+            before = traced.graph.call_function(aten.clone.default, (inputs[place],))
+            before.meta = {**inputs[place].meta, "val": inputs[place].meta["val"].clone()}
+            inputs[place].replace_all_uses_with(before)
+            before.args = (inputs[place],)
+    with traced.graph.inserting_before(output):
+        if changed:
+            traced.graph.call_function(torch._C._set_grad_enabled, (False,))
+        for place, new in zip(changed, values[len(values) - len(changed) :], strict=True):
+            if place in trained:
+                raise CannotOptimize(
+                    "the forward changes a parameter in place",
+                    node=new,
+                    hint="change it after optimizer.step(), or make it a buffer",
+                )
+            written = traced.graph.call_function(aten.copy_.default, (inputs[place], new))
+            written.meta = {**new.meta, "val": inputs[place].meta["val"]}
+        if changed:
+            traced.graph.call_function(torch._C._set_grad_enabled, (True,))
+    output.args = (tuple(values[: len(values) - len(changed)]),)
 
 
 class _Inliner(Replayer):
@@ -111,6 +149,12 @@ class _Inliner(Replayer):
             return Replayer(body, self.calls).run(*inputs)
         if target is torch.ops.higher_order.autograd_function_apply:
             return _opaque(target, args, kwargs)
+        name = getattr(target, "__name__", "")
+        if getattr(target, "__module__", "") == F.__name__ and getattr(F, name, target) is not target:
+            # A library has put another function into its place, which the model called and Dynamo traced into. Under a
+            # trace torch's own would look its name up and find that again.
+            with dynamo.replaced(F, name, target):
+                return super().call_function(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
 

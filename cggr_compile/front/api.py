@@ -62,6 +62,8 @@ def restore(model: M) -> M:
     handle = vars(model).get("cggr")
     if not isinstance(handle, Handle):
         return model
+    if handle.model is not model:
+        raise RuntimeError("cannot restore a shallow copy of an optimized model; copy it by copy.deepcopy")
     if not is_routed(vars(model).get("forward")):
         raise RuntimeError(
             f"cannot restore {type(model).__name__}: its forward was patched again after cggr.optimize; "

@@ -57,6 +57,11 @@ class Guard:
                 "a replica of torch.nn.DataParallel would run the first device's model",
                 hint="use DistributedDataParallel (accelerate launch, torchrun), or make one device visible",
             )
+        if module is not self.handle.model:
+            raise CannotOptimize(
+                "a shallow copy of an optimized model shares its forward and would run the original",
+                hint="copy it by copy.deepcopy",
+            )
 
     @untraced_hook
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

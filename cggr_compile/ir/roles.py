@@ -63,6 +63,12 @@ def has_tokens(program: Program, val: Any) -> bool:
     return all(program.same_size(size, wanted) for size, wanted in zip(val.shape, shape, strict=True))
 
 
+def changes_of(program: Program) -> list[fx.Node]:
+    """The nodes that write into inputs of the graph: what a forward changes in place, as batch norm its statistics."""
+    copies = program.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    return [node for node in copies if node.args[0].op == "placeholder"]
+
+
 def main_roots(program: Analysed) -> list[fx.Node]:
     """What the main pass must compute: the outputs, and nodes that act by side effect."""
     outputs = [out for out in program.outputs if isinstance(out, fx.Node)]

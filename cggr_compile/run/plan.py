@@ -11,10 +11,11 @@ import torch
 
 from cggr_compile.capture.branches import Branches
 from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
 from cggr_compile.ir.program import Analysed, Program, callers_region, is_tensor, value
-from cggr_compile.ir.roles import router_layers, token_ids
+from cggr_compile.ir.roles import changes_of, router_layers, token_ids
 from cggr_compile.kernels.reference.selection import rule_name
 from cggr_compile.passes.pipeline import Pass, analyse, passes_for, passes_scores, passes_unrouted, routable, run
 from cggr_compile.passes.rewrite.take_scores import GIVEN_SCORES
@@ -49,6 +50,12 @@ class Plan:
         guards = len(captured.shape_env.guards)
         self.routable = routable(captured, owner.config)
         self.analysed = analyse(captured, owner.config)
+        if len(owner.choices) > 1 and changes_of(captured):
+            raise CannotOptimize(
+                "the forward changes a buffer, and the probes of selection='auto' would change it too",
+                node=changes_of(captured)[0],
+                hint="name a rule, e.g. selection='random'",
+            )
         self.routes: dict[str, Route] = {}
         # All now: what cannot be routed by scores is refused at once, and passes read the caller's autocast.
         for config in owner.choices:

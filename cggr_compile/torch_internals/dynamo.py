@@ -200,7 +200,7 @@ def stored_nodes() -> set[str]:
 
     def add(variable: Any) -> None:
         waiting.extend(effects.store_attr_mutations.get(variable, {}).values())
-        if isinstance(variable, TensorVariable):
+        if issubclass(type(variable), TensorVariable):  # isinstance would make an input of what was never read
             found.add(variable.as_proxy().node.name)
 
     while waiting:

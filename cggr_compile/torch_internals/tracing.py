@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_slot, set_proxy_slot
 
 
@@ -34,3 +35,11 @@ def trace_call(tracer: Any, target: Callable[..., Any], args: Any, kwargs: Any) 
 def track(tracer: Any, tensor: torch.Tensor, node: fx.Node) -> None:
     """Makes a node stand for a tensor in the trace under way. Its sizes are not tracked: they are another's."""
     set_proxy_slot(tensor, tracer, _ProxyTensor(tracer.proxy(node), None))
+
+
+def is_changed(value: Any) -> bool:
+    """Whether what runs under functionalisation has changed this argument of it in place."""
+    if not isinstance(value, FunctionalTensor):
+        return False
+    torch._sync(value)
+    return bool(torch._functionalize_has_data_mutation(value.elem))

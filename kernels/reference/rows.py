@@ -231,6 +231,12 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.index_select(dim, index)
 
 
+def _cross_entropy(x: Tensor, target: Tensor, reduction: str, ignore_index: int) -> Tensor:
+    """torch's own, whatever a library has put into `torch.nn.functional` for models to call."""
+    code = {"none": 0, "mean": 1, "sum": 2}[reduction]
+    return torch.ops.aten.cross_entropy_loss.default(x, target, None, code, ignore_index, 0.0)
+
+
 def masked_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -266,10 +272,10 @@ def masked_loss(
     target = target.long()
     counted = target != ignore_index
     if row_weight is None:
-        total = F.cross_entropy(x, target, ignore_index=ignore_index, reduction="sum")
+        total = _cross_entropy(x, target, "sum", ignore_index)
         amount = counted.sum()
     else:
-        nll = F.cross_entropy(x, target, ignore_index=ignore_index, reduction="none")
+        nll = _cross_entropy(x, target, "none", ignore_index)
         counted_weight = torch.where(counted, row_weight.float(), 0.0)
         total = (counted_weight * nll).sum()
         amount = counted_weight.sum()

@@ -6,9 +6,10 @@ The logits of the training rows then exist only inside the operator, a batch who
 Rules that weigh what they select make the loss an estimate of the batch's: with weights w = 1 / π, Σ w·nll over the
 batch's counted tokens, which is unbiased; with weights that stand for shares, Σ w·nll / Σ w.
 
-A loss that the model reduces by `sum` (divided later by `num_items_in_batch`, which counts the whole batch) is scaled
-by counted tokens of the batch / counted tokens kept: it estimates the batch's sum, so gradient accumulation keeps the
-gradient scale of plain training.
+A loss that the model reduces by `sum` and divides by an input (`num_items_in_batch`, which counts the whole batch) is
+scaled by counted tokens of the batch / counted tokens kept: it estimates the batch's sum, so gradient accumulation has
+the gradient scale of plain training. A divisor that the model counts in its rows counts the kept ones, and needs
+nothing.
 
 Before::
 
@@ -23,15 +24,17 @@ After::
 from __future__ import annotations
 
 import torch
-from cggr_compile.kernels.reference.selection import rule_of
+from cggr_compile.kernels.reference.selection import rule_name, rule_of
 from cggr_compile.passes.rewrite.shared import by_position, head_parameters, rows_of, without_fillers
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.builder import Builder
-from cggr_compile.ir.dataflow import ancestors, clone
+from cggr_compile.ir.dataflow import ancestors, clone, descendants
 from cggr_compile.ir.program import Analysed, Region, StepOutputs, is_tensor, value
 from cggr_compile.ir.roles import main_roots, token_ids
+from cggr_compile.ir.sequence_order import packet_of
 
 aten = torch.ops.aten
 
@@ -75,7 +78,17 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
         num_items,
     )
     selects = routing.rows is not None or rows is not None
-    if head.reduction == "sum" and selects and not unbiased:
+    divisor = _divisor(program) if head.reduction == "sum" and selects else None
+    if divisor is not None and _counts_rows(program, divisor):
+        # It counts the kept ones, of which the loss is then the mean, as in eager.
+        if row_weight is not None:
+            raise CannotOptimize(
+                f"selection={rule_name(config.selection)!r} weighs what it selects, and the loss is a sum that the "
+                "model divides by what it counts itself",
+                node=divisor,
+                hint="let the model use reduction='mean', or a selection that weighs all alike, e.g. 'topk'",
+            )
+    elif head.reduction == "sum" and selects and not unbiased and (divisor is not None or row_weight is not None):
         loss = _scaled_to_batch(builder, loss, kept, row_weight, _counted_in_batch(builder, target))
     builder.part, builder.region = "select", Region(grad=False)
     mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
@@ -89,6 +102,26 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     own = tuple(None if out is None else builder.env[out] for out in outputs)
     builder.output(own + StepOutputs(**extra, loss_mask=mask))
     return builder.finish("mask_loss")
+
+
+def _divisor(program: Analysed) -> fx.Node | None:
+    """The first tensor or size that the model divides its loss by; None where there is none but constants."""
+    of_loss = descendants([program.head.loss])
+    for node in program.graph.nodes:
+        if node in of_loss and packet_of(node) in (aten.div, aten.div_) and isinstance(node.args[1], fx.Node):
+            return node.args[1]
+    return None
+
+
+def _counts_rows(program: Analysed, node: fx.Node) -> bool:
+    """Whether a value depends on the rows that the step is given, or on how many they are."""
+    read = [source for source in ancestors([node]) | {node} if source.op == "placeholder"]
+    return any(
+        program.kind(source) in ("size", "added")
+        or (is_tensor(source) and any(program.mentions(size, program.batch) for size in value(source).shape))
+        for source in read
+        if isinstance(program.batch, torch.SymInt)
+    )
 
 
 def _row_weight(builder: Builder[Analysed], config: RoutingConfig, target: fx.Node) -> fx.Node | None:

@@ -305,7 +305,8 @@ def _step(world: World, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Ten
     if world.around == "nothing":
         loss = world.model(**batch).loss
     else:
-        given = next(world.model.parameters()) if world.around == "reentrant checkpoint" else None
+        trained = (parameter for parameter in world.model.parameters() if parameter.requires_grad)
+        given = next(trained) if world.around == "reentrant checkpoint" else None
         run = lambda _: world.model(**batch).loss  # noqa: E731  what is checkpointed, with an input that has a gradient
         loss = checkpoint(run, given, use_reentrant=world.around == "reentrant checkpoint")
     loss.backward()

@@ -1,0 +1,191 @@
+"""What models of users do and library models hardly: state changed in place, losses divided by hand, odd signatures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from toys import WIDTH, WORDS, Toy, toy_batch
+
+import cggr_compile as cggr
+
+OPTIONS = {"ratio": 0.5, "router_layers": 2, "inner": "eager", "seed": 0}
+
+
+def agrees(model: nn.Module, eager: nn.Module, batch: dict[str, Any]) -> None:
+    """One routed step of `model` equals one of `eager` on the rows that it selected: loss, gradients and buffers."""
+    model.zero_grad()
+    eager.zero_grad()
+    loss = model(**batch)[0]
+    loss.backward()
+    rows = model.cggr.selected
+    expected = eager(**{name: x[rows] if isinstance(x, Tensor) else x for name, x in batch.items()})[0]
+    expected.backward()
+    assert torch.equal(loss, expected)
+    for (name, tensor), wanted in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert (tensor.grad is None) == (wanted.grad is None), name
+        assert tensor.grad is None or torch.equal(tensor.grad, wanted.grad), name
+    for (name, tensor), wanted in zip(model.named_buffers(), eager.buffers(), strict=True):
+        assert torch.equal(tensor, wanted), name
+
+
+def pair(kind: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A routed model, and an eager one of the same weights."""
+    torch.manual_seed(0)
+    eager = kind().train()
+    return cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, **options}), eager
+
+
+class Statistics(Toy):
+    """Batch norm, a mean over steps changed in place and read in the next step, and a buffer that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("unread", torch.zeros((), dtype=torch.long))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden = super().middle(hidden - self.mean)
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(hidden.mean((0, 1)))
+        return self.norm(hidden.transpose(1, 2)).transpose(1, 2)
+
+
+class Reassigned(Toy):
+    """Puts another tensor into a buffer's place, beside one that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("unread", torch.zeros((), dtype=torch.long))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        self.mean = self.mean * 0.9 + hidden.detach().mean((0, 1)) * 0.1
+        return super().middle(hidden + self.mean)
+
+
+@pytest.mark.parametrize("kind", [Statistics, Reassigned])
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_state_is_that_of_eager_on_the_selected_rows(kind: type[Toy], ratio: float) -> None:
+    model, eager = pair(kind, ratio=ratio, selection="random")
+    for seed in range(3):
+        agrees(model, eager, toy_batch(8, seed=seed))
+    assert eager.mean.abs().sum() > 0
+
+
+def test_state_is_kept_under_the_backend_too() -> None:
+    torch.manual_seed(0)
+    model = torch.compile(Statistics().train(), backend="cggr", options={**OPTIONS, "selection": "random"})
+    for seed in range(2):
+        model(**toy_batch(8, seed=seed))[0].backward()
+    assert model._orig_mod.norm.num_batches_tracked == 2
+    assert model._orig_mod.mean.abs().sum() > 0
+
+
+class ChangesIds(Toy):
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> tuple:
+        input_ids.clamp_(min=1)
+        return super().forward(input_ids, labels)
+
+
+class ChangesWeights(Toy):
+    def middle(self, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.layers[0].weight.clamp_(-1, 1)
+        return super().middle(hidden)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        (ChangesIds, {}, "the forward changes input_ids in place"),
+        (ChangesWeights, {}, "the forward changes a parameter in place"),
+        (Statistics, {"selection": "auto"}, "the probes of selection='auto' would change it too"),
+    ],
+)
+def test_what_may_not_be_changed_is_named(kind: type[Toy], options: dict[str, Any], reason: str) -> None:
+    model, _ = pair(kind, **options)
+    with pytest.raises(cggr.CannotOptimize, match=reason):
+        model(**toy_batch(8))
+
+
+DIVISORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "nothing": lambda total, labels: total,
+    "a number": lambda total, labels: total / 7.0,
+    "counted labels": lambda total, labels: total / (labels != -100).sum(),
+    "elements": lambda total, labels: total / labels.numel(),
+    "rows": lambda total, labels: total / labels.shape[0],
+}
+
+
+def divided(divisor: str) -> type[Toy]:
+    class Divided(Toy):
+        def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            total = F.cross_entropy(logits.reshape(-1, WORDS), labels.reshape(-1), reduction="sum")
+            return DIVISORS[divisor](total, labels)
+
+    return Divided
+
+
+@pytest.mark.parametrize("divisor", DIVISORS)
+def test_a_sum_that_the_model_divides_is_eagers_of_the_selected_rows(divisor: str) -> None:
+    model, eager = pair(divided(divisor))
+    agrees(model, eager, toy_batch(8, ignored=0.2))
+
+
+def test_weighted_selections_of_a_sum_that_the_model_divides_are_refused() -> None:
+    model, _ = pair(divided("counted labels"), selection="importance")
+    with pytest.raises(cggr.CannotOptimize, match="divides by what it counts itself"):
+        model(**toy_batch(8))
+
+
+def test_another_function_in_the_place_of_torchs_cross_entropy_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libraries of fused losses do it."""
+    original = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *args, **options: original(*args, **options) * 2)
+    model, eager = pair(Toy)
+    agrees(model, eager, toy_batch(8))
+
+
+class Scaled(Toy):
+    """None and a number that is not the default mean different things."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, alpha: float | None = 0.1) -> tuple:
+        loss, *rest = super().forward(input_ids, labels)
+        return (loss if alpha is None else loss + alpha, *rest)
+
+
+def test_an_argument_given_as_none_is_none() -> None:
+    for alpha in (None, 0.5):
+        model, eager = pair(Scaled)
+        agrees(model, eager, {**toy_batch(8), "alpha": alpha})
+
+
+class Positional(Toy):
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *factors: float, **others: Any) -> tuple:
+        loss, *rest = super().forward(input_ids, labels)
+        return (loss * (factors[0] if factors else 1.0), *rest)
+
+
+def test_arguments_without_a_name_are_refused() -> None:
+    model, _ = pair(Positional)
+    batch = toy_batch(8)
+    with pytest.raises(cggr.CannotOptimize, match="the forward takes factors by position only"):
+        model(batch["input_ids"], batch["labels"], 2.0)
+
+
+def test_a_shallow_copy_is_refused() -> None:
+    model, _ = pair(Toy)
+    copied = copy.copy(model)
+    with pytest.raises(cggr.CannotOptimize, match="a shallow copy of an optimized model"):
+        copied(**toy_batch(8))
+    with pytest.raises(RuntimeError, match="a shallow copy"):
+        cggr.restore(copied)
+    model(**toy_batch(8))
