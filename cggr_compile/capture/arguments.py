@@ -36,9 +36,6 @@ def named_arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str, 
             named[name] = arg
     if "use_cache" in parameters:
         named["use_cache"] = False
-    items, ids = named.get("num_items_in_batch"), named.get("input_ids")
-    if isinstance(items, (int, float)) and isinstance(ids, torch.Tensor):
-        named["num_items_in_batch"] = torch.tensor(items, device=ids.device)  # in the graph, and of every value
     unset = (None, inspect.Parameter.empty)
     return {
         name: arg

@@ -66,7 +66,8 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Program:
     batch, sequence = _settled(fake_mode.shape_env, batch), _settled(fake_mode.shape_env, sequence)
     graph, inputs = _normalize(traced, sources, batch, sequence)
     branches = branches_of(fake_mode.shape_env)
-    program = Program(graph, traced, inputs, fake_mode, batch, sequence, branches, _stored(gm))
+    numbers = dynamo.numbers_given()
+    program = Program(graph, traced, inputs, fake_mode, batch, sequence, branches, _stored(gm), numbers)
     _refuse_changed_arguments(program)
     return Program(**{**vars(program), "snapshots": (Snapshot("capture", graph),)})
 

@@ -83,42 +83,42 @@ def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
                 functionalized = dispatch_functionalize(run_with_changes, mode)
                 decompositions = {aten.copy.default: _copy}
                 traced = make_fx(functionalized, decompositions, pre_dispatch=True, tracing_mode="real")(*fakes)
-            _write_back(traced, changed, [place for place in changed if fakes[place].requires_grad])
+            if changed:
+                _write_back(traced, changed, fakes)
     _refuse_escaped_values(traced)
     return traced
 
 
-def _write_back(traced: fx.GraphModule, changed: list[int], trained: list[int]) -> None:
-    """Writes what a forward changed in place, the last of the outputs, into the inputs: state that it keeps, as batch
-    norm keeps its statistics. Places of inputs; `trained` are those of `changed` that require a gradient.
+def _write_back(traced: fx.GraphModule, changed: list[int], fakes: list[Any]) -> None:
+    """Writes what a forward changed in place, the last of the outputs, into the inputs at the places `changed`: state
+    that it keeps, as batch norm keeps its statistics.
 
     Raises:
         CannotOptimize: it changed a parameter that trains, whose gradient is that of the changed one.
     """
-    output = next(iter(traced.graph.find_nodes(op="output")))
-    values = list(output.args[0])
-    inputs = traced.graph.find_nodes(op="placeholder", sort=True)
-    with traced.graph.inserting_after(inputs[-1]):
-        for place in changed:  # a backward that has saved the input must not find it changed
-            before = traced.graph.call_function(aten.clone.default, (inputs[place],))
-            before.meta = {**inputs[place].meta, "val": inputs[place].meta["val"].clone()}
-            inputs[place].replace_all_uses_with(before)
-            before.args = (inputs[place],)
-    with traced.graph.inserting_before(output):
-        if changed:
-            traced.graph.call_function(torch._C._set_grad_enabled, (False,))
-        for place, new in zip(changed, values[len(values) - len(changed) :], strict=True):
-            if place in trained:
-                raise CannotOptimize(
-                    "the forward changes a parameter in place",
-                    node=new,
-                    hint="change it after optimizer.step(), or make it a buffer",
-                )
-            written = traced.graph.call_function(aten.copy_.default, (inputs[place], new))
-            written.meta = {**new.meta, "val": inputs[place].meta["val"]}
-        if changed:
-            traced.graph.call_function(torch._C._set_grad_enabled, (True,))
-    output.args = (tuple(values[: len(values) - len(changed)]),)
+    graph, output = traced.graph, next(iter(traced.graph.find_nodes(op="output")))
+    own, new = output.args[0][: -len(changed)], output.args[0][-len(changed) :]
+    inputs = graph.find_nodes(op="placeholder", sort=True)
+    written = [(inputs[place], fakes[place], value) for place, value in zip(changed, new, strict=True)]
+    for _, fake, value in written:
+        if fake.requires_grad:
+            raise CannotOptimize(
+                "the forward changes a parameter in place",
+                node=value,
+                hint="change it after optimizer.step(), or make it a buffer",
+            )
+    for source, _, _ in written:  # a backward that has saved the input must not find it changed
+        with graph.inserting_after(inputs[-1]):
+            before = graph.call_function(aten.clone.default, (source,))
+        before.meta = {**source.meta, "val": source.meta["val"].clone()}
+        source.replace_all_uses_with(before)
+        before.args = (source,)
+    with graph.inserting_before(output):
+        graph.call_function(torch._C._set_grad_enabled, (False,))
+        for source, _, value in written:
+            graph.call_function(aten.copy_.default, (source, value)).meta = {**value.meta, "val": source.meta["val"]}
+        graph.call_function(torch._C._set_grad_enabled, (True,))
+    output.args = (own,)
 
 
 class _Inliner(Replayer):

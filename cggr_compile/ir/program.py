@@ -230,6 +230,7 @@ class Program:
         batch, sequence: symbolic sizes; `sequence` is None where the capture specialised it.
         branches: what the model's own lines decided by sizes while it was traced.
         stored: indices of the outputs that the model's forward puts into objects that outlive the call.
+        numbers: those among the call's arguments, which constants of the graph may be.
         loss_output: index of the loss among the outputs.
         snapshots: the graph after each pass so far, the capture first.
     """
@@ -245,6 +246,7 @@ class Program:
     sequence: torch.SymInt | int
     branches: tuple[Any, ...] = ()
     stored: frozenset[int] = frozenset()
+    numbers: frozenset[float] = frozenset()
     loss_output: int = -1
     snapshots: tuple[Snapshot, ...] = ()
 

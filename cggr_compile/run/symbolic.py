@@ -133,19 +133,15 @@ class SharedForMany(Shared):
     earlier piece are the program's too; where they are not, the piece takes a contiguous copy.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        pieces: Sequence[Sequence[fx.Node]],
-        sizes: Sizes,
-        inner: str,
-        recompute: bool = False,
-        before_running: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._symbols = FreshSymbols(program, sizes)
-        self._read = Symbols(program)
-        self._ran = False
-        super().__init__(program, pieces, sizes, inner, recompute, before_running)
+    _ran = False
+
+    @cached_property
+    def _symbols(self) -> FreshSymbols:
+        return FreshSymbols(self.program, self._sizes)
+
+    @cached_property
+    def _read(self) -> Symbols:
+        return Symbols(self.program)
 
     def __call__(self, *inputs: Any) -> Any:
         outputs = self._run(*self._read.of(inputs).values(), *inputs)

@@ -105,7 +105,7 @@ def in_backward() -> bool:
 def beside_checkpoints() -> Iterator[None]:
     """Keeps what is computed within, gradients included, out of the checkpoints around: traces and probes are not part
     of the step that is run again."""
-    if checkpoints_around() == Checkpoints():
+    if checkpoints_around() == _NO_CHECKPOINTS:
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _itself):

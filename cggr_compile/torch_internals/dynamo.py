@@ -208,6 +208,21 @@ def stored_nodes() -> set[str]:
     return found
 
 
+def numbers_given() -> frozenset[float]:
+    """The numbers among the arguments of the call that is traced, asked from inside a backend: Dynamo may have written
+    them into its graph as constants."""
+    translator = _translator()
+    found: set[float] = set()
+    waiting = [] if translator is None else list(translator.f_locals.values())
+    while waiting:
+        given = waiting.pop()
+        if isinstance(given, dict):
+            waiting.extend(given.values())
+        elif isinstance(given, (int, float)) and not isinstance(given, bool):
+            found.add(given)
+    return frozenset(found)
+
+
 def modules_around() -> tuple[str, ...]:
     """The modules, as Dynamo names them, whose forward holds the line that it is tracing in this thread: of the calls
     that it inlines only the outermost is registered, so the innermost is looked for on Python's stack."""

@@ -23,6 +23,8 @@ After::
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from cggr_compile.kernels.reference.selection import rule_name, rule_of
 from cggr_compile.passes.rewrite.shared import by_position, head_parameters, rows_of, without_fillers
@@ -77,18 +79,7 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
         rows,
         num_items,
     )
-    selects = routing.rows is not None or rows is not None
-    divisor = _divisor(program) if head.reduction == "sum" and selects else None
-    if divisor is not None and _counts_rows(program, divisor):
-        # It counts the kept ones, of which the loss is then the mean, as in eager.
-        if row_weight is not None:
-            raise CannotOptimize(
-                f"selection={rule_name(config.selection)!r} weighs what it selects, and the loss is a sum that the "
-                "model divides by what it counts itself",
-                node=divisor,
-                hint="let the model use reduction='mean', or a selection that weighs all alike, e.g. 'topk'",
-            )
-    elif head.reduction == "sum" and selects and not unbiased and (divisor is not None or row_weight is not None):
+    if _is_scaled(program, config, row_weight is not None):
         loss = _scaled_to_batch(builder, loss, kept, row_weight, _counted_in_batch(builder, target))
     builder.part, builder.region = "select", Region(grad=False)
     mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
@@ -104,23 +95,55 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     return builder.finish("mask_loss")
 
 
-def _divisor(program: Analysed) -> fx.Node | None:
-    """The first tensor or size that the model divides its loss by; None where there is none but constants."""
+def _is_scaled(program: Analysed, config: RoutingConfig, weighted: bool) -> bool:
+    """Whether a loss that is a sum is made to stand for the whole batch's.
+
+    Raises:
+        CannotOptimize: rows are weighted, and the model divides by what it counts in them.
+    """
+    routing = program.routing
+    selects = routing.rows is not None or routing.loss_rows is not None
+    if program.head.reduction != "sum" or not selects:
+        return False
+    unbiased = weighted and rule_of(config.selection).weighting == "inverse"
+    if routing.loss_rows is not None:  # whatever divides counts more than the kept tokens
+        return not unbiased
+    divisor = _divisor(program)
+    if divisor is None:
+        return weighted and not unbiased
+    if not _counts_rows(program, divisor):
+        return not unbiased
+    if weighted:
+        raise CannotOptimize(
+            f"selection={rule_name(config.selection)!r} weighs what it selects, and the loss is a sum that the model "
+            "divides by what it counts itself",
+            node=divisor,
+            hint="let the model use reduction='mean', or a selection that weighs all alike, e.g. 'topk'",
+        )
+    return False
+
+
+def _divisor(program: Analysed) -> Any:
+    """The first that the model divides its loss by, a node or a number that the call was given; None where there is
+    none but constants of the model's."""
     of_loss = descendants([program.head.loss])
     for node in program.graph.nodes:
-        if node in of_loss and packet_of(node) in (aten.div, aten.div_) and isinstance(node.args[1], fx.Node):
-            return node.args[1]
+        if node in of_loss and packet_of(node) in (aten.div, aten.div_):
+            divisor = node.args[1]
+            if isinstance(divisor, fx.Node) or divisor in program.numbers:
+                return divisor
     return None
 
 
-def _counts_rows(program: Analysed, node: fx.Node) -> bool:
+def _counts_rows(program: Analysed, node: Any) -> bool:
     """Whether a value depends on the rows that the step is given, or on how many they are."""
+    if not isinstance(node, fx.Node):
+        return False
     read = [source for source in ancestors([node]) | {node} if source.op == "placeholder"]
     return any(
         program.kind(source) in ("size", "added")
         or (is_tensor(source) and any(program.mentions(size, program.batch) for size in value(source).shape))
         for source in read
-        if isinstance(program.batch, torch.SymInt)
     )
 
 

@@ -140,6 +140,39 @@ def test_a_sum_that_the_model_divides_is_eagers_of_the_selected_rows(divisor: st
     agrees(model, eager, toy_batch(8, ignored=0.2))
 
 
+def test_where_tokens_enter_the_loss_a_sum_over_counted_labels_is_their_mean() -> None:
+    model, eager = pair(divided("counted labels"), route="loss", selection="random")
+    batch = toy_batch(8, ignored=0.2)
+    loss = model(**batch)[0]
+    predicted = model.cggr.selected.roll(1, 1)  # a position predicts the label behind it
+    expected = eager(batch["input_ids"], batch["labels"].where(predicted, -100))[0]
+    torch.testing.assert_close(loss, expected)
+
+
+class Items(Toy):
+    """Divides a sum by a number that the call is given, as transformers does."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, items: Any = None) -> tuple:
+        logits = self.logits(self.middle(self.embed(input_ids)))
+        labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        return (F.cross_entropy(logits.reshape(-1, WORDS), labels.reshape(-1), reduction="sum") / items, logits)
+
+
+@pytest.mark.parametrize("backend", [False, True])
+def test_a_number_that_counts_the_batch_is_as_good_as_a_tensor(backend: bool) -> None:
+    """From the first step, in which Dynamo takes the number for a constant: half of the rows stand for all."""
+    torch.manual_seed(0)
+    eager = Items().train()
+    model = copy.deepcopy(eager)
+    routed = torch.compile(model, backend="cggr", options=OPTIONS) if backend else cggr.optimize(model, **OPTIONS)
+    batch = toy_batch(8)
+    for items in (40, 36):
+        loss = routed(**batch, items=items)[0]
+        rows = cggr.handle(routed).selected
+        expected = eager(**{name: x[rows] for name, x in batch.items()}, items=items)[0] * 2
+        torch.testing.assert_close(loss, expected)
+
+
 def test_weighted_selections_of_a_sum_that_the_model_divides_are_refused() -> None:
     model, _ = pair(divided("counted labels"), selection="importance")
     with pytest.raises(cggr.CannotOptimize, match="divides by what it counts itself"):
