@@ -157,10 +157,10 @@ def _on_rows(model: nn.Module, batch: Batch, rows: torch.Tensor, layers: int) ->
 
 
 def _of_rows(tensor: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
-    """The entries of the rows: one of each, or as many as the tensor has for each of `total` rows."""
-    if len(tensor) == total:
-        return tensor[rows]
-    return tensor.unflatten(0, (total, -1))[rows].flatten(0, 1)
+    """The entries of the rows: one of each, or as many as the tensor has for each of `total` rows. They lie along the
+    first dimension, or along the last where the first is but a frame around one tensor (patches of all images)."""
+    dim = 0 if len(tensor) % total == 0 else tensor.dim() - 1
+    return tensor.unflatten(dim, (total, -1)).index_select(dim, rows).flatten(dim, dim + 1)
 
 
 def _on_tokens(
