@@ -111,6 +111,11 @@ def _match(program: Program, loss: fx.Node) -> Head | Mismatch:
         )
     if arguments["reduction"] not in _REDUCTIONS:
         return Mismatch("unsupported loss: unreduced cross-entropy", loss, "let the model reduce its loss")
+    if value(loss).dtype is torch.float64:
+        return Mismatch("the loss is computed in float64", loss, "compute it in float32, in which it is routed")
+    labels = value(arguments["target"]).dtype
+    if labels is not torch.int64:
+        return Mismatch(f"the loss reads labels of {labels}", loss, "give labels of torch.int64, as eager needs them")
     found = _walk_back(arguments["input"])
     if isinstance(found, Mismatch):
         return found

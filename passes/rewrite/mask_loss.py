@@ -81,6 +81,9 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     )
     if _is_scaled(program, config, row_weight is not None):
         loss = _scaled_to_batch(builder, loss, kept, row_weight, _counted_in_batch(builder, target))
+    dtype = value(head.loss).dtype
+    if dtype is not torch.float32:
+        loss = builder.call(aten.to.dtype, loss, dtype)
     builder.part, builder.region = "select", Region(grad=False)
     mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
     builder.region, builder.part = Region(), "main"

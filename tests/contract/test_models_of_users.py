@@ -173,6 +173,31 @@ def test_a_number_that_counts_the_batch_is_as_good_as_a_tensor(backend: bool) ->
         torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_loss_has_the_dtype_that_eagers_has(dtype: torch.dtype) -> None:
+    model, eager = pair(lambda: Toy().to(dtype))
+    batch = toy_batch(8)
+    loss = model(**batch)[0]
+    rows = model.cggr.selected
+    expected = eager(**{name: x[rows] for name, x in batch.items()})[0]
+    torch.testing.assert_close(loss, expected, rtol=3 * torch.finfo(dtype).eps, atol=0)  # eager rounds thrice
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model, batch: model.double(), "the loss is computed in float64"),
+        (lambda model, batch: batch.update(labels=batch["labels"].int()), "labels of torch.int32"),
+    ],
+)
+def test_dtypes_that_the_loss_is_not_routed_in_are_refused(change: Callable[..., Any], reason: str) -> None:
+    model, _ = pair(Toy)
+    batch = toy_batch(8)
+    change(model, batch)
+    with pytest.raises(cggr.CannotOptimize, match=reason):
+        model(**batch)
+
+
 def test_weighted_selections_of_a_sum_that_the_model_divides_are_refused() -> None:
     model, _ = pair(divided("counted labels"), selection="importance")
     with pytest.raises(cggr.CannotOptimize, match="divides by what it counts itself"):
