@@ -38,7 +38,7 @@ class KernelsAhead:
         thread.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Returns when they are loaded: a kernel must not be launched by one thread while another one loads it."""
+        """Returns when they are compiled."""
         compiling, self._compiling = self._compiling, None
         error = compiling.exception() if compiling is not None else None
         if error is not None:

@@ -40,17 +40,19 @@ class _LaunchingOperators(TorchDispatchMode):
 
 
 def compile_kernels(calls: Iterable[Callable[[], Any]], device: torch.device) -> None:
-    """Compiles and loads every kernel that the calls launch. A call makes its tensors on `device` itself; it runs under
-    a `FakeTensorMode`, so that they are fake."""
+    """Compiles every kernel that the calls launch. A call makes its tensors on `device` itself; it runs under a
+    `FakeTensorMode`, so that they are fake.
+
+    Kernels are not loaded here: two threads that load launchers can get each other's (Triton gives all of them one
+    module's name), and would call kernels with arguments of others.
+    """
     index = -1 if device.index is None else device.index
-
-    def load(kernel: Any) -> None:
-        with torch.cuda.device(index):
-            _ = kernel.result().run  # builds the launcher, and loads the kernel
-
-    with ThreadPoolExecutor(MOST_THREADS, "cggr-kernels") as threads:
-        with torch.cuda.device(index), AsyncCompileMode(threads) as mode, FakeTensorMode(), _LaunchingOperators():
-            for call in calls:
-                call()
-        for _ in threads.map(load, mode.future_kernels.values()):
-            pass
+    with (
+        ThreadPoolExecutor(MOST_THREADS, "cggr-kernels") as threads,
+        torch.cuda.device(index),
+        AsyncCompileMode(threads),
+        FakeTensorMode(),
+        _LaunchingOperators(),
+    ):
+        for call in calls:
+            call()
