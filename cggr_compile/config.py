@@ -19,9 +19,14 @@ from cggr_compile.kernels.providers import PROVIDERS
 from cggr_compile.kernels.reference import rows as reference
 from cggr_compile.kernels.reference.selection import RULES, RuleFunction, is_number, options_of, rule_name, rule_of
 
-ROUTES = ("sequence", "token", "loss")
-COMPOSITIONS = (("sequence", "loss"), ("token", "loss"))
+ROUTES = ("sequence", "token", "loss", "depth")
+COMPOSITIONS = (
+    *(("sequence", "loss"), ("token", "loss")),
+    *(("depth", "sequence"), ("depth", "token"), ("depth", "loss")),
+    *(("depth", "sequence", "loss"), ("depth", "token", "loss")),
+)
 RESAMPLES = ("block", "layer")
+GROWTHS = ("copy", "random")
 SCORINGS = tuple(reference.SCORINGS)
 ROUTER_BODIES = ("exact", "fp8")
 ROUTER_HEADS = ("exact", "sampled", "fp8")
@@ -54,8 +59,9 @@ class RoutingConfig:
 
     Attributes:
         route: what is routed. `"sequence"`: whole rows of the batch; `"token"`: the middle layers run on k tokens of
-            each sequence, the others pass on the residual; `"loss"`: head and softmax run on k tokens of the batch. Two
-            of them as a tuple: `("sequence", "loss")` or `("token", "loss")`.
+            each sequence, the others pass on the residual; `"loss"`: head and softmax run on k tokens of the batch;
+            `"depth"`: the first layers train alone, and later the whole model. Several of them as a tuple:
+            `("sequence", "loss")` or `("token", "loss")`, and `"depth"` in front of any.
         ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
             (token) or both multiplied (loss).
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
@@ -95,6 +101,12 @@ class RoutingConfig:
         threshold_sensitivity: how far, in [0, 1].
         dense_after_steps: optimiser step from which everything is kept; the kept fraction rises to 1 from the end of
             the warm-up until then, on the warm-up's rungs. None keeps `ratio`.
+        depth_layers: depth route: how many of the first layers train, with final norm and head, until the model grows;
+            the others have no gradient, and an optimiser whose gradients are None leaves them as they are.
+        depth_until: depth route: when the model grows: an int, optimiser steps; a float in (0, 1), that share of all
+            steps, which `attach(…, total_steps=…)` or the Trainer tells; None, when `model.cggr.grow()` is called.
+        grow: depth route: what the other layers start from, in place: `"copy"`, layer i from layer i mod
+            `depth_layers`, or `"random"`, the values that they have.
         first_layers, last_layers: token route: layers at either end that run on every token, at least 1 and 0.
         resample: token route: `"block"` selects once for all middle layers, `"layer"` for each of them.
         allow_compressed_recurrence: token route: let convolutions, scans and shifts of the middle layers run on the
@@ -138,6 +150,9 @@ class RoutingConfig:
     dynamic_threshold: bool = False
     threshold_sensitivity: float = 0.5
     dense_after_steps: int | None = None
+    depth_layers: int | None = None
+    depth_until: float | None = None
+    grow: str = "copy"
     first_layers: int = 1
     last_layers: int = 1
     resample: str = "block"
@@ -183,6 +198,7 @@ class RoutingConfig:
                 f"warmup_steps={self.warmup_steps}"
             )
         self._check_whole_rows()
+        self._check_depth_route()
         self._check_token_route()
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
@@ -201,9 +217,18 @@ class RoutingConfig:
         return self.cuda_graphs if isinstance(self.outline_layers, str) else self.outline_layers
 
     @property
-    def routes(self) -> tuple[str, ...]:
-        """`route` as a tuple."""
+    def _routes(self) -> tuple[str, ...]:
         return (self.route,) if isinstance(self.route, str) else self.route
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The routes that select something, in order."""
+        return tuple(route for route in self._routes if route != "depth")
+
+    @property
+    def deepens(self) -> bool:
+        """Whether the first layers train alone at first."""
+        return "depth" in self._routes
 
     def _check_route(self) -> None:
         if not isinstance(self.route, tuple):
@@ -213,6 +238,19 @@ class RoutingConfig:
                 f"route={self.route!r} is not a combination of routes; "
                 f"valid combinations: {', '.join(map(str, COMPOSITIONS))}"
             )
+
+    def _check_depth_route(self) -> None:
+        _choice("grow", self.grow, GROWTHS)
+        until = self.depth_until
+        if until is not None and not _is_int(until, 1) and not (isinstance(until, float) and 0 < until < 1):
+            raise ConfigError(
+                f"depth_until={until!r} is none of: a positive integer (optimiser steps), a float in (0, 1) (a share "
+                "of all steps), None"
+            )
+        if self.deepens and not _is_int(self.depth_layers, 1):
+            raise ConfigError(f"route={self.route!r} with depth_layers={self.depth_layers!r}; give a positive integer")
+        if not self.deepens and (self.depth_layers is not None or until is not None):
+            raise ConfigError("depth_layers and depth_until are for route='depth'")
 
     def _check_token_route(self) -> None:
         for name, least in (("first_layers", 1), ("last_layers", 0)):
@@ -238,7 +276,7 @@ class RoutingConfig:
 
     def _check_whole_rows(self) -> None:
         """Refuses what is defined for whole rows only where tokens are routed."""
-        if self.routes == ("sequence",):
+        if self.routes in (("sequence",), ()):
             return
         named = "name a rule, e.g. 'topk' or 'random'"
         rows_only = {
@@ -345,6 +383,20 @@ class RoutingConfig:
             rung = max(0, min(rung, reached))
         return self._on_rung(rung)
 
+    def is_settled(self, step: int) -> bool:
+        """Whether no step from this one on keeps another fraction by schedule."""
+        return step >= max(self.warmup_steps, self.dense_after_steps or 0)
+
+    def stops(self, step: int, first: bool) -> list[int]:
+        """Steps that stand for all fractions that are kept from this one on, by schedule: the last, the lowest and one
+        on the way to either. Of the `first` layers or program to train, none where nothing is scheduled."""
+        if first and self.is_settled(step):
+            return []
+        end = max(self.warmup_steps, self.dense_after_steps or 0)
+        found = (end, self.warmup_steps, self.warmup_steps // 2, (self.warmup_steps + end) // 2)
+        later = [stop for stop in found if stop >= step] or [step]
+        return list({self.kept_fraction(stop): stop for stop in reversed(later)}.values())[::-1]
+
     def _rung(self, step: int) -> int:
         """The rung of a step before the router's confidence counts: 0 keeps everything, LADDER_RUNGS keeps `ratio`."""
         if step < self.warmup_steps:
@@ -368,7 +420,7 @@ def kept_of(fraction: float, total: int) -> int:
     return max(1, math.ceil(round(fraction * total, 9)))
 
 
-def _is_int(value: object, least: int) -> bool:
+def _is_int(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

@@ -31,6 +31,7 @@ from cggr_compile.passes.rewrite.select_loss import select_loss
 from cggr_compile.passes.rewrite.select_rows import select_rows
 from cggr_compile.passes.rewrite.select_tokens import select_tokens
 from cggr_compile.passes.rewrite.take_scores import take_scores
+from cggr_compile.passes.rewrite.truncate_layers import truncate_layers
 from cggr_compile.passes.verify import verify
 
 from cggr_compile.config import RoutingConfig
@@ -67,6 +68,11 @@ def analyse(captured: Program, config: RoutingConfig) -> Analysed:
     return _applied(find_layers, found, config)
 
 
+def truncated(analysed: Analysed, config: RoutingConfig) -> Analysed:
+    """The step of the first `depth_layers` layers alone; raises as `run`."""
+    return _applied(truncate_layers, analysed, config)
+
+
 def _scoring(config: RoutingConfig) -> tuple[Pass, ...]:
     body = (quantize_router,) if config.router_body == "fp8" else ()
     return (build_router, *body, score_rows)
@@ -87,7 +93,7 @@ def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass,
     passes: list[Pass] = [check_labels]
     if scores_given:
         passes.append(take_scores)
-    elif rule_of(config.selection).needs_scores:
+    elif config.routes and rule_of(config.selection).needs_scores:
         passes += _scoring(config)
     for route in config.routes:
         passes += ROUTES[route]
@@ -96,7 +102,7 @@ def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass,
 
 def routable(program: Program, config: RoutingConfig) -> bool:
     """Whether the captured batch leaves anything to choose from: a single row leaves no rows."""
-    return isinstance(program.batch, torch.SymInt) or "sequence" not in config.routes
+    return bool(config.routes) and (isinstance(program.batch, torch.SymInt) or "sequence" not in config.routes)
 
 
 def run(program: Analysed, config: RoutingConfig, passes: Sequence[Pass]) -> Analysed:

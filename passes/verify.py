@@ -18,7 +18,7 @@ def verify(before: Program, after: Program, pass_name: str) -> None:
 
     Checked: the graph lints; the captured inputs are unchanged in order and number, added ones come last; parameters
     are read from those inputs and never copied into the graph; nodes that act by side effect survive in the main pass,
-    if there still is one (`keep_scores` leaves none); router, scoring and selection run without gradients; once rows
+    if there still is one (`keep_scores` leaves none) and all of its layers; router, scoring and selection run without gradients; once rows
     are gathered, no value of the main pass has a size that depends on the batch size, and none of the middle layers
     that run on fewer tokens one that depends on the sequence length.
     """
@@ -49,12 +49,16 @@ def _check_inputs(before: Program, after: Program, pass_name: str) -> None:
 
 
 def _check_effects(before: Program, after: Program, pass_name: str) -> None:
-    if before.loss_output >= 0 > after.loss_output:
+    if before.loss_output >= 0 > after.loss_output or _layers_of(after) < _layers_of(before):
         return
     lost = _effects(before) - _effects(after)
     if lost:
         names = ", ".join(str(target) for target in lost)
         raise VerificationError(pass_name, f"nodes that act by side effect were dropped: {names}")
+
+
+def _layers_of(program: Program) -> int:
+    return len(program.layers) if isinstance(program, Analysed) and program.layers is not None else 0
 
 
 def _effects(program: Program) -> Counter:

@@ -12,8 +12,10 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.front.api import handle
 
 
-def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> RemovableHandle:
     """Counts every `optimizer.step()` as a step of the routed model; returns what removes the hook again.
+
+    `total_steps` is how many there will be, which a share of all steps (`depth_until=0.5`) is of.
 
     A model that is optimised anew goes on being counted, one that is restored does not; a second call with the same
     model and optimiser takes the place of the first. Steps that a gradient scaler skips do not count, since the
@@ -24,7 +26,10 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandl
         CannotOptimize: the model is not optimised (call `cggr.optimize` first).
         TypeError: `optimizer` is not a torch optimiser.
     """
-    routed = handle(model).model
+    found = handle(model)
+    routed = found.model
+    if total_steps is not None:
+        found.runtime.total_steps = total_steps
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     own = optimizer

@@ -18,7 +18,7 @@ OWN_LOSS_HINT = "drop compute_loss_func and label smoothing; TRL: derive from cg
 
 
 class CGGRCallback(TrainerCallback, ExportableState):
-    """For transformers' Trainer and what derives from it: counts steps, logs metrics, and resumes.
+    """For transformers' Trainer and what derives from it: counts steps and tells their total, logs metrics, and resumes.
 
         trainer = Trainer(model=cggr.optimize(model, ratio=0.25), ..., callbacks=[CGGRCallback()])
 
@@ -62,6 +62,7 @@ class CGGRCallback(TrainerCallback, ExportableState):
             self._handle.load_state_dict(_from_text(routed))
         else:
             self._handle.runtime.steps = state.global_step
+        self._handle.runtime.total_steps = state.max_steps
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts the step: it is the trainer's number, whoever else counts (`attach`)."""

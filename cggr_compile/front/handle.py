@@ -6,6 +6,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cggr_compile.front.backend import Backend
 from cggr_compile.front.call import call_compiled, compiled_forward, refuse_nested
 from cggr_compile.front.score_ahead import scored_ahead
 from cggr_compile.inspection.explanation import Diff, Report
+from cggr_compile.inspection.report import latest_plan
 from cggr_compile.kernels.reference.selection import rule_of
 from cggr_compile.run.given_scores import ScoresReady, refuse_nan
 from cggr_compile.run.metrics import metrics_of, selected, token_metrics
@@ -74,9 +76,46 @@ class Handle:
         self.runtime.steps += 1
         self._without_gradient()
 
+    def grow(self) -> None:
+        """Lets all layers train from the next training step on, which fills those that have not, as `grow` says; for
+        the depth route with `depth_until=None`, or ahead of its time.
+
+        Raises:
+            ValueError: the model is not on the depth route.
+        """
+        if not self.config.deepens:
+            raise ValueError(f"route={self.config.route!r} trains all layers; choose route='depth'")
+        self.runtime.grows = True
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The model that trains now, for evaluation: before it has grown, its first layers alone are in their list.
+
+        Raises:
+            CannotOptimize: no step has been captured yet, or the layers are in no list of modules.
+        """
+        if not self.config.deepens or self.runtime.grown:
+            yield
+            return
+        plan = latest_plan(self.runtime)
+        path = plan.analysed.stack.path
+        owner, _, name = path.rpartition(".")
+        container = self.model.get_submodule(path) if path else None
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            raise CannotOptimize(
+                "the layers are in no nn.ModuleList, from which the others could be taken for a while",
+                hint="evaluate the whole model",
+            )
+        parent = self.model.get_submodule(owner)
+        setattr(parent, name, container[: self.config.depth_layers])
+        try:
+            yield
+        finally:
+            setattr(parent, name, container)
+
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the model's own `state_dict`: step, generators, the
-        confidence that the dynamic threshold goes by, the findings of `selection="auto"`.
+        """What resuming needs beside the model's own `state_dict`: step, generators, the confidence that the dynamic
+        threshold goes by, whether the model has grown, the findings of `selection="auto"`.
 
         Numbers, strings and bytes only, so `torch.save` and `torch.load(weights_only=True)` take it.
         """

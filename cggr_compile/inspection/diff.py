@@ -88,7 +88,9 @@ class Diff:
 
     def summary(self) -> str:
         """The rewrite in the model's terms, a line for each change."""
-        lines = [] if self.plan.routable else ["routing: none, the captured batch has one row"]
+        report = self.report
+        lines = [] if report.depth is None else [f"depth: {report.depth}"]
+        lines += [] if report.routed else [f"routing: none, {report.unrouted}"]
         lines += [*self._added(), *self._changed()]
         dropped = self._dropped_outputs()
         if dropped:

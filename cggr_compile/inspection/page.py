@@ -70,7 +70,7 @@ def _title(diff: Rewrite) -> str:
 def _subtitle(diff: Rewrite) -> str:
     report = diff.report
     if not report.routed:
-        return "The captured batch has one row, so the step is not routed."
+        return f"Every row trains: {report.unrouted}."
     return (
         f"{all_kept_text(report.amounts)} train; "
         f"a step is predicted to cost {report.cost.step_ratio:.0%} of a plain one."

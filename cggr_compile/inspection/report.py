@@ -27,7 +27,16 @@ from cggr_compile.inspection.facts import (
     router_of,
     stack_of,
 )
-from cggr_compile.inspection.wording import kept_text, layer_range, middle_text, schedule_text, score_text, tail_text
+from cggr_compile.inspection.wording import (
+    depth_text,
+    kept_text,
+    layer_range,
+    middle_text,
+    schedule_text,
+    score_text,
+    tail_text,
+    unrouted_text,
+)
 from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import Amount, amounts_of
 from cggr_compile.ir.cost import Cost
@@ -50,7 +59,8 @@ class Report:
     Attributes:
         config: the options; a selection that is a function of the user's is its name.
         follows_confidence: whether the dynamic threshold moves k.
-        routed: False where the captured batch has one row, which is trained as it is.
+        routed: whether anything is selected; where every row trains, `unrouted` is why.
+        depth: on the depth route, which layers train until when.
         selection: the rule in force, which `config["selection"]` names unless that is `"auto"`.
         auto: for `"auto"`, which rule is in force and why.
         stack: None where no stack was found, which only a selection without scores allows.
@@ -76,6 +86,8 @@ class Report:
     config: dict[str, Any]
     follows_confidence: bool
     routed: bool
+    unrouted: str | None
+    depth: str | None
     sizes: Sizes
     selection: str
     auto: str | None
@@ -118,6 +130,8 @@ class Report:
             config=config.to_dict(),
             follows_confidence=config.follows_confidence,
             routed=plan.routable,
+            unrouted=None if plan.routable else unrouted_text(config.routes),
+            depth=_depth(runtime),
             sizes=Sizes(batch, length, routes["sequence"].kept if "sequence" in routes else batch),
             selection=rule_name(runtime.in_force.selection),
             auto=None if runtime.probe is None else str(runtime.probe),
@@ -190,7 +204,8 @@ class Report:
         ]
 
     def _rewrite(self) -> list[tuple[str, str]]:
-        pairs = [] if self.routed else [("routing", "none: the captured batch has one row and is trained as it is")]
+        pairs = [("depth", self.depth)] if self.depth is not None else []
+        pairs += [] if self.routed else [("routing", f"none: {self.unrouted}")]
         pairs += self._router_lines()
         if self.routed:
             pairs.append(("selection", f"{self.selection}, {self._kept()}"))
@@ -300,7 +315,7 @@ class Report:
 
 
 def latest_plan(runtime: Runtime) -> Plan:
-    """The plan of the last capture.
+    """The plan of the last capture, and of the layers that train now.
 
     Raises:
         CannotOptimize: there is none.
@@ -310,7 +325,17 @@ def latest_plan(runtime: Runtime) -> Plan:
         raise CannotOptimize(
             f"nothing captured yet{why}", hint="run one training step with labels or call cggr.explain"
         )
-    return runtime.plans[-1]
+    return runtime.plans[-1].in_force
+
+
+def _depth(runtime: Runtime) -> str | None:
+    config = runtime.config
+    if config.depth_layers is None:
+        return None
+    layers = len(runtime.plans[-1].analysed.stack)
+    if runtime.grown:
+        return f"all {layers} layers"
+    return depth_text(config.depth_layers, layers, config.depth_until, config.grow)
 
 
 def _listing(counts: dict[str, int]) -> str:

@@ -17,9 +17,19 @@ from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
 from cggr_compile.ir.program import Analysed, Program, callers_region, is_tensor, value
 from cggr_compile.ir.roles import changes_of, router_layers, token_ids
 from cggr_compile.kernels.reference.selection import rule_name
-from cggr_compile.passes.pipeline import Pass, analyse, passes_for, passes_scores, passes_unrouted, routable, run
+from cggr_compile.passes.pipeline import (
+    Pass,
+    analyse,
+    passes_for,
+    passes_scores,
+    passes_unrouted,
+    routable,
+    run,
+    truncated,
+)
 from cggr_compile.passes.rewrite.take_scores import GIVEN_SCORES
 from cggr_compile.run.graph_memory import Pool
+from cggr_compile.run.growth import Copies
 from cggr_compile.run.inner import resolve_inner
 from cggr_compile.run.variant import Variant
 
@@ -37,19 +47,26 @@ class Owner(Protocol):
     def choices(self) -> tuple[RoutingConfig, ...]:
         """Every configuration that steps may run under."""
 
+    @property
+    def grown(self) -> bool:
+        """Whether all layers train."""
+
     def graphs_on(self, device: torch.device) -> Pool | None:
         """The memory of CUDA graphs, where they are wanted."""
 
 
 class Plan:
-    """One capture: what was found in it once, its routed programs, the unrouted one, and the code that runs them."""
+    """One capture: what was found in it once, its routed programs, the unrouted one, and the code that runs them.
 
-    def __init__(self, captured: Program, owner: Owner) -> None:
+    `shallow` is the plan of the same capture's first layers, where these train alone at first.
+    """
+
+    def __init__(self, captured: Program, owner: Owner, analysed: Analysed | None = None) -> None:
         self.captured = captured
         self.owner = owner
         guards = len(captured.shape_env.guards)
         self.routable = routable(captured, owner.config)
-        self.analysed = analyse(captured, owner.config)
+        self.analysed = analyse(captured, owner.config) if analysed is None else analysed
         if len(owner.choices) > 1 and changes_of(captured):
             raise CannotOptimize(
                 "the forward changes a buffer, and the probes of selection='auto' would change it too",
@@ -69,13 +86,25 @@ class Plan:
         self.tensors = [is_tensor(out) for out in captured.outputs]
         self._unrouted: Variant | None = None if self.routable else self.route.variant
         self._ids = captured.placeholders.index(token_ids(captured))
-        if not self.routable and owner.config.ratio < 1:
+        self.prepared = False
+        self.shallow: Plan | None = None
+        self.copies: Copies | None = None
+        if owner.config.deepens and analysed is None:
+            self.shallow = Plan(captured, owner, truncated(self.analysed, owner.config))
+            if owner.config.grow == "copy":
+                self.copies = Copies(self.analysed, len(self.shallow.analysed.stack))
+        elif owner.config.routes and not self.routable and owner.config.ratio < 1:
             warnings.warn(
                 "a batch of one row leaves no rows to choose from, and trains as it is; raise the batch size, or route "
                 "tokens (route='token')",
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    @property
+    def in_force(self) -> Plan:
+        """The plan of the layers that train now."""
+        return self if self.shallow is None or self.owner.grown else self.shallow
 
     @property
     def route(self) -> Route:

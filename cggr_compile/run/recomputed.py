@@ -13,12 +13,12 @@ is routed) cannot be told what its loss was made of, and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.run.variant import Variant
 from cggr_compile.torch_internals import autograd
 
 
@@ -27,7 +27,7 @@ class Given:
     """What a step ran with beside the inputs of its call."""
 
     plan: object
-    variant: Callable[..., tuple[Any, ...]]
+    variant: Variant
     added: tuple[Any, ...]
 
 

@@ -27,6 +27,9 @@ class Runtime:
         self.config = config
         self.seed = config.seed if config.seed is not None else torch.initial_seed() % 2**63
         self.steps = 0
+        self.total_steps: int | None = None
+        self.grown = False
+        self.grows = False  # at the next step
         self.runs = 0  # of plans, recomputations too
         self.plans: list[Plan] = []
         self.passive: list[str] = []
@@ -53,6 +56,26 @@ class Runtime:
     def choices(self) -> tuple[RoutingConfig, ...]:
         """The configurations that steps may run under."""
         return (self.config,) if self.probe is None else self.probe.choices
+
+    @property
+    def grows_now(self) -> bool:
+        """Whether the model grows before the step that comes.
+
+        Raises:
+            CannotOptimize: it grows at a share of all steps, and nobody told how many these are.
+        """
+        until = self.config.depth_until
+        if self.grown or self.grows or until is None:
+            return self.grows and not self.grown
+        if until >= 1:
+            return self.steps >= until
+        if self.total_steps is None:
+            raise CannotOptimize(
+                f"depth_until={until} is a share of all steps, and their number is not known",
+                hint="pass it to cggr.attach(model, optimizer, total_steps=…), or give depth_until as a number of "
+                "steps; with the Trainer add CGGRCallback and set max_steps or num_train_epochs",
+            )
+        return self.steps >= until * self.total_steps
 
     def refuse(self, error: CannotOptimize) -> None:
         """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing.
@@ -88,7 +111,7 @@ class Runtime:
         return self.pool
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, seed, generators, confidence and the probe's findings: numbers, strings and bytes only. (A generator's
+        """Steps, seed, generators, confidence, growth and the probe's findings: numbers, strings and bytes only. (A generator's
         state is bytes: a tensor that is made for a pickle does not live until a spawned process opens it.)"""
         states = {str(device): _bytes_of(generator.get_state()) for device, generator in self._generators.items()}
         return {
@@ -97,12 +120,14 @@ class Runtime:
             "generators": {**self._generator_states, **states},
             "confidence": self.confidence.last(),
             **({} if self.probe is None else {"probe": self.probe.state_dict()}),
+            **({name: getattr(self, name) for name in _DEPTH} if self.config.deepens else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave; ValueError for other entries."""
         expected = {"steps", "seed", "generators", "confidence"}
         expected |= {"probe"} if self.probe is not None else set()
+        expected |= set(_DEPTH) if self.config.deepens else set()
         if set(state) != expected:
             raise ValueError(f"the state of a routed model has entries {sorted(expected)}, got {sorted(state)}")
         self.steps, self.seed = state["steps"], state["seed"]
@@ -111,10 +136,12 @@ class Runtime:
         self.confidence = Confidence(state["confidence"])
         if self.probe is not None:
             self.probe.load_state_dict(state["probe"])
+        for name in _DEPTH if self.config.deepens else ():
+            setattr(self, name, state[name])
 
     def start_over(self) -> None:
-        """Begins the schedule anew: warm-up and probes. The confidence, which goes by the weights, stays, and the
-        generator draws on."""
+        """Begins the schedule anew: warm-up and probes. The confidence, which goes by the weights, stays, a model that
+        has grown does not shrink, and the generator draws on."""
         self.steps = 0
         if self.probe is not None:
             self.probe = Probe(self.config)
@@ -126,6 +153,9 @@ class Runtime:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
         self.load_state_dict(state["state"])
+
+
+_DEPTH = ("grown", "grows", "total_steps")
 
 
 def _bytes_of(state: torch.Tensor) -> bytes:

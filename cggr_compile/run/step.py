@@ -14,10 +14,12 @@ import torch
 
 from cggr_compile.ir.amounts import Amount, amounts_of, sizes_of
 from cggr_compile.ir.program import StepOutputs
+from cggr_compile.ir.roles import changes_of
 from cggr_compile.run.given_scores import ScoresReady
 from cggr_compile.run.metrics import LastStep
 from cggr_compile.run.not_computed import NOT_COMPUTED
 from cggr_compile.run.plan import Plan
+from cggr_compile.run.prepare import run_aside
 from cggr_compile.run.recomputed import Given
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.torch_internals import autograd
@@ -39,12 +41,37 @@ class Step:
                 return self._returned(self._outputs(again, inputs))
             if self.runtime.given.wanted:
                 config, generator = self.runtime.in_force, self.runtime.generator(self.plan.device)
-                raise ScoresReady(self.plan.row_scores(inputs, config, generator)[0])
-            return self._step(inputs)
+                raise ScoresReady(self.plan.in_force.row_scores(inputs, config, generator)[0])
+            self._grow(inputs)
+            self._prepare(inputs)
+            return self._step(self.plan.in_force, inputs)
 
-    def _step(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _grow(self, inputs: tuple[Any, ...]) -> None:
+        """From now on all layers train, if it is time."""
+        if self.plan.shallow is None or not self.runtime.grows_now:
+            return
+        if self.plan.copies is not None:
+            self.plan.copies.make(inputs)
+        self.runtime.grown = True
+
+    def _prepare(self, inputs: tuple[Any, ...]) -> None:
+        """In the first step of a capture, compiles the programs that its later steps run."""
+        plan = self.plan
+        if plan.prepared or plan.inner == "eager" or changes_of(plan.captured):
+            return
+        plan.prepared = True
+        rows, length = plan.sizes(inputs)
+        generator = torch.Generator(plan.device).manual_seed(0)  # draws of the steps themselves are the runtime's
+        config = self.runtime.config
+        for stage in dict.fromkeys((plan.in_force, plan)):
+            for steps in config.stops(self.runtime.steps, first=stage is plan.in_force):
+                amounts = amounts_of(stage.program, config, steps, rows, length)
+                given = self._given(stage, inputs, amounts, amounts, generator, None)
+                run_aside(given.variant, (*inputs, *given.added), stage.program.loss_output, plan.device)
+
+    def _step(self, plan: Plan, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """One training step: what it is given, its outputs, and what is remembered of it."""
-        plan, runtime = self.plan, self.runtime
+        runtime = self.runtime
         if runtime.probe is not None:
             with beside_checkpoints():
                 runtime.probe.before_step(plan, inputs, runtime.steps, runtime.generator(plan.device))
@@ -53,7 +80,11 @@ class Step:
         config, steps = runtime.config, runtime.steps
         confidence = runtime.confidence.last() if config.follows_confidence else None
         amounts = amounts_of(plan.program, config, steps, rows, length, confidence)
-        given = self._given(inputs, amounts, confidence)
+        # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
+        planned = amounts if confidence is None else amounts_of(plan.program, config, steps, rows, length)
+        scores = runtime.given.take(rows, plan.device)
+        given = self._given(plan, inputs, amounts, planned, runtime.generator(plan.device), scores)
+        given.variant.settled = config.is_settled(steps)
         runtime.recomputations.remember(given)
         outputs = self._outputs(given, inputs)
         runtime.given.after_forward(plan.device.type)
@@ -73,21 +104,23 @@ class Step:
         )
         return self._returned(outputs)
 
-    def _given(self, inputs: Sequence[Any], amounts: Mapping[str, Amount], confidence: float | None) -> Given:
-        """The code that a step runs and what it is given beside the batch."""
-        rows, length = self.plan.sizes(inputs)
-        scores = self.runtime.given.take(rows, self.plan.device)
-        config, steps = self.runtime.config, self.runtime.steps
-        # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
-        planned = amounts if confidence is None else amounts_of(self.plan.program, config, steps, rows, length)
-        if not self.plan.routable or all(amount.kept >= amount.total for amount in planned.values()):
-            return Given(self.plan, self.plan.unrouted, ())
-        route = self.plan.route if scores is None else self.plan.with_scores(self.runtime.in_force)
-        sizes = sizes_of(route.program, rows, length, amounts)
-        self.plan.branches.refuse_other_side(route.program.layers, self.plan.symbols.of(inputs), amounts)
-        generator = self.runtime.generator(self.plan.device)
-        added = route.added_inputs(sizes, amounts, generator, scores)
-        return Given(self.plan, route.variant, tuple(added))
+    def _given(
+        self,
+        plan: Plan,
+        inputs: Sequence[Any],
+        amounts: Mapping[str, Amount],
+        planned: Mapping[str, Amount],
+        generator: torch.Generator,
+        scores: torch.Tensor | None,
+    ) -> Given:
+        """The code that runs a step that keeps `amounts`, and what it is given beside the batch; everything is kept
+        where `planned` says so."""
+        if not plan.routable or all(amount.kept >= amount.total for amount in planned.values()):
+            return Given(self.plan, plan.unrouted, ())
+        route = plan.route if scores is None else plan.with_scores(self.runtime.in_force)
+        sizes = sizes_of(route.program, *plan.sizes(inputs), amounts)
+        plan.branches.refuse_other_side(route.program.layers, plan.symbols.of(inputs), amounts)
+        return Given(self.plan, route.variant, tuple(route.added_inputs(sizes, amounts, generator, scores)))
 
     def _outputs(self, given: Given, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         with autograd.modes_kept(self.plan.device.type):

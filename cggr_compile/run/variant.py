@@ -3,8 +3,8 @@
 Steps differ in their sizes: the batch, the sequence, what is kept of them. The first sizes are compiled as numbers,
 which is the best code there is, and all that a loop over batches of one shape needs. When others come the program is
 compiled once more, with symbols (`symbolic`), and that code serves all further sizes: a loop must not wait for the
-compiler again. Symbols cost some speed, so sizes that come without others for as long as PATIENCE compilations take, as
-after a warm-up, get code of numbers after all. Where the assumptions of symbolic code do not hold (a single row, a
+compiler again. Symbols cost some speed, so sizes that come without others for as long as PATIENCE compilations take, of
+steps that no schedule changes, get code of numbers after all. Where the assumptions of symbolic code do not hold (a single row, a
 sequence shorter than a window), such sizes get code of that kind of their own.
 
 Which inputs require a gradient decides what a backward computes, so code is of that too.
@@ -53,6 +53,7 @@ class Variant:
         self.outline = outline_layers(program) if outlined and inner != "eager" else None
         self._codes: dict[tuple[bool, ...], list[Code]] = {}  # by which inputs require a gradient
         self.replays = None if pool is None else Replays(pool, obstacle_of(program.graph))
+        self.settled = True  # whether no schedule changes the sizes of the steps that come
         self._symbols = Symbols(program)
         self._symbolic = True
         self._seconds = 0.0  # that a compilation takes
@@ -104,7 +105,7 @@ class Variant:
         if code is None:
             code = self._code(inputs, sizes, in_numbers=not codes)
             codes.append(code)
-        elif code.symbolic and started - self._since > PATIENCE * self._seconds:
+        elif code.symbolic and self.settled and started - self._since > PATIENCE * self._seconds:
             code = self._code(inputs, sizes, in_numbers=True)
             codes.insert(0, code)
         if self.replays is None:

@@ -1,0 +1,39 @@
+"""Compiles, in the first step of a capture, what the schedule will run later, so that the loop never waits for it.
+
+Training does not notice: gradients are computed and dropped, torch's generators are restored, and autocast's weight
+cache is neither read nor filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cggr_compile.torch_internals.autograd import beside_checkpoints
+
+
+def run_aside(run: Callable[..., tuple[Any, ...]], inputs: Sequence[Any], loss: int, device: torch.device) -> None:
+    """A forward and a backward with the inputs of a step, of which nothing is left; `loss` is the output's number."""
+    parameters = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    with beside_checkpoints(), undisturbed(device, inputs):
+        torch.autograd.grad(run(*inputs)[loss], parameters, allow_unused=True)
+
+
+@contextmanager
+def undisturbed(device: torch.device, inputs: Sequence[Any]) -> Iterator[None]:
+    """Restores torch's generators afterwards and keeps autocast's weight cache out of it.
+
+    A cast of a weight made here would otherwise be found by the step, with a graph that is freed already.
+    """
+    used = {tensor.device for tensor in inputs if isinstance(tensor, Tensor) and tensor.device.type == device.type}
+    others = {} if device.type == "cpu" else {"device_type": device.type}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(list(used) if others else [], **others))
+        if torch.amp.is_autocast_available(device.type):
+            dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+            stack.enter_context(torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False))
+        yield

@@ -1,0 +1,69 @@
+"""Leaves the layers behind the first `depth_layers` out of the step: what trains is the router, with its gradients.
+
+As in `build_router`, the final hidden state with `residual[L-1]` replaced by `residual[n-1]` is the model of the first n
+layers, with its final norm, its head and its loss. Parameters of the other layers are read by nothing, so they get no
+gradient, and an optimiser passes them by.
+
+Before::
+
+    %add_3 = … layers 0–1 …, %add_9 = … layers 2–5 …, %norm = … the final norm of %add_9
+
+After::
+
+    %add_3 = … layers 0–1 …, %norm = … the final norm of %add_3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.dataflow import ancestors, clone, descendants
+from cggr_compile.ir.program import Analysed
+from cggr_compile.ir.roles import main_roots
+
+
+def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
+    """The step of the first `config.depth_layers` layers. Outputs that read other layers are not computed.
+
+    Raises:
+        CannotOptimize: there are no more layers, or the loss or a change of state reads others than the last.
+    """
+    layers, count = program.stack, config.depth_layers
+    if count is None or count >= len(layers):
+        raise CannotOptimize(
+            f"depth_layers={count} and the model has {len(layers)} layers ({layers.path or 'found by repetition'})",
+            hint=f"choose depth_layers between 1 and {len(layers) - 1}",
+        )
+    cut, last = layers.residuals[count - 1], layers.residuals[-1]
+    left_out = descendants([cut]) - descendants([last]) - {cut}
+    reads = {root: _first(ancestors([root], stop=[cut, last]) & left_out) for root in main_roots(program)}
+    outputs = tuple(out if reads.get(out) is None else None for out in program.outputs)
+    loss = program.outputs[program.loss_output]
+    effects = [root for root in reads if root not in program.outputs and root not in left_out]
+    for root in (loss, *effects):
+        if reads[root] is not None:
+            raise CannotOptimize(
+                "the loss, or a buffer that the forward changes, reads more of the layers than what the last one "
+                "passes on",
+                node=reads[root],
+                hint="switch auxiliary losses off (output_router_logits=False), or train without route='depth'",
+            )
+    builder = Builder(program)
+    builder.copy_inputs()
+    inputs = dict(builder.env)
+    prefix = clone(builder, [cut], inputs)
+    roots = [*effects, *(out for out in outputs if isinstance(out, fx.Node))]
+    builder.env = clone(builder, roots, {**prefix, last: prefix[cut]})
+    builder.output(fx.map_arg(outputs, lambda old: builder.env[old]))
+    residuals = tuple(builder.env[residual] for residual in layers.residuals[:count])
+    kept = dataclasses.replace(layers, entry=builder.env[layers.entry], residuals=residuals)
+    return builder.finish("truncate_layers", layers=kept)
+
+
+def _first(nodes: set[fx.Node]) -> fx.Node | None:
+    return min(nodes, default=None)

@@ -1,0 +1,255 @@
+"""The depth route: the first layers train alone, then all of them; the oracle cuts the model's list of layers by hand."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, VOCABULARY, token_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import gradients, truncated
+from torch import nn
+from toys import Toy, toy_batch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import cggr_compile as cggr
+
+STEPS = 5
+
+
+def llama() -> nn.Module:
+    """Four layers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=VOCABULARY, num_hidden_layers=4, use_cache=False)
+    return LlamaForCausalLM(config).train()
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> list[float]:
+    """Losses of some steps; each has a batch of its own."""
+    found = []
+    for number in numbers:
+        loss = model(**token_batch(seed=number)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def grown_by_hand(layers: int, until: int, grow: str) -> tuple[nn.Module, list[float]]:
+    """A plain model whose list of layers is cut, put back and filled, and its losses."""
+    model = llama()
+    whole = model.model.layers
+    optimizer = optimizer_of(model)
+    model.model.layers = whole[:layers]
+    losses = steps(model, optimizer, range(until))
+    model.model.layers = whole
+    for index in range(layers, len(whole)):
+        if grow == "copy":
+            whole[index].load_state_dict(whole[index % layers].state_dict())
+    return model, losses + steps(model, optimizer, range(until, STEPS))
+
+
+def equal(model: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(left, right) for left, right in pairs)
+
+
+@settings(max_examples=4)
+@given(layers=st.integers(1, 3), until=st.integers(1, STEPS - 1), grow=st.sampled_from(["copy", "random"]))
+def test_a_whole_schedule_is_the_one_made_by_hand(layers: int, until: int, grow: str) -> None:
+    torch._dynamo.reset()
+    eager, expected = grown_by_hand(layers, until, grow)
+    options = {"route": "depth", "depth_layers": layers, "depth_until": until, "grow": grow, "inner": "eager"}
+    model = cggr.optimize(llama(), **options)
+    optimizer = optimizer_of(model)
+    cggr.attach(model, optimizer)
+    assert steps(model, optimizer, range(STEPS)) == expected
+    assert equal(model, eager)
+    assert model.cggr.captures == 1
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_run_that_is_resumed_is_the_whole_one(at: int) -> None:
+    """Also where the checkpoint lies between the last step of the first layers and the first of all."""
+    options = {"route": "depth", "depth_layers": 2, "depth_until": 2, "inner": "eager"}
+    whole = cggr.optimize(llama(), **options)
+    optimizer = optimizer_of(whole)
+    cggr.attach(whole, optimizer)
+    expected = steps(whole, optimizer, range(STEPS))
+    first = cggr.optimize(llama(), **options)
+    optimizer = optimizer_of(first)
+    cggr.attach(first, optimizer)
+    losses = steps(first, optimizer, range(at))
+    file = io.BytesIO()
+    torch.save((first.state_dict(), optimizer.state_dict(), first.cggr.state_dict()), file)
+    file.seek(0)
+    weights, moments, routed = torch.load(file, weights_only=True)
+    second = llama()
+    second.load_state_dict(weights)
+    cggr.optimize(second, **options)
+    second.cggr.load_state_dict(routed)
+    optimizer = optimizer_of(second)
+    optimizer.load_state_dict(moments)
+    cggr.attach(second, optimizer)
+    assert losses + steps(second, optimizer, range(at, STEPS)) == expected
+    assert equal(second, whole)
+
+
+def test_layers_that_do_not_train_yet_have_no_gradient_and_do_not_move() -> None:
+    model = cggr.optimize(llama(), route="depth", depth_layers=2, depth_until=3, inner="eager")
+    before = copy.deepcopy(model.model.layers[2:].state_dict())
+    optimizer = optimizer_of(model)
+    for number in range(2):
+        model(**token_batch(seed=number)).loss.backward()
+        assert all(parameter.grad is None for parameter in model.model.layers[2:].parameters())
+        assert all(parameter.grad is not None for parameter in model.model.layers[:2].parameters())
+        optimizer.step()
+    assert all(torch.equal(before[name], x) for name, x in model.model.layers[2:].state_dict().items())
+    assert not any(parameter in optimizer.state for parameter in model.model.layers[2:].parameters())
+
+
+def test_growing_by_hand_and_the_model_in_use() -> None:
+    model = cggr.optimize(llama(), route="depth", depth_layers=1, inner="eager")
+    batch = token_batch()
+    model(**batch).loss.backward()
+    small = truncated(model, ARCHITECTURES["llama"], 1).eval()
+    model.eval()
+    whole = model(**batch).loss
+    with model.cggr.in_use():
+        assert torch.equal(model(**batch).loss, small(**batch).loss)
+    assert torch.equal(model(**batch).loss, whole)
+    model.train()
+    assert "depth           layer 0 of 4 until model.cggr.grow(), then all, as copies" in str(model.cggr.report())
+    assert "depth: layer 0 of 4" in str(model.cggr.diff())
+    model.cggr.grow()
+    loss = model(**batch).loss
+    model.eval()
+    with model.cggr.in_use():
+        assert torch.equal(model(**batch).loss, loss)
+    assert "depth           all 4 layers" in str(model.cggr.report())
+
+
+def test_a_share_of_all_steps() -> None:
+    model = cggr.optimize(llama(), route="depth", depth_layers=2, depth_until=0.5, inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=r"depth_until=0\.5 is a share of all steps, and their number is not"):
+        model(**token_batch())
+    optimizer = optimizer_of(model)
+    cggr.attach(model, optimizer, total_steps=4)
+    grown = []
+    for number in range(4):
+        steps(model, optimizer, range(number, number + 1))
+        grown.append(model.cggr.runtime.grown)
+    assert grown == [False, False, True, True]
+
+
+@pytest.mark.parametrize("route", ["sequence", "token", "loss"])
+def test_what_the_first_layers_select_is_what_a_model_of_them_selects(route: str) -> None:
+    """`depth` in front of a route is that route on the cut model."""
+    options = {"ratio": 0.5, "router_layers": 1, "seed": 0, "inner": "eager", "last_layers": 0}
+    torch.manual_seed(0)
+    small = truncated(llama(), ARCHITECTURES["llama"], 2).train()
+    expected = cggr.optimize(small, route=route, **options)
+    model = cggr.optimize(llama(), route=("depth", route), depth_layers=2, **options)
+    for seed in range(2):
+        batch = token_batch(seed=seed)
+        loss, wanted = model(**batch).loss, expected(**batch).loss
+        loss.backward()
+        wanted.backward()
+        assert torch.equal(loss, wanted)
+        assert torch.equal(model.cggr.selected, expected.cggr.selected)
+    found = {name: gradient for name, gradient in gradients(model).items() if gradient is not None}
+    for name, gradient in gradients(expected).items():
+        assert torch.equal(found.pop(name), gradient), name
+    assert not found
+
+
+def test_under_a_compiling_backend_both_programs_are_compiled_before_the_second_step() -> None:
+    model = cggr.optimize(llama(), route="depth", depth_layers=2, depth_until=2, inner="aot_eager", seed=0)
+    optimizer = optimizer_of(model)
+    cggr.attach(model, optimizer)
+    torch.manual_seed(7)
+    losses = steps(model, optimizer, range(1))
+    drawn = torch.rand(1)
+    plan = model.cggr.runtime.plans[0]
+    codes = (plan.shallow.unrouted.compilations, plan.unrouted.compilations)
+    losses += steps(model, optimizer, range(1, STEPS))
+    assert codes == (1, 1) == (plan.shallow.unrouted.compilations, plan.unrouted.compilations)
+    torch.testing.assert_close(losses, grown_by_hand(2, 2, "copy")[1], rtol=1e-5, atol=0)
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(1)), "the preparation drew from torch's generator"
+
+
+def in_turn() -> nn.Module:
+    """Every second layer has one parameter more."""
+    model = llama()
+    for layer in model.model.layers[1::2]:
+        layer.mlp.up_proj.bias = nn.Parameter(torch.zeros(48))
+    return model
+
+
+class Penalised(Toy):
+    """The loss reads what the second layer puts out."""
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.seen = []
+        for layer in self.layers:
+            hidden = hidden + layer(hidden).tanh()
+            self.seen.append(hidden)
+        return hidden
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().loss(logits, labels) + self.seen[1].square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "reason"),
+    [
+        (in_turn, 1, "layer 1 of model.layers has other parameters than layer 0"),
+        (Toy, 3, "depth_layers=3 and the model has 3 layers"),
+        (Penalised, 1, "reads more of the layers than what the last one passes on"),
+    ],
+)
+def test_what_cannot_grow_is_refused_at_the_first_step(kind: Callable[[], nn.Module], layers: int, reason: str) -> None:
+    model = cggr.optimize(kind().train(), route="depth", depth_layers=layers, inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=reason):
+        model(**toy_batch())
+
+
+def test_what_becomes_no_copy_need_not_be_alike() -> None:
+    for options in ({"depth_layers": 2}, {"depth_layers": 1, "grow": "random"}):
+        model = cggr.optimize(in_turn(), route="depth", inner="eager", **options)
+        model(**toy_batch()).loss.backward()
+        model.cggr.grow()
+        model(**toy_batch()).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"route": "depth"}, "route='depth' with depth_layers=None"),
+        ({"route": "depth", "depth_layers": 2, "depth_until": 1.5}, "depth_until=1.5 is none of"),
+        ({"route": "depth", "depth_layers": 2, "grow": "zeros"}, "grow='zeros'"),
+        ({"depth_layers": 2}, "depth_layers and depth_until are for route='depth'"),
+        ({"route": ("sequence", "depth"), "depth_layers": 2}, "is not a combination of routes"),
+    ],
+)
+def test_options(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(cggr.ConfigError, match=reason):
+        cggr.RoutingConfig.from_options(options)
+
+
+def test_only_a_model_that_deepens_can_grow() -> None:
+    model = cggr.optimize(Toy().train())
+    with pytest.raises(ValueError, match="trains all layers"):
+        model.cggr.grow()
