@@ -18,9 +18,9 @@ def verify(before: Program, after: Program, pass_name: str) -> None:
 
     Checked: the graph lints; the captured inputs are unchanged in order and number, added ones come last; parameters
     are read from those inputs and never copied into the graph; nodes that act by side effect survive in the main pass,
-    if there still is one (`keep_scores` leaves none) and all of its layers; router, scoring and selection run without gradients; once rows
-    are gathered, no value of the main pass has a size that depends on the batch size, and none of the middle layers
-    that run on fewer tokens one that depends on the sequence length.
+    if there still is one (`keep_scores` leaves none) with all its layers; router, scoring and selection run without
+    gradients; once rows are gathered, no value of the main pass has a size that depends on the batch size, and none of
+    the middle layers that run on fewer tokens one that depends on the sequence length.
     """
     try:
         after.graph.lint()

@@ -18,7 +18,7 @@ OWN_LOSS_HINT = "drop compute_loss_func and label smoothing; TRL: derive from cg
 
 
 class CGGRCallback(TrainerCallback, ExportableState):
-    """For transformers' Trainer and what derives from it: counts steps and tells their total, logs metrics, and resumes.
+    """For transformers' Trainer and what derives from it: counts and announces steps, logs metrics, resumes.
 
         trainer = Trainer(model=cggr.optimize(model, ratio=0.25), ..., callbacks=[CGGRCallback()])
 

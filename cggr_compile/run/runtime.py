@@ -111,8 +111,9 @@ class Runtime:
         return self.pool
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, seed, generators, confidence, growth and the probe's findings: numbers, strings and bytes only. (A generator's
-        state is bytes: a tensor that is made for a pickle does not live until a spawned process opens it.)"""
+        """Steps, seed, generators, confidence, growth and the probe's findings: numbers, strings and bytes only. (A
+        generator's state is bytes: a tensor that is made for a pickle does not live until a spawned process opens
+        it.)"""
         states = {str(device): _bytes_of(generator.get_state()) for device, generator in self._generators.items()}
         return {
             "steps": self.steps,

@@ -4,8 +4,8 @@ Steps differ in their sizes: the batch, the sequence, what is kept of them. The 
 which is the best code there is, and all that a loop over batches of one shape needs. When others come the program is
 compiled once more, with symbols (`symbolic`), and that code serves all further sizes: a loop must not wait for the
 compiler again. Symbols cost some speed, so sizes that come without others for as long as PATIENCE compilations take, of
-steps that no schedule changes, get code of numbers after all. Where the assumptions of symbolic code do not hold (a single row, a
-sequence shorter than a window), such sizes get code of that kind of their own.
+steps that no schedule changes, get code of numbers after all. Where the assumptions of symbolic code do not hold (a
+single row, a sequence shorter than a window), such sizes get code of that kind of their own.
 
 Which inputs require a gradient decides what a backward computes, so code is of that too.
 """

@@ -1,8 +1,8 @@
 """Leaves the layers behind the first `depth_layers` out of the step: what trains is the router, with its gradients.
 
-As in `build_router`, the final hidden state with `residual[L-1]` replaced by `residual[n-1]` is the model of the first n
-layers, with its final norm, its head and its loss. Parameters of the other layers are read by nothing, so they get no
-gradient, and an optimiser passes them by.
+As in `build_router`, the final hidden state with `residual[L-1]` replaced by `residual[n-1]` is the model of the first
+n layers, with its final norm, its head and its loss. Parameters of the other layers are read by nothing, so they get
+no gradient, and an optimiser passes them by.
 
 Before::
 

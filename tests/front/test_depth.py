@@ -1,4 +1,4 @@
-"""The depth route: the first layers train alone, then all of them; the oracle cuts the model's list of layers by hand."""
+"""The depth route: the first layers train alone, then all of them; the oracle cuts the list of layers by hand."""
 
 from __future__ import annotations
 
