@@ -246,6 +246,41 @@ def test_what_is_finished_is_not_run_again(quality: None) -> None:
     assert quality.Run.key(record) != quality.Run.key({**record, "schedule": "wsd"})
 
 
+def test_a_finished_queue_runs_nothing(quality: None, tokens: Path) -> None:
+    import quality
+
+    output = tokens.with_name("runs.jsonl")
+    runs = [quality.Run("all", "clean", seed, 1.0, "tiny", 8, "wsd", 50) for seed in range(2)]
+    output.write_text("".join(json.dumps({**asdict(run), "mean": 1.0}) + "\n" for run in runs))
+    before = output.read_text()
+    quality.main(tokens, output, ["all"], None, [1.0], 2, "tiny", 8, "wsd", rows=50)
+    assert output.read_text() == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("regime", ["muddy"]), ("schedule", "cosine"), ("size", "7B")])
+def test_runs_that_could_not_start_are_refused(quality: None, tokens: Path, name: str, value: Any) -> None:
+    import quality
+    import typer
+
+    with pytest.raises(typer.BadParameter, match=f"{name}: got "):
+        quality.main(tokens, tokens.with_name("runs.jsonl"), **{name: value})
+
+
+def test_a_folder_has_one_file_of_weights(quality: None, tmp_path: Path) -> None:
+    import quality
+    import quality_data
+    import typer
+
+    assert quality_data.gguf_of(tmp_path) is None
+    with pytest.raises(typer.BadParameter, match="has no GGUF file"):
+        quality.main(tmp_path, tmp_path / "runs.jsonl", weights=tmp_path)
+    (tmp_path / "one.gguf").touch()
+    assert quality_data.gguf_of(tmp_path) == "one.gguf"
+    (tmp_path / "two.gguf").touch()
+    with pytest.raises(ValueError, match="several GGUF files: one"):
+        quality_data.gguf_of(tmp_path)
+
+
 @pytest.mark.long
 def test_quick(quality: None, capsys: pytest.CaptureFixture) -> None:
     import quality
