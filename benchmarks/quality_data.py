@@ -2,15 +2,16 @@
 
     python benchmarks/quality_data.py tokens.npz a.txt.xz b.txt --vocabulary 32768
 
-trains a byte-level BPE on the texts (or takes `--tokenizer DIR`) and writes the tokens of each file, a domain each, and
-the vocabulary's size. A run cuts them into rows (`rows_of`): held-out rows of every domain are taken first, so that
-what a regime does to the others never reaches them.
+trains a byte-level BPE on the texts (or takes the tokenizer of `--tokenizer DIR`, also of a GGUF file there) and writes
+the tokens of each file, a domain each, and the vocabulary's size. A run cuts them into rows (`rows_of`): held-out rows
+of every domain are taken first, so that what a regime does to the others never reaches them.
 """
 
 from __future__ import annotations
 
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -24,6 +25,8 @@ COPIED, SOURCE, NOISE = 0.45, 0.03, 0.10
 
 _CHUNK = 1 << 20  # characters
 
+Encode = Callable[[str], list[int]]
+
 
 class Rows(NamedTuple):
     """`train` int64 [N, S], shuffled, and `held_out` int64 [M, S] by domain."""
@@ -32,8 +35,8 @@ class Rows(NamedTuple):
     held_out: dict[str, np.ndarray]
 
 
-def rows_of(path: Path, length: int, regime: str) -> Rows:
-    """The rows of a token file under a regime, the same for every run.
+def rows_of(path: Path, length: int, regime: str, most: int = 0) -> Rows:
+    """The rows of a token file under a regime, the same for every run; with `most`, so many of those that train.
 
     "repeats": COPIED of the training rows are copies of SOURCE of them. "noise": NOISE of them are tokens drawn from
     the whole corpus one by one. "dirty": both.
@@ -50,7 +53,8 @@ def rows_of(path: Path, length: int, regime: str) -> Rows:
         held_out[domain], rest = rows[:held], rows[held:]
         train.append(rest)
     rows = np.concatenate(train)
-    return Rows(_spoilt(rows[order.permutation(len(rows))], regime, order), held_out)
+    rows = rows[order.permutation(len(rows))]
+    return Rows(_spoilt(rows[: most or len(rows)], regime, order), held_out)
 
 
 def _spoilt(rows: np.ndarray, regime: str, order: np.random.Generator) -> np.ndarray:
@@ -71,6 +75,14 @@ def vocabulary_of(path: Path) -> int:
     return int(np.load(path)["vocabulary"])
 
 
+def gguf_of(folder: Path) -> str | None:
+    """The name of the GGUF file in a folder, None where there is none. Raises ValueError where there are several."""
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(names) > 1:
+        raise ValueError(f"{folder} has several GGUF files: {', '.join(names)}; give a folder with one")
+    return names[0] if names else None
+
+
 def _text(path: Path) -> str:
     return lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text()
 
@@ -81,6 +93,33 @@ def _chunks(texts: list[str]) -> Iterator[str]:
             yield text[start : start + _CHUNK]
 
 
+def _given(folder: Path) -> tuple[int, Encode]:
+    """The vocabulary's size and the encoding of a folder's tokenizer."""
+    from transformers import AutoTokenizer
+
+    name = gguf_of(folder)
+    given = AutoTokenizer.from_pretrained(folder, **({"gguf_file": name} if name else {}))
+
+    def encode(text: str) -> list[int]:
+        rows = given(list(_chunks([text])), add_special_tokens=False)["input_ids"]
+        return list(chain.from_iterable(rows))
+
+    return len(given), encode
+
+
+def _trained(contents: dict[str, str], vocabulary: int) -> tuple[int, Encode]:
+    """The vocabulary's size and the encoding of a byte-level BPE trained on the texts."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(_chunks(list(contents.values())), vocab_size=vocabulary, show_progress=False)
+
+    def encode(text: str) -> list[int]:
+        return list(chain.from_iterable(each.ids for each in trained.encode_batch(list(_chunks([text])))))
+
+    return trained.get_vocab_size(), encode
+
+
 def main(
     output: Path,
     texts: list[Path],
@@ -89,18 +128,7 @@ def main(
 ) -> None:
     """Tokenises texts, each a domain."""
     contents = {path.name.partition(".")[0]: _text(path) for path in texts}
-    if tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        given = AutoTokenizer.from_pretrained(tokenizer)
-        size, encode = len(given), lambda text: [i for c in _chunks([text]) for i in given(c)["input_ids"]]
-    else:
-        from tokenizers import ByteLevelBPETokenizer
-
-        trained = ByteLevelBPETokenizer()
-        trained.train_from_iterator(_chunks(list(contents.values())), vocab_size=vocabulary, show_progress=False)
-        size = trained.get_vocab_size()
-        encode = lambda text: [i for e in trained.encode_batch(list(_chunks([text]))) for i in e.ids]  # noqa: E731
+    size, encode = _given(tokenizer) if tokenizer is not None else _trained(contents, vocabulary)
     kind = np.uint16 if size <= 1 << 16 else np.uint32
     tokens = {domain: np.array(encode(text), dtype=kind) for domain, text in contents.items()}
     np.savez_compressed(output, vocabulary=size, **tokens)

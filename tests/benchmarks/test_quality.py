@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,32 +61,224 @@ def test_regimes_copy_and_spoil(quality: None, tokens: Path) -> None:
         quality_data.rows_of(tokens, LENGTH, "muddy")
 
 
-def test_arms_are_parsed(quality: None) -> None:
-    import quality
+def test_rows_that_train_are_limited(quality: None, tokens: Path) -> None:
+    import quality_data
+
+    every, few = (quality_data.rows_of(tokens, LENGTH, "clean", most) for most in (0, 50))
+    assert few.train.shape == (50, LENGTH)
+    assert {tuple(row) for row in few.train.tolist()} <= {tuple(row) for row in every.train.tolist()}
+    for domain, rows in every.held_out.items():
+        assert (few.held_out[domain] == rows).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "layers", "ratio", "batch", "rate", "depth"),
+    [
+        ("compile", "compile", None, 0.5, 32, 1.5e-3, None),
+        ("defaultx4", "default", None, 0.5, 4, 1.5e-3, None),
+        ("small=3x64/1e-3", "small", 3, 0.5, 64, 1e-3, None),
+        ("oracle@0.25x128", "oracle", None, 0.25, 128, 1.5e-3, None),
+        ("loss-random@0.25x128/2e-3", "loss-random", None, 0.25, 128, 2e-3, None),
+        ("token-topk@.5", "token-topk", None, 0.5, 32, 1.5e-3, None),
+        ("all+depth=3:0.5", "all", None, 0.5, 32, 1.5e-3, (3, 0.5, "copy")),
+        ("allx64/2e-3+depth=2:0.25:zero", "all", None, 0.5, 64, 2e-3, (2, 0.25, "zero")),
+        ("trimmed@0.5x64+depth=3:0.5:random", "trimmed", None, 0.5, 64, 1.5e-3, (3, 0.5, "random")),
+    ],
+)
+def test_arms_are_parsed(
+    quality: None, text: str, name: str, layers: int | None, ratio: float, batch: int, rate: float, depth: tuple | None
+) -> None:
+    from quality_arms import Arm, Depth
+
+    assert Arm.parse(text) == Arm(name, layers, ratio, batch, rate, depth and Depth(*depth))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("topc", "'topc' is none of compile"),
+        ("rows-topk", "'rows-topk' is none of"),
+        ("token-oracle", "'oracle' gives scores of rows"),
+        ("small", "small=N"),
+        ("small=0", "small=N"),
+        ("all=3", "small=N"),
+        ("all@0.5", "'all' takes no ratio"),
+        ("topk@1.5", "the ratio is in"),
+        ("topkx0", "the batch at least 1"),
+        ("oracle+depth=3:0.5", "'oracle' takes no"),
+        ("small=3+depth=3:0.5", "'small' takes no"),
+        ("all+depth=0:0.5", "at least 1 layer"),
+        ("all+depth=3:1.0", "a share in"),
+        ("all+depth=3:0.5:half", "expected NAME"),
+        ("all+depth=3", "expected NAME"),
+        ("topk@0.1.2", "expected NAME"),
+    ],
+)
+def test_arms_that_mean_nothing_are_refused(quality: None, text: str, reason: str) -> None:
     import typer
+    from quality_arms import Arm
 
-    def parts(arm: str) -> tuple:
-        return quality.Run(arm, "clean", 0, 1.0, "tiny", 16).parts
+    with pytest.raises(typer.BadParameter) as raised:
+        Arm.parse(text)
+    assert repr(text) in raised.value.message
+    assert reason in raised.value.message
 
-    assert parts("compile") == ("compile", 0.5, 32, 1.5e-3)
-    assert parts("loss-random@0.25x128/2e-3") == ("loss-random", 0.25, 128, 2e-3)
-    with pytest.raises(typer.BadParameter, match="got 'topc'"):
-        parts("topc")
+
+def test_arms_are_options(quality: None) -> None:
+    from quality_arms import Arm, easiest
+
+    depth = {"depth_layers": 3, "depth_until": None, "grow": "copy"}
+    expected = {
+        "default": {},
+        "all": {"ratio": 1.0},
+        "small=2": {"ratio": 1.0},
+        "easiest@0.25": {"ratio": 0.25, "selection": easiest, "route": "sequence"},
+        "oracle": {"ratio": 0.5, "selection": "trimmed", "route": "sequence", "router_head": "sampled"},
+        "loss-random": {"ratio": 0.5, "selection": "random", "route": "loss"},
+        "all+depth=3:0.5": {"route": "depth", **depth},
+        "random+depth=3:0.5": {"ratio": 0.5, "selection": "random", "route": ("depth", "sequence"), **depth},
+    }
+    assert {text: Arm.parse(text).options(on_gpu=True) for text in expected} == expected
+
+
+def test_the_shapes_of_the_schedules(quality: None) -> None:
+    from quality_training import FLOOR, SCHEDULES
+
+    linear, wsd = SCHEDULES["linear"], SCHEDULES["wsd"]
+    assert [linear(share) for share in (0.0, 0.05, 0.5, 0.75, 1.0, 1.1)] == [0.0, 0.95, 0.5, 0.25, FLOOR, FLOOR]
+    assert linear(0.025) == 0.5 * 0.975
+    shares = (0.0, 0.025, 0.05, 0.5, 0.8, 0.9, 0.95, 1.0, 1.1)
+    assert [wsd(share) for share in shares] == pytest.approx([0, 0.5, 1, 1, 1, 0.5, 0.25, FLOOR, FLOOR])
+
+
+def _record(arm: str, seed: int, loss: float) -> dict:
+    curve = [[1.0, 5, loss + 2], [2.0, 10, loss + 1]]
+    measured = {"curve": curve, "spent": 3.0, "steps": 15, "passes": 0.5, "longest_step": 0.1, "GiB": None}
+    return {"arm": arm, "seed": seed, "mean": loss, **measured}
+
+
+def test_seconds_to_a_loss(quality: None) -> None:
+    from quality_report import seconds_to, share_of_budget
+
+    record = _record("a", 0, 4.0)
+    assert seconds_to(record, 7.0) == 1.0
+    assert seconds_to(record, 4.5) == 2.5
+    assert seconds_to(record, 4.0) == 3.0
+    assert seconds_to(record, 3.9) is None
+    assert share_of_budget(record, record) == 1.0
+    assert share_of_budget(record, {**record, "mean": 5.5}) == 0.5
+    assert share_of_budget(record, {**record, "mean": 3.9}) is None
+    rises = {**record, "curve": [[1.0, 5, 6.0], [1.5, 7, 4.5], [2.0, 10, 5.0]]}
+    assert seconds_to(rises, 4.6) == pytest.approx(1.0 + 0.5 * 1.4 / 1.5)
 
 
 def test_the_table_compares_seed_by_seed(quality: None) -> None:
-    from quality_report import seconds_to, table
+    from quality_report import table
 
-    def record(arm: str, seed: int, loss: float) -> dict:
-        curve = [[1.0, 5, loss + 2], [2.0, 10, loss + 1]]
-        measured = {"curve": curve, "spent": 3.0, "steps": 15, "longest_step": 0.1, "GiB": None}
-        return {"arm": arm, "seed": seed, "mean": loss, **measured}
+    records = [_record(arm, seed, loss + seed) for arm, loss in (("a", 4.0), ("b", 3.5)) for seed in range(3)]
+    apart = "-0.5000 (-0.5000 to -0.5000) | 0.83 (0.83 to 0.83)"  # the seeds differ by more than the arms do
+    assert f"| b | 3 | 15 | 0.50 | 4.5000 | {apart} | 0.10 |  |" in table(records, "a").splitlines()[-1]
+    unpaired = [*records, _record("b", 3, 0.0)]
+    assert apart in table(unpaired, "a")
+    two = [record for record in records if record["seed"] < 2]
+    assert "| -0.5000 | 0.83 |" in table(two, "a")
+    assert "| +0.5000 (+0.5000 to +0.5000) | — |" in table(records, "b")
+    assert "|  |  | 0.10 |" in table(records, "not run").splitlines()[-1]
+    repeated = [*records, _record("b", 0, 2.5)]
+    assert "| -0.8333 (-1.5000 to -0.5000) |" in table(repeated, "a")
 
-    records = [record(arm, seed, loss + seed) for arm, loss in (("a", 4.0), ("b", 3.5)) for seed in range(3)]
-    lines = table(records, "a", "clean", 3.0).splitlines()
-    assert "| b | 3 | 15 | 4.5000 | -0.5000 (-0.5000 to -0.5000) | 2.5 | 0.10 |" in lines[-1]
-    assert seconds_to(record("a", 0, 4.0), 4.5) == 2.5
-    assert seconds_to(record("a", 0, 4.0), 3.9) is None
+
+def test_the_table_says_what_failed_and_what_was_not_reached(quality: None) -> None:
+    from quality_report import table, table_of_seconds
+
+    failed = {"arm": "c", "seed": 0, "failed": "Traceback\nValueError: no"}
+    records = [_record("a", 0, 4.0), _record("a", 1, 4.0), _record("b", 0, 3.5), _record("b", 1, 4.5), failed]
+    lines = table(records, "a").splitlines()
+    assert "| — (1 of 2) |" in lines[-2]
+    assert "| c | failed: ValueError: no |" in lines[-1]
+    assert table_of_seconds(records, [5.0, 4.0, 1.0]).splitlines() == [
+        "| arm | 5 | 4 | 1 |",
+        "| --- | --- | --- | --- |",
+        "| a | 2.0 | 3.0 | — |",
+        "| b | 2.0 | — (1 of 2) | — |",
+    ]
+
+
+def test_the_interval_is_that_of_the_mean(quality: None) -> None:
+    from quality_report import interval
+
+    assert interval([], ".1f") == ""
+    assert interval([1.0, 3.0], ".1f") == "2.0"
+    few = interval([0.0, 1.0, 2.0], ".4f")
+    assert few == "1.0000 (0.0000 to 2.0000)"  # one resample in 27 is all of the lowest, more than 2.5 %
+    drawn = np.random.default_rng(3).normal(size=400)
+    low, high = (float(part) for part in interval(list(drawn), ".6f").partition("(")[2].rstrip(")").split(" to "))
+    error = 1.96 * drawn.std() / 20
+    assert low == pytest.approx(drawn.mean() - error, abs=error / 10)
+    assert high == pytest.approx(drawn.mean() + error, abs=error / 10)
+
+
+def test_the_page_has_a_table_for_each_setting_and_a_plot(quality: None, tmp_path: Path) -> None:
+    from quality_report import page
+
+    about = {"device": "a device", "commit": "abc", "versions": {"torch": "2"}, "size": "tiny", "length": 16}
+    common = {**about, "regime": "clean", "seconds": 3.0}
+    records = [{**_record(arm, 0, loss), **common} for arm, loss in (("a", 4.0), ("b", 3.5))]
+    records.append({**_record("a", 0, 2.0), **common, "schedule": "wsd"})
+    output = tmp_path / "runs.jsonl"
+    output.write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = page(output, "a")
+    assert text.startswith("a device, commit abc, torch 2.\n\nclean, 3 s, linear, tiny, rows of 16 tokens\n")
+    assert "clean, 3 s, wsd, tiny, rows of 16 tokens" in text
+    assert "| arm | 6 | 5 | 4 |" in text
+    assert "| b | 1.0 | 1.5 | 2.5 |" in text
+    assert "| b | 2.2 |" in page(output, "a", [4.3])
+    assert output.with_suffix(".png").stat().st_size > 0
+
+
+def test_what_is_finished_is_not_run_again(quality: None) -> None:
+    import quality
+
+    run = quality.Run("all", "clean", 0, 34.0, "55M", 512)
+    record = asdict(run)
+    older = {name: value for name, value in record.items() if name not in ("schedule", "rows")}
+    assert quality.Run.key(record) == quality.Run.key(older)
+    assert quality.Run.key(record) != quality.Run.key({**record, "schedule": "wsd"})
+
+
+def test_a_finished_queue_runs_nothing(quality: None, tokens: Path) -> None:
+    import quality
+
+    output = tokens.with_name("runs.jsonl")
+    runs = [quality.Run("all", "clean", seed, 1.0, "tiny", 8, "wsd", 50) for seed in range(2)]
+    output.write_text("".join(json.dumps({**asdict(run), "mean": 1.0}) + "\n" for run in runs))
+    before = output.read_text()
+    quality.main(tokens, output, ["all"], None, [1.0], 2, "tiny", 8, "wsd", rows=50)
+    assert output.read_text() == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("regime", ["muddy"]), ("schedule", "cosine"), ("size", "7B")])
+def test_runs_that_could_not_start_are_refused(quality: None, tokens: Path, name: str, value: Any) -> None:
+    import quality
+    import typer
+
+    with pytest.raises(typer.BadParameter, match=f"{name}: got "):
+        quality.main(tokens, tokens.with_name("runs.jsonl"), **{name: value})
+
+
+def test_a_folder_has_one_file_of_weights(quality: None, tmp_path: Path) -> None:
+    import quality
+    import quality_data
+    import typer
+
+    assert quality_data.gguf_of(tmp_path) is None
+    with pytest.raises(typer.BadParameter, match="has no GGUF file"):
+        quality.main(tmp_path, tmp_path / "runs.jsonl", weights=tmp_path)
+    (tmp_path / "one.gguf").touch()
+    assert quality_data.gguf_of(tmp_path) == "one.gguf"
+    (tmp_path / "two.gguf").touch()
+    with pytest.raises(ValueError, match="several GGUF files: one"):
+        quality_data.gguf_of(tmp_path)
 
 
 @pytest.mark.long
@@ -90,7 +288,9 @@ def test_quick(quality: None, capsys: pytest.CaptureFixture) -> None:
     quality.main(quick=True)
     page = capsys.readouterr().out
     assert "failed" not in page
-    assert "| loss-random@0.5x4 | 1 |" in page
+    for arm in ("allx4", "trimmed@0.5x4", "oracle@0.5x4", "small=2x4", "defaultx4"):
+        assert f"| {arm} | 1 |" in page
+    assert "wsd, tiny, 400 rows of 16 tokens" in page
 
 
 def test_a_run_trains(quality: None, tokens: Path) -> None:
@@ -102,6 +302,85 @@ def test_a_run_trains(quality: None, tokens: Path) -> None:
     assert record["steps"] > 5
     assert record["spent"] >= 1.0
     assert record["mean"] < record["curve"][0][2]
+
+
+class Handle:
+    """What a depth arm needs of the product, and what was asked of it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.asked: list[str] = []
+        self.clock, self.grown_at = clock, -1.0
+
+    def grow(self) -> None:
+        self.asked.append("grow")
+        self.grown_at = self.clock()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        self.asked.append("in_use")
+        yield
+
+    def step(self) -> None:
+        self.asked.append("step")
+
+
+def test_a_depth_arm_grows_at_its_share(quality: None, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import quality
+    import quality_arms
+    import quality_training
+    import torch
+
+    run = quality.Run("allx4/0.01+depth=2:0.5", "clean", 0, 1.0, "tiny", 8)
+    training = quality_training.Training(run, _few(tokens), torch.device("cpu"), None)
+    handle = Handle(lambda: training.clock.seconds())
+    given: dict = {}
+
+    def optimize(model: torch.nn.Module, **options: object) -> None:
+        model.cggr = handle
+        given.update(options)
+
+    monkeypatch.setattr(quality_arms.cggr, "optimize", optimize)
+    training.compile()
+    assert given == {"cuda_graphs": False, "route": "depth", "depth_layers": 2, "depth_until": None, "grow": "copy"}
+    assert handle.asked == []
+    training.train()
+    training.losses()
+    assert handle.asked.count("grow") == 1
+    assert handle.grown_at >= 0.5
+    at = handle.asked.index("grow")
+    assert training.grown == [pytest.approx(handle.grown_at, abs=0.02), handle.asked[:at].count("step")]
+    assert handle.asked.count("in_use") == sum(point[0] <= training.grown[0] for point in training.curve)
+    assert "in_use" not in handle.asked[at:]
+
+
+def test_an_oracle_scores_by_the_whole_model_off_the_clock(
+    quality: None, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import quality
+    import quality_arms
+    import quality_training
+    import torch
+
+    run = quality.Run("oracle@0.5x4/0.01", "clean", 0, 0.5, "tiny", 8)
+    training = quality_training.Training(run, _few(tokens), torch.device("cpu"), None)
+    rows = training.batches.next()
+    losses = quality_arms.row_losses(training.model, rows, nullcontext())
+    with torch.no_grad():
+        alone = torch.stack([training.model(input_ids=row[None], labels=row[None]).loss for row in rows])
+    torch.testing.assert_close(losses, alone)
+
+    pause, whole = 0.02, quality_arms.row_losses
+
+    def slow(*arguments: Any) -> torch.Tensor:
+        time.sleep(pause)
+        return whole(*arguments)
+
+    monkeypatch.setattr(quality_arms, "row_losses", slow)
+    training.compile()
+    started = time.perf_counter()
+    spent = training.train()
+    assert training.steps > 1
+    assert time.perf_counter() - started >= spent + pause * training.steps
 
 
 def _few(tokens: Path) -> Path:

@@ -1,0 +1,185 @@
+"""The arms of the quality benchmark: what their names mean, and the forward and backward of one step of each.
+
+An arm is `NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[:GROW]]`: what is kept, the rows a step draws, the peak learning
+rate, and how deep the model is at first. Names:
+
+* `compile`: torch.compile. `all`: every row. `small=N`: every row of a model that has N layers from first to last.
+  `default`: `cggr.optimize` without options. None of them takes a ratio.
+* A selection rule: `random`, `topk`, `trimmed`, `stratified`, `importance`, `auto`; `easiest` (the lowest scores);
+  `shuffled` (the router is paid, its scores are shuffled); `oracle` (trimmed by the whole model's own losses of the
+  rows, which cost nothing: the clock stands still).
+* `token-RULE`, `loss-RULE`: the other routes.
+
+`+depth=3:0.5:copy` trains the first 3 layers for half of the seconds, then the whole model, grown by "copy" (which is
+the default), "random" or "zero". It goes with `all` and with rules, but not with `shuffled` and `oracle`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import cggr_compile as cggr
+
+RATIO, BATCH, RATE = 0.5, 32, 1.5e-3
+"""Of an arm that does not say."""
+SCORED_AT_ONCE = 16
+"""Rows whose logits the oracle holds at a time."""
+
+_NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
+_FORM = re.compile(
+    rf"(?P<name>[a-z-]+)(?:=(?P<layers>\d+))?(?:@(?P<ratio>{_NUMBER}))?(?:x(?P<batch>\d+))?(?:/(?P<rate>{_NUMBER}))?"
+    rf"(?:\+depth=(?P<first>\d+):(?P<share>{_NUMBER})(?::(?P<grow>copy|random|zero))?)?"
+)
+
+
+def easiest(scores: Tensor, valid: Tensor, k: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The k lowest scores."""
+    rows = scores.masked_fill(~valid, torch.inf).argsort()[:k].sort().values
+    return rows, valid[rows].float()
+
+
+WHOLE = ("compile", "all", "small", "default")
+SCORED_OUTSIDE = {"shuffled": "topk", "oracle": "trimmed"}
+"""Arms whose scores are given by `use_scores`, and the rule that selects by them."""
+RULES: dict[str, Any] = {
+    **{name: name for name in ("random", "topk", "trimmed", "stratified", "importance", "auto")},
+    "easiest": easiest,
+    **SCORED_OUTSIDE,
+}
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The first `layers` train until `share` of the seconds is spent; the others then start from what `grow` says."""
+
+    layers: int
+    share: float
+    grow: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm's parts: `layers` is that of a model which is small throughout, `rate` the peak learning rate."""
+
+    name: str
+    layers: int | None
+    ratio: float
+    batch: int
+    rate: float
+    depth: Depth | None
+
+    @classmethod
+    def parse(cls, text: str) -> Arm:
+        """The parts of an arm's name. Raises `typer.BadParameter`, which says what is wrong with it."""
+        found = _FORM.fullmatch(text)
+        if found is None:
+            form = "NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[:GROW]]"
+            raise typer.BadParameter(f"arm: got {text!r}, expected {form}")
+        part = found.groupdict()
+        layers = int(part["layers"]) if part["layers"] else None
+        depth = Depth(int(part["first"]), float(part["share"]), part["grow"] or "copy") if part["first"] else None
+        ratio, rate = float(part["ratio"] or RATIO), float(part["rate"] or RATE)
+        arm = cls(part["name"], layers, ratio, int(part["batch"] or BATCH), rate, depth)
+        if problem := arm._problem(ratio_given=part["ratio"] is not None):
+            raise typer.BadParameter(f"arm: got {text!r}; {problem}")
+        return arm
+
+    @property
+    def route_and_rule(self) -> tuple[str, str]:
+        """What is routed, "" for rows, and the name of the rule."""
+        route, _, rule = self.name.rpartition("-")
+        return route, rule
+
+    def _problem(self, ratio_given: bool) -> str | None:
+        route, rule = self.route_and_rule
+        if self.name not in WHOLE and (rule not in RULES or route not in ("", "token", "loss")):
+            return f"{self.name!r} is none of {', '.join((*WHOLE, *RULES))}, token-RULE, loss-RULE"
+        if route and rule in SCORED_OUTSIDE:
+            return f"{rule!r} gives scores of rows, and the {route} route selects tokens"
+        if (self.name == "small") != (self.layers is not None) or self.layers == 0:
+            return "a number of layers, at least 1, goes with 'small' and with nothing else: small=N"
+        if ratio_given and self.name in WHOLE:
+            return f"{self.name!r} takes no ratio"
+        if not 0 < self.ratio <= 1 or self.batch < 1 or self.rate <= 0:
+            return "the ratio is in (0, 1], the batch at least 1, the rate above 0"
+        return self._problem_of_depth() if self.depth else None
+
+    def _problem_of_depth(self) -> str | None:
+        assert self.depth is not None
+        if self.name in SCORED_OUTSIDE or (self.name in WHOLE and self.name != "all"):
+            return f"{self.name!r} takes no +depth; 'all' and the rules that score for themselves do"
+        if self.depth.layers < 1 or not 0 < self.depth.share < 1:
+            return "+depth=N:SHARE takes at least 1 layer and a share in (0, 1)"
+        return None
+
+    def options(self, on_gpu: bool) -> dict[str, Any]:
+        """What `cggr.optimize` is given beside `cuda_graphs`."""
+        if self.name == "default":
+            return {}
+        if self.name in WHOLE:
+            return self._deep(()) or {"ratio": 1.0}
+        route, rule = self.route_and_rule
+        options = {"ratio": self.ratio, "selection": RULES[rule], "route": route or "sequence"}
+        if rule not in ("random", "easiest") and on_gpu:
+            options["router_head"] = "sampled"
+        return {**options, **self._deep((options["route"],))}
+
+    def _deep(self, routes: tuple[str, ...]) -> dict[str, Any]:
+        if self.depth is None:
+            return {}
+        route = ("depth", *routes) if routes else "depth"
+        return {"route": route, "depth_layers": self.depth.layers, "depth_until": None, "grow": self.depth.grow}
+
+
+class Step:
+    """Forward and backward of one step of an arm; `beforehand`, where there is any, is not the arm's cost."""
+
+    def __init__(self, arm: Arm, model: nn.Module, device: torch.device) -> None:
+        self.model, self.name, self.device = model, arm.name, device
+        self.forward: Callable[..., Any] = model
+        if arm.name == "compile":
+            self.forward = torch.compile(model)
+        else:
+            cggr.optimize(model, cuda_graphs=device.type == "cuda", **arm.options(device.type == "cuda"))
+
+    @property
+    def has_free_scores(self) -> bool:
+        """Whether `score_for_free` is to run before each step, with the clock stopped."""
+        return self.name == "oracle"
+
+    def score_for_free(self, rows: Tensor) -> None:
+        """Lets the next step select by the losses of its rows under the whole model."""
+        self.model.cggr.use_scores(row_losses(self.model, rows, self._autocast()))
+
+    def __call__(self, rows: Tensor) -> None:
+        if self.name == "shuffled":
+            with self._autocast():
+                scores = self.model.cggr.score({"input_ids": rows, "labels": rows})
+            self.model.cggr.use_scores(scores[torch.randperm(len(scores), device=self.device)])
+        self.model.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss = self.forward(input_ids=rows, labels=rows).loss
+        loss.backward()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+@torch.no_grad()
+def row_losses(model: nn.Module, rows: Tensor, autocast: AbstractContextManager[Any]) -> Tensor:
+    """Mean next-token loss fp32 [B] of rows int64 [B, S] under the whole model, by its plain forward."""
+    losses = []
+    for some in rows.split(SCORED_AT_ONCE):
+        with autocast:
+            logits = model(input_ids=some).logits[:, :-1].float()
+        each = nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="none")
+        losses.append(each.view(len(some), -1).mean(1))
+    return torch.cat(losses)

@@ -1,0 +1,295 @@
+"""One training of the quality benchmark: its batches, its clock, its learning rate, and what is measured of it.
+
+Nothing that is measured is on the clock: it stops for held-out losses and for scores that cost an arm nothing. What
+comes before the first counted step is not on it either; the growth of a model is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import quality_data
+import torch
+import transformers
+from quality_arms import Arm, Step
+from torch import Tensor, nn
+
+WARM_UP, STABLE, FLOOR = 0.05, 0.8, 0.02
+UNCOUNTED = 6
+"""Steps before the clock starts: what they compile is not counted, and nothing is updated."""
+EVALUATIONS = 12
+EVALUATED_AT_ONCE = 16
+
+SIZES = {
+    "55M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "heads": 8, "kv": 4},
+    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "heads": 9, "kv": 3},
+    "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "heads": 4, "kv": 2},
+}
+
+
+def linear(share: float) -> float:
+    """The learning rate's fraction of its peak: up over WARM_UP of the seconds, down towards FLOOR over all of them."""
+    return min(1.0, share / WARM_UP) * max(FLOOR, 1 - share)
+
+
+def wsd(share: float) -> float:
+    """Warm-up, stable, decay: up over WARM_UP of the seconds, at the peak until STABLE, then down to FLOOR."""
+    return min(1.0, share / WARM_UP) * max(FLOOR, min(1.0, (1 - share) / (1 - STABLE)))
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"linear": linear, "wsd": wsd}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: an arm under a regime with a seed for so many seconds.
+
+    `size` is one of SIZES, or the name of the file that the weights are loaded from; `rows` are those that train, 0 for
+    as many as there are.
+    """
+
+    arm: str
+    regime: str
+    seed: int
+    seconds: float
+    size: str
+    length: int
+    schedule: str = "linear"
+    rows: int = 0
+
+    @classmethod
+    def key(cls, record: dict[str, Any]) -> tuple:
+        """What tells the run of a record from others; fields that an older record lacks have their defaults."""
+        fields = cls.__dataclass_fields__.values()
+        return tuple(record.get(field.name, field.default) for field in fields)
+
+
+class Batches:
+    """Shuffled passes over the training rows."""
+
+    def __init__(self, rows: Tensor, number: int, seed: int) -> None:
+        if number > len(rows):
+            raise ValueError(f"a batch of {number} rows from {len(rows)}; give a smaller xBATCH or more --rows")
+        self.rows, self.number, self.seed = rows, number, seed
+        self.restart()
+
+    def restart(self) -> None:
+        """From the first batch again."""
+        self.generator = torch.Generator(self.rows.device).manual_seed(1000 + self.seed)
+        self.order, self.at, self.passes = self._shuffled(), 0, 0.0
+
+    def _shuffled(self) -> Tensor:
+        return torch.randperm(len(self.rows), generator=self.generator, device=self.rows.device)
+
+    def next(self) -> Tensor:
+        """The next rows int64 [B, S]; what is left of a pass that is too short for a batch is dropped."""
+        if self.at + self.number > len(self.rows):
+            self.order, self.at = self._shuffled(), 0
+        self.at += self.number
+        self.passes += self.number / len(self.rows)
+        return self.rows[self.order[self.at - self.number : self.at]]
+
+
+class Clock:
+    """Seconds of training; stands still while something is measured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.spent, self.started = device, 0.0, 0.0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def start(self) -> None:
+        """Goes on, once the device has nothing left to do."""
+        self.started = self._now()
+
+    def stop(self) -> float:
+        """Stands still, once the device has done what it was given; all seconds so far."""
+        self.spent += self._now() - self.started
+        return self.spent
+
+    def seconds(self) -> float:
+        """What the host has seen, without waiting for the device."""
+        return self.spent + time.perf_counter() - self.started
+
+
+class Training:
+    """A model that trains as an arm says, for so many seconds."""
+
+    def __init__(self, run: Run, tokens: Path, device: torch.device, weights: Path | None) -> None:
+        self.run, self.device, self.arm = run, device, Arm.parse(run.arm)
+        rows = quality_data.rows_of(tokens, run.length, run.regime, run.rows)
+        self.batches = Batches(torch.tensor(rows.train, device=device), self.arm.batch, run.seed)
+        self.held_out = {domain: torch.tensor(each, device=device) for domain, each in rows.held_out.items()}
+        vocabulary = quality_data.vocabulary_of(tokens)
+        self.model = _model(run, self.arm.layers, vocabulary, weights, device).train()
+        self.clock = Clock(device)
+        self.update, self.set_rate = _optimizer(self.model, device)
+        self.steps, self.longest = 0, 0.0
+        self.curve: list[list[float]] = []
+        self.grown: list[float] | None = None
+
+    def compile(self) -> float:
+        """The steps before the clock starts; how long they took."""
+        self.clock.start()
+        self.step = Step(self.arm, self.model, self.device)
+        for _ in range(UNCOUNTED):
+            self._step(self.batches.next())
+        self.model.zero_grad(set_to_none=True)
+        self.batches.restart()
+        return self.clock.stop()
+
+    def train(self) -> float:
+        """Steps until the budget is spent; the seconds that they took."""
+        factor = SCHEDULES[self.run.schedule]
+        self.clock = Clock(self.device)
+        self.clock.start()
+        while (seconds := self.clock.seconds()) < self.run.seconds:
+            share = seconds / self.run.seconds
+            if share >= (len(self.curve) + 1) / EVALUATIONS:
+                self._evaluate()
+            before = time.perf_counter()
+            if self.arm.depth is not None and self.grown is None and share >= self.arm.depth.share:
+                self.model.cggr.grow()
+                self.grown = [round(seconds, 2), self.steps]
+            self.set_rate(self.arm.rate * factor(share))
+            spared = self._step(self.batches.next())
+            self._update()
+            self.longest = max(self.longest, time.perf_counter() - before - spared)
+        return self.clock.stop()
+
+    def losses(self) -> dict[str, float]:
+        """Held-out loss of every domain, by the layers in use."""
+        with self._in_use():
+            return _losses(self.model, self.held_out, self.device)
+
+    def _step(self, rows: Tensor) -> float:
+        """Forward and backward; the seconds that were not on the clock."""
+        spared = 0.0
+        if self.step.has_free_scores:
+            self.clock.stop()
+            stopped = time.perf_counter()
+            self.step.score_for_free(rows)
+            self.clock.start()
+            spared = time.perf_counter() - stopped
+        self.step(rows)
+        return spared
+
+    def _update(self) -> None:
+        self.update()
+        if self.arm.name != "compile":
+            self.model.cggr.step()
+        self.steps += 1
+        if self.steps % 8 == 0 and self.device.type == "cuda":
+            torch.cuda.synchronize()  # the clock may not run ahead of the device
+
+    def _evaluate(self) -> None:
+        at = self.clock.stop()
+        self.curve.append([round(at, 2), self.steps, _mean(self.losses())])
+        self.clock.start()
+
+    def _in_use(self) -> AbstractContextManager[Any]:
+        small = self.arm.depth is not None and self.grown is None
+        return self.model.cggr.in_use() if small else nullcontext()
+
+
+def trained(run: Run, tokens: Path, device: torch.device, weights: Path | None = None) -> dict[str, Any]:
+    """Trains one model, from the GGUF file in the folder `weights` if given, and measures it."""
+    training = Training(run, tokens, device, weights)
+    first = training.compile()
+    seconds = training.train()
+    losses = training.losses()
+    peak = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
+    return {
+        **asdict(run),
+        "first_steps": round(first, 1),
+        "spent": round(seconds, 2),
+        "steps": training.steps,
+        "passes": round(training.batches.passes, 2),
+        "longest_step": round(training.longest, 3),
+        "grown": training.grown,
+        "curve": training.curve,
+        "held_out": losses,
+        "mean": _mean(losses),
+        "GiB": peak,
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+    }
+
+
+def _model(run: Run, layers: int | None, vocabulary: int, weights: Path | None, device: torch.device) -> nn.Module:
+    """The model of a run, with its first `layers` only if so many are given."""
+    torch.manual_seed(run.seed)
+    torch.set_float32_matmul_precision("high")
+    if weights is not None:
+        return _pretrained(weights, layers, vocabulary).to(device)
+    size = dict(SIZES[run.size])
+    heads, kv = size.pop("heads"), size.pop("kv")
+    config = transformers.LlamaConfig(
+        **{**size, "num_hidden_layers": layers or size["num_hidden_layers"]},
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocabulary,
+        max_position_embeddings=run.length,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    with torch.device(device):
+        return transformers.LlamaForCausalLM(config)
+
+
+def _pretrained(folder: Path, layers: int | None, vocabulary: int) -> nn.Module:
+    """A fresh model with the weights of a folder's GGUF file in fp32, as the demo makes it."""
+    file = quality_data.gguf_of(folder)
+    given = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    if given.config.vocab_size != vocabulary:
+        raise ValueError(f"tokens of a vocabulary of {vocabulary}; make them with quality_data.py --tokenizer {folder}")
+    config = deepcopy(given.config)
+    del config.quantization_config
+    config.use_cache = False
+    config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
+    model = type(given)(config)
+    missing = model.load_state_dict(given.state_dict(), strict=False).missing_keys
+    assert not missing, missing
+    return model
+
+
+def _optimizer(model: nn.Module, device: torch.device) -> tuple[Callable[[], None], Callable[[float], None]]:
+    parameters = list(model.parameters())
+    rate = torch.tensor(0.0, device=device)
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+
+    return update, lambda value: rate.fill_(value) and None
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, held_out: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+    model.eval()
+    found = {}
+    for domain, rows in held_out.items():
+        total = torch.zeros((), device=device)
+        for some in rows.split(EVALUATED_AT_ONCE):
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                total += model(input_ids=some, labels=some).loss * len(some)
+        found[domain] = total.item() / len(rows)
+    model.train()
+    return found
+
+
+def _mean(losses: dict[str, float]) -> float:
+    return sum(losses.values()) / len(losses)
