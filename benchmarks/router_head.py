@@ -27,10 +27,11 @@ import cggr_compile.kernels.op.router_heads  # noqa: F401  registers torch.ops.c
 import torch
 import typer
 from cggr_compile.kernels.op.fp8_linear import MULTIPLE
+from pretrained import load_pretrained, windows_of
 from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.demo.data import Windows, load_pretrained, make_windows, read_text
+from cggr_compile.demo.data import read_text
 from cggr_compile.environment import environment
 from cggr_compile.ir.router_head import cost_factor
 
@@ -134,11 +135,12 @@ def compare(problem: Problem, seed: int) -> Iterator[dict]:
 
 
 def problems(
-    model: torch.nn.Module, windows: Windows, rows: int, batches: int, depths: list[int]
+    model: torch.nn.Module, windows: torch.Tensor, rows: int, batches: int, depths: list[int]
 ) -> Iterator[tuple[int, int, Problem]]:
     """(batch, depth, problem)."""
     weight = model.lm_head.weight.detach()
-    for index, ids in enumerate(windows.batches(steps=batches, batch_size=rows, seed=0)):
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    for index, ids in enumerate(windows[order[: batches * rows]].split(rows)):
         states = hidden_by_depth(model, ids, depths)
         with fp8_body(model):
             fp8_states = hidden_by_depth(model, ids, depths)
@@ -182,14 +184,15 @@ def main(
     """Measures every head and the fp8 body, and prints the table; `--output NAME` writes NAME.json and NAME.md."""
     if quick:
         rows, sequence_length, batches = 8, 64, 1
-    pretrained = load_pretrained(None)
+    pretrained = load_pretrained()
     model = pretrained.model.eval()
     layers = model.config.num_hidden_layers
-    windows = make_windows(*read_text(None), pretrained, sequence_length=sequence_length, batch_size=rows)
+    text, source = read_text(None)
+    windows = windows_of(text, pretrained, sequence_length)
     report = {
         **environment(torch.device("cpu"), None),
         "model": pretrained.source,
-        "text": windows.source,
+        "text": source,
         "shape": f"{batches} batches of {rows} × {sequence_length} tokens",
         "samples": [],
     }

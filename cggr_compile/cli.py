@@ -92,23 +92,21 @@ def explain(
 
 @app.command()
 def demo(
-    model: Annotated[str | None, typer.Option(help="Folder or hub id; the packaged SmolLM2-135M without.")] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 file to train on; the packaged book without.")] = None,
     device: Annotated[str, typer.Option(help="cpu (fp32) or cuda (bf16 autocast).")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder for diff, report, plot and results.")] = Path("demo-output"),
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each arm.")] = 8,
-    ratio: Annotated[float, typer.Option(help="Fraction of rows kept, in (0, 1].")] = 0.25,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 8,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a row.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Seconds that each arm trains.")] = 60,
+    batch_size: Annotated[int, typer.Option(help="Windows a step.")] = 16,
+    sequence_length: Annotated[int, typer.Option(help="Bytes a window.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of order and initialisation.")] = 0,
 ) -> None:
-    """Fine-tune one model twice, plainly and routed, and show what differs."""
+    """Train one model from scratch twice, plainly and by growing depth, for equally many seconds."""
     try:
         from cggr_compile.demo.main import demo as run
     except ModuleNotFoundError as error:
         _fail(UnusableModel(f"the demo needs {error.name}: pip install 'cggr-compile[demo]'"))
     try:
-        run(model, text, device, output, steps, ratio, batch_size, sequence_length, seed)
+        run(text, device, output, seconds, batch_size, sequence_length, seed)
     except (CannotOptimize, ConfigError, OSError) as error:
         _fail(error)
 

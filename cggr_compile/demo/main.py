@@ -1,73 +1,68 @@
-"""The demo: fine-tune one pretrained model twice, plainly and with `cggr.optimize`, and show what differs.
+"""The demo: train one small model from scratch twice for equally many seconds, plainly and by `route="depth"`.
 
-Both arms start from the same weights, see the same batches in the same order, use the same optimiser, and are
-evaluated on the same held-out windows through the same unrouted forward (`eval()`), so their held-out losses
-are comparable. Their training losses are not: the routed one is the mean over the hardest rows only.
+Both arms have the same initial weights, the same batches in the same order, the same optimiser and the same learning
+rate by the share of their seconds. They take turns, so whatever else the machine does slows both. Held-out loss is that
+of the plain forward on the same windows.
 
-Seconds are wall-clock seconds of training steps (forward, backward, optimiser). Evaluation is excluded; the
-first step, which captures and compiles, is included in every total and also shown by itself.
+Seconds are wall-clock seconds of training steps (forward, backward, optimiser). Evaluation is excluded; the first step,
+which captures and compiles, is included.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 import cggr_compile as cggr
-from cggr_compile.demo.data import (
-    TEXT_PACKAGE,
-    WEIGHTS_PACKAGE,
-    Windows,
-    load_pretrained,
-    make_windows,
-    metadata_version,
-    read_text,
-)
+from cggr_compile.demo.data import TEXT_PACKAGE, Windows, metadata_version, read_text, windows_of
 from cggr_compile.environment import command_line
 
-LEARNING_RATE = 5e-5
-EVALUATIONS = 4
-_PEAK_RSS = Path("/proc/self/clear_refs")
+LAYERS, FIRST_LAYERS, WIDTH, HEADS = 12, 3, 128, 4
+GROWS_AT = 0.7
+EVALUATIONS = 8
+WARM_UP, FLOOR = 0.05, 0.02
+BYTES = 256
+ROUTED = 0.25
+FILES = ("diff.html", "report.json", "loss.png", "result.json")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What both arms share. `learning_rate` is AdamW's, constant; lengths are in tokens."""
+    """What both arms share. `learning_rate` is AdamW's peak: it rises over WARM_UP of the seconds, then falls to
+    FLOOR. `sequence_length` is in bytes of the text, which are the tokens."""
 
-    model: str
     text: str
     device: str
     precision: str
-    steps: int
-    ratio: float
+    seconds: float
     batch_size: int
     sequence_length: int
     seed: int
-    learning_rate: float = LEARNING_RATE
+    learning_rate: float = 3e-3
+    layers: int = LAYERS
+    first_layers: int = FIRST_LAYERS
+    grows_at: float = GROWS_AT
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean held-out loss (nats per token) after `step` steps and `seconds` of training."""
+    """Mean held-out loss (nats per byte) after `step` steps and `seconds` of training."""
 
     step: int
     seconds: float
@@ -76,154 +71,188 @@ class Evaluation:
 
 @dataclass
 class Arm:
-    """Everything measured while one model was trained; one entry a step in each list."""
+    """Everything measured while one model was trained; `grown_at` is the step at which the whole model began."""
 
     name: str
-    sequence_length: int
     step_seconds: list[float] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
-    rows: list[list[int]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
-    peak_memory_bytes: int | None = None
+    grown_at: int | None = None
 
     @property
-    def median_step_seconds(self) -> float:
-        """Median over every step but the first, which captures and compiles."""
-        return statistics.median(self.step_seconds[1:])
+    def seconds(self) -> float:
+        """Of training so far."""
+        return sum(self.step_seconds)
 
-    @property
-    def tokens_trained(self) -> int:
-        """Tokens that took part in a backward pass."""
-        return self.sequence_length * sum(map(len, self.rows))
-
-    def loss_within(self, seconds: float) -> float:
-        """The last held-out loss measured after at most `seconds` of training."""
-        return next(e.loss for e in reversed(self.evaluations) if e.seconds <= seconds)
+    def seconds_to(self, loss: float) -> float | None:
+        """Seconds of training at the first evaluation that is no higher; None where none is."""
+        return next((e.seconds for e in self.evaluations if e.loss <= loss), None)
 
 
 def demo(
-    model: str | None,
-    text: Path | None,
-    device: str,
-    output: Path,
-    steps: int,
-    ratio: float,
-    batch_size: int,
-    sequence_length: int,
-    seed: int,
+    text: Path | None, device: str, output: Path, seconds: float, batch_size: int, sequence_length: int, seed: int
 ) -> None:
     """Train both arms and write `diff.html`, `report.json`, `loss.png` and `result.json` into `output`.
 
-    `model` is a folder or hub id (None: the packaged SmolLM2-135M), `text` a UTF-8 file (None: the packaged
-    book), `device` "cpu" (fp32) or "cuda" (bf16 autocast), `sequence_length` in tokens.
+    `text` is a UTF-8 file (None: the packaged book), `device` "cpu" (fp32) or "cuda" (bf16 autocast), `seconds` those
+    of training of each arm, `sequence_length` in bytes.
 
-    Raises `typer.BadParameter` on input it cannot use, and `cggr.CannotOptimize` where the model cannot be
-    routed.
+    Raises `typer.BadParameter` on input it cannot use.
     """
-    place = _check(device, steps=steps, ratio=ratio, batch_size=batch_size, sequence_length=sequence_length)
-    written, text_source = read_text(text)
-    console = Console()
-    console.print("loading the model and cutting the text into windows")
-    pretrained = load_pretrained(model)
-    windows = make_windows(written, text_source, pretrained, sequence_length=sequence_length, batch_size=batch_size)
+    place = _check(device, seconds=seconds, batch_size=batch_size, sequence_length=sequence_length)
+    windows = windows_of(*read_text(text), sequence_length, batch_size)
     settings = Settings(
-        model=pretrained.source,
         text=windows.source,
         device=str(place),
         precision="bf16 autocast" if place.type == "cuda" else "fp32",
-        steps=steps,
-        ratio=ratio,
+        seconds=seconds,
         batch_size=batch_size,
         sequence_length=sequence_length,
         seed=seed,
     )
     output.mkdir(parents=True, exist_ok=True)
+    console = Console()
     _introduce(console, settings, windows)
+    plain, grown = Arm("plain"), Arm("cggr")
+    optimized = cggr.optimize(
+        build(settings), route="depth", depth_layers=FIRST_LAYERS, cuda_graphs=place.type == "cuda"
+    )
     with _progress(console) as progress:
-        train = partial(train_arm, windows=windows, settings=settings, progress=progress)
-        plain = train("plain", deepcopy(pretrained.model), prepare=lambda m: m)
-        routed_model = deepcopy(pretrained.model)
-        routed = train("routed", routed_model, prepare=partial(cggr.optimize, ratio=ratio))
-    diff = routed_model.cggr.diff()
-    (output / "diff.html").write_text(diff.to_html(), encoding="utf-8")
-    (output / "report.json").write_text(routed_model.cggr.report().to_json(), encoding="utf-8")
-    write_result(output / "result.json", settings, [plain, routed])
-    plot(output / "loss.png", settings, [plain, routed])
-    console.print(diff.summary(), markup=False, highlight=False)
-    console.print(table(plain, routed))
-    for name in ("diff.html", "report.json", "loss.png", "result.json"):
+        turns = [train(build(settings), plain, windows, settings), train(optimized, grown, windows, settings)]
+        _take_turns(turns, [plain, grown], settings, progress)
+    explanation = cggr.explain(optimized, _batch(windows.train[:batch_size].to(place)), ratio=ROUTED)
+    (output / "diff.html").write_text(explanation.diff().to_html(), encoding="utf-8")
+    (output / "report.json").write_text(explanation.report().to_json(), encoding="utf-8")
+    write_result(output / "result.json", settings, [plain, grown])
+    plot(output / "loss.png", settings, [plain, grown])
+    console.print(measured(plain, grown, settings))
+    console.print(predicted(settings, explanation), markup=False, highlight=False)
+    for name in FILES:
         console.print(f"{output / name}", markup=False, highlight=False, soft_wrap=True)
 
 
-def train_arm(
-    name: str,
-    model: Any,
-    *,
-    prepare: Callable[[Any], Any],
-    windows: Windows,
-    settings: Settings,
-    progress: Progress,
-) -> Arm:
-    """Train `model`, moved to the device and then passed through `prepare`, on the settings' batches.
-
-    Returns the measurements; the model ends on the device, its optimiser state and gradients freed.
-    """
-    device = torch.device(settings.device)
+def build(settings: Settings, device: str | None = None) -> nn.Module:
+    """A Llama of LAYERS layers over bytes, in training, with the seed's weights, on the settings' device or another."""
     torch.manual_seed(settings.seed)
-    model = prepare(model.to(device).train())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-    batches = windows.batches(steps=settings.steps, batch_size=settings.batch_size, seed=settings.seed)
-    due = {round(settings.steps * i / EVALUATIONS) for i in range(EVALUATIONS + 1)}
-    arm = Arm(name, settings.sequence_length)
-    task = progress.add_task(name, total=settings.steps, note="held-out loss before training")
-    _reset_peak_memory(device)
-    for step in range(settings.steps + 1):
-        if step > 0:
-            _train_step(model, optimizer, batches[step - 1].to(device), arm)
-        if step in due:
-            loss = held_out_loss(model, windows.held_out.to(device), settings.batch_size)
-            arm.evaluations.append(Evaluation(step, sum(arm.step_seconds), loss))
-        took = f"{arm.step_seconds[-1]:.2f} s/step, " if arm.step_seconds else ""
-        note = f"{took}held-out loss {arm.evaluations[-1].loss:.3f}"
-        progress.update(task, completed=step, note=note)
-    arm.peak_memory_bytes = _peak_memory(device)
-    model.zero_grad(set_to_none=True)
-    del optimizer
-    gc.collect()
-    return arm
+    config = transformers.LlamaConfig(
+        vocab_size=BYTES,
+        hidden_size=WIDTH,
+        intermediate_size=8 * WIDTH // 3,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=settings.sequence_length,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    with torch.device("meta" if device == "meta" else "cpu"):
+        model = transformers.LlamaForCausalLM(config)
+    return model.train().to(device or settings.device)
 
 
-def _train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, arm: Arm) -> None:
+def train(model: Any, arm: Arm, windows: Windows, settings: Settings) -> Iterator[None]:
+    """Trains for the settings' seconds and yields after every step; a model on the depth route grows in between."""
+    device = torch.device(settings.device)
+    peak = settings.learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
+    generator = torch.Generator().manual_seed(settings.seed)
+    train_rows, held_out = windows.train, windows.held_out.to(device)
     handle = getattr(model, "cggr", None)
+    while (share := arm.seconds / settings.seconds) < 1:
+        if len(arm.evaluations) <= share * EVALUATIONS:
+            arm.evaluations.append(Evaluation(len(arm.step_seconds), arm.seconds, held_out_loss(model, held_out)))
+        if handle is not None and arm.grown_at is None and share >= GROWS_AT:
+            handle.grow()
+            arm.grown_at = len(arm.step_seconds)
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1, share / WARM_UP) * max(FLOOR, 1 - share)
+        picked = torch.randint(len(train_rows), (settings.batch_size,), generator=generator)
+        _step(model, optimizer, train_rows[picked].to(device), arm)
+        yield
+    arm.evaluations.append(Evaluation(len(arm.step_seconds), arm.seconds, held_out_loss(model, held_out)))
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, arm: Arm) -> None:
     started = _clock(ids.device)
     with _autocast(ids.device):
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss = model(**_batch(ids)).loss
     loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if handle is not None:
-        handle.step()
+    optimizer.zero_grad()
     arm.step_seconds.append(_clock(ids.device) - started)
     arm.train_loss.append(float(loss.detach()))
-    arm.rows.append(list(range(len(ids))) if handle is None else handle.selected.tolist())
+
+
+def _batch(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "labels": ids}
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, windows: Tensor, batch_size: int) -> float:
-    """Mean next-token loss (nats) of `model.eval()` on `windows` int64 [M, S]; leaves it in training."""
+def held_out_loss(model: Any, windows: Tensor) -> float:
+    """Mean next-byte loss (nats) of the model that is in use, in `eval()`, on `windows` int64 [M, S]; leaves it in
+    training."""
+    handle = getattr(model, "cggr", None)
     model.eval()
-    total = 0.0
-    for ids in windows.split(batch_size):
-        with _autocast(ids.device):
-            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        total += float(loss) * len(ids)
+    with nullcontext() if handle is None or not handle.captures else handle.in_use(), _autocast(windows.device):
+        losses = [model(**_batch(ids)).loss.float() * len(ids) for ids in windows.split(16)]
     model.train()
-    return total / len(windows)
+    return (torch.stack(losses).sum() / len(windows)).item()
+
+
+def _take_turns(turns: list[Iterator[None]], arms: list[Arm], settings: Settings, progress: Progress) -> None:
+    """Lets the arm that has trained for the fewest seconds go on, until both have theirs."""
+    tasks = [progress.add_task(arm.name, total=settings.seconds, note="") for arm in arms]
+    unfinished = set(range(len(arms)))
+    while unfinished:
+        index = min(unfinished, key=lambda index: arms[index].seconds)
+        if next(turns[index], unfinished) is unfinished:
+            unfinished.remove(index)
+        arm = arms[index]
+        note = f"step {len(arm.step_seconds)}, held-out loss {arm.evaluations[-1].loss:.3f}"
+        progress.update(tasks[index], completed=min(arm.seconds, settings.seconds), note=note)
+
+
+def measured(plain: Arm, grown: Arm, settings: Settings) -> Table:
+    """What both arms reached, side by side."""
+    goal = plain.evaluations[-1].loss
+    reached = [arm.seconds_to(goal) for arm in (plain, grown)]
+    rows: dict[str, list[str]] = {
+        "steps": [f"{len(arm.step_seconds)}" for arm in (plain, grown)],
+        "layers that train": [f"{LAYERS}", f"{FIRST_LAYERS}, from step {grown.grown_at} {LAYERS}"],
+        "first step, capture included (s)": [f"{arm.step_seconds[0]:.1f}" for arm in (plain, grown)],
+        f"held-out loss after {settings.seconds:g} s (nats per byte)": [
+            f"{arm.evaluations[-1].loss:.3f}" for arm in (plain, grown)
+        ],
+        f"seconds to {goal:.3f}": ["not reached" if s is None else f"{s:.0f}" for s in reached],
+    }
+    shown = Table(title=f"measured in this run, on {settings.device}; the arms took turns")
+    for heading in ("", plain.name, grown.name):
+        shown.add_column(heading, justify="right" if heading else "left")
+    for label, values in rows.items():
+        shown.add_row(label, *values)
+    return shown
+
+
+def predicted(settings: Settings, routed: cggr.Explanation) -> str:
+    """What the cost model says of steps of this model, in counted operations, whatever the device."""
+    batch = _batch(torch.zeros(settings.batch_size, settings.sequence_length, dtype=torch.int64, device="meta"))
+    model = build(settings, "meta")
+    first = cggr.explain(model, batch, route="depth", depth_layers=FIRST_LAYERS).report().cost
+    whole = routed.report().cost
+    share = first.forward_flops / whole.forward_flops
+    return (
+        "predicted from counted operations, on any device, not measured:\n"
+        f"  a step of the first {FIRST_LAYERS} of {LAYERS} layers   {share:.0%} of a whole one\n"
+        f"  a step on the hardest quarter of rows  {whole.step_ratio:.0%} of a whole one "
+        "(cggr.optimize(model, ratio=0.25); the rewrite is diff.html)\n"
+        "measured on GPUs: docs/performance.md, docs/learning.md"
+    )
 
 
 def write_result(path: Path, settings: Settings, arms: list[Arm]) -> None:
-    """All samples with what it takes to repeat them; seconds, bytes, nats per token, rows by index."""
-    packages = ("cggr-compile", "torch", "transformers", "numpy", WEIGHTS_PACKAGE, TEXT_PACKAGE)
+    """All samples with what it takes to repeat them; seconds, nats per byte."""
+    packages = ("cggr-compile", "torch", "transformers", TEXT_PACKAGE)
     result = {
         "command": command_line(),
         "versions": {"python": platform.python_version(), **{p: metadata_version(p) for p in packages}},
@@ -234,77 +263,37 @@ def write_result(path: Path, settings: Settings, arms: list[Arm]) -> None:
             "accelerator": torch.cuda.get_device_name() if settings.device.startswith("cuda") else None,
         },
         "settings": asdict(settings),
-        "arms": {
-            arm.name: asdict(arm)
-            | {"median_step_seconds": arm.median_step_seconds, "tokens_trained": arm.tokens_trained}
-            for arm in arms
-        },
+        "arms": {arm.name: asdict(arm) for arm in arms},
     }
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def plot(path: Path, settings: Settings, arms: list[Arm]) -> None:
-    """Held-out loss against steps and against seconds of training, as a PNG."""
+    """Held-out loss against seconds of training, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    axes = figure.subplots()
     for arm, marker in zip(arms, ("o", "s"), strict=True):
-        losses = [e.loss for e in arm.evaluations]
-        by_step.plot([e.step for e in arm.evaluations], losses, marker=marker, label=arm.name)
-        by_time.plot([e.seconds for e in arm.evaluations], losses, marker=marker, label=arm.name)
-    by_step.set(xlabel="training steps", ylabel="held-out loss (nats per token)", title="at equal steps")
-    by_time.set(xlabel="training time (s, first step included)", title="at equal time")
-    for axes in (by_step, by_time):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(
-        f"{settings.model} on {settings.text}\n"
-        f"batch {settings.batch_size} of {settings.sequence_length} tokens, "
-        f"ratio {settings.ratio:g}, {settings.device} ({settings.precision})",
-        fontsize=10,
-    )
+        axes.plot(
+            [e.seconds for e in arm.evaluations], [e.loss for e in arm.evaluations], marker=marker, label=arm.name
+        )
+    axes.set(xlabel="training time (s, first step included)", ylabel="held-out loss (nats per byte)")
+    axes.set_title(f"{settings.text}, {LAYERS} layers, {settings.device} ({settings.precision})", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, dpi=144)
 
 
-def table(plain: Arm, routed: Arm) -> Table:
-    """The measurements of both arms side by side."""
-    arms = (plain, routed)
-    shared = min(sum(arm.step_seconds) for arm in arms)
-    rows: dict[str, list[str]] = {
-        "steps": [f"{len(arm.step_seconds)}" for arm in arms],
-        "rows trained per step (last step)": [f"{len(arm.rows[-1])}" for arm in arms],
-        "tokens trained": [f"{arm.tokens_trained:,}" for arm in arms],
-        "first step, capture and compile included (s)": [f"{arm.step_seconds[0]:.2f}" for arm in arms],
-        "later steps, median (s)": [f"{arm.median_step_seconds:.2f}" for arm in arms],
-        "training time, all steps (s)": [f"{sum(arm.step_seconds):.1f}" for arm in arms],
-        "held-out loss before (nats per token)": [f"{arm.evaluations[0].loss:.4f}" for arm in arms],
-        "held-out loss after all steps": [f"{arm.evaluations[-1].loss:.4f}" for arm in arms],
-        f"last held-out loss within {shared:.1f} s": [f"{arm.loss_within(shared):.4f}" for arm in arms],
-        "peak memory (GB)": [
-            "not measured" if arm.peak_memory_bytes is None else f"{arm.peak_memory_bytes / 1e9:.2f}" for arm in arms
-        ],
-    }
-    shown = Table(title="measured in this run; evaluation time excluded")
-    shown.add_column("")
-    for arm in arms:
-        shown.add_column(arm.name, justify="right")
-    for label, values in rows.items():
-        shown.add_row(label, *values)
-    return shown
-
-
-def _check(device: str, *, steps: int, ratio: float, batch_size: int, sequence_length: int) -> torch.device:
-    if steps < 2:
-        raise typer.BadParameter(f"--steps {steps} is too few; pass at least 2, for the first step compiles")
-    if not 0 < ratio <= 1:
-        raise typer.BadParameter(f"--ratio {ratio:g} is outside (0, 1]; pass the fraction of rows to keep")
-    if batch_size < 2:
-        raise typer.BadParameter(f"--batch-size {batch_size} leaves nothing to select; pass at least 2")
+def _check(device: str, *, seconds: float, batch_size: int, sequence_length: int) -> torch.device:
+    if seconds <= 0:
+        raise typer.BadParameter(f"--seconds {seconds:g} is no time; pass how long each arm trains, e.g. 60")
+    if batch_size < 1:
+        raise typer.BadParameter(f"--batch-size {batch_size} is no batch; pass at least 1")
     if sequence_length < 2:
-        raise typer.BadParameter(f"--sequence-length {sequence_length} has no next token; pass at least 2")
+        raise typer.BadParameter(f"--sequence-length {sequence_length} has no next byte; pass at least 2")
     if find_spec("matplotlib") is None:
         raise typer.BadParameter("the demo draws with matplotlib; run `pip install 'cggr-compile[demo]'`")
     try:
@@ -323,11 +312,14 @@ def _check(device: str, *, steps: int, ratio: float, batch_size: int, sequence_l
 
 def _introduce(console: Console, settings: Settings, windows: Windows) -> None:
     console.print(
-        f"model   {settings.model}\n"
-        f"text    {settings.text}: {len(windows.train)} training and {len(windows.held_out)} held-out "
-        f"windows of {settings.sequence_length} tokens\n"
-        f"run     {settings.steps} steps of {settings.batch_size} windows, ratio {settings.ratio:g}, AdamW "
-        f"{settings.learning_rate:g}, {settings.device}, {settings.precision}",
+        f"model   a Llama of {LAYERS} layers × {WIDTH} over bytes, from random weights\n"
+        f"text    {settings.text}: {len(windows.train)} training and {len(windows.held_out)} held-out windows of "
+        f"{settings.sequence_length} bytes\n"
+        f"plain   all layers, {settings.seconds:g} s\n"
+        f'cggr    cggr.optimize(model, route="depth", depth_layers={FIRST_LAYERS}), and all layers after '
+        f"{GROWS_AT:.0%} of {settings.seconds:g} s\n"
+        f"both    {settings.batch_size} windows a step, AdamW {settings.learning_rate:g}, {settings.device}, "
+        f"{settings.precision}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -335,14 +327,8 @@ def _introduce(console: Console, settings: Settings, windows: Windows) -> None:
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<7}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
+    columns: list[Callable[..., Any] | Any] = [TextColumn("{task.description:<6}"), BarColumn(bar_width=24)]
+    return Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=console)
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -353,20 +339,3 @@ def _clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak: of CUDA's allocator, or of the resident set (Linux: 5 resets VmHWM, see proc(5))."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif os.access(_PEAK_RSS, os.W_OK):
-        _PEAK_RSS.write_text("5")
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if not os.access(_PEAK_RSS, os.W_OK):
-        return None
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))

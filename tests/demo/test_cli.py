@@ -151,6 +151,6 @@ def test_a_model_that_dynamo_cannot_trace_is_one_line(monkeypatch: pytest.Monkey
 def test_demo_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     called: list[tuple[object, ...]] = []
     monkeypatch.setattr(cggr_compile.demo.main, "demo", lambda *arguments: called.append(arguments))
-    result = run("demo", "--text", "book.txt", "--output", str(tmp_path), "--steps", "3", "--batch-size", "4")
+    result = run("demo", "--text", "book.txt", "--output", str(tmp_path), "--seconds", "3", "--batch-size", "4")
     assert result.exit_code == 0, result.output
-    assert called == [(None, Path("book.txt"), "cpu", tmp_path, 3, 0.25, 4, 64, 0)]
+    assert called == [(Path("book.txt"), "cpu", tmp_path, 3, 4, 128, 0)]
