@@ -63,7 +63,7 @@ class RoutingConfig:
             `"depth"`: the first layers train alone, and later the whole model. Several of them as a tuple:
             `("sequence", "loss")` or `("token", "loss")`, and `"depth"` in front of any.
         ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
-            (token) or both multiplied (loss).
+            (token) or both multiplied (loss). None is 0.5.
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); a row's score is the mean over its counted tokens, in fp32.
@@ -79,18 +79,19 @@ class RoutingConfig:
             (`kernels/reference/selection.py`):
             `"trimmed"` (top-k without outliers, and a uniform share), `"stratified"` (uniform within strata by score;
             the loss is the stratified estimate of the batch's) or `"importance"` (rows with probability by score; the
-            loss is an unbiased estimate of the batch's). `"auto"` is `"random"` until a probe finds that scores pay
-            for the router, then `"trimmed"`; it may switch back. Or a function
+            loss is an unbiased estimate of the batch's). `"auto"` keeps every row until the router's scores show that
+            a share of the rows is noise, then it is `"trimmed"`; it may switch back. Or a function
             `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N] (rows with a
             counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and float32 weights
-            [k]. `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the loss is
+            [k]. None is `"auto"` on the sequence route without a `ratio`, and `"topk"` where a ratio is given.
+            `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the loss is
             Σ w·l / Σ w over the kept rows' counted tokens, so weights of 1 are a plain mean. The function runs at every
             step as one operator that compilers do not look into, and nothing is read back unless it does; what it
             returns is checked by type and shape.
         selection_options: options of that rule, e.g. `{"tau": 0.05}` (of trimmed, for `"auto"`); None for its defaults.
             Of a function: its keyword parameters beyond the four whose default is a number, None or missing; whole
             numbers arrive as int unless the default is a float.
-        probe_every: auto: optimiser steps between two probes; the first comes after as many, but not in the warm-up.
+        probe_every: auto: optimiser steps between two probes, each of which scores the rows of one batch.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
         dynamic_threshold: sequence route alone: keep more rows while the router is unsure. The fraction is that of the
             step times 1 + (1 - mean confidence) · `threshold_sensitivity`, at most 1, raised to the next of the
@@ -136,16 +137,16 @@ class RoutingConfig:
     """
 
     route: str | tuple[str, ...] = "sequence"
-    ratio: float = 0.5
+    ratio: float = None  # type: ignore[assignment]  # a number once it is made
     router_layers: int | str = "auto"
     scoring: str = "loss"
     router_body: str = "exact"
     router_head: str = "exact"
     router_head_frequent: int = 1024
     router_head_sampled: int = 1024
-    selection: str | RuleFunction = field(default="topk", hash=False)
+    selection: str | RuleFunction = field(default=None, hash=False)  # type: ignore[assignment]  # as `ratio`
     selection_options: Mapping[str, float] | None = field(default=None, hash=False)
-    probe_every: int = 200
+    probe_every: int = 10
     warmup_steps: int = 0
     dynamic_threshold: bool = False
     threshold_sensitivity: float = 0.5
@@ -170,6 +171,11 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         self._check_route()
+        if self.selection is None:
+            decides = self.ratio is None and self.routes == ("sequence",) and not self.dynamic_threshold
+            object.__setattr__(self, "selection", "auto" if decides else "topk")
+        if self.ratio is None:
+            object.__setattr__(self, "ratio", 0.5)
         _choice("scoring", self.scoring, SCORINGS)
         _choice("router_body", self.router_body, ROUTER_BODIES)
         _choice("router_head", self.router_head, ROUTER_HEADS)

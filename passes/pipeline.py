@@ -93,7 +93,7 @@ def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass,
     passes: list[Pass] = [check_labels]
     if scores_given:
         passes.append(take_scores)
-    elif config.routes and rule_of(config.selection).needs_scores:
+    elif rule_of(config.selection).needs_scores:
         passes += _scoring(config)
     for route in config.routes:
         passes += ROUTES[route]
@@ -102,7 +102,12 @@ def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass,
 
 def routable(program: Program, config: RoutingConfig) -> bool:
     """Whether the captured batch leaves anything to choose from: a single row leaves no rows."""
-    return bool(config.routes) and (isinstance(program.batch, torch.SymInt) or "sequence" not in config.routes)
+    return isinstance(program.batch, torch.SymInt) or "sequence" not in config.routes
+
+
+def keeps_less(config: RoutingConfig) -> bool:
+    """Whether steps keep less than everything, once a warm-up is over."""
+    return bool(config.routes) and config.ratio < 1
 
 
 def run(program: Analysed, config: RoutingConfig, passes: Sequence[Pass]) -> Analysed:

@@ -131,15 +131,14 @@ class Handle:
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Figures of the last training step by name (`cggr.METRICS` says what each is), as 0-d
-        tensors on the device: computed by this call, read back by nobody; empty before the first. With
-        `selection="auto"` also those of `Probe.metrics`."""
+        tensors on the device: computed by this call, read back by nobody; empty before the first."""
         last = self.runtime.last
         if last is None:
             return {}
         found = metrics_of(last, self._without_gradient(), self.runtime.router_time.seconds)
         found.update(token_metrics(self.config.routes, last))
-        if self.runtime.probe is not None:
-            found.update(self.runtime.probe.metrics(found["rows_total"].device))
+        if self.runtime.auto is not None:
+            found.update(self.runtime.auto.metrics(found["rows_total"].device))
         return found
 
     def time_router(self) -> None:

@@ -110,7 +110,7 @@ class Diff:
             )
             yield f"+ score: {config.scoring}, {self.report.router.head}, fp32, {score_text(config.route)}"
         unsure = ", more while the router is unsure" if config.follows_confidence else ""
-        for route in config.routes if self.plan.routable else ():
+        for route in config.routes if self.plan.selects else ():
             schedule = schedule_text(config.warmup_steps, config.dense_after_steps) + unsure
             what = "" if route == "sequence" else f" {WHAT[route]}"
             yield f"+ select: {rule_name(config.selection)}, {formula(route, config.ratio)}{what}{schedule}"

@@ -35,7 +35,6 @@ from cggr_compile.inspection.wording import (
     schedule_text,
     score_text,
     tail_text,
-    unrouted_text,
 )
 from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import Amount, amounts_of
@@ -62,7 +61,7 @@ class Report:
         routed: whether anything is selected; where every row trains, `unrouted` is why.
         depth: on the depth route, which layers train until when.
         selection: the rule in force, which `config["selection"]` names unless that is `"auto"`.
-        auto: for `"auto"`, which rule is in force and why.
+        auto: for `"auto"`, what trains and why.
         stack: None where no stack was found, which only a selection without scores allows.
         router: None where the selection needs no scores.
         inserted: operators of the rewritten graph that the captured one lacks, and how many.
@@ -119,22 +118,22 @@ class Report:
             CannotOptimize: nothing was captured yet.
         """
         plan = latest_plan(runtime)
-        program, config = plan.program, runtime.config
+        program, config = plan.program, runtime.in_force
         analysed = plan.analysed
         before, after = operator_counts(plan.captured.graph), operator_counts(program.graph)
-        ratio = config.ratio if plan.routable else 1.0
+        ratio = config.ratio if plan.selects else 1.0
         predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
         batch, length = hint(program.batch), hint(program.sequence)
-        routes = amounts_of(program, config, config.warmup_steps, batch, length) if plan.routable else {}
+        routes = amounts_of(program, config, config.warmup_steps, batch, length) if plan.selects else {}
         return cls(
-            config=config.to_dict(),
+            config=runtime.config.to_dict(),
             follows_confidence=config.follows_confidence,
-            routed=plan.routable,
-            unrouted=None if plan.routable else unrouted_text(config.routes),
+            routed=plan.selects,
+            unrouted=None if plan.selects else plan.unrouted_because,
             depth=_depth(runtime),
             sizes=Sizes(batch, length, routes["sequence"].kept if "sequence" in routes else batch),
             selection=rule_name(runtime.in_force.selection),
-            auto=None if runtime.probe is None else str(runtime.probe),
+            auto=_auto(runtime, plan),
             stack=stack_of(plan, analysed),
             router=router_of(plan, analysed, predicted),
             head=head_of(analysed),
@@ -209,7 +208,7 @@ class Report:
         pairs += self._router_lines()
         if self.routed:
             pairs.append(("selection", f"{self.selection}, {self._kept()}"))
-            pairs += [("auto", self.auto)] if self.auto is not None else []
+        pairs += [("auto", self.auto)] if self.auto is not None else []
         if "sequence" in self.amounts:
             pairs.append(("inputs B → k", ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"))
         if "token" in self.amounts:
@@ -326,6 +325,12 @@ def latest_plan(runtime: Runtime) -> Plan:
             f"nothing captured yet{why}", hint="run one training step with labels or call cggr.explain"
         )
     return runtime.plans[-1].in_force
+
+
+def _auto(runtime: Runtime, plan: Plan) -> str | None:
+    if runtime.auto is None or plan.unscorable is None:
+        return None if runtime.auto is None else str(runtime.auto)
+    return f"every row trains; there are no scores: {plan.unscorable.reason}"
 
 
 def _depth(runtime: Runtime) -> str | None:

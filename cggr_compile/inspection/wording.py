@@ -36,11 +36,6 @@ def schedule_text(warmup_steps: int, dense_after_steps: int | None) -> str:
     return f"{text}, to all again by step {dense_after_steps}" if dense_after_steps is not None else text
 
 
-def unrouted_text(routes: tuple[str, ...]) -> str:
-    """Why every row trains."""
-    return "the captured batch has one row" if routes else "everything is kept"
-
-
 def depth_text(layers: int, of: int, until: float | None, grow: str) -> str:
     """`layers 0–2 of 12 until step 400, then all, as copies`."""
     when = "model.cggr.grow()" if until is None else f"step {until}" if until >= 1 else f"{until:.0%} of all steps"

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import torch
 
+from cggr_compile.run.arriving import Arriving
+
 
 class Confidence:
     """The last mean confidence: None before the first, a float once it is asked for."""
 
     def __init__(self, last: float | None = None) -> None:
         self._last = last
-        self._coming: torch.Tensor | None = None
-        self._arrival: torch.cuda.Event | None = None
+        self._coming: Arriving | None = None
 
     def measured(self, mean: torch.Tensor) -> None:
-        """Takes a step's confidence, 0-d float32. On CUDA starts its copy into pinned memory and returns."""
-        self._coming, self._arrival = mean, None
-        if mean.device.type == "cuda":
-            self._coming = torch.empty((), dtype=mean.dtype, pin_memory=True).copy_(mean, non_blocking=True)
-            self._arrival = torch.cuda.current_stream(mean.device).record_event()
+        """Takes a step's confidence, 0-d float32."""
+        self._coming = Arriving(mean)
 
     def last(self) -> float | None:
         """The confidence; waits for the step that computes it where that is not done yet."""
         if self._coming is not None:
-            if self._arrival is not None:
-                self._arrival.synchronize()
-            self._last, self._coming, self._arrival = self._coming.item(), None, None
+            self._last, self._coming = self._coming.there().item(), None
         return self._last

@@ -35,6 +35,8 @@ METRICS: dict[str, str] = {
     "rows_nan_score": "rows with counted tokens whose score is NaN: they train only where others are fewer than k",
     "router_seconds": "median time of the router by itself on one batch; absent before `Handle.time_router()`",
     "mean_confidence": "mean over the counted tokens of the router's largest probability, with dynamic_threshold only",
+    "auto_selects": "1 where selection='auto' selects rows, 0 where every row trains",
+    "auto_tail": "what that goes by: the upper over the lower tail of the scores; absent before enough are known",
     "token_kept_ratio": "share of each sequence's tokens that the middle layers ran on; token route only",
     "loss_kept_ratio": "tokens in the loss over all positions of the batch; loss route only",
 }

@@ -15,11 +15,12 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
 from cggr_compile.ir.program import Analysed, Program, callers_region, is_tensor, value
-from cggr_compile.ir.roles import changes_of, router_layers, token_ids
+from cggr_compile.ir.roles import router_layers, token_ids
 from cggr_compile.kernels.reference.selection import rule_name
 from cggr_compile.passes.pipeline import (
     Pass,
     analyse,
+    keeps_less,
     passes_for,
     passes_scores,
     passes_unrouted,
@@ -67,16 +68,16 @@ class Plan:
         guards = len(captured.shape_env.guards)
         self.routable = routable(captured, owner.config)
         self.analysed = analyse(captured, owner.config) if analysed is None else analysed
-        if len(owner.choices) > 1 and changes_of(captured):
-            raise CannotOptimize(
-                "the forward changes a buffer, and the probes of selection='auto' would change it too",
-                node=changes_of(captured)[0],
-                hint="name a rule, e.g. selection='random'",
-            )
         self.routes: dict[str, Route] = {}
         # All now: what cannot be routed by scores is refused at once, and passes read the caller's autocast.
-        for config in owner.choices:
-            self.routed(config)
+        self.unscorable: CannotOptimize | None = None
+        try:
+            for config in owner.choices:
+                self.routed(config)
+        except CannotOptimize as error:
+            if len(owner.choices) == 1:
+                raise
+            self.unscorable = error  # where `"auto"` decides, such a model keeps every row
         self.device, self.inner = self.route.device, self.route.variant.inner
         # What passes went by beside the capture, and whether they made its guards stricter: no other capture has these.
         self.autocast = callers_region(self.device.type)
@@ -84,7 +85,6 @@ class Plan:
         self.symbols = Symbols(captured)
         self.branches = Branches(captured)
         self.tensors = [is_tensor(out) for out in captured.outputs]
-        self._unrouted: Variant | None = None if self.routable else self.route.variant
         self._ids = captured.placeholders.index(token_ids(captured))
         self.prepared = False
         self.shallow: Plan | None = None
@@ -93,7 +93,7 @@ class Plan:
             self.shallow = Plan(captured, owner, truncated(self.analysed, owner.config))
             if owner.config.grow == "copy":
                 self.copies = Copies(self.analysed, len(self.shallow.analysed.stack))
-        elif owner.config.routes and not self.routable and owner.config.ratio < 1:
+        elif not self.routable and keeps_less(owner.config):
             warnings.warn(
                 "a batch of one row leaves no rows to choose from, and trains as it is; raise the batch size, or route "
                 "tokens (route='token')",
@@ -107,6 +107,17 @@ class Plan:
         return self if self.shallow is None or self.owner.grown else self.shallow
 
     @property
+    def selects(self) -> bool:
+        """Whether steps select anything under the configuration in force."""
+        return self.routable and self.unscorable is None and keeps_less(self.owner.in_force)
+
+    @property
+    def unrouted_because(self) -> str:
+        """Why steps select nothing."""
+        one_row = not self.routable and keeps_less(self.owner.in_force)
+        return "the captured batch has one row" if one_row else "everything is kept"
+
+    @property
     def route(self) -> Route:
         """The routed program in force."""
         return self.routed(self.owner.in_force)
@@ -117,9 +128,10 @@ class Plan:
         return self.route.program
 
     def routed(self, config: RoutingConfig) -> Route:
-        """The program that trains under a configuration; it is the unrouted one where the batch has one row."""
-        passes = passes_for(config) if self.routable else passes_unrouted()
-        return self._derived(rule_name(config.selection), config, passes, trains=True)
+        """The program that trains under a configuration; it is the unrouted one where nothing is selected."""
+        if self.routable and self.unscorable is None and keeps_less(config):
+            return self._derived(rule_name(config.selection), config, passes_for(config), trains=True)
+        return self._derived("unrouted", config, passes_unrouted(), trains=True)
 
     def with_scores(self, config: RoutingConfig) -> Route:
         """The program that trains under a configuration on rows whose scores are an input."""
@@ -147,18 +159,12 @@ class Plan:
     @property
     def unrouted(self) -> Variant:
         """The program without router and selection, built when a step first keeps every row."""
-        if self._unrouted is None:
-            config = self.owner.in_force
-            plain = run(self.analysed, config, passes_unrouted())
-            graphs = self.owner.graphs_on(self.device)
-            self._unrouted = Variant(plain, self.inner, graphs, config.outlines, config.recompute_elementwise)
-        return self._unrouted
+        return self._derived("unrouted", self.owner.in_force, passes_unrouted(), trains=True).variant
 
     @property
     def variants(self) -> dict[str, Variant]:
         """Everything that was lowered so far, by the name of its selection; `unrouted` where nothing is selected."""
-        found = {name: route.variant for name, route in self.routes.items()} if self.routable else {}
-        return found if self._unrouted is None else {**found, "unrouted": self._unrouted}
+        return {name: route.variant for name, route in self.routes.items()}
 
     @cached_property
     def break_even(self) -> float:

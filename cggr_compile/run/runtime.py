@@ -10,7 +10,7 @@ import torch
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.run.auto import Probe
+from cggr_compile.run.auto import Auto
 from cggr_compile.run.confidence import Confidence
 from cggr_compile.run.given_scores import GivenScores
 from cggr_compile.run.graph_memory import Pool
@@ -39,7 +39,7 @@ class Runtime:
         self.router_time = RouterTime()
         self.given = GivenScores()
         self.pool: Pool | None = None
-        self.probe = Probe(config) if config.selection == "auto" else None
+        self.auto = Auto(config) if config.selection == "auto" else None
         self.recomputations = Recomputations()
         # Two threads on one model take turns; what a step draws and leaves belongs together.
         self.lock = threading.RLock()
@@ -49,13 +49,13 @@ class Runtime:
 
     @property
     def in_force(self) -> RoutingConfig:
-        """The configuration that steps run under: `config`, with the selection that `"auto"` stands for."""
-        return self.config if self.probe is None else self.probe.in_force
+        """The configuration that steps run under: `config`, with what `"auto"` stands for."""
+        return self.config if self.auto is None else self.auto.in_force
 
     @property
     def choices(self) -> tuple[RoutingConfig, ...]:
         """The configurations that steps may run under."""
-        return (self.config,) if self.probe is None else self.probe.choices
+        return (self.config,) if self.auto is None else self.auto.choices
 
     @property
     def grows_now(self) -> bool:
@@ -111,7 +111,7 @@ class Runtime:
         return self.pool
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, seed, generators, confidence, growth and the probe's findings: numbers, strings and bytes only. (A
+        """Steps, seed, generators, confidence, growth and what `"auto"` found: numbers, strings and bytes only. (A
         generator's state is bytes: a tensor that is made for a pickle does not live until a spawned process opens
         it.)"""
         states = {str(device): _bytes_of(generator.get_state()) for device, generator in self._generators.items()}
@@ -120,14 +120,14 @@ class Runtime:
             "seed": self.seed,
             "generators": {**self._generator_states, **states},
             "confidence": self.confidence.last(),
-            **({} if self.probe is None else {"probe": self.probe.state_dict()}),
+            **({} if self.auto is None else {"auto": self.auto.state_dict()}),
             **({name: getattr(self, name) for name in _DEPTH} if self.config.deepens else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave; ValueError for other entries."""
         expected = {"steps", "seed", "generators", "confidence"}
-        expected |= {"probe"} if self.probe is not None else set()
+        expected |= {"auto"} if self.auto is not None else set()
         expected |= set(_DEPTH) if self.config.deepens else set()
         if set(state) != expected:
             raise ValueError(f"the state of a routed model has entries {sorted(expected)}, got {sorted(state)}")
@@ -135,8 +135,8 @@ class Runtime:
         self._generators = {}
         self._generator_states = dict(state["generators"])
         self.confidence = Confidence(state["confidence"])
-        if self.probe is not None:
-            self.probe.load_state_dict(state["probe"])
+        if self.auto is not None:
+            self.auto.load_state_dict(state["auto"])
         for name in _DEPTH if self.config.deepens else ():
             setattr(self, name, state[name])
 
@@ -144,8 +144,8 @@ class Runtime:
         """Begins the schedule anew: warm-up and probes. The confidence, which goes by the weights, stays, a model that
         has grown does not shrink, and the generator draws on."""
         self.steps = 0
-        if self.probe is not None:
-            self.probe = Probe(self.config)
+        if self.auto is not None:
+            self.auto = Auto(self.config)
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration and state; compiled plans are rebuilt by the first step of the copy."""

@@ -2,7 +2,7 @@
 
 The number of rows comes from shapes, the curriculum from a Python counter; selections and scores stay on the device
 until somebody asks. Two options read tensors back: the dynamic threshold one number of the step before (`confidence`),
-and `selection="auto"` what its probes measure, in the steps that probe (`auto`).
+and `selection="auto"` the scores of the probe before, in the steps that probe (`auto`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Step:
         plan.prepared = True
         rows, length = plan.sizes(inputs)
         generator = torch.Generator(plan.device).manual_seed(0)  # draws of the steps themselves are the runtime's
-        config = self.runtime.config
+        config = self.runtime.in_force
         for stage in dict.fromkeys((plan.in_force, plan)):
             for steps in config.stops(self.runtime.steps, first=stage is plan.in_force):
                 amounts = amounts_of(stage.program, config, steps, rows, length)
@@ -72,12 +72,12 @@ class Step:
     def _step(self, plan: Plan, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """One training step: what it is given, its outputs, and what is remembered of it."""
         runtime = self.runtime
-        if runtime.probe is not None:
+        if runtime.auto is not None and plan.routable and plan.unscorable is None:
             with beside_checkpoints():
-                runtime.probe.before_step(plan, inputs, runtime.steps, runtime.generator(plan.device))
+                runtime.auto.before_step(plan, inputs, runtime.steps, runtime.seed)
         runtime.router_time.before_step(plan, inputs, runtime.in_force)
         rows, length = plan.sizes(inputs)
-        config, steps = runtime.config, runtime.steps
+        config, steps = runtime.in_force, runtime.steps
         confidence = runtime.confidence.last() if config.follows_confidence else None
         amounts = amounts_of(plan.program, config, steps, rows, length, confidence)
         # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
@@ -115,7 +115,7 @@ class Step:
     ) -> Given:
         """The code that runs a step that keeps `amounts`, and what it is given beside the batch; everything is kept
         where `planned` says so."""
-        if not plan.routable or all(amount.kept >= amount.total for amount in planned.values()):
+        if not plan.selects or all(amount.kept >= amount.total for amount in planned.values()):
             return Given(self.plan, plan.unrouted, ())
         route = plan.route if scores is None else plan.with_scores(self.runtime.in_force)
         sizes = sizes_of(route.program, *plan.sizes(inputs), amounts)

@@ -106,7 +106,6 @@ class ChangesWeights(Toy):
     [
         (ChangesIds, {}, "the forward changes input_ids in place"),
         (ChangesWeights, {}, "the forward changes a parameter in place"),
-        (Statistics, {"selection": "auto"}, "the probes of selection='auto' would change it too"),
     ],
 )
 def test_what_may_not_be_changed_is_named(kind: type[Toy], options: dict[str, Any], reason: str) -> None:

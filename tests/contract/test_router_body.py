@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 import cggr_compile as cggr
 from cggr_compile.ir.names import operator_counts
 from cggr_compile.ir.program import PART, Program, value
-from cggr_compile.run import auto as probing
 
 RATIO, LAYERS, DEEP = 0.4, 2, 5
 OPTIONS = {"ratio": RATIO, "router_layers": LAYERS, "router_body": "fp8", "inner": "eager"}
@@ -238,25 +237,6 @@ def test_every_provider_of_an_operator_is_reported(monkeypatch: pytest.MonkeyPat
     report = cggr.explain(build("llama"), token_batch(), **OPTIONS).report()
     assert report.providers["fp8_linear"] == "reference, fast"
     assert report.passed_over["fp8_linear"] == "fast: for 48 columns, not 32"
-
-
-def test_a_probe_compares_with_the_models_own_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Any] = []
-
-    def losses(probe: probing.Probe, plan: Any, inputs: Any, *_: Any) -> None:
-        scores, _ = probing.router_scores(plan, inputs, torch.Generator())
-        found.extend([probing.main_losses(plan, inputs), scores])
-
-    monkeypatch.setattr(probing.Probe, "before_step", losses)
-    architecture, eager, batch = ARCHITECTURES["llama"], build("llama"), token_batch(9, 14)
-    model = cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, "selection": "auto"})
-    model(**batch)
-    with torch.no_grad():
-        logits = eager(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-    sums = oracle.token_scores(logits, batch["labels"], "loss", True).sum(1)
-    expected = sums / oracle.counted(batch["labels"], True).clamp(min=1)
-    torch.testing.assert_close(found[0], expected, rtol=CLOSE, atol=0)
-    torch.testing.assert_close(found[1], scores_by_hand(eager, architecture, batch), rtol=CLOSE, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_what_changes_the_step_is_another_plan() -> None:
         registered.remove()
     assert_routed(model, batch)
     assert model.cggr.captures == 3
-    model.double()(**batch)
+    model.bfloat16()(**batch)
     assert model.cggr.captures == 4
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.float()(**batch)

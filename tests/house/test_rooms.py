@@ -15,6 +15,7 @@ import pytest
 from cggr_compile.passes.analyse.find_layers import find_layers
 from cggr_compile.passes.analyse.find_loss import find_loss
 from cggr_compile.passes.pipeline import OPTIONAL, ROUTES, passes_for, passes_scores
+from cggr_compile.passes.rewrite.truncate_layers import truncate_layers
 
 from cggr_compile.config import RoutingConfig
 
@@ -149,8 +150,8 @@ def test_a_planted_trespass_is_found(line: str, trespass: str, tmp_path: Path) -
 
 def test_every_pass_shows_what_it_does() -> None:
     """Its module's docstring has a few lines of a graph before and after it."""
-    config = RoutingConfig()
-    shown = {find_loss, find_layers, *OPTIONAL, *passes_for(config), *passes_scores(RoutingConfig(router_body="fp8"))}
+    config, quantized = RoutingConfig(ratio=0.5), RoutingConfig(ratio=0.5, router_body="fp8")
+    shown = {find_loss, find_layers, truncate_layers, *OPTIONAL, *passes_for(config), *passes_scores(quantized)}
     for route in ROUTES.values():
         shown |= set(route)
     for pass_ in shown:

@@ -166,7 +166,6 @@ def test_other_inner_backends_take_them() -> None:
         ({"route": "token"}, "route='token' selects by the scores of tokens"),
         ({"route": ("sequence", "loss")}, "selects by the scores of tokens"),
         ({"selection": "random"}, "selection='random' reads no scores"),
-        ({"selection": "auto"}, "selection='random' reads no scores"),
         ({"dynamic_threshold": True}, "dynamic_threshold=True needs the router's confidence"),
     ],
 )

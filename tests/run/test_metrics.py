@@ -19,6 +19,7 @@ from cggr_compile.run.metrics import METRICS, LastStep, metrics_of
 WITHOUT_ROUTER = {"score_mean", "score_selected_mean", "score_cv", "rows_nan_score", "mean_confidence"}
 OF_TOKENS = {"tokens_total", "tokens_selected", "selection_rate_short", "selection_rate_long"}
 OF_TOKEN_ROUTES = {"token_kept_ratio", "loss_kept_ratio"}
+OF_AUTO = {"auto_selects", "auto_tail"}
 
 
 @st.composite
@@ -87,12 +88,12 @@ def test_every_metric_is_documented_and_computed() -> None:
     cggr.optimize(model, router_layers=2, dynamic_threshold=True)
     assert model.cggr.metrics() == {}
     loss = model(**toy_batch(ignored=0.3))[0]
-    assert set(METRICS) - set(model.cggr.metrics()) == UNSEEN | OF_TOKEN_ROUTES
+    assert set(METRICS) - set(model.cggr.metrics()) == UNSEEN | OF_TOKEN_ROUTES | OF_AUTO
     loss.backward()
     model.cggr.time_router()
     model(**toy_batch(ignored=0.3))
     found = model.cggr.metrics()
-    assert set(found) == set(METRICS) - OF_TOKEN_ROUTES
+    assert set(found) == set(METRICS) - OF_TOKEN_ROUTES - OF_AUTO
     assert found["router_seconds"] > 0
     assert found["parameters_without_gradient"] == 1
     model.zero_grad(set_to_none=True)
@@ -106,20 +107,20 @@ def test_every_metric_is_documented_and_computed() -> None:
     assert all(figure.shape == () and figure.isfinite() for figure in found.values())
     ones = cggr.optimize(model, ratio=1.0)
     ones(**toy_batch())
-    assert set(METRICS) - set(ones.cggr.metrics()) == WITHOUT_ROUTER | OF_TOKENS | UNSEEN | OF_TOKEN_ROUTES
+    assert set(METRICS) - set(ones.cggr.metrics()) == WITHOUT_ROUTER | OF_TOKENS | UNSEEN | OF_TOKEN_ROUTES | OF_AUTO
 
 
 def test_without_a_router_there_are_no_scores() -> None:
     model = cggr.optimize(Toy().train(), selection="random")
     model(**toy_batch())
-    assert set(METRICS) - set(model.cggr.metrics()) == WITHOUT_ROUTER | UNSEEN | OF_TOKEN_ROUTES
+    assert set(METRICS) - set(model.cggr.metrics()) == WITHOUT_ROUTER | UNSEEN | OF_TOKEN_ROUTES | OF_AUTO
     with pytest.raises(ValueError, match="selection='random' runs no router"):
         model.cggr.time_router()
 
 
 def test_what_only_scores_is_no_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recording has a backward; the router by itself has none."""
-    model = cggr.optimize(Toy().train(), inner="aot_eager")
+    model = cggr.optimize(Toy().train(), ratio=0.5, inner="aot_eager")
     model(**toy_batch())
     plan, pool = model.cggr.runtime.plans[0], object()
     monkeypatch.setattr(model.cggr.runtime, "graphs_on", lambda device: pool)
