@@ -42,9 +42,9 @@ from harness import WARM_UP, first_line
 from step_time_report import Arm, compiled_as, page, table
 
 import cggr_compile as cggr
-from cggr_compile.config import kept_of
 from cggr_compile.environment import environment
 from cggr_compile.run.router_time import mark, seconds_between
+from cggr_compile.schedule import kept_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 from cggr_compile.kernels.providers import PROVIDERS
 from cggr_compile.kernels.reference import rows as reference
 from cggr_compile.kernels.reference.selection import RULES, RuleFunction, is_number, options_of, rule_name, rule_of
+from cggr_compile.schedule import Schedule
 
 ROUTES = ("sequence", "token", "loss", "depth")
 COMPOSITIONS = (
@@ -32,10 +32,6 @@ ROUTER_BODIES = ("exact", "fp8")
 ROUTER_HEADS = ("exact", "sampled", "fp8")
 FALLBACKS = ("raise", "eager")
 OPTIONAL_PASSES = ("join_loss", "join_head", "elide_causal_masks")
-
-# Warm-up and dynamic threshold move the kept fraction on this many equal rungs between 1 and `ratio`, so that CUDA
-# graphs are recorded for at most LADDER_RUNGS + 1 sizes of each batch shape.
-LADDER_RUNGS = 8
 
 
 class ConfigError(ValueError):
@@ -54,7 +50,7 @@ def _what_is_valid(name: object, names: list[str], what: str) -> str:
 
 
 @dataclass(frozen=True)
-class RoutingConfig:
+class RoutingConfig(Schedule):
     """Options of the rewrite; immutable, compared by value (a function of yours by identity).
 
     Attributes:
@@ -371,59 +367,6 @@ class RoutingConfig:
         given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
         plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
         return {**plain, "selection": rule_name(self.selection)}
-
-    @property
-    def follows_confidence(self) -> bool:
-        """Whether the dynamic threshold moves k, so that the router has to tell its confidence."""
-        return self.dynamic_threshold and self.selection != "fixed_quota"
-
-    def kept_fraction(self, step: int, confidence: float | None = None) -> float:
-        """Fraction kept at optimiser step `step`: `ratio`, and on the ladder before the warm-up's end and on the way to
-        `dense_after_steps`; higher on the ladder where the dynamic threshold is on and `confidence`, the router's mean
-        in [0, 1], is known."""
-        rung = self._rung(step)
-        if self.follows_confidence and confidence is not None and self.ratio < 1:
-            raised = self._on_rung(rung) * (1 + (1 - confidence) * self.threshold_sensitivity)
-            # The lowest rung that is not below; what rounding adds to a fraction on a rung is no step up.
-            reached = math.floor(LADDER_RUNGS * (1 - raised) / (1 - self.ratio) + 1e-9)
-            rung = max(0, min(rung, reached))
-        return self._on_rung(rung)
-
-    def is_settled(self, step: int) -> bool:
-        """Whether no step from this one on keeps another fraction by schedule."""
-        return step >= max(self.warmup_steps, self.dense_after_steps or 0)
-
-    def stops(self, step: int, first: bool) -> list[int]:
-        """Steps that stand for all fractions that are kept from this one on, by schedule: the last, the lowest and one
-        on the way to either. Of the `first` layers or program to train, none where nothing is scheduled."""
-        if first and self.is_settled(step):
-            return []
-        end = max(self.warmup_steps, self.dense_after_steps or 0)
-        found = (end, self.warmup_steps, self.warmup_steps // 2, (self.warmup_steps + end) // 2)
-        later = [stop for stop in found if stop >= step] or [step]
-        return list({self.kept_fraction(stop): stop for stop in reversed(later)}.values())[::-1]
-
-    def _rung(self, step: int) -> int:
-        """The rung of a step before the router's confidence counts: 0 keeps everything, LADDER_RUNGS keeps `ratio`."""
-        if step < self.warmup_steps:
-            return LADDER_RUNGS * step // self.warmup_steps
-        if self.dense_after_steps is None:
-            return LADDER_RUNGS
-        rising = self.dense_after_steps - self.warmup_steps
-        return max(0, LADDER_RUNGS - LADDER_RUNGS * (step - self.warmup_steps) // rising)
-
-    def _on_rung(self, rung: int) -> float:
-        return self.ratio if rung == LADDER_RUNGS else 1 - (1 - self.ratio) * rung / LADDER_RUNGS
-
-    def kept_rows(self, rows: int, step: int, confidence: float | None = None) -> int:
-        """k = max(1, ceil(fraction * rows)) of `rows` rows or tokens, exact for fractions such as 0.1 that floats
-        cannot represent."""
-        return kept_of(self.kept_fraction(step, confidence), rows)
-
-
-def kept_of(fraction: float, total: int) -> int:
-    """k = max(1, ceil(fraction * total)), exact for fractions such as 0.1 that floats cannot represent."""
-    return max(1, math.ceil(round(fraction * total, 9)))
 
 
 def _is_int(value: Any, least: int) -> bool:

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import cggr_compile as cggr
 from cggr_compile.demo.data import TEXT_PACKAGE, Windows, metadata_version, read_text, windows_of
 from cggr_compile.environment import command_line
+from cggr_compile.inspection.explanation import Report
 
 LAYERS, FIRST_LAYERS, WIDTH, HEADS = 12, 3, 128, 4
 GROWS_AT = 0.7
@@ -126,7 +127,7 @@ def demo(
     write_result(output / "result.json", settings, [plain, grown])
     plot(output / "loss.png", settings, [plain, grown])
     console.print(measured(plain, grown, settings))
-    console.print(predicted(settings, explanation), markup=False, highlight=False)
+    console.print(predicted(settings, explanation.report()), markup=False, highlight=False)
     for name in FILES:
         console.print(f"{output / name}", markup=False, highlight=False, soft_wrap=True)
 
@@ -234,12 +235,12 @@ def measured(plain: Arm, grown: Arm, settings: Settings) -> Table:
     return shown
 
 
-def predicted(settings: Settings, routed: cggr.Explanation) -> str:
+def predicted(settings: Settings, routed: Report) -> str:
     """What the cost model says of steps of this model, in counted operations, whatever the device."""
     batch = _batch(torch.zeros(settings.batch_size, settings.sequence_length, dtype=torch.int64, device="meta"))
     model = build(settings, "meta")
     first = cggr.explain(model, batch, route="depth", depth_layers=FIRST_LAYERS).report().cost
-    whole = routed.report().cost
+    whole = routed.cost
     share = first.forward_flops / whole.forward_flops
     return (
         "predicted from counted operations, on any device, not measured:\n"
@@ -327,8 +328,13 @@ def _introduce(console: Console, settings: Settings, windows: Windows) -> None:
 
 
 def _progress(console: Console) -> Progress:
-    columns: list[Callable[..., Any] | Any] = [TextColumn("{task.description:<6}"), BarColumn(bar_width=24)]
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), console=console)
+    return Progress(
+        TextColumn("{task.description:<6}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[Any]:

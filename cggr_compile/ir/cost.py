@@ -26,12 +26,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from cggr_compile.config import RoutingConfig, kept_of
+from cggr_compile.config import RoutingConfig
 from cggr_compile.ir.dataflow import ancestors, descendants
 from cggr_compile.ir.names import operator_of
 from cggr_compile.ir.program import Analysed, Program, hint, is_tensor, value
 from cggr_compile.ir.roles import middle_layers
 from cggr_compile.ir.router_head import cost_factor
+from cggr_compile.schedule import kept_of
 
 BACKWARD = 2
 

@@ -11,9 +11,9 @@ to it *for the kept tokens*, by the symbols in its shape:
 * a value that is the same at every token (zeros, an expanded parameter), or whose shape is derived from S (flattened
   tokens, heads folded into the batch), is computed again from what it is made of, down to values that can be gathered.
 
-Anything else is ambiguous and refused. Positions are thus those of the whole sequence, as in the original layers:
-rotary angles, windows and document boundaries of the kept tokens do not change. What middle layers give out beside the
-residual (a mixture-of-experts' statistics) continues on k tokens until no dimension depends on the sequence.
+Anything else is refused. Positions are thus those of the whole sequence: rotary angles, windows and document
+boundaries of the kept tokens do not change. What middle layers give out beside the residual (a mixture-of-experts'
+statistics) continues on k tokens until no dimension depends on the sequence.
 
 Before::
 
@@ -53,8 +53,8 @@ _CHECKPOINT_TAGS = ("recompute", "ac_graph_id")
 
 @dataclass
 class Span:
-    """Consecutive layers that run on one selection: the residual that enters and the one that leaves them, the nodes
-    between, and, once the entry is copied, the positions [B, k]."""
+    """Consecutive layers on one selection: the residual that enters and the one that leaves them, the nodes between,
+    and, once the entry is copied, the positions [B, k]."""
 
     entry: fx.Node
     exit: fx.Node
@@ -101,8 +101,7 @@ class _Rewrite:
         for node in self.program.graph.nodes:
             if node.op in ("placeholder", "output") or node in builder.env:
                 continue
-            span = self._span(node)
-            if span is None:
+            if (span := self._span(node)) is None:
                 self._copy_full(node)
             else:
                 self._copy_short(node, span)

@@ -65,12 +65,8 @@ def test_the_partitioners_memory_budget_holds_inside() -> None:
     oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize(
-    "options",
-    [{"outline_layers": True}, *(pytest.param(o, marks=pytest.mark.long) for o in ({}, {"inner": "inductor"}))],
-    ids=str,
-)
+@pytest.mark.long
+@pytest.mark.parametrize("options", [{"outline_layers": True}, {}, {"inner": "inductor"}], ids=str)
 def test_elementwise_results_are_recomputed_where_asked(options: dict[str, Any]) -> None:
     eager, batch = build("llama"), token_batch(8, 32)
     options = {"inner": "aot_eager", **options}

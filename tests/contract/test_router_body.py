@@ -130,6 +130,7 @@ def test_under_autocast_products_have_the_autocast_dtype_and_no_gradient_is_lost
     oracle.assert_same_step(*found, expected.detach(), oracle.gradients(eager))
 
 
+@pytest.mark.long
 def test_products_keep_their_modules_and_regions() -> None:
     explained = cggr.explain(build("llama"), token_batch(), **OPTIONS)
     products = router_products(explained.program)
@@ -140,8 +141,8 @@ def test_products_keep_their_modules_and_regions() -> None:
     assert all("model.layers." in text for text in added)
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("options", [{}, pytest.param({"router_layers": 4}, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("options", [{}, {"router_layers": 4}])
 def test_outlined_layers_select_alike(options: dict[str, int]) -> None:
     config = T.LlamaConfig(**{**GROUPED, "num_hidden_layers": DEEP})
     eager = eager_of(Architecture("llama", lambda: T.LlamaForCausalLM(config), "model.layers"))
@@ -157,6 +158,7 @@ def test_outlined_layers_select_alike(options: dict[str, int]) -> None:
     assert (variant.outline.reason, variant.pieces, variant.bodies) == ("", DEEP + 1, 3)
 
 
+@pytest.mark.long
 def test_an_exact_body_has_no_pass_and_no_operator() -> None:
     explained = cggr.explain(build("llama"), token_batch(), **{**OPTIONS, "router_body": "exact"})
     report = explained.report()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import cggr_compile as cggr
 
 STEPS = 5
+EXAMPLES = 3 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 18
 
 
 def llama() -> nn.Module:
@@ -65,7 +67,7 @@ def equal(model: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(left, right) for left, right in pairs)
 
 
-@settings(max_examples=4)
+@settings(max_examples=EXAMPLES)
 @given(layers=st.integers(1, 3), until=st.integers(1, STEPS - 1), grow=st.sampled_from(["copy", "random"]))
 def test_a_whole_schedule_is_the_one_made_by_hand(layers: int, until: int, grow: str) -> None:
     torch._dynamo.reset()
@@ -79,7 +81,8 @@ def test_a_whole_schedule_is_the_one_made_by_hand(layers: int, until: int, grow:
     assert model.cggr.captures == 1
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("at", [2, 1, 3])
 def test_a_run_that_is_resumed_is_the_whole_one(at: int) -> None:
     """Also where the checkpoint lies between the last step of the first layers and the first of all."""
     options = {"route": "depth", "depth_layers": 2, "depth_until": 2, "inner": "eager"}
@@ -153,6 +156,7 @@ def test_a_share_of_all_steps() -> None:
     assert grown == [False, False, True, True]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("route", ["sequence", "token", "loss"])
 def test_what_the_first_layers_select_is_what_a_model_of_them_selects(route: str) -> None:
     """`depth` in front of a route is that route on the cut model."""

@@ -16,9 +16,9 @@ from documents import examples
 from toys import AS_IT_IS, Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.config import LADDER_RUNGS
 from cggr_compile.front.attach import attach
 from cggr_compile.front.callback import CGGRCallback
+from cggr_compile.schedule import LADDER_RUNGS
 
 OPTIONS: dict[str, Any] = {"ratio": 0.5, "router_layers": 2, "inner": "eager", "seed": 5}
 

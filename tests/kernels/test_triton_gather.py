@@ -67,7 +67,7 @@ def assert_sums(found: Tensor, grad: Tensor, places: list[int], dim: int, size: 
 
 
 @pytest.mark.usefixtures("tile")
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     dim=st.integers(-4, 3),
@@ -93,7 +93,7 @@ def test_values_of_any_shape_dtype_and_strides(
 
 
 @pytest.mark.usefixtures("tile")
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     dim=st.integers(-4, 3),

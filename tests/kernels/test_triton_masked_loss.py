@@ -671,7 +671,7 @@ def test_opcheck(algorithm: str, with_options: bool) -> None:
 # Properties. Shrinking is left out: the interpreter takes half a second for a step of it.
 
 
-@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     rows=st.integers(1, SHAPE[0] // 2 + 2),
     width=st.integers(1, SHAPE[1] // 2),
@@ -712,7 +712,7 @@ def test_any_shape_dtype_and_option_by_one_pass_and_recompute(
                 check(algorithm, case, roundings=ROUNDINGS, **options)
 
 
-@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     rows=st.lists(st.integers(0, 9), min_size=1, max_size=12),
     classes=st.integers(1, 20),

@@ -434,7 +434,7 @@ def test_opcheck(bias: bool, options: tuple) -> None:
 # Properties. Shrinking is left out: the interpreter takes half a second for a step of it.
 
 
-@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     rows=st.integers(0, SHAPE[0] // 2 + 2),
     width=st.integers(1, SHAPE[1] // 2 + 2),

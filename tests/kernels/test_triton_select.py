@@ -98,7 +98,7 @@ def test_named_cases(key: list[float], valid: list[int], k: int, expected: list[
 
 
 @pytest.mark.usefixtures("block")
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     rows=st.lists(
         st.tuples(
@@ -116,7 +116,7 @@ def test_any_keys(rows: list[tuple[float, bool]], k: int) -> None:
     assert selected(torch.tensor(key), torch.tensor(valid), k) == [truth(key, valid, k)]
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     shape=st.sampled_from([(), (2,), (1, 2)]),
     length=st.integers(1, 40),

@@ -113,6 +113,7 @@ def test_against_eager(llama: tuple[nn.Module, Program]) -> None:
             oracle.assert_same_step(*actual, *expected, **CLOSE)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_inductor(toy: tuple[nn.Module, Program]) -> None:
     eager = copy.deepcopy(toy[0])

@@ -15,8 +15,8 @@ from router_head_oracle import fp8_truth
 from toys import AS_IT_IS, WIDTH, WORDS, Toy, route, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.config import LADDER_RUNGS
 from cggr_compile.run.confidence import Confidence
+from cggr_compile.schedule import LADDER_RUNGS
 
 shares = st.floats(0, 1)
 LADDERS = {ratio: [1 - (1 - ratio) * rung / LADDER_RUNGS for rung in range(LADDER_RUNGS + 1)] for ratio in (0.1, 0.6)}
