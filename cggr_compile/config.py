@@ -59,7 +59,8 @@ class RoutingConfig(Schedule):
             `"depth"`: the first layers train alone, and later the whole model. Several of them as a tuple:
             `("sequence", "loss")` or `("token", "loss")`, and `"depth"` in front of any.
         ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
-            (token) or both multiplied (loss). None is 0.5.
+            (token) or both multiplied (loss). None keeps every row, or is 0.5 where another route, a selection, a
+            threshold or a schedule is asked for.
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); a row's score is the mean over its counted tokens, in fp32.
@@ -79,8 +80,7 @@ class RoutingConfig(Schedule):
             a share of the rows is noise, then it is `"trimmed"`; it may switch back. Or a function
             `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N] (rows with a
             counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and float32 weights
-            [k]. None is `"auto"` on the sequence route without a `ratio`, and `"topk"` where a ratio is given.
-            `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the loss is
+            [k]. `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the loss is
             Σ w·l / Σ w over the kept rows' counted tokens, so weights of 1 are a plain mean. The function runs at every
             step as one operator that compilers do not look into, and nothing is read back unless it does; what it
             returns is checked by type and shape.
@@ -140,9 +140,9 @@ class RoutingConfig(Schedule):
     router_head: str = "exact"
     router_head_frequent: int = 1024
     router_head_sampled: int = 1024
-    selection: str | RuleFunction = field(default=None, hash=False)  # type: ignore[assignment]  # as `ratio`
+    selection: str | RuleFunction = field(default=None, hash=False)  # type: ignore[assignment]  # "topk", likewise
     selection_options: Mapping[str, float] | None = field(default=None, hash=False)
-    probe_every: int = 10
+    probe_every: int = 50
     warmup_steps: int = 0
     dynamic_threshold: bool = False
     threshold_sensitivity: float = 0.5
@@ -167,11 +167,11 @@ class RoutingConfig(Schedule):
 
     def __post_init__(self) -> None:
         self._check_route()
-        if self.selection is None:
-            decides = self.ratio is None and self.routes == ("sequence",) and not self.dynamic_threshold
-            object.__setattr__(self, "selection", "auto" if decides else "topk")
         if self.ratio is None:
-            object.__setattr__(self, "ratio", 0.5)
+            asked = self.selection or self.dynamic_threshold or self.warmup_steps or self.dense_after_steps
+            object.__setattr__(self, "ratio", 0.5 if asked or self.routes != ("sequence",) else 1.0)
+        if self.selection is None:
+            object.__setattr__(self, "selection", "topk")
         _choice("scoring", self.scoring, SCORINGS)
         _choice("router_body", self.router_body, ROUTER_BODIES)
         _choice("router_head", self.router_head, ROUTER_HEADS)

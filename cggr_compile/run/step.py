@@ -19,7 +19,7 @@ from cggr_compile.run.given_scores import ScoresReady
 from cggr_compile.run.metrics import LastStep
 from cggr_compile.run.not_computed import NOT_COMPUTED
 from cggr_compile.run.plan import Plan
-from cggr_compile.run.prepare import run_aside
+from cggr_compile.run.prepare import run_aside, undisturbed
 from cggr_compile.run.recomputed import Given
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.torch_internals import autograd
@@ -63,11 +63,23 @@ class Step:
         rows, length = plan.sizes(inputs)
         generator = torch.Generator(plan.device).manual_seed(0)  # draws of the steps themselves are the runtime's
         config = self.runtime.in_force
+        if self.runtime.auto is not None and plan.unscorable is None and plan.routable:
+            self._prepare_auto(plan, inputs, generator)
         for stage in dict.fromkeys((plan.in_force, plan)):
             for steps in config.stops(self.runtime.steps, first=stage is plan.in_force):
                 amounts = amounts_of(stage.program, config, steps, rows, length)
                 given = self._given(stage, inputs, amounts, amounts, generator, None)
                 run_aside(given.variant, (*inputs, *given.added), stage.program.loss_output, plan.device)
+
+    def _prepare_auto(self, plan: Plan, inputs: tuple[Any, ...], generator: torch.Generator) -> None:
+        """Compiles what `"auto"` probes with and the program that selects."""
+        _, selecting = self.runtime.choices
+        with undisturbed(plan.device, inputs):
+            plan.row_scores(inputs, selecting, generator)
+        route, sizes = plan.routed(selecting), plan.sizes(inputs)
+        amounts = amounts_of(route.program, selecting, selecting.warmup_steps, *sizes)
+        added = route.added_inputs(sizes_of(route.program, *sizes, amounts), amounts, generator)
+        run_aside(route.variant, (*inputs, *added), route.program.loss_output, plan.device)
 
     def _step(self, plan: Plan, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """One training step: what it is given, its outputs, and what is remembered of it."""

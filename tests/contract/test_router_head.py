@@ -122,7 +122,7 @@ def test_a_head_that_reads_everything_is_the_exact_one() -> None:
     config = cggr.RoutingConfig(router_head="sampled")
     assert describe(config, VOCABULARY) == "exact head"
     assert cost_factor(config, VOCABULARY) == 1.0
-    explained = cggr.explain(build("llama"), token_batch(), router_head="sampled")
+    explained = cggr.explain(build("llama"), token_batch(), ratio=0.5, router_head="sampled")
     assert "score" in dict(explained.program.routing.providers)
     assert [entry.name for entry in explained.program.inputs if entry.kind == "added"] == ["kept"]
 

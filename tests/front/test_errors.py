@@ -125,7 +125,7 @@ class TwoPredictions(Toy):
     ],
 )
 def test_models_that_cannot_be_routed(model: type[Toy], message: str) -> None:
-    built = cggr.optimize(model().train(), inner="eager")
+    built = cggr.optimize(model().train(), ratio=0.5, inner="eager")
     with pytest.raises(CannotOptimize, match=f"^cannot optimize: .*{message}") as error:
         built(**toy_batch())
     first_line = str(error.value).splitlines()[0]
@@ -199,7 +199,7 @@ def test_activations_that_the_config_asks_for(asked: str) -> None:
 
 
 def test_a_batch_of_one_row_says_that_it_trains_as_it_is() -> None:
-    model = cggr.optimize(Toy().train(), inner="eager")
+    model = cggr.optimize(Toy().train(), ratio=0.5, inner="eager")
     with pytest.warns(RuntimeWarning, match="a batch of one row leaves no rows to choose from, and trains as it is; "):
         model(**toy_batch(1))
     with warnings.catch_warnings():
@@ -287,7 +287,7 @@ def test_config_object_and_options_exclude_each_other() -> None:
 
 
 def test_too_many_router_layers() -> None:
-    model = cggr.optimize(build("llama"), router_layers=9, inner="eager")
+    model = cggr.optimize(build("llama"), ratio=0.5, router_layers=9, inner="eager")
     with pytest.raises(CannotOptimize, match=r"router_layers=9 but the model has 3 layers \(model\.layers\); choose"):
         model(**token_batch())
 

@@ -57,6 +57,7 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
 
 def test_attach_reaches_through_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.GradientState._reset_state()  # a trainer of an earlier test may have left it amid an accumulation
     model = optimized()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     accelerator = accelerate.Accelerator(cpu=True)

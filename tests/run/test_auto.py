@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import build, token_batch
+from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import WORDS, Toy, toy_batch
@@ -19,7 +20,7 @@ from toys import WORDS, Toy, toy_batch
 import cggr_compile as cggr
 from cggr_compile.run.auto import LEAST, PAYS, PAYS_NO_MORE, WINDOW, Auto, tail_of
 
-OPTIONS = {"router_layers": 2, "inner": "eager", "seed": 3}
+OPTIONS = {"selection": "auto", "router_layers": 2, "inner": "eager", "seed": 3}
 
 
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=40))
@@ -57,7 +58,7 @@ def scored(auto: Auto, tail: float, steps: int) -> None:
     ],
 )
 def test_it_selects_by_the_tail_and_holds_on_for_a_while(tails: tuple[float, ...], selects: bool) -> None:
-    auto = Auto(cggr.RoutingConfig())
+    auto = Auto(cggr.RoutingConfig(selection="auto"))
     for number, tail in enumerate(tails):
         scored(auto, tail, 1000 * (number + 1))
     assert auto.selects is selects
@@ -65,13 +66,13 @@ def test_it_selects_by_the_tail_and_holds_on_for_a_while(tails: tuple[float, ...
 
 
 def test_too_few_scores_and_those_that_are_not_finite_decide_nothing() -> None:
-    auto = Auto(cggr.RoutingConfig())
+    auto = Auto(cggr.RoutingConfig(selection="auto"))
     scores = torch.full((WINDOW,), math.nan)
     scores[: WINDOW // 2] = torch.linspace(0, 1, WINDOW // 2) ** 4
     plan: Any = SimpleNamespace(
         device=torch.device("cpu"), row_scores=lambda *_: (scores.clone(), torch.ones(WINDOW, dtype=torch.int64))
     )
-    for step in (10, 20):
+    for step in (auto.due, 2 * auto.due):
         auto.before_step(plan, (), step, 0)
     assert auto.tail is None
     assert "256 of the 512 rows" in str(auto)
@@ -109,10 +110,9 @@ def test_noise_in_the_data_is_seen_while_training(share: float, selects: bool) -
 # What trains
 
 
-def test_without_options_every_row_trains_and_nothing_notices_the_probes() -> None:
+def test_every_row_trains_and_nothing_notices_the_probes() -> None:
     eager = build("llama")
-    model = cggr.optimize(copy.deepcopy(eager), probe_every=1, inner="eager")
-    assert (model.cggr.config.selection, model.cggr.config.ratio) == ("auto", 0.5)
+    model = cggr.optimize(copy.deepcopy(eager), selection="auto", probe_every=1, inner="eager")
     for seed in range(3):
         batch = token_batch(seed=seed)
         torch.manual_seed(seed)
@@ -134,8 +134,10 @@ def test_without_options_every_row_trains_and_nothing_notices_the_probes() -> No
 @pytest.mark.parametrize(
     ("options", "selection", "ratio"),
     [
-        ({}, "auto", 0.5),
+        ({}, "topk", 1.0),
         ({"ratio": 0.25}, "topk", 0.25),
+        ({"warmup_steps": 3}, "topk", 0.5),
+        ({"selection": "auto"}, "auto", 0.5),
         ({"selection": "random"}, "random", 0.5),
         ({"selection": "auto", "ratio": 0.25}, "auto", 0.25),
         ({"route": "token"}, "topk", 0.5),
@@ -157,7 +159,7 @@ class NoStack(Toy):
 def test_a_model_without_layers_keeps_every_row_and_says_why() -> None:
     torch.manual_seed(0)
     eager = NoStack().train()
-    model = cggr.optimize(copy.deepcopy(eager), probe_every=1, inner="eager")
+    model = cggr.optimize(copy.deepcopy(eager), selection="auto", probe_every=1, inner="eager")
     for seed in range(2):
         assert torch.equal(model(**toy_batch(8, seed=seed))[0], eager(**toy_batch(8, seed=seed))[0])
         model.cggr.step()
@@ -208,3 +210,34 @@ def test_training_that_begins_anew_probes_anew() -> None:
 def test_options(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(cggr.ConfigError, match=reason):
         cggr.RoutingConfig.from_options(options)
+
+
+def trained_like_every_row(device: str, **options: Any) -> None:
+    """Twelve steps with a probe before every second one, and twelve that keep every row: the same training."""
+    models = [
+        cggr.optimize(build("llama").to(device), seed=0, router_layers=1, **each)
+        for each in ({"selection": "auto", "probe_every": 2, **options}, {"ratio": 1.0, **options})
+    ]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
+    for seed in range(12):
+        batch = {name: x.to(device) for name, x in token_batch(seed=seed).items()}
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                losses.append(model(**batch).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.cggr.step()
+        torch.testing.assert_close(losses[0], losses[1], rtol=2e-2 if device == "cuda" else 1e-4, atol=1e-5)
+    assert models[0].cggr.runtime.auto.due == 12
+
+
+def test_probes_beside_replays_leave_training_as_it_is(graphs_on_cpu: None) -> None:  # noqa: F811
+    trained_like_every_row("cpu", inner="aot_eager", cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_probes_on_a_gpu_leave_training_as_it_is(cuda_graphs: bool) -> None:
+    trained_like_every_row("cuda", cuda_graphs=cuda_graphs)

@@ -54,7 +54,7 @@ def drawn(count: int, seed: int = 0) -> Iterator[tuple[int, int, float]]:
 
 def variants(runtime: Runtime) -> list[Variant]:
     (plan,) = runtime.plans
-    return [plan.unrouted, *(route.variant for route in plan.routes.values())]
+    return list(dict.fromkeys([plan.unrouted, *(route.variant for route in plan.routes.values())]))
 
 
 def copied(gradients: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:

@@ -28,7 +28,7 @@ class Routed:
 
     def __init__(self, model: nn.Module, program: Program, **options: Any) -> None:
         self.model = model
-        self.runtime = Runtime(cggr.RoutingConfig(**{"inner": "eager", "router_layers": 2, **options}))
+        self.runtime = Runtime(cggr.RoutingConfig(**{"ratio": 0.5, "inner": "eager", "router_layers": 2, **options}))
         self.plan = Plan(program, self.runtime)
         self.runtime.plans.append(self.plan)
         self.call = Step(self.plan, self.runtime)
