@@ -27,6 +27,7 @@ COMPOSITIONS = (
 )
 RESAMPLES = ("block", "layer")
 GROWTHS = ("copy", "random")
+SELECTING = ("selection", "dynamic_threshold", "warmup_steps", "dense_after_steps")
 SCORINGS = tuple(reference.SCORINGS)
 ROUTER_BODIES = ("exact", "fp8")
 ROUTER_HEADS = ("exact", "sampled", "fp8")
@@ -167,9 +168,12 @@ class RoutingConfig(Schedule):
 
     def __post_init__(self) -> None:
         self._check_route()
+        asked = [name for name in SELECTING if getattr(self, name)]
+        if not self.routes and (asked or self.ratio not in (None, 1)):
+            name = (asked or ["ratio"])[0]
+            raise ConfigError(f"{name} with route='depth', which selects nothing; use route=('depth', 'sequence')")
         if self.ratio is None:
-            asked = self.selection or self.dynamic_threshold or self.warmup_steps or self.dense_after_steps
-            object.__setattr__(self, "ratio", 0.5 if asked or self.routes != ("sequence",) else 1.0)
+            object.__setattr__(self, "ratio", 0.5 if asked or self.routes not in (("sequence",), ()) else 1.0)
         if self.selection is None:
             object.__setattr__(self, "selection", "topk")
         _choice("scoring", self.scoring, SCORINGS)

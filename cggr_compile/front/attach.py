@@ -25,13 +25,18 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int 
     Raises:
         CannotOptimize: the model is not optimised (call `cggr.optimize` first).
         TypeError: `optimizer` is not a torch optimiser.
+        ValueError: `total_steps` is no positive int.
     """
     found = handle(model)
     routed = found.model
-    if total_steps is not None:
-        found.runtime.total_steps = total_steps
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    if total_steps is not None:
+        if type(total_steps) is not int or total_steps < 1:
+            raise ValueError(
+                f"total_steps={total_steps!r} is not a positive integer; give how many steps there will be"
+            )
+        found.runtime.total_steps = total_steps
     own = optimizer
     # Accelerate's wrapper is an optimiser in name; the one inside takes the steps and runs the hooks.
     while isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):

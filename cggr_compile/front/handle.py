@@ -38,6 +38,7 @@ class Handle:
         self.runtime = runtime
         self.undo = undo or {}
         self.calls = 0
+        self._in_use = False
         self._thread = threading.local()
         self._compiled: Callable[..., Any] | None = None
         parameters = list(inspect.signature(self.original()).parameters)
@@ -90,11 +91,12 @@ class Handle:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """The model that trains now, for evaluation: before it has grown, its first layers alone are in their list.
+        `eval()` and `train()` within reach the others when it is left.
 
         Raises:
             CannotOptimize: no step has been captured yet, or the layers are in no list of modules.
         """
-        if not self.config.deepens or self.runtime.grown:
+        if not self.config.deepens or self.runtime.grown or self._in_use:
             yield
             return
         plan = latest_plan(self.runtime)
@@ -107,11 +109,17 @@ class Handle:
                 hint="evaluate the whole model",
             )
         parent = self.model.get_submodule(owner)
-        setattr(parent, name, container[: self.config.depth_layers])
+        short = container[: self.config.depth_layers]
+        short.training = container.training
+        setattr(parent, name, short)
+        self._in_use = True
         try:
             yield
         finally:
             setattr(parent, name, container)
+            self._in_use = False
+            if short.training is not container.training:
+                container.train(short.training)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the model's own `state_dict`: step, generators, the confidence that the dynamic
@@ -147,7 +155,9 @@ class Handle:
         Raises:
             ValueError: the selection in force runs no router.
         """
-        rule = rule_of(self.runtime.in_force.selection)
+        config, rule = self.runtime.in_force, rule_of(self.runtime.in_force.selection)
+        if config.ratio == 1 or not config.routes:
+            raise ValueError("every row is kept, so no router runs; choose a ratio below 1 to time one")
         if not rule.needs_scores:
             raise ValueError(f"selection={rule.name!r} runs no router; choose a selection by scores to time one")
         self.runtime.router_time.ask()
@@ -279,6 +289,8 @@ class Handle:
         return reached
 
     def _routed(self, arguments: dict[str, Any]) -> Any:
+        if self._in_use:
+            raise CannotOptimize("a training step inside of in_use()", hint="leave it first; it is for evaluation")
         check_call(arguments, self.model)
         if arguments["input_ids"].is_meta:
             raise CannotOptimize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,31 +14,35 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.program import Analysed, value
 
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^)\d+(?=\.)")
+
 
 class Copies:
     """Layer i of a stack as a copy of layer i mod `count`: which inputs of a call are copied into which.
 
-    The parameters and buffers of a layer are those that it reads and no other layer does, in the order in which it
-    reads them.
+    The parameters and buffers of a layer are those that it reads and no other layer does. Each becomes a copy of the
+    one whose path differs in numbers only; several of those (experts) go by these numbers, in order.
 
     Raises:
-        CannotOptimize: a layer has others than the one it would be a copy of.
+        CannotOptimize: a layer has one that the layer it would be a copy of has not, or of another shape or dtype.
     """
 
     def __init__(self, program: Analysed, count: int) -> None:
         place = {node: index for index, node in enumerate(program.placeholders)}
-        layers = _states(program)
+        layers = [_by_path(program, states) for states in _states(program)]
         self._pairs: list[tuple[int, int]] = []
         for index in range(count, len(layers)):
             like = index % count
-            if list(map(_kind, layers[index])) != list(map(_kind, layers[like])):
-                raise CannotOptimize(
-                    f"layer {index} of {program.stack.path or 'the stack'} has other parameters than layer {like}, of "
-                    "which it would become a copy",
-                    hint="choose depth_layers so that these are alike (a multiple of the pattern's length), or "
-                    "grow='random'",
-                )
-            self._pairs += [(place[new], place[old]) for new, old in zip(layers[index], layers[like], strict=True)]
+            for name, states in layers[index].items():
+                partners = layers[like].get(name, [])
+                if list(map(_kind, states)) != list(map(_kind, partners)):
+                    raise CannotOptimize(
+                        f"layer {index} of {program.stack.path or 'the stack'} cannot become a copy of layer {like}, "
+                        f"which has no such {program.path(states[0])}",
+                        hint="choose depth_layers so that these are alike (a multiple of the pattern's length), or "
+                        "grow='random'",
+                    )
+                self._pairs += [(place[new], place[old]) for new, old in zip(states, partners, strict=True)]
 
     @torch.no_grad()
     def make(self, inputs: Sequence[Any]) -> None:
@@ -46,8 +51,16 @@ class Copies:
             inputs[new].copy_(inputs[old])
 
 
+def _by_path(program: Analysed, states: list[fx.Node]) -> dict[str, list[fx.Node]]:
+    """States by their path without its numbers, each group in the order of these."""
+    found: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in sorted(states, key=lambda node: list(map(int, _NUMBERS.findall(program.path(node))))):
+        found[_NUMBERS.sub("#", program.path(node))].append(node)
+    return found
+
+
 def _states(program: Analysed) -> list[list[fx.Node]]:
-    """The parameters and buffers that each layer alone reads, in order."""
+    """The parameters and buffers that each layer alone reads; with the first, what is read in front of it."""
     stack = program.stack
     found = []
     for before, after in zip((stack.entry, *stack.residuals), stack.residuals, strict=False):

@@ -11,16 +11,24 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cggr_compile.torch_internals.autograd import beside_checkpoints
 
 
 def run_aside(run: Callable[..., tuple[Any, ...]], inputs: Sequence[Any], loss: int, device: torch.device) -> None:
-    """A forward and a backward with the inputs of a step, of which nothing is left; `loss` is the output's number."""
-    parameters = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    """A forward and a backward with the inputs of a step, of which nothing is left; `loss` is the output's number.
+
+    Parameters are stood in for by others in the same memory, on which nobody has registered hooks.
+    """
+    stand_ins = [
+        nn.Parameter(x.detach()) if isinstance(x, Tensor) and x.is_leaf and x.requires_grad else x for x in inputs
+    ]
+    trained = [x for x in stand_ins if isinstance(x, Tensor) and x.requires_grad]
     with beside_checkpoints(), undisturbed(device, inputs):
-        torch.autograd.grad(run(*inputs)[loss], parameters, allow_unused=True)
+        found = run(*stand_ins)[loss]
+        if found.requires_grad:
+            torch.autograd.grad(found, trained, allow_unused=True)
 
 
 @contextmanager

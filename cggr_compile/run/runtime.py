@@ -137,8 +137,9 @@ class Runtime:
         self.confidence = Confidence(state["confidence"])
         if self.auto is not None:
             self.auto.load_state_dict(state["auto"])
-        for name in _DEPTH if self.config.deepens else ():
-            setattr(self, name, state[name])
+        if self.config.deepens:
+            self.grown, self.grows = state["grown"], state["grows"]
+            self.total_steps = self.total_steps or state["total_steps"]  # what was told since holds
 
     def start_over(self) -> None:
         """Begins the schedule anew: warm-up and probes. The confidence, which goes by the weights, stays, a model that

@@ -63,9 +63,9 @@ class Step:
         rows, length = plan.sizes(inputs)
         generator = torch.Generator(plan.device).manual_seed(0)  # draws of the steps themselves are the runtime's
         config = self.runtime.in_force
-        if self.runtime.auto is not None and plan.unscorable is None and plan.routable:
-            self._prepare_auto(plan, inputs, generator)
         for stage in dict.fromkeys((plan.in_force, plan)):
+            if self.runtime.auto is not None and stage.unscorable is None and stage.routable:
+                self._prepare_auto(stage, inputs, generator)
             for steps in config.stops(self.runtime.steps, first=stage is plan.in_force):
                 amounts = amounts_of(stage.program, config, steps, rows, length)
                 given = self._given(stage, inputs, amounts, amounts, generator, None)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, VOCABULARY, token_batch
+from architectures import ARCHITECTURES, VOCABULARY, build, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import gradients, truncated
 from torch import nn
-from toys import Toy, toy_batch
+from toys import WIDTH, Toy, toy_batch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cggr_compile as cggr
@@ -219,7 +219,11 @@ class Penalised(Toy):
 @pytest.mark.parametrize(
     ("kind", "layers", "reason"),
     [
-        (in_turn, 1, "layer 1 of model.layers has other parameters than layer 0"),
+        (
+            in_turn,
+            1,
+            r"layer 1 of model.layers cannot become a copy of layer 0, .* no such \S+\.1\.mlp.up_proj.bias",
+        ),
         (Toy, 3, "depth_layers=3 and the model has 3 layers"),
         (Penalised, 1, "reads more of the layers than what the last one passes on"),
     ],
@@ -246,6 +250,9 @@ def test_what_becomes_no_copy_need_not_be_alike() -> None:
         ({"route": "depth", "depth_layers": 2, "grow": "zeros"}, "grow='zeros'"),
         ({"depth_layers": 2}, "depth_layers and depth_until are for route='depth'"),
         ({"route": ("sequence", "depth"), "depth_layers": 2}, "is not a combination of routes"),
+        ({"route": "depth", "depth_layers": 2, "ratio": 0.5}, "ratio with route='depth', which selects nothing"),
+        ({"route": "depth", "depth_layers": 2, "selection": "topk"}, "selection with route='depth', which selects"),
+        ({"route": "depth", "depth_layers": True}, "give a positive integer"),
     ],
 )
 def test_options(options: dict[str, Any], reason: str) -> None:
@@ -257,3 +264,72 @@ def test_only_a_model_that_deepens_can_grow() -> None:
     model = cggr.optimize(Toy().train())
     with pytest.raises(ValueError, match="trains all layers"):
         model.cggr.grow()
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("name", ["gpt2", "bert", "opt", "gemma2"])
+def test_layers_are_copied_whatever_stands_in_front_of_them(name: str) -> None:
+    """Positions, norms and scales between the ids and the first layer are no part of it."""
+    model = cggr.optimize(build(name), route="depth", depth_layers=1, inner="eager")
+    model(**token_batch()).loss.backward()
+    model.cggr.grow()
+    model(**token_batch()).loss.backward()
+    layers = model.get_submodule(ARCHITECTURES[name].layers)
+    for layer in layers[1:]:
+        assert equal(layer, layers[0])
+
+
+class Turned(nn.Module):
+    """Two parameters of one shape, in either order."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.turned = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), turned
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        first, second = (self.b, self.a) if self.turned else (self.a, self.b)
+        return second(first(hidden).tanh())
+
+
+def test_parameters_are_copied_by_name_and_not_by_the_order_of_use() -> None:
+    model = Toy()
+    model.layers = nn.ModuleList(Turned(bool(index % 2)) for index in range(4))
+    cggr.optimize(model.train(), route="depth", depth_layers=1, inner="eager")
+    model(**toy_batch())
+    model.cggr.grow()
+    model(**toy_batch())
+    assert all(equal(layer, model.layers[0]) for layer in model.layers)
+
+
+def test_what_is_compiled_ahead_runs_no_hook_and_needs_no_gradient() -> None:
+    model = cggr.optimize(llama(), ratio=0.5, warmup_steps=8, inner="aot_eager")
+    calls: list[torch.Tensor] = []
+    model.lm_head.weight.register_hook(calls.append)
+    model(**token_batch()).loss.backward()
+    assert len(calls) == 1
+    frozen = cggr.optimize(llama().requires_grad_(False), ratio=0.5, warmup_steps=8, inner="aot_eager")
+    assert not frozen(**token_batch()).loss.requires_grad
+
+
+def test_in_use_hands_modes_on_and_is_no_place_to_train_in() -> None:
+    model = cggr.optimize(llama(), route="depth", depth_layers=1, inner="eager")
+    model(**token_batch()).loss.backward()
+    with model.cggr.in_use():
+        with model.cggr.in_use():
+            model.eval()
+        assert len(model.model.layers) == 1
+    assert not any(module.training for module in model.modules())
+    with model.cggr.in_use():
+        model.train()
+        with pytest.raises(cggr.CannotOptimize, match=r"a training step inside of in_use\(\); leave it first"):
+            model(**token_batch())
+    assert all(module.training for module in model.modules())
+    model(**token_batch()).loss.backward()
+
+
+@pytest.mark.parametrize("total", [0, -1, 2.5, "10", True])
+def test_a_total_that_is_no_number_of_steps_is_refused(total: Any) -> None:
+    model = cggr.optimize(Toy().train(), route="depth", depth_layers=1, depth_until=0.5)
+    with pytest.raises(ValueError, match=r"total_steps=.* is not a positive integer"):
+        cggr.attach(model, optimizer_of(model), total_steps=total)
+    assert model.cggr.runtime.total_steps is None
