@@ -209,7 +209,7 @@ class RoutingConfig(Schedule):
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
         self._check_kernels()
-        for name in ("keep_logits", "cuda_graphs", "recompute_elementwise"):
+        for name in ("keep_logits", "cuda_graphs", "recompute_elementwise", "allow_compressed_recurrence"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
         if not isinstance(self.outline_layers, bool) and self.outline_layers != "auto":
@@ -249,10 +249,7 @@ class RoutingConfig(Schedule):
         _choice("grow", self.grow, GROWTHS)
         until = self.depth_until
         if until is not None and not _is_int(until, 1) and not (isinstance(until, float) and 0 < until < 1):
-            raise ConfigError(
-                f"depth_until={until!r} is none of: a positive integer (optimiser steps), a float in (0, 1) (a share "
-                "of all steps), None"
-            )
+            raise ConfigError(f"depth_until={until!r} is none of: a number of steps, a share of them in (0, 1), None")
         if self.deepens and not _is_int(self.depth_layers, 1):
             raise ConfigError(f"route={self.route!r} with depth_layers={self.depth_layers!r}; give a positive integer")
         if not self.deepens and (self.depth_layers is not None or until is not None):
@@ -263,8 +260,6 @@ class RoutingConfig(Schedule):
             if not _is_int(getattr(self, name), least):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not an integer of at least {least}")
         _choice("resample", self.resample, RESAMPLES)
-        if not isinstance(self.allow_compressed_recurrence, bool):
-            raise ConfigError(f"allow_compressed_recurrence={self.allow_compressed_recurrence!r} is not a bool")
         if "token" not in self.routes:
             return
         rule = rule_of(self.selection)
