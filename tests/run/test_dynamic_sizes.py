@@ -178,6 +178,7 @@ class Windowed(Toy):
         return super().middle(hidden + means)
 
 
+@pytest.mark.long
 def test_sizes_that_decide_something() -> None:
     torch.manual_seed(0)
     eager = Windowed().train()

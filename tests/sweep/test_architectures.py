@@ -362,7 +362,7 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
         sweep(["lama"], 1, 60, 8, tmp_path / "r.json", tmp_path / "r.md", "sequence", TEXT)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["architectures-token", "architectures"])
 def test_the_script_examines_a_page(name: str, tmp_path: Path) -> None:
     for folder in ("benchmarks/results", "docs"):
