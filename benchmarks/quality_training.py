@@ -246,7 +246,7 @@ def _model(run: Run, layers: int | None, vocabulary: int, weights: Path | None, 
 
 
 def _pretrained(folder: Path, layers: int | None, vocabulary: int) -> nn.Module:
-    """A fresh model with the weights of a folder's GGUF file in fp32, as the demo makes it."""
+    """A fresh model with the weights of a folder's GGUF file in fp32."""
     file = quality_data.gguf_of(folder)
     given = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     if given.config.vocab_size != vocabulary:

@@ -63,6 +63,11 @@ def has_tokens(program: Program, val: Any) -> bool:
     return all(program.same_size(size, wanted) for size, wanted in zip(val.shape, shape, strict=True))
 
 
+def is_state(program: Program, node: fx.Node) -> bool:
+    """Whether a node is a parameter or buffer of the model."""
+    return node.op == "placeholder" and program.kind(node) == "state"
+
+
 def changes_of(program: Program) -> list[fx.Node]:
     """The nodes that write into inputs of the graph: what a forward changes in place, as batch norm its statistics."""
     copies = program.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)

@@ -1,6 +1,6 @@
 """`selection="auto"`: every row trains until the scores show rows that spoil the data, then the rule `trimmed`.
 
-Keeping every row is best on clean text; selecting pays where a share of the rows is noise. Noise is hard for a model of
+Where a share of the rows is noise, selecting may pay (docs/auto.md has what was measured). Noise is hard for a model of
 any depth and stays so, which stretches the upper tail of the scores (`tail_of`), as they lie about the median of their
 batch: of the last WINDOW scored rows, the distance from the median to the 95th percentile over that from the 5th
 percentile to the median. It is about 1 for clean text. Tails shorter than LEAST nats are not of noise: a model that has
@@ -96,17 +96,15 @@ class Auto:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later decisions depend on and metrics show; numbers and lists of them."""
-        scores = list(self._scores)
-        if self._coming is not None:
-            self._take(self._coming.there().tolist(), self.due)
-            self._coming, scores = None, list(self._scores)
-        return {"due": self.due, "selects": self.selects, "tail": self.tail, "scores": scores[-WINDOW:]}
+        coming = None if self._coming is None else self._coming.there().tolist()
+        found = {"due": self.due, "selects": self.selects, "tail": self.tail}
+        return {**found, "scores": list(self._scores), "coming": coming}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.due, self.selects, self.tail = state["due"], state["selects"], state["tail"]
         self._scores = deque(state["scores"], WINDOW)
-        self._coming = None
+        self._coming = None if state["coming"] is None else Arriving(torch.tensor(state["coming"]))
 
 
 def everything(config: RoutingConfig) -> RoutingConfig:

@@ -13,6 +13,7 @@ from torch import fx
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.program import Analysed, value
+from cggr_compile.ir.roles import is_state
 
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^)\d+(?=\.)")
 
@@ -20,21 +21,31 @@ _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^)\d+(?=\.)")
 class Copies:
     """Layer i of a stack as a copy of layer i mod `count`: which inputs of a call are copied into which.
 
-    The parameters and buffers of a layer are those that it reads and no other layer does. Each becomes a copy of the
-    one whose path differs in numbers only; several of those (experts) go by these numbers, in order.
+    What is copied are the parameters and buffers that a layer reads and none of the first `count` does. Each becomes a
+    copy of the one whose path differs in numbers only; several of those (experts) go by these numbers, in order.
 
     Raises:
-        CannotOptimize: a layer has one that the layer it would be a copy of has not, or of another shape or dtype.
+        CannotOptimize: the layer it would be a copy of has none of that shape and dtype, or two layers share it.
     """
 
     def __init__(self, program: Analysed, count: int) -> None:
         place = {node: index for index, node in enumerate(program.placeholders)}
-        layers = [_by_path(program, states) for states in _states(program)]
+        states_of = _states(program)
+        trained = {node for states in states_of[:count] for node in states}
+        readers = Counter(node for states in states_of for node in states)
+        layers = [_by_path(program, states) for states in states_of]
         self._pairs: list[tuple[int, int]] = []
         for index in range(count, len(layers)):
             like = index % count
-            for name, states in layers[index].items():
+            new_states = [node for node in states_of[index] if node not in trained]
+            for name, states in _by_path(program, new_states).items():
                 partners = layers[like].get(name, [])
+                shared = [node for node in states if readers[node] > 1]
+                if shared:
+                    raise CannotOptimize(
+                        f"{program.path(shared[0])} belongs to several of the layers that do not train yet",
+                        hint="choose more depth_layers, or grow='random'",
+                    )
                 if list(map(_kind, states)) != list(map(_kind, partners)):
                     raise CannotOptimize(
                         f"layer {index} of {program.stack.path or 'the stack'} cannot become a copy of layer {like}, "
@@ -60,19 +71,14 @@ def _by_path(program: Analysed, states: list[fx.Node]) -> dict[str, list[fx.Node
 
 
 def _states(program: Analysed) -> list[list[fx.Node]]:
-    """The parameters and buffers that each layer alone reads; with the first, what is read in front of it."""
+    """The parameters and buffers that each layer reads; with the first, what is read in front of it."""
     stack = program.stack
     found = []
     for before, after in zip((stack.entry, *stack.residuals), stack.residuals, strict=False):
         inside = ancestors([after], stop=[before])
         read = [source for node in program.graph.nodes if node in inside for source in node.all_input_nodes]
-        found.append([node for node in dict.fromkeys(read) if _is_state(program, node)])
-    readers = Counter(node for layer in found for node in layer)
-    return [[node for node in layer if readers[node] == 1] for layer in found]
-
-
-def _is_state(program: Analysed, node: fx.Node) -> bool:
-    return node.op == "placeholder" and program.kind(node) == "state"
+        found.append([node for node in dict.fromkeys(read) if is_state(program, node)])
+    return found
 
 
 def _kind(node: fx.Node) -> tuple[Any, ...]:

@@ -35,6 +35,7 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.dataflow import ancestors, cut_vertices
 from cggr_compile.ir.program import Analysed, Head, Layers, is_tensor, value
+from cggr_compile.ir.roles import is_state
 
 aten = torch.ops.aten
 
@@ -271,7 +272,7 @@ def _refuse_uncut_majority(
     ends = set(cuts)
     nodes = [node for node in program.graph.nodes if node in placed or node in ends]
     run = [placed[node] for node in nodes if node in placed]
-    reading = [node for node in upstream if any(_is_state(program, source) for source in node.all_input_nodes)]
+    reading = [node for node in upstream if any(is_state(program, source) for source in node.all_input_nodes)]
     if run != sorted(run) or 2 * sum(node in placed for node in reading) <= len(reading):
         return
     starts = [nodes.index(next(node for node in nodes if placed.get(node) == index)) for index in dict.fromkeys(run)]
@@ -282,10 +283,6 @@ def _refuse_uncut_majority(
             node=uncut[0],
             hint="only stacks with one residual stream can be routed",
         )
-
-
-def _is_state(program: Analysed, node: fx.Node) -> bool:
-    return node.op == "placeholder" and program.kind(node) == "state"
 
 
 def _by_repetition(program: Analysed, stream: _Stream) -> Layers | None:
@@ -337,11 +334,7 @@ def _signature(program: Analysed, before: fx.Node, after: fx.Node) -> frozenset[
     for node in ancestors([after], stop=[before]):
         if node.op != "call_function" or not is_tensor(node):
             continue
-        shapes = [
-            str(tuple(value(source).shape))
-            for source in node.all_input_nodes
-            if source.op == "placeholder" and program.kind(source) == "state"
-        ]
+        shapes = [str(tuple(value(source).shape)) for source in node.all_input_nodes if is_state(program, source)]
         if shapes or node.target == aten.scaled_dot_product_attention.default:
             counted[f"{node.target} {' '.join(shapes)}"] += 1
     return frozenset(counted.items())

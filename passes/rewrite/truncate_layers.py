@@ -24,14 +24,15 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors, clone, descendants
 from cggr_compile.ir.program import Analysed
-from cggr_compile.ir.roles import main_roots
+from cggr_compile.ir.roles import changes_of, main_roots
 
 
 def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     """The step of the first `config.depth_layers` layers. Outputs that read other layers are not computed.
 
     Raises:
-        CannotOptimize: there are no more layers, or the loss or a change of state reads others than the last.
+        CannotOptimize: there are no more layers, the loss or a change of state reads others than the last, or one
+            that is left out changes state.
     """
     layers, count = program.stack, config.depth_layers
     if count is None or count >= len(layers):
@@ -52,6 +53,14 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
                 "passes on",
                 node=reads[root],
                 hint="switch auxiliary losses off (output_router_logits=False), or train without route='depth'",
+            )
+    kept_by_model = [program.outputs[index] for index in program.stored]
+    for state in (*changes_of(program), *kept_by_model):
+        if reads.get(state) is not None:
+            raise CannotOptimize(
+                "a layer that does not train yet changes state of the model's",
+                node=state,
+                hint="train without route='depth', or use layers without running statistics",
             )
     builder = Builder(program)
     builder.copy_inputs()

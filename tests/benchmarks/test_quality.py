@@ -349,8 +349,7 @@ def test_a_depth_arm_grows_at_its_share(quality: None, tokens: Path, monkeypatch
     assert handle.grown_at >= 0.5
     at = handle.asked.index("grow")
     assert training.grown == [pytest.approx(handle.grown_at, abs=0.02), handle.asked[:at].count("step")]
-    before = sum(point[0] <= training.grown[0] for point in training.curve)
-    assert abs(handle.asked.count("in_use") - before) <= 1  # one may fall on the same hundredth of a second
+    assert handle.asked.count("in_use") == sum(point[1] <= training.grown[1] for point in training.curve)
     assert "in_use" not in handle.asked[at:]
 
 

@@ -216,9 +216,45 @@ class Penalised(Toy):
         return super().loss(logits, labels) + self.seen[1].square().mean()
 
 
+class Counting(nn.Linear):
+    """A layer that keeps statistics, as batch norm does, or puts another tensor into a buffer's place."""
+
+    def __init__(self, replaced: bool) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.replaced = replaced
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        mean = hidden.detach().mean((0, 1))
+        if self.replaced:
+            self.mean = self.mean * 0.9 + mean
+        else:
+            self.mean.copy_(mean)
+        return super().forward(hidden)
+
+
+def counting(replaced: bool) -> Callable[[], nn.Module]:
+    def made() -> nn.Module:
+        model = Toy()
+        model.layers = nn.ModuleList(Counting(replaced) for _ in range(3))
+        return model
+
+    return made
+
+
+def sharing() -> nn.Module:
+    """The last two layers share a parameter."""
+    model = llama()
+    model.model.layers[3].mlp.up_proj.weight = model.model.layers[2].mlp.up_proj.weight
+    return model
+
+
 @pytest.mark.parametrize(
     ("kind", "layers", "reason"),
     [
+        (counting(False), 1, "a layer that does not train yet changes state of the model's"),
+        (counting(True), 1, "a layer that does not train yet changes state of the model's"),
+        (sharing, 2, "layers.2.mlp.up_proj.weight belongs to several of the layers that do not train yet"),
         (
             in_turn,
             1,

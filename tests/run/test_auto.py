@@ -188,6 +188,20 @@ def test_findings_are_saved_and_taken_back() -> None:
     assert str(other.cggr.runtime.auto) == str(model.cggr.runtime.auto)
 
 
+def test_saving_changes_nothing() -> None:
+    """A probe's scores that are still on their way are read by the next probe, saved or not."""
+    auto = Auto(cggr.RoutingConfig(selection="auto"))
+    scored(auto, PAYS + 1, auto.due)
+    saved = auto.state_dict()
+    assert auto.state_dict() == saved
+    assert saved["coming"] is not None
+    other = Auto(cggr.RoutingConfig(selection="auto"))
+    other.load_state_dict(saved)
+    for each in (auto, other):
+        scored(each, 1.0, each.due)
+    assert (auto.tail, auto.selects) == (other.tail, other.selects)
+
+
 def test_training_that_begins_anew_probes_anew() -> None:
     model = cggr.optimize(Toy().train(), probe_every=1, **OPTIONS)
     for seed in range(3):
