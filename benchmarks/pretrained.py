@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,16 +29,26 @@ class Pretrained:
     source: str
 
 
-def load_pretrained() -> Pretrained:
-    """The packaged model. The weights move to a fresh one because one that was read from GGUF refuses
-    `save_pretrained`."""
-    file = packaged_file(WEIGHTS_PACKAGE, WEIGHTS_SUFFIX)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+def from_gguf(folder: Path, file: str | None, layers: int | None = None) -> Any:
+    """A model in fp32 with the weights of a GGUF file in a folder, with its first `layers` only if so many are given.
+
+    The weights move to a fresh model because one that was read from GGUF refuses `save_pretrained`.
+    """
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     config = deepcopy(loaded.config)
     del config.quantization_config
+    config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
     model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
+    missing = model.load_state_dict(loaded.state_dict(), strict=False).missing_keys
+    assert not missing, missing
+    return model
+
+
+def load_pretrained() -> Pretrained:
+    """The packaged model."""
+    file = packaged_file(WEIGHTS_PACKAGE, WEIGHTS_SUFFIX)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = from_gguf(file.parent, file.name)
     return Pretrained(model, tokenizer, f"{file.stem} ({WEIGHTS_PACKAGE} {metadata_version(WEIGHTS_PACKAGE)})")
 
 

@@ -11,7 +11,7 @@ rate, and how deep the model is at first. Names:
 * `token-RULE`, `loss-RULE`: the other routes.
 
 `+depth=3:0.5:copy` trains the first 3 layers for half of the seconds, then the whole model, grown by "copy" (which is
-the default), "random" or "zero". It goes with `all` and with rules, but not with `shuffled` and `oracle`.
+the default) or "random". It goes with `all` and with rules, but not with `shuffled` and `oracle`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SCORED_AT_ONCE = 16
 _NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
 _FORM = re.compile(
     rf"(?P<name>[a-z-]+)(?:=(?P<layers>\d+))?(?:@(?P<ratio>{_NUMBER}))?(?:x(?P<batch>\d+))?(?:/(?P<rate>{_NUMBER}))?"
-    rf"(?:\+depth=(?P<first>\d+):(?P<share>{_NUMBER})(?::(?P<grow>copy|random|zero))?)?"
+    rf"(?:\+depth=(?P<first>\d+):(?P<share>{_NUMBER})(?::(?P<grow>copy|random))?)?"
 )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import quality_data
 import torch
 import transformers
+from pretrained import from_gguf
 from quality_arms import Arm, Step
 from torch import Tensor, nn
 
@@ -246,18 +246,11 @@ def _model(run: Run, layers: int | None, vocabulary: int, weights: Path | None, 
 
 
 def _pretrained(folder: Path, layers: int | None, vocabulary: int) -> nn.Module:
-    """A fresh model with the weights of a folder's GGUF file in fp32."""
-    file = quality_data.gguf_of(folder)
-    given = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    if given.config.vocab_size != vocabulary:
+    """A model with the weights of a folder's GGUF file, for tokens of a vocabulary of that size."""
+    model = from_gguf(folder, quality_data.gguf_of(folder), layers)
+    if model.config.vocab_size != vocabulary:
         raise ValueError(f"tokens of a vocabulary of {vocabulary}; make them with quality_data.py --tokenizer {folder}")
-    config = deepcopy(given.config)
-    del config.quantization_config
-    config.use_cache = False
-    config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
-    model = type(given)(config)
-    missing = model.load_state_dict(given.state_dict(), strict=False).missing_keys
-    assert not missing, missing
+    model.config.use_cache = False
     return model
 
 

@@ -81,7 +81,7 @@ def test_rows_that_train_are_limited(quality: None, tokens: Path) -> None:
         ("loss-random@0.25x128/2e-3", "loss-random", None, 0.25, 128, 2e-3, None),
         ("token-topk@.5", "token-topk", None, 0.5, 32, 1.5e-3, None),
         ("all+depth=3:0.5", "all", None, 0.5, 32, 1.5e-3, (3, 0.5, "copy")),
-        ("allx64/2e-3+depth=2:0.25:zero", "all", None, 0.5, 64, 2e-3, (2, 0.25, "zero")),
+        ("allx64/2e-3+depth=2:0.25:random", "all", None, 0.5, 64, 2e-3, (2, 0.25, "random")),
         ("trimmed@0.5x64+depth=3:0.5:random", "trimmed", None, 0.5, 64, 1.5e-3, (3, 0.5, "random")),
     ],
 )
