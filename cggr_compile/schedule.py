@@ -42,17 +42,21 @@ class Schedule:
 
     def is_settled(self, step: int) -> bool:
         """Whether no step from this one on keeps another fraction by schedule."""
-        return step >= max(self.warmup_steps, self.dense_after_steps or 0)
+        return step >= self._end
 
     def stops(self, step: int, first: bool) -> list[int]:
         """Steps that stand for all fractions that are kept from this one on, by schedule: the last, the lowest and one
         on the way to either. Of the `first` layers or program to train, none where nothing is scheduled."""
         if first and self.is_settled(step):
             return []
-        end = max(self.warmup_steps, self.dense_after_steps or 0)
-        found = (end, self.warmup_steps, self.warmup_steps // 2, (self.warmup_steps + end) // 2)
+        end, lowest = self._end, self.warmup_steps
+        found = (end, lowest, lowest // 2, (lowest + end) // 2)
         later = [stop for stop in found if stop >= step] or [step]
         return list({self.kept_fraction(stop): stop for stop in reversed(later)}.values())[::-1]
+
+    @property
+    def _end(self) -> int:
+        return max(self.warmup_steps, self.dense_after_steps or 0)
 
     def _rung(self, step: int) -> int:
         """The rung of a step before the router's confidence counts: 0 keeps everything, LADDER_RUNGS keeps `ratio`."""

@@ -77,7 +77,8 @@ class Plan:
         except CannotOptimize as error:
             if len(owner.choices) == 1:
                 raise
-            self.unscorable = error  # where `"auto"` decides, such a model keeps every row
+            self.unscorable = error
+            warnings.warn(f"selection='auto' keeps every row: {error}", RuntimeWarning, stacklevel=2)
         self.device, self.inner = self.route.device, self.route.variant.inner
         # What passes went by beside the capture, and whether they made its guards stricter: no other capture has these.
         self.autocast = callers_region(self.device.type)

@@ -160,6 +160,8 @@ def test_a_model_without_layers_keeps_every_row_and_says_why() -> None:
     torch.manual_seed(0)
     eager = NoStack().train()
     model = cggr.optimize(copy.deepcopy(eager), selection="auto", probe_every=1, inner="eager")
+    with pytest.warns(RuntimeWarning, match="selection='auto' keeps every row: cannot optimize: no layer stack"):
+        model(**toy_batch(8))
     for seed in range(2):
         assert torch.equal(model(**toy_batch(8, seed=seed))[0], eager(**toy_batch(8, seed=seed))[0])
         model.cggr.step()
