@@ -1,7 +1,7 @@
 """The arms of the quality benchmark: what their names mean, and the forward and backward of one step of each.
 
-An arm is `NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[:GROW]]`: what is kept, the rows a step draws, the peak learning
-rate, and how deep the model is at first. Names:
+An arm is `NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[,N:SHARE …][:GROW]]`: what is kept, the rows a step draws, the
+peak learning rate, and how deep the model is at first. Names:
 
 * `compile`: torch.compile. `all`: every row. `small=N`: every row of a model that has N layers from first to last.
   `default`: `cggr.optimize` without options. None of them takes a ratio.
@@ -36,7 +36,7 @@ SCORED_AT_ONCE = 16
 _NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
 _FORM = re.compile(
     rf"(?P<name>[a-z-]+)(?:=(?P<layers>\d+))?(?:@(?P<ratio>{_NUMBER}))?(?:x(?P<batch>\d+))?(?:/(?P<rate>{_NUMBER}))?"
-    rf"(?:\+depth=(?P<first>\d+):(?P<share>{_NUMBER})(?::(?P<grow>copy|random))?)?"
+    rf"(?:\+depth=(?P<stages>\d+:{_NUMBER}(?:,\d+:{_NUMBER})*)(?::(?P<grow>copy|random))?)?"
 )
 
 
@@ -58,10 +58,10 @@ RULES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Depth:
-    """The first `layers` train until `share` of the seconds is spent; the others then start from what `grow` says."""
+    """Of each of the `stages`, how many of the first layers train, and until which share of the seconds is spent; new
+    ones then start from what `grow` says."""
 
-    layers: int
-    share: float
+    stages: tuple[tuple[int, float], ...]
     grow: str
 
 
@@ -81,11 +81,11 @@ class Arm:
         """The parts of an arm's name. Raises `typer.BadParameter`, which says what is wrong with it."""
         found = _FORM.fullmatch(text)
         if found is None:
-            form = "NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[:GROW]]"
+            form = "NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[,N:SHARE …][:GROW]]"
             raise typer.BadParameter(f"arm: got {text!r}, expected {form}")
         part = found.groupdict()
         layers = int(part["layers"]) if part["layers"] else None
-        depth = Depth(int(part["first"]), float(part["share"]), part["grow"] or "copy") if part["first"] else None
+        depth = Depth(_stages(part["stages"]), part["grow"] or "copy") if part["stages"] else None
         ratio, rate = float(part["ratio"] or RATIO), float(part["rate"] or RATE)
         arm = cls(part["name"], layers, ratio, int(part["batch"] or BATCH), rate, depth)
         if problem := arm._problem(ratio_given=part["ratio"] is not None):
@@ -116,8 +116,11 @@ class Arm:
         assert self.depth is not None
         if self.name in SCORED_OUTSIDE or (self.name in WHOLE and self.name != "all"):
             return f"{self.name!r} takes no +depth; 'all' and the rules that score for themselves do"
-        if self.depth.layers < 1 or not 0 < self.depth.share < 1:
+        layers, shares = ([stage[part] for stage in self.depth.stages] for part in (0, 1))
+        if layers[0] < 1 or not all(0 < share < 1 for share in shares):
             return "+depth=N:SHARE takes at least 1 layer and a share in (0, 1)"
+        if layers != sorted({*layers}) or shares != sorted({*shares}):
+            return "layers and shares of +depth=N:SHARE,N:SHARE rise"
         return None
 
     def options(self, on_gpu: bool) -> dict[str, Any]:
@@ -136,7 +139,13 @@ class Arm:
         if self.depth is None:
             return {}
         route = ("depth", *routes) if routes else "depth"
-        return {"route": route, "depth_layers": self.depth.layers, "depth_until": None, "grow": self.depth.grow}
+        layers = tuple(count for count, _ in self.depth.stages)
+        return {"route": route, "depth_layers": layers, "depth_until": None, "grow": self.depth.grow}
+
+
+def _stages(text: str) -> tuple[tuple[int, float], ...]:
+    pairs = (stage.split(":") for stage in text.split(","))
+    return tuple((int(layers), float(share)) for layers, share in pairs)
 
 
 class Step:

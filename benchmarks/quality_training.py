@@ -20,6 +20,8 @@ from pretrained import from_gguf
 from quality_arms import Arm, Step
 from torch import Tensor, nn
 
+import cggr_compile as cggr
+
 WARM_UP, STABLE, FLOOR = 0.05, 0.8, 0.02
 UNCOUNTED = 6
 """Steps before the clock starts: what they compile is not counted, and nothing is updated."""
@@ -132,15 +134,17 @@ class Training:
         vocabulary = quality_data.vocabulary_of(tokens)
         self.model = _model(run, self.arm.layers, vocabulary, weights, device).train()
         self.clock = Clock(device)
-        self.update, self.set_rate = _optimizer(self.model, device)
+        self.optimizer, self.set_rate = _optimizer(self.model, device)
         self.steps, self.longest = 0, 0.0
         self.curve: list[list[float]] = []
-        self.grown: list[float] | None = None
+        self.grown: list[list[float]] = []
 
     def compile(self) -> float:
         """The steps before the clock starts; how long they took."""
         self.clock.start()
         self.step = Step(self.arm, self.model, self.device)
+        if self.arm.name != "compile":
+            cggr.attach(self.model, self.optimizer)
         for _ in range(UNCOUNTED):
             self._step(self.batches.next())
         self.model.zero_grad(set_to_none=True)
@@ -157,9 +161,9 @@ class Training:
             if share >= (len(self.curve) + 1) / EVALUATIONS:
                 self._evaluate()
             before = time.perf_counter()
-            if self.arm.depth is not None and self.grown is None and share >= self.arm.depth.share:
+            if self._stage and share >= self._stage[0][1]:
                 self.model.cggr.grow()
-                self.grown = [round(seconds, 2), self.steps]
+                self.grown.append([round(seconds, 2), self.steps])
             self.set_rate(self.arm.rate * factor(share))
             spared = self._step(self.batches.next())
             self._update()
@@ -184,9 +188,8 @@ class Training:
         return spared
 
     def _update(self) -> None:
-        self.update()
-        if self.arm.name != "compile":
-            self.model.cggr.step()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        self.optimizer.step()
         self.steps += 1
         if self.steps % 8 == 0 and self.device.type == "cuda":
             torch.cuda.synchronize()  # the clock may not run ahead of the device
@@ -196,9 +199,13 @@ class Training:
         self.curve.append([round(at, 2), self.steps, _mean(self.losses())])
         self.clock.start()
 
+    @property
+    def _stage(self) -> tuple[tuple[int, float], ...]:
+        """The stages from the one in force on; none where all layers train."""
+        return () if self.arm.depth is None else self.arm.depth.stages[len(self.grown) :]
+
     def _in_use(self) -> AbstractContextManager[Any]:
-        small = self.arm.depth is not None and self.grown is None
-        return self.model.cggr.in_use() if small else nullcontext()
+        return self.model.cggr.in_use() if self._stage else nullcontext()
 
 
 def trained(run: Run, tokens: Path, device: torch.device, weights: Path | None = None) -> dict[str, Any]:
@@ -254,7 +261,7 @@ def _pretrained(folder: Path, layers: int | None, vocabulary: int) -> nn.Module:
     return model
 
 
-def _optimizer(model: nn.Module, device: torch.device) -> tuple[Callable[[], None], Callable[[float], None]]:
+def _optimizer(model: nn.Module, device: torch.device) -> tuple[torch.optim.Optimizer, Callable[[float], None]]:
     parameters = list(model.parameters())
     rate = torch.tensor(0.0, device=device)
     groups = [
@@ -262,12 +269,7 @@ def _optimizer(model: nn.Module, device: torch.device) -> tuple[Callable[[], Non
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
-
-    def update() -> None:
-        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-        optimizer.step()
-
-    return update, lambda value: rate.fill_(value) and None
+    return optimizer, lambda value: rate.fill_(value) and None
 
 
 @torch.no_grad()

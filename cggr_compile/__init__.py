@@ -3,7 +3,7 @@
 from cggr_compile.checking.check import Check, check
 from cggr_compile.checking.eager_layers import LayerStackNotFound
 from cggr_compile.checking.eager_tokens import TokensNotTold
-from cggr_compile.config import ConfigError, RoutingConfig
+from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, VerificationError
 from cggr_compile.front.api import explain, handle, optimize, restore
 from cggr_compile.front.attach import attach
@@ -12,6 +12,7 @@ from cggr_compile.original.loss import CGGRLoss, CGGRScorer
 from cggr_compile.original.model import CGGRModel
 from cggr_compile.original.router import TruncatedRouter, create_truncated_router
 from cggr_compile.run.metrics import METRICS
+from cggr_compile.values import ConfigError
 
 __all__ = [
     "METRICS",

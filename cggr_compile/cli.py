@@ -19,8 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 import cggr_compile as cggr
-from cggr_compile.config import ConfigError, RoutingConfig, nearest
+from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, VerificationError
+from cggr_compile.values import ConfigError, nearest
 
 app = typer.Typer(
     help="Confidence-gated gradient routing as a compiler pass.",

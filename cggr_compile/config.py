@@ -7,17 +7,15 @@ misspelt name, the nearest one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cggr_compile.kernels.providers import PROVIDERS
 from cggr_compile.kernels.reference import rows as reference
-from cggr_compile.kernels.reference.selection import RULES, RuleFunction, is_number, options_of, rule_name, rule_of
+from cggr_compile.kernels.reference.selection import RULES, RuleFunction, is_number, rule_name, rule_of
 from cggr_compile.schedule import Schedule
+from cggr_compile.values import ConfigError, check_options, choice, is_int, signature_of, what_is_valid
 
 ROUTES = ("sequence", "token", "loss", "depth")
 COMPOSITIONS = (
@@ -26,28 +24,12 @@ COMPOSITIONS = (
     *(("depth", "sequence", "loss"), ("depth", "token", "loss")),
 )
 RESAMPLES = ("block", "layer")
-GROWTHS = ("copy", "random")
 SELECTING = ("selection", "dynamic_threshold", "warmup_steps", "dense_after_steps")
 SCORINGS = tuple(reference.SCORINGS)
 ROUTER_BODIES = ("exact", "fp8")
 ROUTER_HEADS = ("exact", "sampled", "fp8")
 FALLBACKS = ("raise", "eager")
 OPTIONAL_PASSES = ("join_loss", "join_head", "elide_causal_masks")
-
-
-class ConfigError(ValueError):
-    """An option of `RoutingConfig` is unknown, ill-typed or out of range."""
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """`, did you mean 'x'?` or an empty string."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _what_is_valid(name: object, names: list[str], what: str) -> str:
-    """The end of a sentence about an unknown name: the nearest one, if any, and all of them."""
-    return f"{nearest(str(name), names) or ';'} valid {what}: {', '.join(names) or 'none'}"
 
 
 @dataclass(frozen=True)
@@ -60,8 +42,8 @@ class RoutingConfig(Schedule):
             `"depth"`: the first layers train alone, and later the whole model. Several of them as a tuple:
             `("sequence", "loss")` or `("token", "loss")`, and `"depth"` in front of any.
         ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
-            (token) or both multiplied (loss). None keeps every row, or is 0.5 where another route, a selection, a
-            threshold or a schedule is asked for.
+            (token) or both multiplied (loss); 1 keeps everything, always. None is 0.5, of a selection that is `"auto"`
+            unless another route, a selection, a threshold or a schedule is asked for.
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); a row's score is the mean over its counted tokens, in fp32.
@@ -100,11 +82,13 @@ class RoutingConfig(Schedule):
         dense_after_steps: optimiser step from which everything is kept; the kept fraction rises to 1 from the end of
             the warm-up until then, on the warm-up's rungs. None keeps `ratio`.
         depth_layers: depth route: how many of the first layers train, with final norm and head, until the model grows;
-            the others have no gradient, and an optimiser whose gradients are None leaves them as they are.
+            the others have no gradient, and an optimiser whose gradients are None leaves them as they are. A tuple,
+            `(3, 6)`, for several stages before the last, in which all layers train.
         depth_until: depth route: when the model grows: an int, optimiser steps; a float in (0, 1), that share of all
-            steps, which `attach(…, total_steps=…)` or the Trainer tells; None, when `model.cggr.grow()` is called.
-        grow: depth route: what the other layers start from, in place: `"copy"`, layer i from layer i mod
-            `depth_layers`, or `"random"`, the values that they have.
+            steps, which `attach(…, total_steps=…)` or the Trainer tells; a tuple of them, of several stages; None,
+            when `model.cggr.grow()` is called.
+        grow: depth route: what new layers start from, in place: `"copy"`, layer i from layer i mod n of the n that
+            trained, or `"random"`, the values that they have.
         first_layers, last_layers: token route: layers at either end that run on every token, at least 1 and 0.
         resample: token route: `"block"` selects once for all middle layers, `"layer"` for each of them.
         allow_compressed_recurrence: token route: let convolutions, scans and shifts of the middle layers run on the
@@ -148,8 +132,8 @@ class RoutingConfig(Schedule):
     dynamic_threshold: bool = False
     threshold_sensitivity: float = 0.5
     dense_after_steps: int | None = None
-    depth_layers: int | None = None
-    depth_until: float | None = None
+    depth_layers: int | tuple[int, ...] | None = None
+    depth_until: float | tuple[float, ...] | None = None
     grow: str = "copy"
     first_layers: int = 1
     last_layers: int = 1
@@ -168,43 +152,36 @@ class RoutingConfig(Schedule):
 
     def __post_init__(self) -> None:
         self._check_route()
-        asked = [name for name in SELECTING if getattr(self, name)]
-        if not self.routes and (asked or self.ratio not in (None, 1)):
-            name = (asked or ["ratio"])[0]
-            raise ConfigError(f"{name} with route='depth', which selects nothing; use route=('depth', 'sequence')")
-        if self.ratio is None:
-            object.__setattr__(self, "ratio", 0.5 if asked or self.routes not in (("sequence",), ()) else 1.0)
-        if self.selection is None:
-            object.__setattr__(self, "selection", "topk")
-        _choice("scoring", self.scoring, SCORINGS)
-        _choice("router_body", self.router_body, ROUTER_BODIES)
-        _choice("router_head", self.router_head, ROUTER_HEADS)
+        self._resolve_selection()
+        choice("scoring", self.scoring, SCORINGS)
+        choice("router_body", self.router_body, ROUTER_BODIES)
+        choice("router_head", self.router_head, ROUTER_HEADS)
         self._check_selection()
-        _choice("fallback", self.fallback, FALLBACKS)
+        choice("fallback", self.fallback, FALLBACKS)
         if not isinstance(self.disable_passes, tuple):
             raise ConfigError(f"disable_passes={self.disable_passes!r} is not a tuple of names, e.g. ('join_head',)")
         for name in self.disable_passes:
-            _choice("disable_passes", name, OPTIONAL_PASSES)
+            choice("disable_passes", name, OPTIONAL_PASSES)
         if not is_number(self.ratio) or not 0 < self.ratio <= 1:
             raise ConfigError(f"ratio={self.ratio!r} is not in (0, 1]; give the fraction of rows to keep, e.g. 0.25")
-        if self.router_layers != "auto" and not _is_int(self.router_layers, 1):
+        if self.router_layers != "auto" and not is_int(self.router_layers, 1):
             raise ConfigError(
                 f"router_layers={self.router_layers!r} is neither 'auto' nor a positive integer; "
                 "give the number of layers the router runs"
             )
         self._check_router_head()
-        if not _is_int(self.warmup_steps, 0):
+        if not is_int(self.warmup_steps, 0):
             raise ConfigError(f"warmup_steps={self.warmup_steps!r} is not a non-negative integer")
         self._check_threshold()
-        if not _is_int(self.probe_every, 1):
+        if not is_int(self.probe_every, 1):
             raise ConfigError(f"probe_every={self.probe_every!r} is not a positive integer")
-        if self.dense_after_steps is not None and not _is_int(self.dense_after_steps, self.warmup_steps + 1):
+        if self.dense_after_steps is not None and not is_int(self.dense_after_steps, self.warmup_steps + 1):
             raise ConfigError(
                 f"dense_after_steps={self.dense_after_steps!r} is neither None nor an integer above "
                 f"warmup_steps={self.warmup_steps}"
             )
         self._check_whole_rows()
-        self._check_depth_route()
+        self.check_stages()
         self._check_token_route()
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
@@ -214,7 +191,7 @@ class RoutingConfig(Schedule):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
         if not isinstance(self.outline_layers, bool) and self.outline_layers != "auto":
             raise ConfigError(f"outline_layers={self.outline_layers!r} is neither a bool nor 'auto'")
-        if self.seed is not None and not _is_int(self.seed, 0):
+        if self.seed is not None and not is_int(self.seed, 0):
             raise ConfigError(f"seed={self.seed!r} is neither None nor a non-negative integer")
 
     @property
@@ -222,44 +199,34 @@ class RoutingConfig(Schedule):
         """`outline_layers` with `"auto"` decided."""
         return self.cuda_graphs if isinstance(self.outline_layers, str) else self.outline_layers
 
-    @property
-    def _routes(self) -> tuple[str, ...]:
-        return (self.route,) if isinstance(self.route, str) else self.route
-
-    @property
-    def routes(self) -> tuple[str, ...]:
-        """The routes that select something, in order."""
-        return tuple(route for route in self._routes if route != "depth")
-
-    @property
-    def deepens(self) -> bool:
-        """Whether the first layers train alone at first."""
-        return "depth" in self._routes
-
     def _check_route(self) -> None:
         if not isinstance(self.route, tuple):
-            _choice("route", self.route, ROUTES)
+            choice("route", self.route, ROUTES)
         elif self.route not in COMPOSITIONS:
             raise ConfigError(
                 f"route={self.route!r} is not a combination of routes; "
                 f"valid combinations: {', '.join(map(str, COMPOSITIONS))}"
             )
 
-    def _check_depth_route(self) -> None:
-        _choice("grow", self.grow, GROWTHS)
-        until = self.depth_until
-        if until is not None and not _is_int(until, 1) and not (isinstance(until, float) and 0 < until < 1):
-            raise ConfigError(f"depth_until={until!r} is none of: a number of steps, a share of them in (0, 1), None")
-        if self.deepens and not _is_int(self.depth_layers, 1):
-            raise ConfigError(f"route={self.route!r} with depth_layers={self.depth_layers!r}; give a positive integer")
-        if not self.deepens and (self.depth_layers is not None or until is not None):
-            raise ConfigError("depth_layers and depth_until are for route='depth'")
+    def _resolve_selection(self) -> None:
+        """Gives `selection` and `ratio` their values where they are left out."""
+        asked = [name for name in SELECTING if getattr(self, name)]
+        if not self.routes:
+            wrong = [name for name in asked if getattr(self, name) != "topk"]
+            if wrong or self.ratio not in (None, 1):
+                name = [*wrong, "ratio"][0]
+                raise ConfigError(f"{name} with route='depth', which selects nothing; use route=('depth', 'sequence')")
+        watches = self.routes == ("sequence",) and not asked and self.ratio is None
+        if self.selection is None:
+            object.__setattr__(self, "selection", "auto" if watches else "topk")
+        if self.ratio is None:
+            object.__setattr__(self, "ratio", 0.5 if self.routes else 1.0)
 
     def _check_token_route(self) -> None:
         for name, least in (("first_layers", 1), ("last_layers", 0)):
-            if not _is_int(getattr(self, name), least):
+            if not is_int(getattr(self, name), least):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not an integer of at least {least}")
-        _choice("resample", self.resample, RESAMPLES)
+        choice("resample", self.resample, RESAMPLES)
         if "token" not in self.routes:
             return
         rule = rule_of(self.selection)
@@ -295,7 +262,7 @@ class RoutingConfig(Schedule):
     def _check_router_head(self) -> None:
         for name, least in (("frequent", 0), ("sampled", 1)):
             given = getattr(self, f"router_head_{name}")
-            if not _is_int(given, least):
+            if not is_int(given, least):
                 raise ConfigError(f"router_head_{name}={given!r} is not an integer of at least {least}")
         if self.router_head == "sampled" and self.scoring in ("margin", "combined"):
             raise ConfigError(
@@ -325,11 +292,11 @@ class RoutingConfig(Schedule):
     def _check_selection(self) -> None:
         rule, options = self.selection, {} if self.selection_options is None else self.selection_options
         if not callable(rule):
-            _choice("selection", rule, (*RULES, "auto"), " or a function (scores, valid, k, noise)")
-            _check_options("trimmed" if rule == "auto" else rule, options)
+            choice("selection", rule, (*RULES, "auto"), " or a function (scores, valid, k, noise)")
+            check_options("trimmed" if rule == "auto" else rule, options)
             return
-        signature = _signature(rule)
-        _check_options(rule, options)
+        signature = signature_of(rule)
+        check_options(rule, options)
         try:
             signature.bind("scores", "valid", "k", "noise", **options)
         except TypeError as error:
@@ -340,13 +307,13 @@ class RoutingConfig(Schedule):
     def _check_kernels(self) -> None:
         names = sorted({name for providers in PROVIDERS.values() for name in providers})
         if isinstance(self.kernels, str):
-            _choice("kernels", self.kernels, ("auto", *names))
+            choice("kernels", self.kernels, ("auto", *names))
             return
         if not isinstance(self.kernels, Mapping):
             raise ConfigError(f"kernels={self.kernels!r} is neither a string nor a mapping from operators to providers")
         for operator, provider in self.kernels.items():
-            _choice("kernels: operator", operator, tuple(PROVIDERS))
-            _choice(f"kernels[{operator!r}]", provider, tuple(PROVIDERS[operator]))
+            choice("kernels: operator", operator, tuple(PROVIDERS))
+            choice(f"kernels[{operator!r}]", provider, tuple(PROVIDERS[operator]))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> RoutingConfig:
@@ -358,7 +325,7 @@ class RoutingConfig(Schedule):
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
-                raise ConfigError(f"unknown option {name!r}{_what_is_valid(name, names, 'options')}")
+                raise ConfigError(f"unknown option {name!r}{what_is_valid(name, names, 'options')}")
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -366,34 +333,3 @@ class RoutingConfig(Schedule):
         given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
         plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
         return {**plain, "selection": rule_name(self.selection)}
-
-
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _choice(name: str, value: object, valid: tuple[str, ...], more: str = "") -> None:
-    if value not in valid:
-        raise ConfigError(f"{name}={value!r}{_what_is_valid(value, list(valid), 'values')}{more}")
-
-
-def _signature(function: RuleFunction) -> inspect.Signature:
-    try:
-        weakref.ref(function)  # what `kernels.selection_ops` keeps of it
-        return inspect.signature(function)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"selection={rule_name(function)}: {error}; wrap it in a function of your own") from error
-
-
-def _check_options(rule: str | RuleFunction, given: object) -> None:
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"selection_options={given!r} is neither None nor a mapping from names to numbers")
-    known = options_of(rule)
-    for name, value in given.items():
-        if name not in known:
-            valid = _what_is_valid(name, list(known), "options")
-            raise ConfigError(f"selection_options: {rule_name(rule)!r} has no option {name!r}{valid}")
-        if not is_number(value):
-            raise ConfigError(f"selection_options[{name!r}]={value!r} is not a number")
-        if isinstance(known[name], int) and not float(value).is_integer():
-            raise ConfigError(f"selection_options[{name!r}]={value!r} is not an integer")

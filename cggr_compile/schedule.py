@@ -1,9 +1,11 @@
-"""How much is kept at which optimiser step: warm-up, the way back to everything, and the dynamic threshold."""
+"""How much trains at which optimiser step: warm-up, the way back to everything, the dynamic threshold, and depth."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from cggr_compile.values import ConfigError, choice, is_int
 
 if TYPE_CHECKING:
     from cggr_compile.kernels.reference.selection import RuleFunction
@@ -11,17 +13,43 @@ if TYPE_CHECKING:
 # Warm-up and dynamic threshold move the kept fraction on this many equal rungs between 1 and `ratio`, so that CUDA
 # graphs are recorded for at most LADDER_RUNGS + 1 sizes of each batch shape.
 LADDER_RUNGS = 8
+GROWTHS = ("copy", "random")
 
 
 class Schedule:
-    """The part of `RoutingConfig` that says how much a step keeps."""
+    """The part of `RoutingConfig` that says how much of the batch and of the model a step trains."""
 
+    route: str | tuple[str, ...]
     ratio: float
     selection: str | RuleFunction
     warmup_steps: int
     dense_after_steps: int | None
     dynamic_threshold: bool
     threshold_sensitivity: float
+    depth_layers: int | tuple[int, ...] | None
+    depth_until: float | tuple[float, ...] | None
+    grow: str
+
+    @property
+    def _routes(self) -> tuple[str, ...]:
+        return (self.route,) if isinstance(self.route, str) else self.route
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The routes that select something, in order."""
+        return tuple(route for route in self._routes if route != "depth")
+
+    @property
+    def deepens(self) -> bool:
+        """Whether the first layers train alone at first."""
+        return "depth" in self._routes
+
+    @property
+    def stages(self) -> tuple[tuple[int, float | None], ...]:
+        """Of each time before all layers train: how many of the first do, and until when."""
+        layers = _tuple(self.depth_layers) if self.deepens else ()
+        until = (None,) * len(layers) if self.depth_until is None else _tuple(self.depth_until)
+        return tuple(zip(layers, until, strict=True))
 
     @property
     def follows_confidence(self) -> bool:
@@ -54,6 +82,33 @@ class Schedule:
         later = [stop for stop in found if stop >= step] or [step]
         return list({self.kept_fraction(stop): stop for stop in reversed(later)}.values())[::-1]
 
+    def check_stages(self) -> None:
+        """Raises `ConfigError` where the options of the depth route are no stages."""
+        choice("grow", self.grow, GROWTHS)
+        if not self.deepens:
+            if self.depth_layers is not None or self.depth_until is not None:
+                raise ConfigError("depth_layers and depth_until are for route='depth'")
+            return
+        layers, until = _tuple(self.depth_layers), _tuple(self.depth_until)
+        if not layers or not all(is_int(each, 1) for each in layers) or list(layers) != sorted({*layers}):
+            raise ConfigError(
+                f"route={self.route!r} with depth_layers={self.depth_layers!r}; give a positive integer, or a tuple of "
+                "them that rises"
+            )
+        if self.depth_until is None:
+            return
+        shares = all(isinstance(each, float) and 0 < each < 1 for each in until)
+        if not shares and not all(is_int(each, 1) for each in until):
+            raise ConfigError(
+                f"depth_until={self.depth_until!r} is none of: a number of steps, a share of them in (0, 1), a tuple "
+                "of either, None"
+            )
+        if len(until) != len(layers) or list(until) != sorted({*until}):
+            raise ConfigError(
+                f"depth_until={self.depth_until!r} with depth_layers={self.depth_layers!r}; give one for each stage, "
+                "rising"
+            )
+
     @property
     def _end(self) -> int:
         return max(self.warmup_steps, self.dense_after_steps or 0)
@@ -79,3 +134,7 @@ class Schedule:
 def kept_of(fraction: float, total: int) -> int:
     """k = max(1, ceil(fraction * total)), exact for fractions such as 0.1 that floats cannot represent."""
     return max(1, math.ceil(round(fraction * total, 9)))
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)

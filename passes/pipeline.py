@@ -68,9 +68,9 @@ def analyse(captured: Program, config: RoutingConfig) -> Analysed:
     return _applied(find_layers, found, config)
 
 
-def truncated(analysed: Analysed, config: RoutingConfig) -> Analysed:
-    """The step of the first `depth_layers` layers alone; raises as `run`."""
-    return _applied(truncate_layers, analysed, config)
+def truncated(analysed: Analysed, config: RoutingConfig, layers: int) -> Analysed:
+    """The step of the first `layers` layers alone; raises as `run`."""
+    return _applied(truncate_layers, analysed, dataclasses.replace(config, depth_layers=layers, depth_until=None))
 
 
 def _scoring(config: RoutingConfig) -> tuple[Pass, ...]:

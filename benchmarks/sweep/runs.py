@@ -26,8 +26,8 @@ from typing import IO, Any
 import torch
 from rich.progress import Progress, TextColumn
 
-from cggr_compile.config import nearest
 from cggr_compile.environment import environment
+from cggr_compile.values import nearest
 from sweep.classes import TEXT, Candidate, Record, candidates, examine
 from sweep.page import render
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from cggr_compile.capture.arguments import check_call
-from cggr_compile.config import ConfigError, RoutingConfig
+from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, PlanComplete
 from cggr_compile.front.backend import Backend, runtimes_of
 from cggr_compile.front.call import call_compiled, compiled_forward, optimized_parts, refuse_nested
@@ -20,6 +20,7 @@ from cggr_compile.front.routed_forward import RoutedForward, is_routed
 from cggr_compile.inspection.explanation import Explanation
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.torch_internals import dynamo, transformers
+from cggr_compile.values import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -21,10 +21,10 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from cggr_compile.capture.capture import dynamic_dims, token_ids_of
 from cggr_compile.capture.causes import passed_over, recognised, refusal_of
 from cggr_compile.capture.tracing import compiled_whole
-from cggr_compile.config import ConfigError
 from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete, VerificationError
 from cggr_compile.front.backend import Backend
 from cggr_compile.torch_internals import dynamo
+from cggr_compile.values import ConfigError
 
 
 def optimized_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -78,8 +78,8 @@ class Handle:
         self._without_gradient()
 
     def grow(self) -> None:
-        """Lets all layers train from the next training step on, which fills those that have not, as `grow` says; for
-        the depth route with `depth_until=None`, or ahead of its time.
+        """Lets the layers of the next stage train from the next training step on, which fills those that have not, as
+        `grow` says; for the depth route with `depth_until=None`, or ahead of its time.
 
         Raises:
             ValueError: the model is not on the depth route.
@@ -96,7 +96,8 @@ class Handle:
         Raises:
             CannotOptimize: no step has been captured yet, or the layers are in no list of modules.
         """
-        if not self.config.deepens or self.runtime.grown or self._in_use:
+        stage = self.runtime.stage
+        if stage is None or self._in_use:
             yield
             return
         plan = latest_plan(self.runtime)
@@ -109,7 +110,7 @@ class Handle:
                 hint="evaluate the whole model",
             )
         parent = self.model.get_submodule(owner)
-        short = container[: self.config.depth_layers]
+        short = container[: stage[0]]
         short.training = container.training
         setattr(parent, name, short)
         self._in_use = True

@@ -334,13 +334,10 @@ def _auto(runtime: Runtime, plan: Plan) -> str | None:
 
 
 def _depth(runtime: Runtime) -> str | None:
-    config = runtime.config
-    if config.depth_layers is None:
+    if not runtime.config.stages:
         return None
-    layers = len(runtime.plans[-1].analysed.stack)
-    if runtime.grown:
-        return f"all {layers} layers"
-    return depth_text(config.depth_layers, layers, config.depth_until, config.grow)
+    stages = runtime.config.stages[runtime.growths :]
+    return depth_text(stages, len(runtime.plans[-1].analysed.stack), runtime.config.grow)
 
 
 def _listing(counts: dict[str, int]) -> str:

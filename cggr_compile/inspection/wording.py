@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cggr_compile.ir.amounts import Amount
 
@@ -36,11 +36,16 @@ def schedule_text(warmup_steps: int, dense_after_steps: int | None) -> str:
     return f"{text}, to all again by step {dense_after_steps}" if dense_after_steps is not None else text
 
 
-def depth_text(layers: int, of: int, until: float | None, grow: str) -> str:
-    """`layers 0–2 of 12 until step 400, then all, as copies`."""
-    when = "model.cggr.grow()" if until is None else f"step {until}" if until >= 1 else f"{until:.0%} of all steps"
-    others = "as copies" if grow == "copy" else "from their own values"
-    return f"{layer_range(layers)} of {of} until {when}, then all, {others}"
+def depth_text(stages: Sequence[tuple[int, float | None]], of: int, grow: str) -> str:
+    """`layers 0–2 of 12 until step 400, then all, as copies`; `all 12 layers` after the last stage."""
+    if not stages:
+        return f"all {of} layers"
+    texts = [f"{layer_range(layers)} of {of} until {_until(until)}" for layers, until in stages]
+    return ", then ".join([*texts, "all"]) + f", {'as copies' if grow == 'copy' else 'from their own values'}"
+
+
+def _until(until: float | None) -> str:
+    return "model.cggr.grow()" if until is None else f"step {until}" if until >= 1 else f"{until:.0%} of all steps"
 
 
 def middle_text(first_layers: int, last_layers: int, layers: int) -> str:

@@ -58,9 +58,9 @@ class Auto:
         """The options that steps run under."""
         return self.choices[self.selects]
 
-    def before_step(self, plan: Plan, inputs: Sequence[Any], steps: int, seed: int) -> None:
-        """Where a probe is due, decides by those before which program runs from this step on, and scores the rows."""
-        if steps < self.due:
+    def probe(self, plan: Plan, inputs: Sequence[Any], steps: int, seed: int) -> None:
+        """Decides by the probes before which program runs from this step on, and scores the rows."""
+        if not plan.can_select(self.choices[1]):
             return
         self.due = steps + self.every
         if self._coming is not None:
@@ -80,7 +80,7 @@ class Auto:
         before = self.selects
         self.selects = self.tail > (PAYS_NO_MORE if before else PAYS)
         if self.selects != before:
-            _log.info("step %d: %s", steps, self)
+            _log.warning("step %d: %s%s", steps, self, "; ratio=1 keeps every row" if self.selects else "")
 
     def metrics(self, device: torch.device) -> dict[str, Tensor]:
         """`auto_selects`, and `auto_tail` once it is known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -34,6 +35,8 @@ from cggr_compile.run.growth import Copies
 from cggr_compile.run.inner import resolve_inner
 from cggr_compile.run.variant import Variant
 
+_log = logging.getLogger("cggr_compile")
+
 
 class Owner(Protocol):
     """What a plan asks of the runtime that it belongs to."""
@@ -49,8 +52,8 @@ class Owner(Protocol):
         """Every configuration that steps may run under."""
 
     @property
-    def grown(self) -> bool:
-        """Whether all layers train."""
+    def growths(self) -> int:
+        """How often the model has grown."""
 
     def graphs_on(self, device: torch.device) -> Pool | None:
         """The memory of CUDA graphs, where they are wanted."""
@@ -59,7 +62,8 @@ class Owner(Protocol):
 class Plan:
     """One capture: what was found in it once, its routed programs, the unrouted one, and the code that runs them.
 
-    `shallow` is the plan of the same capture's first layers, where these train alone at first.
+    `stages` are the plans of the same capture's first layers, where these train alone at first; `copies[i]` is what the
+    growth after the i-th copies, if anything.
     """
 
     def __init__(self, captured: Program, owner: Owner, analysed: Analysed | None = None) -> None:
@@ -69,16 +73,8 @@ class Plan:
         self.routable = routable(captured, owner.config)
         self.analysed = analyse(captured, owner.config) if analysed is None else analysed
         self.routes: dict[str, Route] = {}
-        # All now: what cannot be routed by scores is refused at once, and passes read the caller's autocast.
         self.unscorable: CannotOptimize | None = None
-        try:
-            for config in owner.choices:
-                self.routed(config)
-        except CannotOptimize as error:
-            if len(owner.choices) == 1:
-                raise
-            self.unscorable = error
-            warnings.warn(f"selection='auto' keeps every row: {error}", RuntimeWarning, stacklevel=2)
+        # Now: what cannot be routed is refused at once, and passes read the caller's autocast.
         self.device, self.inner = self.route.device, self.route.variant.inner
         # What passes went by beside the capture, and whether they made its guards stricter: no other capture has these.
         self.autocast = callers_region(self.device.type)
@@ -87,14 +83,16 @@ class Plan:
         self.branches = Branches(captured)
         self.tensors = [is_tensor(out) for out in captured.outputs]
         self._ids = captured.placeholders.index(token_ids(captured))
-        self.prepared = False
-        self.shallow: Plan | None = None
-        self.copies: Copies | None = None
-        if owner.config.deepens and analysed is None:
-            self.shallow = Plan(captured, owner, truncated(self.analysed, owner.config))
-            if owner.config.grow == "copy":
-                self.copies = Copies(self.analysed, len(self.shallow.analysed.stack))
-        elif not self.routable and keeps_less(owner.config):
+        self.prepared = self.prepared_auto = False
+        counts = [count for count, _ in owner.config.stages] if analysed is None else []
+        self.stages = [Plan(captured, owner, truncated(self.analysed, owner.config, count)) for count in counts]
+        self.copies: list[Copies] = []
+        if owner.config.grow == "copy":
+            grown = [*self.stages, self][1:]
+            self.copies = [Copies(plan.analysed, count) for plan, count in zip(grown, counts, strict=True)]
+        if self.stages:
+            return
+        if not self.routable and keeps_less(owner.in_force):
             warnings.warn(
                 "a batch of one row leaves no rows to choose from, and trains as it is; raise the batch size, or route "
                 "tokens (route='token')",
@@ -105,7 +103,17 @@ class Plan:
     @property
     def in_force(self) -> Plan:
         """The plan of the layers that train now."""
-        return self if self.shallow is None or self.owner.grown else self.shallow
+        return self.to_come[0]
+
+    @property
+    def to_come(self) -> list[Plan]:
+        """The plan in force and those that follow when the model grows."""
+        return [*self.stages[self.owner.growths :], self]
+
+    def can_select(self, config: RoutingConfig) -> bool:
+        """Whether steps could select rows under a configuration of `"auto"`; makes the program if it is the first to
+        ask."""
+        return self.routable and self.routed(config) is not None and self.unscorable is None
 
     @property
     def selects(self) -> bool:
@@ -129,9 +137,18 @@ class Plan:
         return self.route.program
 
     def routed(self, config: RoutingConfig) -> Route:
-        """The program that trains under a configuration; it is the unrouted one where nothing is selected."""
+        """The program that trains under a configuration; it is the unrouted one where nothing is selected.
+
+        Where `"auto"` could not select, it goes on keeping every row, and `unscorable` says why.
+        """
         if self.routable and self.unscorable is None and keeps_less(config):
-            return self._derived(rule_name(config.selection), config, passes_for(config), trains=True)
+            try:
+                return self._derived(rule_name(config.selection), config, passes_for(config), trains=True)
+            except CannotOptimize as error:
+                if len(self.owner.choices) == 1:
+                    raise
+                self.unscorable = error
+                _log.info("every row goes on training: %s", error)
         return self._derived("unrouted", config, passes_unrouted(), trains=True)
 
     def with_scores(self, config: RoutingConfig) -> Route:

@@ -28,7 +28,8 @@ class Runtime:
         self.seed = config.seed if config.seed is not None else torch.initial_seed() % 2**63
         self.steps = 0
         self.total_steps: int | None = None
-        self.grown = False
+        self.attached = False  # somebody said that steps will be counted
+        self.growths = 0
         self.grows = False  # at the next step
         self.runs = 0  # of plans, recomputations too
         self.plans: list[Plan] = []
@@ -48,6 +49,11 @@ class Runtime:
         self._warned = False
 
     @property
+    def counted(self) -> bool:
+        """Whether optimiser steps are counted."""
+        return self.attached or self.steps > 0
+
+    @property
     def in_force(self) -> RoutingConfig:
         """The configuration that steps run under: `config`, with what `"auto"` stands for."""
         return self.config if self.auto is None else self.auto.in_force
@@ -58,15 +64,22 @@ class Runtime:
         return (self.config,) if self.auto is None else self.auto.choices
 
     @property
+    def stage(self) -> tuple[int, float | None] | None:
+        """How many of the first layers train, and until when; None where all do."""
+        return next(iter(self.config.stages[self.growths :]), None)
+
+    @property
     def grows_now(self) -> bool:
         """Whether the model grows before the step that comes.
 
         Raises:
             CannotOptimize: it grows at a share of all steps, and nobody told how many these are.
         """
-        until = self.config.depth_until
-        if self.grown or self.grows or until is None:
-            return self.grows and not self.grown
+        if self.stage is None or self.grows:
+            return self.stage is not None
+        _, until = self.stage
+        if until is None:
+            return False
         if until >= 1:
             return self.steps >= until
         if self.total_steps is None:
@@ -138,7 +151,7 @@ class Runtime:
         if self.auto is not None:
             self.auto.load_state_dict(state["auto"])
         if self.config.deepens:
-            self.grown, self.grows = state["grown"], state["grows"]
+            self.growths, self.grows = state["growths"], state["grows"]
             self.total_steps = self.total_steps or state["total_steps"]  # what was told since holds
 
     def start_over(self) -> None:
@@ -157,7 +170,7 @@ class Runtime:
         self.load_state_dict(state["state"])
 
 
-_DEPTH = ("grown", "grows", "total_steps")
+_DEPTH = ("growths", "grows", "total_steps")
 
 
 def _bytes_of(state: torch.Tensor) -> bytes:

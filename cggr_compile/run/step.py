@@ -47,25 +47,30 @@ class Step:
             return self._step(self.plan.in_force, inputs)
 
     def _grow(self, inputs: tuple[Any, ...]) -> None:
-        """From now on all layers train, if it is time."""
-        if self.plan.shallow is None or not self.runtime.grows_now:
-            return
-        if self.plan.copies is not None:
-            self.plan.copies.make(inputs)
-        self.runtime.grown = True
+        """From now on more layers train, if it is time."""
+        while self.runtime.grows_now:
+            if self.plan.copies:
+                self.plan.copies[self.runtime.growths].make(inputs)
+            self.runtime.growths += 1
+            self.runtime.grows = False
 
     def _prepare(self, inputs: tuple[Any, ...]) -> None:
-        """In the first step of a capture, compiles the programs that its later steps run."""
-        plan = self.plan
-        if plan.prepared or plan.inner == "eager" or changes_of(plan.captured):
+        """In the first step of a capture, compiles the programs that its later steps run; those of `"auto"` in the
+        first step after which steps are counted."""
+        plan, runtime = self.plan, self.runtime
+        if plan.inner == "eager" or changes_of(plan.captured):
+            return
+        generator = torch.Generator(plan.device).manual_seed(0)  # draws of the steps themselves are the runtime's
+        if runtime.auto is not None and runtime.counted and not plan.prepared_auto:
+            plan.prepared_auto = True
+            for stage in plan.to_come:
+                self._prepare_auto(stage, inputs, generator)
+        if plan.prepared:
             return
         plan.prepared = True
         rows, length = plan.sizes(inputs)
-        generator = torch.Generator(plan.device).manual_seed(0)  # draws of the steps themselves are the runtime's
-        config = self.runtime.in_force
-        for stage in dict.fromkeys((plan.in_force, plan)):
-            if self.runtime.auto is not None and stage.unscorable is None and stage.routable:
-                self._prepare_auto(stage, inputs, generator)
+        config = runtime.in_force
+        for stage in plan.to_come:
             for steps in config.stops(self.runtime.steps, first=stage is plan.in_force):
                 amounts = amounts_of(stage.program, config, steps, rows, length)
                 given = self._given(stage, inputs, amounts, amounts, generator, None)
@@ -74,6 +79,8 @@ class Step:
     def _prepare_auto(self, plan: Plan, inputs: tuple[Any, ...], generator: torch.Generator) -> None:
         """Compiles what `"auto"` probes with and the program that selects."""
         _, selecting = self.runtime.choices
+        if not plan.can_select(selecting):
+            return
         with undisturbed(plan.device, inputs):
             plan.row_scores(inputs, selecting, generator)
         route, sizes = plan.routed(selecting), plan.sizes(inputs)
@@ -84,9 +91,9 @@ class Step:
     def _step(self, plan: Plan, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """One training step: what it is given, its outputs, and what is remembered of it."""
         runtime = self.runtime
-        if runtime.auto is not None and plan.routable and plan.unscorable is None:
+        if runtime.auto is not None and runtime.steps >= runtime.auto.due:
             with beside_checkpoints():
-                runtime.auto.before_step(plan, inputs, runtime.steps, runtime.seed)
+                runtime.auto.probe(plan, inputs, runtime.steps, runtime.seed)
         runtime.router_time.before_step(plan, inputs, runtime.in_force)
         rows, length = plan.sizes(inputs)
         config, steps = runtime.in_force, runtime.steps

@@ -28,14 +28,14 @@ from cggr_compile.ir.roles import changes_of, main_roots
 
 
 def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
-    """The step of the first `config.depth_layers` layers. Outputs that read other layers are not computed.
+    """The step of the first `config.depth_layers` layers, an int. Outputs that read other layers are not computed.
 
     Raises:
         CannotOptimize: there are no more layers, the loss or a change of state reads others than the last, or one
             that is left out changes state.
     """
     layers, count = program.stack, config.depth_layers
-    if count is None or count >= len(layers):
+    if not isinstance(count, int) or count >= len(layers):
         raise CannotOptimize(
             f"depth_layers={count} and the model has {len(layers)} layers ({layers.path or 'found by repetition'})",
             hint=f"choose depth_layers between 1 and {len(layers) - 1}",

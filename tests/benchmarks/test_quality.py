@@ -80,9 +80,10 @@ def test_rows_that_train_are_limited(quality: None, tokens: Path) -> None:
         ("oracle@0.25x128", "oracle", None, 0.25, 128, 1.5e-3, None),
         ("loss-random@0.25x128/2e-3", "loss-random", None, 0.25, 128, 2e-3, None),
         ("token-topk@.5", "token-topk", None, 0.5, 32, 1.5e-3, None),
-        ("all+depth=3:0.5", "all", None, 0.5, 32, 1.5e-3, (3, 0.5, "copy")),
-        ("allx64/2e-3+depth=2:0.25:random", "all", None, 0.5, 64, 2e-3, (2, 0.25, "random")),
-        ("trimmed@0.5x64+depth=3:0.5:random", "trimmed", None, 0.5, 64, 1.5e-3, (3, 0.5, "random")),
+        ("all+depth=3:0.5", "all", None, 0.5, 32, 1.5e-3, (((3, 0.5),), "copy")),
+        ("allx64/2e-3+depth=2:0.25:random", "all", None, 0.5, 64, 2e-3, (((2, 0.25),), "random")),
+        ("trimmed@0.5x64+depth=3:0.5:random", "trimmed", None, 0.5, 64, 1.5e-3, (((3, 0.5),), "random")),
+        ("all+depth=3:0.25,6:0.5:copy", "all", None, 0.5, 32, 1.5e-3, (((3, 0.25), (6, 0.5)), "copy")),
     ],
 )
 def test_arms_are_parsed(
@@ -110,6 +111,8 @@ def test_arms_are_parsed(
         ("all+depth=0:0.5", "at least 1 layer"),
         ("all+depth=3:1.0", "a share in"),
         ("all+depth=3:0.5:half", "expected NAME"),
+        ("all+depth=3:0.5,3:0.7", "rise"),
+        ("all+depth=3:0.5,6:0.4", "rise"),
         ("all+depth=3", "expected NAME"),
         ("topk@0.1.2", "expected NAME"),
     ],
@@ -127,7 +130,7 @@ def test_arms_that_mean_nothing_are_refused(quality: None, text: str, reason: st
 def test_arms_are_options(quality: None) -> None:
     from quality_arms import Arm, easiest
 
-    depth = {"depth_layers": 3, "depth_until": None, "grow": "copy"}
+    depth = {"depth_layers": (3,), "depth_until": None, "grow": "copy"}
     expected = {
         "default": {},
         "all": {"ratio": 1.0},
@@ -309,11 +312,11 @@ class Handle:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.asked: list[str] = []
-        self.clock, self.grown_at = clock, -1.0
+        self.clock, self.grown_at = clock, []
 
     def grow(self) -> None:
         self.asked.append("grow")
-        self.grown_at = self.clock()
+        self.grown_at.append(self.clock())
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -330,7 +333,7 @@ def test_a_depth_arm_grows_at_its_share(quality: None, tokens: Path, monkeypatch
     import quality_training
     import torch
 
-    run = quality.Run("allx4/0.01+depth=2:0.5", "clean", 0, 1.0, "tiny", 8)
+    run = quality.Run("allx4/0.01+depth=1:0.25,2:0.5", "clean", 0, 1.0, "tiny", 8)
     training = quality_training.Training(run, _few(tokens), torch.device("cpu"), None)
     handle = Handle(lambda: training.clock.seconds())
     given: dict = {}
@@ -339,18 +342,24 @@ def test_a_depth_arm_grows_at_its_share(quality: None, tokens: Path, monkeypatch
         model.cggr = handle
         given.update(options)
 
+    def attach(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.register_step_post_hook(lambda *_: handle.step())
+
     monkeypatch.setattr(quality_arms.cggr, "optimize", optimize)
+    monkeypatch.setattr(quality_arms.cggr, "attach", attach)
     training.compile()
-    assert given == {"cuda_graphs": False, "route": "depth", "depth_layers": 2, "depth_until": None, "grow": "copy"}
+    depth = {"route": "depth", "depth_layers": (1, 2), "depth_until": None, "grow": "copy"}
+    assert given == {"cuda_graphs": False, **depth}
     assert handle.asked == []
     training.train()
     training.losses()
-    assert handle.asked.count("grow") == 1
-    assert handle.grown_at >= 0.5
-    at = handle.asked.index("grow")
-    assert training.grown == [pytest.approx(handle.grown_at, abs=0.02), handle.asked[:at].count("step")]
-    assert handle.asked.count("in_use") == sum(point[1] <= training.grown[1] for point in training.curve)
-    assert "in_use" not in handle.asked[at:]
+    assert handle.asked.count("grow") == 2
+    assert [at >= share for at, share in zip(handle.grown_at, (0.25, 0.5), strict=True)] == [True, True]
+    places = [place for place, asked in enumerate(handle.asked) if asked == "grow"]
+    for grown, at, place in zip(training.grown, handle.grown_at, places, strict=True):
+        assert grown == [pytest.approx(at, abs=0.02), handle.asked[:place].count("step")]
+    assert handle.asked.count("in_use") == sum(point[1] <= training.grown[1][1] for point in training.curve)
+    assert "in_use" not in handle.asked[places[1] :]
 
 
 def test_an_oracle_scores_by_the_whole_model_off_the_clock(

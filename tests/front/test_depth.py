@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, VOCABULARY, build, token_batch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import gradients, truncated
 from torch import nn
@@ -48,18 +48,20 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) ->
     return found
 
 
-def grown_by_hand(layers: int, until: int, grow: str) -> tuple[nn.Module, list[float]]:
-    """A plain model whose list of layers is cut, put back and filled, and its losses."""
+def grown_by_hand(stages: list[tuple[int, int]], grow: str) -> tuple[nn.Module, list[float]]:
+    """A plain model whose list of layers is cut, put back and filled, and its losses. `stages`: layers, until when."""
     model = llama()
     whole = model.model.layers
     optimizer = optimizer_of(model)
-    model.model.layers = whole[:layers]
-    losses = steps(model, optimizer, range(until))
-    model.model.layers = whole
-    for index in range(layers, len(whole)):
-        if grow == "copy":
-            whole[index].load_state_dict(whole[index % layers].state_dict())
-    return model, losses + steps(model, optimizer, range(until, STEPS))
+    losses: list[float] = []
+    trained = 0
+    for layers, until in [*stages, (len(whole), STEPS)]:
+        model.model.layers = whole[:layers]
+        for index in range(trained, layers if trained and grow == "copy" else trained):
+            whole[index].load_state_dict(whole[index % trained].state_dict())
+        losses += steps(model, optimizer, range(len(losses), until))
+        trained = layers
+    return model, losses
 
 
 def equal(model: nn.Module, other: nn.Module) -> bool:
@@ -67,11 +69,21 @@ def equal(model: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(left, right) for left, right in pairs)
 
 
+def several(most: int, count: int) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(1, most), min_size=count, max_size=count, unique=True).map(sorted)
+
+
 @settings(max_examples=EXAMPLES)
-@given(layers=st.integers(1, 3), until=st.integers(1, STEPS - 1), grow=st.sampled_from(["copy", "random"]))
-def test_a_whole_schedule_is_the_one_made_by_hand(layers: int, until: int, grow: str) -> None:
+@given(
+    stages=st.integers(1, 3).flatmap(lambda count: st.tuples(several(3, count), several(STEPS - 1, count))),
+    grow=st.sampled_from(["copy", "random"]),
+)
+@example(stages=([1, 3], [1, 3]), grow="copy")
+@example(stages=([2], [2]), grow="random")
+def test_a_whole_schedule_is_the_one_made_by_hand(stages: tuple[list[int], list[int]], grow: str) -> None:
     torch._dynamo.reset()
-    eager, expected = grown_by_hand(layers, until, grow)
+    eager, expected = grown_by_hand(list(zip(*stages, strict=True)), grow)
+    layers, until = (each[0] if len(each) == 1 else tuple(each) for each in stages)
     options = {"route": "depth", "depth_layers": layers, "depth_until": until, "grow": grow, "inner": "eager"}
     model = cggr.optimize(llama(), **options)
     optimizer = optimizer_of(model)
@@ -85,7 +97,7 @@ def test_a_whole_schedule_is_the_one_made_by_hand(layers: int, until: int, grow:
 @pytest.mark.parametrize("at", [2, 1, 3])
 def test_a_run_that_is_resumed_is_the_whole_one(at: int) -> None:
     """Also where the checkpoint lies between the last step of the first layers and the first of all."""
-    options = {"route": "depth", "depth_layers": 2, "depth_until": 2, "inner": "eager"}
+    options = {"route": "depth", "depth_layers": (1, 2), "depth_until": (1, 2), "inner": "eager"}
     whole = cggr.optimize(llama(), **options)
     optimizer = optimizer_of(whole)
     cggr.attach(whole, optimizer)
@@ -152,7 +164,7 @@ def test_a_share_of_all_steps() -> None:
     grown = []
     for number in range(4):
         steps(model, optimizer, range(number, number + 1))
-        grown.append(model.cggr.runtime.grown)
+        grown.append(model.cggr.runtime.growths == 1)
     assert grown == [False, False, True, True]
 
 
@@ -186,10 +198,10 @@ def test_under_a_compiling_backend_both_programs_are_compiled_before_the_second_
     losses = steps(model, optimizer, range(1))
     drawn = torch.rand(1)
     plan = model.cggr.runtime.plans[0]
-    codes = (plan.shallow.unrouted.compilations, plan.unrouted.compilations)
+    codes = (plan.stages[0].unrouted.compilations, plan.unrouted.compilations)
     losses += steps(model, optimizer, range(1, STEPS))
-    assert codes == (1, 1) == (plan.shallow.unrouted.compilations, plan.unrouted.compilations)
-    torch.testing.assert_close(losses, grown_by_hand(2, 2, "copy")[1], rtol=1e-5, atol=0)
+    assert codes == (1, 1) == (plan.stages[0].unrouted.compilations, plan.unrouted.compilations)
+    torch.testing.assert_close(losses, grown_by_hand([(2, 2)], "copy")[1], rtol=1e-5, atol=0)
     torch.manual_seed(7)
     assert torch.equal(drawn, torch.rand(1)), "the preparation drew from torch's generator"
 
@@ -287,8 +299,13 @@ def test_what_becomes_no_copy_need_not_be_alike() -> None:
         ({"depth_layers": 2}, "depth_layers and depth_until are for route='depth'"),
         ({"route": ("sequence", "depth"), "depth_layers": 2}, "is not a combination of routes"),
         ({"route": "depth", "depth_layers": 2, "ratio": 0.5}, "ratio with route='depth', which selects nothing"),
-        ({"route": "depth", "depth_layers": 2, "selection": "topk"}, "selection with route='depth', which selects"),
+        ({"route": "depth", "depth_layers": 2, "selection": "random"}, "selection with route='depth', which selects"),
         ({"route": "depth", "depth_layers": True}, "give a positive integer"),
+        ({"route": "depth", "depth_layers": (3, 2)}, r"depth_layers=\(3, 2\); give a positive integer, or a tuple"),
+        ({"route": "depth", "depth_layers": ()}, "give a positive integer"),
+        ({"route": "depth", "depth_layers": (1, 2), "depth_until": 3}, "give one for each stage, rising"),
+        ({"route": "depth", "depth_layers": (1, 2), "depth_until": (3, 3)}, "give one for each stage, rising"),
+        ({"route": "depth", "depth_layers": (1, 2), "depth_until": (3, 0.5)}, r"depth_until=\(3, 0.5\) is none of"),
     ],
 )
 def test_options(options: dict[str, Any], reason: str) -> None:

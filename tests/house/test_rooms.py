@@ -28,22 +28,23 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "environment": (),
     "torch_internals": (),
     "kernels": (),
-    "schedule": ("kernels",),
-    "config": ("kernels", "schedule"),
+    "values": ("kernels",),
+    "schedule": ("kernels", "values"),
+    "config": ("kernels", "schedule", "values"),
     "ir": ("config", "kernels", "schedule", "torch_internals"),
     "capture": ("ir", "torch_internals"),
     "passes": ("config", "ir", "kernels", "torch_internals"),
     "run": ("capture", "config", "ir", "kernels", "passes", "torch_internals"),
     "inspection": ("config", "ir", "kernels", "run"),
-    "front": ("capture", "config", "inspection", "ir", "kernels", "run", "torch_internals"),
+    "front": ("capture", "config", "inspection", "ir", "kernels", "run", "torch_internals", "values"),
     "checking": ("config", "front"),
     "original": ("kernels",),
     "demo": ("environment", "inspection", PACKAGE),
-    "cli": ("config", "demo", PACKAGE),
+    "cli": ("config", "demo", "values", PACKAGE),
     "__main__": ("cli",),
 }
 # The package's own names are gathered from these.
-ROOMS[PACKAGE] = ("checking", "config", "front", "original", "run")
+ROOMS[PACKAGE] = ("checking", "config", "front", "original", "run", "values")
 # The eager side of `cggr.check` shares nothing with the compiler.
 INDEPENDENT = ("checking.eager_layers", "checking.eager_tokens")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 from types import SimpleNamespace
@@ -40,10 +41,12 @@ def scored(auto: Auto, tail: float, steps: int) -> None:
     below, above = torch.linspace(-1, 0, WINDOW // 2), torch.linspace(0, tail, WINDOW // 2)
     scores = torch.cat([below, above])
     plan: Any = SimpleNamespace(
-        device=torch.device("cpu"), row_scores=lambda *_: (scores.clone(), torch.ones(WINDOW, dtype=torch.int64))
+        device=torch.device("cpu"),
+        can_select=lambda _: True,
+        row_scores=lambda *_: (scores.clone(), torch.ones(WINDOW, dtype=torch.int64)),
     )
     for step in (steps, steps + auto.every):
-        auto.before_step(plan, (), step, 0)
+        auto.probe(plan, (), step, 0)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +73,12 @@ def test_too_few_scores_and_those_that_are_not_finite_decide_nothing() -> None:
     scores = torch.full((WINDOW,), math.nan)
     scores[: WINDOW // 2] = torch.linspace(0, 1, WINDOW // 2) ** 4
     plan: Any = SimpleNamespace(
-        device=torch.device("cpu"), row_scores=lambda *_: (scores.clone(), torch.ones(WINDOW, dtype=torch.int64))
+        device=torch.device("cpu"),
+        can_select=lambda _: True,
+        row_scores=lambda *_: (scores.clone(), torch.ones(WINDOW, dtype=torch.int64)),
     )
     for step in (auto.due, 2 * auto.due):
-        auto.before_step(plan, (), step, 0)
+        auto.probe(plan, (), step, 0)
     assert auto.tail is None
     assert "256 of the 512 rows" in str(auto)
     assert not auto.selects
@@ -134,7 +139,10 @@ def test_every_row_trains_and_nothing_notices_the_probes() -> None:
 @pytest.mark.parametrize(
     ("options", "selection", "ratio"),
     [
-        ({}, "topk", 1.0),
+        ({}, "auto", 0.5),
+        ({"ratio": 1}, "topk", 1.0),
+        ({"route": ("depth", "sequence"), "depth_layers": 1}, "auto", 0.5),
+        ({"route": "depth", "depth_layers": 1}, "topk", 1.0),
         ({"ratio": 0.25}, "topk", 0.25),
         ({"warmup_steps": 3}, "topk", 0.5),
         ({"selection": "auto"}, "auto", 0.5),
@@ -147,6 +155,7 @@ def test_every_row_trains_and_nothing_notices_the_probes() -> None:
 def test_what_is_chosen_where_it_is_left_out(options: dict[str, Any], selection: str, ratio: float) -> None:
     config = cggr.RoutingConfig.from_options(options)
     assert (config.selection, config.ratio) == (selection, ratio)
+    assert dataclasses.replace(config) == config
 
 
 class NoStack(Toy):
@@ -160,8 +169,6 @@ def test_a_model_without_layers_keeps_every_row_and_says_why() -> None:
     torch.manual_seed(0)
     eager = NoStack().train()
     model = cggr.optimize(copy.deepcopy(eager), selection="auto", probe_every=1, inner="eager")
-    with pytest.warns(RuntimeWarning, match="selection='auto' keeps every row: cannot optimize: no layer stack"):
-        model(**toy_batch(8))
     for seed in range(2):
         assert torch.equal(model(**toy_batch(8, seed=seed))[0], eager(**toy_batch(8, seed=seed))[0])
         model.cggr.step()
@@ -169,6 +176,23 @@ def test_a_model_without_layers_keeps_every_row_and_says_why() -> None:
     chosen = cggr.optimize(eager, ratio=0.5, inner="eager")
     with pytest.raises(cggr.CannotOptimize, match="no layer stack"):
         chosen(**toy_batch(8))
+
+
+def test_programs_that_may_come_are_compiled_as_soon_as_steps_are_counted_and_not_before() -> None:
+    model = cggr.optimize(Toy().train(), router_layers=1, inner="aot_eager")
+    model(**toy_batch(8))[0].backward()
+    [plan] = model.cggr.runtime.plans
+    assert set(plan.variants) == {"unrouted"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    cggr.attach(model, optimizer)
+    model(**toy_batch(8))[0].backward()
+    optimizer.step()
+    compiled = {name: variant.compilations for name, variant in plan.variants.items()}
+    assert compiled == {"unrouted": 1, "trimmed": 1, "router scores": 1}
+    model.cggr.runtime.auto.selects = True
+    model(**toy_batch(8))[0].backward()
+    assert {name: variant.compilations for name, variant in plan.variants.items()} == compiled
+    assert len(model.cggr.selected) == 4
 
 
 # State
