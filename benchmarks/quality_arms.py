@@ -6,7 +6,10 @@ peak learning rate, and how deep the model is at first. Names:
 * `compile`: torch.compile. `all`: every row. `small=N`: every row of a model that has N layers from first to last.
   `default`: `cggr.optimize` without options. None of them takes a ratio.
 * A selection rule: `random`, `topk`, `trimmed`, `stratified`, `importance`, `auto`; `easiest` (the lowest scores);
-  `shuffled` (the router is paid, its scores are shuffled); `oracle` (trimmed by the whole model's own losses of the
+  `shuffled` (the router is paid, its scores are shuffled); `excess` (hardest first by the router's loss less that of a
+  reference model, which was trained on clean rows and costs nothing: the clock stands still); `remembered` (trimmed by
+  the router's scores, which every second pass takes from the one before); `oracle` (trimmed by the whole model's own
+  losses of the
   rows, which cost nothing: the clock stands still).
 * `token-RULE`, `loss-RULE`: the other routes.
 
@@ -20,7 +23,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import typer
@@ -47,7 +50,7 @@ def easiest(scores: Tensor, valid: Tensor, k: int, noise: Tensor) -> tuple[Tenso
 
 
 WHOLE = ("compile", "all", "small", "default")
-SCORED_OUTSIDE = {"shuffled": "topk", "oracle": "trimmed"}
+SCORED_OUTSIDE = {"shuffled": "topk", "excess": "topk", "remembered": "trimmed", "oracle": "trimmed"}
 """Arms whose scores are given by `use_scores`, and the rule that selects by them."""
 RULES: dict[str, Any] = {
     **{name: name for name in ("random", "topk", "trimmed", "stratified", "importance", "auto")},
@@ -148,11 +151,19 @@ def _stages(text: str) -> tuple[tuple[int, float], ...]:
     return tuple((int(layers), float(share)) for layers, share in pairs)
 
 
-class Step:
-    """Forward and backward of one step of an arm; `beforehand`, where there is any, is not the arm's cost."""
+class Batch(NamedTuple):
+    """Rows int64 [B, S], their places [B] among those that train, and how many whole passes came before."""
 
-    def __init__(self, arm: Arm, model: nn.Module, device: torch.device) -> None:
-        self.model, self.name, self.device = model, arm.name, device
+    rows: Tensor
+    places: Tensor
+    passes: int
+
+
+class Step:
+    """Forward and backward of one step of an arm; `known` are losses [N] of the rows that train, by place."""
+
+    def __init__(self, arm: Arm, model: nn.Module, device: torch.device, known: Tensor) -> None:
+        self.model, self.name, self.device, self.known = model, arm.name, device, known
         self.forward: Callable[..., Any] = model
         if arm.name == "compile":
             self.forward = torch.compile(model)
@@ -166,29 +177,40 @@ class Step:
 
     def score_for_free(self, rows: Tensor) -> None:
         """Lets the next step select by the losses of its rows under the whole model."""
-        self.model.cggr.use_scores(row_losses(self.model, rows, self._autocast()))
+        with self._autocast():
+            self.model.cggr.use_scores(row_losses(self.model, rows))
 
-    def __call__(self, rows: Tensor) -> None:
-        if self.name == "shuffled":
-            with self._autocast():
-                scores = self.model.cggr.score({"input_ids": rows, "labels": rows})
-            self.model.cggr.use_scores(scores[torch.randperm(len(scores), device=self.device)])
+    def __call__(self, batch: Batch) -> None:
+        rows = batch.rows
+        if self.name in SCORED_OUTSIDE and not self.has_free_scores:
+            self.model.cggr.use_scores(self._scores(batch))
         self.model.zero_grad(set_to_none=True)
         with self._autocast():
             loss = self.forward(input_ids=rows, labels=rows).loss
         loss.backward()
+
+    def _scores(self, batch: Batch) -> Tensor:
+        if self.name == "remembered" and batch.passes % 2:
+            return self.known[batch.places]
+        with self._autocast():
+            scores = self.model.cggr.score({"input_ids": batch.rows, "labels": batch.rows})
+        if self.name == "shuffled":
+            return scores[torch.randperm(len(scores), device=self.device)]
+        if self.name == "excess":
+            return scores - self.known[batch.places]
+        self.known[batch.places] = scores
+        return scores
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda")
 
 
 @torch.no_grad()
-def row_losses(model: nn.Module, rows: Tensor, autocast: AbstractContextManager[Any]) -> Tensor:
+def row_losses(model: nn.Module, rows: Tensor) -> Tensor:
     """Mean next-token loss fp32 [B] of rows int64 [B, S] under the whole model, by its plain forward."""
     losses = []
     for some in rows.split(SCORED_AT_ONCE):
-        with autocast:
-            logits = model(input_ids=some).logits[:, :-1].float()
+        logits = model(input_ids=some).logits[:, :-1].float()
         each = nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="none")
         losses.append(each.view(len(some), -1).mean(1))
     return torch.cat(losses)

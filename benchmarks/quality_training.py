@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import quality_data
 import torch
 import transformers
 from pretrained import from_gguf
-from quality_arms import Arm, Step
+from quality_arms import Arm, Batch, Step, row_losses
 from torch import Tensor, nn
 
 import cggr_compile as cggr
@@ -25,6 +25,8 @@ import cggr_compile as cggr
 WARM_UP, STABLE, FLOOR = 0.05, 0.8, 0.02
 UNCOUNTED = 6
 """Steps before the clock starts: what they compile is not counted, and nothing is updated."""
+REFERENCE = 0.5
+"""Of the budget: what the reference model of `excess` trains for."""
 EVALUATIONS = 12
 EVALUATED_AT_ONCE = 16
 
@@ -84,18 +86,19 @@ class Batches:
     def restart(self) -> None:
         """From the first batch again."""
         self.generator = torch.Generator(self.rows.device).manual_seed(1000 + self.seed)
-        self.order, self.at, self.passes = self._shuffled(), 0, 0.0
+        self.order, self.at, self.passes, self.whole = self._shuffled(), 0, 0.0, 0
 
     def _shuffled(self) -> Tensor:
         return torch.randperm(len(self.rows), generator=self.generator, device=self.rows.device)
 
-    def next(self) -> Tensor:
-        """The next rows int64 [B, S]; what is left of a pass that is too short for a batch is dropped."""
+    def next(self) -> Batch:
+        """The next batch; what is left of a pass that is too short for one is dropped."""
         if self.at + self.number > len(self.rows):
-            self.order, self.at = self._shuffled(), 0
+            self.order, self.at, self.whole = self._shuffled(), 0, self.whole + 1
         self.at += self.number
         self.passes += self.number / len(self.rows)
-        return self.rows[self.order[self.at - self.number : self.at]]
+        places = self.order[self.at - self.number : self.at]
+        return Batch(self.rows[places], places, self.whole)
 
 
 class Clock:
@@ -128,6 +131,7 @@ class Training:
 
     def __init__(self, run: Run, tokens: Path, device: torch.device, weights: Path | None) -> None:
         self.run, self.device, self.arm = run, device, Arm.parse(run.arm)
+        self.tokens, self.weights = tokens, weights
         rows = quality_data.rows_of(tokens, run.length, run.regime, run.rows)
         self.batches = Batches(torch.tensor(rows.train, device=device), self.arm.batch, run.seed)
         self.held_out = {domain: torch.tensor(each, device=device) for domain, each in rows.held_out.items()}
@@ -141,8 +145,9 @@ class Training:
 
     def compile(self) -> float:
         """The steps before the clock starts; how long they took."""
+        known = self._known_losses()
         self.clock.start()
-        self.step = Step(self.arm, self.model, self.device)
+        self.step = Step(self.arm, self.model, self.device, known)
         if self.arm.name != "compile":
             cggr.attach(self.model, self.optimizer)
         for _ in range(UNCOUNTED):
@@ -175,16 +180,29 @@ class Training:
         with self._in_use():
             return _losses(self.model, self.held_out, self.device)
 
-    def _step(self, rows: Tensor) -> float:
+    def _known_losses(self) -> Tensor:
+        """Of the rows that train: those of a reference model, where the arm has one."""
+        rows = self.batches.rows
+        if self.arm.name != "excess":
+            return torch.zeros(len(rows), device=rows.device)
+        arm, seconds = f"allx{self.arm.batch}/{self.arm.rate}", REFERENCE * self.run.seconds
+        other = replace(self.run, arm=arm, regime="clean", seed=self.run.seed + 1000, seconds=seconds)
+        reference = Training(other, self.tokens, rows.device, self.weights)
+        reference.compile()
+        reference.train()
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=rows.device.type == "cuda"):
+            return row_losses(reference.model, rows)
+
+    def _step(self, batch: Batch) -> float:
         """Forward and backward; the seconds that were not on the clock."""
         spared = 0.0
         if self.step.has_free_scores:
             self.clock.stop()
             stopped = time.perf_counter()
-            self.step.score_for_free(rows)
+            self.step.score_for_free(batch.rows)
             self.clock.start()
             spared = time.perf_counter() - stopped
-        self.step(rows)
+        self.step(batch)
         return spared
 
     def _update(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ def test_rows_that_train_are_limited(quality: None, tokens: Path) -> None:
         ("defaultx4", "default", None, 0.5, 4, 1.5e-3, None),
         ("small=3x64/1e-3", "small", 3, 0.5, 64, 1e-3, None),
         ("oracle@0.25x128", "oracle", None, 0.25, 128, 1.5e-3, None),
+        ("excess", "excess", None, 0.5, 32, 1.5e-3, None),
         ("loss-random@0.25x128/2e-3", "loss-random", None, 0.25, 128, 2e-3, None),
         ("token-topk@.5", "token-topk", None, 0.5, 32, 1.5e-3, None),
         ("all+depth=3:0.5", "all", None, 0.5, 32, 1.5e-3, (((3, 0.5),), "copy")),
@@ -372,8 +374,8 @@ def test_an_oracle_scores_by_the_whole_model_off_the_clock(
 
     run = quality.Run("oracle@0.5x4/0.01", "clean", 0, 0.5, "tiny", 8)
     training = quality_training.Training(run, _few(tokens), torch.device("cpu"), None)
-    rows = training.batches.next()
-    losses = quality_arms.row_losses(training.model, rows, nullcontext())
+    rows = training.batches.next().rows
+    losses = quality_arms.row_losses(training.model, rows)
     with torch.no_grad():
         alone = torch.stack([training.model(input_ids=row[None], labels=row[None]).loss for row in rows])
     torch.testing.assert_close(losses, alone)
@@ -390,6 +392,45 @@ def test_an_oracle_scores_by_the_whole_model_off_the_clock(
     spent = training.train()
     assert training.steps > 1
     assert time.perf_counter() - started >= spent + pause * training.steps
+
+
+def test_scores_of_excess_and_remembered_arms(quality: None) -> None:
+    import torch
+    from quality_arms import Arm, Batch, Step
+
+    given: list[torch.Tensor] = []
+    scored = torch.tensor([1.0, 2.0, 3.0])
+
+    class Routed:
+        def score(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            assert batch["input_ids"] is batch["labels"] is rows
+            return scored
+
+        def use_scores(self, scores: torch.Tensor) -> None:
+            given.append(scores.clone())
+
+    rows, places = torch.zeros(3, 4, dtype=torch.int64), torch.tensor([4, 0, 2])
+    for name in ("excess", "remembered"):
+        step = Step.__new__(Step)
+        step.__dict__.update(name=Arm.parse(name).name, device=torch.device("cpu"), known=torch.arange(5.0))
+        step.model = SimpleNamespace(cggr=Routed(), zero_grad=lambda **_: None)
+        step.forward = lambda **_: SimpleNamespace(loss=torch.zeros((), requires_grad=True))
+        for passes in (0, 1):
+            step(Batch(rows, places, passes))
+            scored = scored + 10
+        assert step.known.tolist() == ([0, 1, 2, 3, 4] if name == "excess" else [22, 1, 23, 3, 21])
+    assert [scores.tolist() for scores in given] == [[-3, 2, 1], [7, 12, 11], [21, 22, 23], [21, 22, 23]]
+
+
+def test_a_reference_model_trains_before_the_clock(quality: None, tokens: Path) -> None:
+    import quality
+    import torch
+
+    record = quality.trained(
+        quality.Run("excess@0.5x4/0.01", "noise", 0, 0.5, "tiny", 8), _few(tokens), torch.device("cpu")
+    )
+    assert record["steps"] > 1
+    assert record["spent"] == pytest.approx(0.5, abs=0.4)
 
 
 def _few(tokens: Path) -> Path:

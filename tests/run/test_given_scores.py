@@ -85,6 +85,31 @@ def test_the_examples_of_the_documentation() -> None:
     assert len(chosen) == 12
 
 
+def test_the_recipes_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy()
+    batches = [(torch.arange(8) + 8 * number, toy_batch(8, seed=number)) for number in range(2)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+    chosen: list[list[int]] = []
+    optimizer.register_step_pre_hook(lambda *_: chosen.append(model.cggr.selected.tolist()))
+    reference = torch.arange(16.0) * 100
+    recipes = [examples("integrations.md", name)[name] for name in ("train_on_excess_loss", "epochs_on_last_scores")]
+    recipes[0](model, batches, optimizer, reference)
+    assert chosen == [[0, 1, 2, 3]] * 2, "rows that the reference has not learnt are left out"
+
+    scored: list[torch.Tensor] = []
+    score = model.cggr.score
+
+    def counted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        scored.append(score(batch))
+        return scored[-1]
+
+    monkeypatch.setattr(model.cggr, "score", counted)
+    recipes[1](model, batches, optimizer, 4, torch.empty(16))
+    expected = [scores.topk(4).indices.sort().values.tolist() for scores in scored]
+    assert len(scored) == 4
+    assert chosen[2:] == [*expected[:2] * 2, *expected[2:] * 2]
+
+
 def test_batches_ahead_are_scored_by_the_weights_before_the_update() -> None:
     """Every step against an eager router of the step before's weights; the first two, of their own."""
     model = toy()
