@@ -328,9 +328,15 @@ def latest_plan(runtime: Runtime) -> Plan:
 
 
 def _auto(runtime: Runtime, plan: Plan) -> str | None:
-    if runtime.auto is None or plan.unscorable is None:
-        return None if runtime.auto is None else str(runtime.auto)
-    return f"every row trains; there are no scores: {plan.unscorable.reason}"
+    if runtime.auto is None:
+        return None
+    if not runtime.counted:
+        return "every row trains; nothing is probed until steps are counted (cggr.attach, CGGRCallback)"
+    if not plan.routable:
+        return "every row trains; a batch of one row leaves none to choose from"
+    if plan.unscorable is not None:
+        return f"every row trains; there are no scores: {plan.unscorable.reason}"
+    return str(runtime.auto)
 
 
 def _depth(runtime: Runtime) -> str | None:

@@ -158,6 +158,15 @@ def test_what_is_chosen_where_it_is_left_out(options: dict[str, Any], selection:
     assert dataclasses.replace(config) == config
 
 
+def test_a_single_row_is_no_choice_and_no_cause_to_warn(recwarn: pytest.WarningsRecorder) -> None:
+    model = cggr.optimize(Toy().train(), probe_every=1, inner="eager")
+    for seed in range(3):
+        model(**toy_batch(1, seed=seed))[0].backward()
+        model.cggr.step()
+    assert "auto            every row trains; a batch of one row leaves none to choose from" in str(model.cggr.report())
+    assert not [warning for warning in recwarn if "one row" in str(warning.message)]
+
+
 class NoStack(Toy):
     """One layer: no router can be cut out of it."""
 
@@ -183,6 +192,7 @@ def test_programs_that_may_come_are_compiled_as_soon_as_steps_are_counted_and_no
     model(**toy_batch(8))[0].backward()
     [plan] = model.cggr.runtime.plans
     assert set(plan.variants) == {"unrouted"}
+    assert "auto            every row trains; nothing is probed until steps are counted" in str(model.cggr.report())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     cggr.attach(model, optimizer)
     model(**toy_batch(8))[0].backward()
