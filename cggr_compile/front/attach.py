@@ -44,7 +44,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int 
     hooks = own._optimizer_step_post_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Count) and hook.model is routed]:
         del hooks[key]
-    found.runtime.attached = True
+    found.runtime.attach()
     return own.register_step_post_hook(_Count(routed))
 
 

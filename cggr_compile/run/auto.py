@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.run.agreement import Agreement
 from cggr_compile.run.arriving import Arriving
 from cggr_compile.run.plan import Plan
 from cggr_compile.run.prepare import undisturbed
@@ -41,8 +42,11 @@ class Auto:
 
     Attributes:
         selects: whether rows are selected.
-        tail: of the last WINDOW scores, None before there are as many.
+        tail: of the last WINDOW scores, None before there are as many; of several ranks, the mean of theirs.
+        agreement: how several ranks find that mean, None for one.
     """
+
+    agreement: Agreement | None = None
 
     def __init__(self, config: RoutingConfig) -> None:
         self.choices = (everything(config), by_score(config))
@@ -74,13 +78,21 @@ class Auto:
         found = [score for score in scores if math.isfinite(score)]
         middle = median(found) if found else 0.0
         self._scores.extend(score - middle for score in found)
-        if len(self._scores) < WINDOW:
+        found_tail = tail_of(self._scores) if len(self._scores) == WINDOW else None
+        self.tail = found_tail if self.agreement is None else self._agreed(self.agreement, found_tail)
+        if self.tail is None:
             return
-        self.tail = tail_of(self._scores)
         before = self.selects
         self.selects = self.tail > (PAYS_NO_MORE if before else PAYS)
         if self.selects != before:
             _log.warning("step %d: %s%s", steps, self, "; ratio=1 keeps every row" if self.selects else "")
+
+    def _agreed(self, agreement: Agreement, tail: float | None) -> float | None:
+        """The mean tail of the ranks, of the probe before this one; so all of them switch in the same step."""
+        everybody, mean = agreement.found()
+        if everybody:
+            agreement.tell(tail)
+        return self.tail if mean is None else mean
 
     def metrics(self, device: torch.device) -> dict[str, Tensor]:
         """`auto_selects`, and `auto_tail` once it is known."""

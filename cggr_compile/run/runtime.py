@@ -10,6 +10,7 @@ import torch
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.run.agreement import of_all_ranks
 from cggr_compile.run.auto import Auto
 from cggr_compile.run.confidence import Confidence
 from cggr_compile.run.given_scores import GivenScores
@@ -28,7 +29,7 @@ class Runtime:
         self.seed = config.seed if config.seed is not None else torch.initial_seed() % 2**63
         self.steps = 0
         self.total_steps: int | None = None
-        self.attached = False  # somebody said that steps will be counted
+        self._attached = False
         self.growths = 0
         self.grows = False  # at the next step
         self.runs = 0  # of plans, recomputations too
@@ -51,7 +52,13 @@ class Runtime:
     @property
     def counted(self) -> bool:
         """Whether optimiser steps are counted."""
-        return self.attached or self.steps > 0
+        return self._attached or self.steps > 0
+
+    def attach(self) -> None:
+        """Steps will be counted. Of a distributed run, all ranks say so, and decide together from then on."""
+        self._attached = True
+        if self.auto is not None and self.auto.agreement is None:
+            self.auto.agreement = of_all_ranks()
 
     @property
     def in_force(self) -> RoutingConfig:
@@ -159,7 +166,8 @@ class Runtime:
         has grown does not shrink, and the generator draws on."""
         self.steps = 0
         if self.auto is not None:
-            self.auto = Auto(self.config)
+            agreement, self.auto = self.auto.agreement, Auto(self.config)
+            self.auto.agreement = agreement
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration and state; compiled plans are rebuilt by the first step of the copy."""

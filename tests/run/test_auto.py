@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from architectures import build, token_batch
+from ddp_worker import deciding_rank
 from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import WORDS, Toy, toy_batch
+from toys import Toy, noisy, toy_batch
 
 import cggr_compile as cggr
+from cggr_compile.run import agreement
 from cggr_compile.run.auto import LEAST, PAYS, PAYS_NO_MORE, WINDOW, Auto, tail_of
 
 OPTIONS = {"selection": "auto", "router_layers": 2, "inner": "eager", "seed": 3}
@@ -82,16 +86,6 @@ def test_too_few_scores_and_those_that_are_not_finite_decide_nothing() -> None:
     assert auto.tail is None
     assert "256 of the 512 rows" in str(auto)
     assert not auto.selects
-
-
-def noisy(rows: int, seed: int, share: float) -> dict[str, torch.Tensor]:
-    """Rows that count upwards, and a share of random ones."""
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randint(1, WORDS, (rows, 1), generator=generator)
-    ids = (start + torch.arange(12)) % (WORDS - 1) + 1
-    spoilt = torch.rand(rows, 1, generator=generator) < share
-    ids = torch.where(spoilt, torch.randint(1, WORDS, ids.shape, generator=generator), ids)
-    return {"input_ids": ids, "labels": ids.clone()}
 
 
 @pytest.mark.parametrize(("share", "selects"), [(0.0, False), (0.12, True)])
@@ -203,6 +197,25 @@ def test_programs_that_may_come_are_compiled_as_soon_as_steps_are_counted_and_no
     model(**toy_batch(8))[0].backward()
     assert {name: variant.compilations for name, variant in plan.variants.items()} == compiled
     assert len(model.cggr.selected) == 4
+
+
+def test_an_agreement_is_the_mean_of_what_is_known_once_everybody_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "PATIENCE", 0.0)
+    store, ranks = torch.distributed.HashStore(), []
+    for _ in range(3):
+        monkeypatch.setattr(agreement, "_made", itertools.count())  # as in processes of their own
+        ranks.append(agreement.Agreement(store, 3))
+    assert ranks[0].found() == (True, None)
+    for numbers, mean in (((None, None, None), None), ((None, 1.0, 4.0), 2.5), ((1.0, 1e30, 0.5), (1e6 + 1.5) / 3)):
+        for rank, number in zip(ranks, numbers, strict=True):
+            assert rank is ranks[0] or ranks[0].found() == (False, None)
+            rank.tell(number)
+        assert [rank.found() for rank in ranks] == [(True, mean if mean is None else pytest.approx(mean))] * 3
+
+
+@pytest.mark.parametrize("case", ["one", pytest.param("none", marks=pytest.mark.long)])
+def test_ranks_decide_together_by_what_all_have_seen(case: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(deciding_rank, args=(2, str(tmp_path), case), nprocs=2)
 
 
 # State

@@ -8,8 +8,37 @@ import oracle
 import torch
 import torch.distributed as dist
 from architectures import ARCHITECTURES, build, token_batch
+from toys import Toy, noisy
 
 import cggr_compile as cggr
+
+SHARES = {"one": (0.3, 0.0), "none": (0.0, 0.0)}
+"""Of noise in the rows of two ranks."""
+
+
+def deciding_rank(rank: int, ranks: int, folder: str, case: str) -> None:
+    """Fails where two ranks do not select in the same steps, or not by what both of them have seen."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{case}", rank=rank, world_size=ranks)
+    try:
+        torch.manual_seed(0)
+        model = cggr.optimize(Toy().train(), router_layers=2, probe_every=2, inner="eager", seed=0)
+        wrapper = torch.nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        cggr.attach(model, optimizer)
+        selects = []
+        for number in range(80):
+            wrapper(**noisy(32, 2 * number + rank, SHARES[case][rank]))[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            selects.append(int(model.cggr.runtime.auto.selects))
+        own = torch.tensor(selects)
+        others = [torch.empty_like(own) for _ in range(ranks)]
+        dist.all_gather(others, own)
+        assert torch.equal(*others), "the ranks switched in different steps"
+        assert any(selects) is (case == "one")
+    finally:
+        dist.destroy_process_group()
 
 
 def routed_rank(rank: int, ranks: int, folder: str) -> None:

@@ -86,3 +86,13 @@ def row_losses(model: Toy, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     logits = model(batch["input_ids"])[0][:, :-1]
     labels = batch["labels"][:, 1:]
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).sum(1)
+
+
+def noisy(rows: int, seed: int, share: float) -> dict[str, torch.Tensor]:
+    """Rows that count upwards, and a share of random ones."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(1, WORDS, (rows, 1), generator=generator)
+    ids = (start + torch.arange(12)) % (WORDS - 1) + 1
+    spoilt = torch.rand(rows, 1, generator=generator) < share
+    ids = torch.where(spoilt, torch.randint(1, WORDS, ids.shape, generator=generator), ids)
+    return {"input_ids": ids, "labels": ids.clone()}
