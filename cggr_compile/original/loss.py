@@ -272,7 +272,7 @@ class CGGRScorer(_Selector):
                     f"shape {tuple(input_ids.shape)}"
                 )
             next_target = None if targets is None else next_targets(targets)
-            valid = _counted(input_ids, next_target, kwargs.get("attention_mask"))
+            valid = counted_positions(input_ids, next_target, kwargs.get("attention_mask"))
             flat_target = None if next_target is None else next_target.masked_fill(~valid, 0).flatten()
             scored = self._score(logits.reshape(-1, logits.shape[-1]), flat_target)
             difficulty, confidence, entropy = (values.view(input_ids.shape) for values in scored)
@@ -301,7 +301,8 @@ def next_targets(targets: Tensor) -> Tensor:
     return F.pad(targets[:, 1:], (0, 1), value=IGNORED)
 
 
-def _counted(input_ids: Tensor, next_target: Tensor | None, attention_mask: Any) -> Tensor:
+def counted_positions(input_ids: Tensor, next_target: Tensor | None, attention_mask: Any) -> Tensor:
+    """bool [B, S]: the positions with a counted target, or without targets those that a 2-D mask leaves."""
     if next_target is not None:
         return next_target != IGNORED
     if isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape:

@@ -79,8 +79,7 @@ class CGGRModel(nn.Module):
         if labels is None:
             return self.model(input_ids, **kwargs)
         check_ids(input_ids)
-        if labels.shape != input_ids.shape:
-            raise ValueError(f"labels must match input_ids: shapes {tuple(labels.shape)} and {tuple(input_ids.shape)}")
+        check_labels(input_ids, labels)
         difficulty, mask, info = self.scorer(input_ids, targets=labels, **kwargs)
         batch = input_ids.shape[0]
         with torch.no_grad():
@@ -89,7 +88,7 @@ class CGGRModel(nn.Module):
             chosen, quota = _choose(difficulty.view(input_ids.shape).float(), mask, counted, info["current_ratio"])
             rows = chosen.nonzero().squeeze(1)  # the one read
             labels = labels[rows]
-        logits = logits_of(self.model(input_ids[rows], **_cut(kwargs, rows, batch)))
+        logits = logits_of(self.model(input_ids[rows], **cut_rows(kwargs, rows, batch)))
         self._measured = {
             "step": torch.as_tensor(self.scorer.step_count).clone(),
             "token_ratio": info["current_ratio"],
@@ -125,18 +124,28 @@ def _choose(difficulty: Tensor, mask: Tensor, counted: Tensor, ratio: float | Te
     quota = any_selected.all() & (ratio < 1)
     # ceil(B · ratio), where float32 may have rounded the ratio up.
     amount = (len(mask) * (ratio - 1e-6)).ceil().clamp(min=1)
-    known = counted & ~difficulty.isnan()
-    mean = torch.where(known, difficulty, 0.0).sum(1) / known.sum(1)
-    hardest = selection.topk_places(mean, any_selected) < amount
+    hardest = selection.topk_places(mean_difficulty(difficulty, counted), any_selected) < amount
     return torch.where(quota, hardest, any_selected | ~any_selected.any()), quota
 
 
-def _cut(value: Any, rows: Tensor, batch: int) -> Any:
+def check_labels(input_ids: Tensor, labels: Tensor) -> None:
+    """ValueError for labels of another shape than input_ids."""
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels must match input_ids: shapes {tuple(labels.shape)} and {tuple(input_ids.shape)}")
+
+
+def mean_difficulty(difficulty: Tensor, counted: Tensor) -> Tensor:
+    """[B]: each sequence's mean over the counted tokens [B, S], NaN where it has none."""
+    known = counted & ~difficulty.isnan()
+    return torch.where(known, difficulty, 0.0).sum(1) / known.sum(1)
+
+
+def cut_rows(value: Any, rows: Tensor, batch: int) -> Any:
     """`value` with every tensor of first dimension `batch` in it reduced to the rows."""
     if isinstance(value, Tensor):
         return value.index_select(0, rows) if value.dim() and value.shape[0] == batch else value
     if isinstance(value, dict):
-        return {key: part if key in _UNBATCHED else _cut(part, rows, batch) for key, part in value.items()}
+        return {key: part if key in _UNBATCHED else cut_rows(part, rows, batch) for key, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_cut(part, rows, batch) for part in value)
+        return type(value)(cut_rows(part, rows, batch) for part in value)
     return value

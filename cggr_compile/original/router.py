@@ -49,7 +49,7 @@ class TruncatedRouter(nn.Module):
         self._path = ""
         if self.passthrough:
             return
-        lists = sorted(_layer_lists(model), key=lambda path: -len(model.get_submodule(path)))
+        lists = sorted(layer_lists(model), key=lambda path: -len(model.get_submodule(path)))
         lengths = [len(model.get_submodule(path)) for path in lists]
         if not lists:
             obstacle = "it has no list of layers of one class"
@@ -92,12 +92,9 @@ class TruncatedRouter(nn.Module):
         parent, _, name = self._path.rpartition(".")
         owner = self.model.get_submodule(parent)
         layers = self.model.get_submodule(self._path)
-        holders = [*self.model.modules()]
-        configs = (vars(holder).get("config") for holder in holders)
-        holders += {id(config): config for config in configs if hasattr(config, "__dict__")}.values()
         changes = [
             (holder, key, value)
-            for holder in holders
+            for holder in _holders(self.model)
             for key, value in vars(holder).items()
             if (key in _LAYER_COUNTS and value == len(layers)) or (key == "use_cache" and value is True)
         ]
@@ -132,10 +129,22 @@ def logits_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _layer_lists(model: nn.Module, prefix: str = "") -> Iterator[str]:
+def cache_holders(model: nn.Module) -> list[Any]:
+    """Modules and configurations whose `use_cache` is on."""
+    return [holder for holder in _holders(model) if vars(holder).get("use_cache") is True]
+
+
+def _holders(model: nn.Module) -> list[Any]:
+    """The model's modules and their configurations, which hold its options."""
+    holders: list[Any] = [*model.modules()]
+    configs = (vars(holder).get("config") for holder in holders)
+    return [*holders, *{id(config): config for config in configs if hasattr(config, "__dict__")}.values()]
+
+
+def layer_lists(model: nn.Module, prefix: str = "") -> Iterator[str]:
     """Paths of the lists of two or more modules of one class that lie in no other such list."""
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(entry) for entry in child}) == 1:
             yield prefix + name
         else:
-            yield from _layer_lists(child, f"{prefix}{name}.")
+            yield from layer_lists(child, f"{prefix}{name}.")

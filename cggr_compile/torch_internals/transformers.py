@@ -1,8 +1,9 @@
-"""Private corners of transformers: the hooks that its models install to record what layers put out."""
+"""Private corners of transformers: hooks that its models install to record what layers put out, their attention."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -46,3 +47,12 @@ def remove_output_hooks(model: nn.Module, installed: Mapping[str, list[int]]) ->
             for key in installed[name]:
                 module._forward_hooks.pop(key, None)
             vars(module).pop(_INSTALLED, None)
+
+
+def attention_of(model: nn.Module) -> dict[str, str]:
+    """A model's attention, as `set_attn_implementation` takes it: its own by "", that of its parts by their names."""
+    config: Any = model.config
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    return {"": config._attn_implementation} | {
+        name: part._attn_implementation for name, part in parts.items() if part is not None
+    }

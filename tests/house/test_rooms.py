@@ -38,13 +38,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "inspection": ("config", "ir", "kernels", "run"),
     "front": ("capture", "config", "inspection", "ir", "kernels", "run", "torch_internals", "values"),
     "checking": ("config", "front"),
-    "original": ("kernels",),
+    "data": ("kernels",),
+    "original": ("data", "kernels", "torch_internals"),
     "demo": ("environment", "inspection", PACKAGE),
     "cli": ("config", "demo", "values", PACKAGE),
     "__main__": ("cli",),
 }
 # The package's own names are gathered from these.
-ROOMS[PACKAGE] = ("checking", "config", "front", "original", "run", "values")
+ROOMS[PACKAGE] = ("checking", "config", "data", "front", "original", "run", "values")
 # The eager side of `cggr.check` shares nothing with the compiler.
 INDEPENDENT = ("checking.eager_layers", "checking.eager_tokens")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -187,8 +188,7 @@ def test_readme_full_api() -> None:
     assert criterion(logits_of(2, 8, 20), torch.zeros(2, 8, dtype=torch.long)).dim() == 0
 
 
-@pytest.mark.parametrize("name", ["CGGRLoss", "CGGRScorer", "CGGRModel", "TruncatedRouter", "create_truncated_router"])
-def test_signatures(name: str) -> None:
+def test_signatures() -> None:
     common = {
         "scoring": "combined",
         "selection": "topk",
@@ -200,16 +200,55 @@ def test_signatures(name: str) -> None:
         "min_tokens_per_sequence": 1,
     }
     required = inspect.Parameter.empty
+    scorer = ("min_tokens_ratio", "warmup_steps", "dynamic_threshold", "threshold_sensitivity", "selection", "scoring")
+    scored = {key: common[key] for key in (*scorer, "num_strata", "min_tokens_per_sequence")}
+    schedule = {"min_tokens_ratio": 0.25, "warmup_steps": 1000}
+    filtered = {"dataloader": required, "nano_router": required, "threshold": 0.3}
     expected = {
         "CGGRLoss": {**common, "base_loss": None},
-        "CGGRScorer": {"router": required, **common},
-        "CGGRModel": {"model": required, "router": None, **common},
+        "CGGRScorer": {"router": required, **scored},
+        "CGGRModel": {"model": required, "router": None, **scored},
         "TruncatedRouter": {"model": required, "num_layers": 2, "architecture": "auto"},
         "create_truncated_router": {"model": required, "num_layers": 2},
+        "NanoRouter": {"vocab_size": 32000, "hidden_dim": 64, "pretrained_embeddings": None},
+        "NanoRouter.from_model": {"model": required, "hidden_dim": 64},
+        "NanoRouter.calibrate": {
+            **dict.fromkeys(("self", "dataloader", "full_scorer"), required),
+            "num_batches": 100,
+            "lr": 1e-3,
+        },
+        "DifficultyFilteredDataLoader": {**filtered, "input_key": "input_ids", "skip_ratio": 0.5},
+        "AsyncDifficultyFilteredDataLoader": {**filtered, "queue_size": 4, "input_key": "input_ids"},
+        "AsyncCGGRScorer": {"router": required, **schedule, "selection": "fixed_quota"},
+        "AsyncCGGRModel": {"model": required, "router": None, **schedule},
+        "create_prefetching_iterator": {"dataloader": required, "async_scorer": required},
+        "SelectiveCheckpointWrapper": {"model": required, "checkpoint_layers": None},
+        "SelectiveCheckpointWrapper.selective_checkpointing": {"self": required, "enable": True},
+        "apply_selective_checkpointing": dict.fromkeys(
+            ("model", "forward_fn", "input_ids", "hard_indices", "kwargs"), required
+        ),
+        "CGGRCheckpointedModel": {"model": required, "router": None, **schedule, "use_checkpointing": True},
+        "get_flash_attention_info": {},
+        "enable_flash_attention": {"model": required, "backend": "auto", "verbose": True},
+        "load_model_with_flash_attention": {
+            "model_name_or_path": required,
+            "backend": "auto",
+            "torch_dtype": None,
+            "device_map": "auto",
+            "kwargs": required,
+        },
+        "benchmark_attention_backends": {
+            "model": required,
+            "input_ids": required,
+            "warmup_steps": 3,
+            "benchmark_steps": 10,
+        },
     }
-    parameters = inspect.signature(getattr(cggr, name)).parameters
-    assert {key: parameter.default for key, parameter in parameters.items()} == expected[name]
-    assert name in cggr.__all__
+    for name, parameters in expected.items():
+        found = inspect.signature(operator.attrgetter(name)(cggr)).parameters
+        # In their order, which positional arguments follow.
+        assert [(key, p.default) for key, p in found.items()] == list(parameters.items()), name
+        assert name.partition(".")[0] in cggr.__all__
 
 
 # --- values ---

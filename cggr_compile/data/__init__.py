@@ -1,0 +1,1 @@
+"""Batches on their way to the model: which rows reach it, and who makes them ready."""
