@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-HEAD_OPTIONS = "float scale=1.0, float divisor=1.0, float softcap=0.0, int ignore_index=-100"
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 HEAD_OPERANDS = 3  # hidden, weight, bias
 

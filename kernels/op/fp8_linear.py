@@ -17,6 +17,7 @@ from cggr_compile.kernels.op.checks import (
     no_gradient_backward,
     register_autocast,
 )
+from cggr_compile.kernels.op.define import operator
 from cggr_compile.kernels.reference import router_heads
 from torch import Tensor
 
@@ -93,9 +94,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         check_dtype("fp8_linear", "bias", bias, (input.dtype,))
 
 
-@torch.library.custom_op(
-    "cggr::fp8_linear", mutates_args=(), schema="(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor"
-)
+@operator("cggr::fp8_linear")
 def fp8_linear_op(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`fp8_linear`, not differentiable; ValueError or TypeError by argument."""
     _check(input, weight, bias)

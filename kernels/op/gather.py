@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from cggr_compile.kernels.op.checks import check_dtype, check_shape
+from cggr_compile.kernels.op.define import operator
 from cggr_compile.kernels.reference import rows as reference
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
@@ -31,9 +32,7 @@ def define_gather(
     `gradient(grad, index, dim, size)` is that of x, whose dimension `dim` has `size` slices; it is an operator too.
     """
 
-    @torch.library.custom_op(
-        f"{namespace}::gather", mutates_args=(), schema="(Tensor x, Tensor index, int dim) -> Tensor"
-    )
+    @operator(f"{namespace}::gather")
     def op(x: Tensor, index: Tensor, dim: int) -> Tensor:
         _check_gather(x, index, dim)
         return implementation(x, index, dim)
@@ -45,11 +44,7 @@ def define_gather(
         shape[dim] = index.shape[0]
         return x.new_empty(shape)
 
-    @torch.library.custom_op(
-        f"{namespace}::gather_backward",
-        mutates_args=(),
-        schema="(Tensor grad, Tensor index, int dim, SymInt size) -> Tensor",
-    )
+    @operator(f"{namespace}::gather_backward")
     def backward_op(grad: Tensor, index: Tensor, dim: int, size: int) -> Tensor:
         return gradient(grad, index, dim, size)
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import torch
 from cggr_compile.kernels.op.checks import INTEGERS, check_dtype
+from cggr_compile.kernels.op.define import operator
 from torch import Tensor
 
 
-@torch.library.custom_op(
-    "cggr::checked_target",
-    mutates_args=(),
-    schema="(Tensor target, int classes, int ignore_index=-100) -> Tensor",
-)
+@operator("cggr::checked_target")
 def checked_target(target: Tensor, classes: int, ignore_index: int = -100) -> Tensor:
     """A copy of `target` [N], of any integer dtype, each in [0, classes) or `ignore_index`.
 

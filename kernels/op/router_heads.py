@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from cggr_compile.kernels.op.checks import (
     HEAD_OPERANDS,
-    HEAD_OPTIONS,
     INTEGERS,
     check_dtype,
     check_head,
@@ -21,12 +20,11 @@ from cggr_compile.kernels.op.checks import (
     no_gradient_backward,
     register_autocast,
 )
+from cggr_compile.kernels.op.define import operator
 from cggr_compile.kernels.reference import router_heads
 from cggr_compile.kernels.reference import rows as reference
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
-
-_OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 
 
 def _check_quantities(op: str, quantities: Sequence[str], known: Sequence[str]) -> None:
@@ -51,14 +49,7 @@ def _check_sample_columns(
     torch._check_value(sampled >= 1, lambda: f"cggr::sample_columns: sampled is {sampled}, expected at least 1")
 
 
-@torch.library.custom_op(
-    "cggr::sample_columns",
-    mutates_args=(),
-    schema=(
-        "(Tensor target, Tensor noise, int classes, int frequent, int sampled, int ignore_index=-100) "
-        "-> (Tensor, Tensor)"
-    ),
-)
+@operator("cggr::sample_columns", like=router_heads.sample_columns)
 def sample_columns(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`router_heads.sample_columns`: columns int64 [C] and weights float32 [C], neither differentiable."""
     _check_sample_columns(*args, **options)
@@ -99,11 +90,7 @@ def define_sampled_score(namespace: str, implementation: Callable[..., Tensor]) 
     float32 [Q, N], not differentiable; ValueError or TypeError by argument.
     """
 
-    @torch.library.custom_op(
-        f"{namespace}::sampled_score",
-        mutates_args=(),
-        schema=f"({_OPERANDS}, Tensor columns, Tensor column_weight, str[] quantities, {HEAD_OPTIONS}) -> Tensor",
-    )
+    @operator(f"{namespace}::sampled_score", like=router_heads.sampled_score)
     def op(*args: Any, **options: Any) -> Tensor:
         _check_sampled_score(*args, **options)
         return implementation(*args, **options)
@@ -135,11 +122,7 @@ def define_fp8_score(namespace: str, implementation: Callable[..., Tensor]) -> C
     float32 [Q, N], not differentiable; ValueError or TypeError by argument.
     """
 
-    @torch.library.custom_op(
-        f"{namespace}::fp8_score",
-        mutates_args=(),
-        schema=f"({_OPERANDS}, str[] quantities, {HEAD_OPTIONS}) -> Tensor",
-    )
+    @operator(f"{namespace}::fp8_score", like=router_heads.fp8_score)
     def op(*args: Any, **options: Any) -> Tensor:
         _check_fp8_score(*args, **options)
         return implementation(*args, **options)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from cggr_compile.kernels.op.checks import (
     HEAD_OPERANDS,
-    HEAD_OPTIONS,
     check_head,
     no_gradient,
     no_gradient_backward,
     register_autocast,
 )
+from cggr_compile.kernels.op.define import operator
 from cggr_compile.kernels.reference import rows as reference
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
@@ -37,13 +37,7 @@ def define_score(namespace: str, implementation: Callable[..., Tensor]) -> Custo
     float32 [len(quantities), N], not differentiable; ValueError or TypeError by argument.
     """
 
-    @torch.library.custom_op(
-        f"{namespace}::score",
-        mutates_args=(),
-        schema=(
-            f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, str[] quantities, {HEAD_OPTIONS}) -> Tensor"
-        ),
-    )
+    @operator(f"{namespace}::score", like=reference.score)
     def op(*args: Any, **options: Any) -> Tensor:
         _check_score(*args)
         return implementation(*args, **options)

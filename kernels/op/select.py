@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from cggr_compile.kernels.op.checks import check_dtype, check_shape, no_gradient, no_gradient_backward
+from cggr_compile.kernels.op.define import operator
 from cggr_compile.kernels.reference import rows as reference
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
@@ -32,11 +33,7 @@ def define_select(namespace: str, implementation: Callable[..., tuple[Tensor, Te
     index int64 [..., k] and weight float32 [..., k], neither differentiable.
     """
 
-    @torch.library.custom_op(
-        f"{namespace}::select",
-        mutates_args=(),
-        schema="(Tensor scores, Tensor valid, SymInt k, str rule, Tensor? noise=None) -> (Tensor, Tensor)",
-    )
+    @operator(f"{namespace}::select")
     def op(scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _check_select(scores, valid, k, rule, noise)
         return implementation(scores, valid, k, rule, noise)

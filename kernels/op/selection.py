@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from cggr_compile.kernels.op.checks import check_dtype, check_shape, no_gradient, no_gradient_backward
+from cggr_compile.kernels.op.define import operator
 from cggr_compile.kernels.reference import selection
 from torch import Tensor
 
@@ -108,14 +109,7 @@ def _check(scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor, name
     )
 
 
-@torch.library.custom_op(
-    "cggr::draw",
-    mutates_args=(),
-    schema=(
-        "(Tensor scores, Tensor valid, SymInt k, str rule, Tensor noise, str[] names, float[] values) "
-        "-> (Tensor, Tensor)"
-    ),
-)
+@operator("cggr::draw")
 def draw(
     scores: Tensor, valid: Tensor, k: int, rule: str, noise: Tensor, names: Sequence[str], values: Sequence[float]
 ) -> tuple[Tensor, Tensor]:

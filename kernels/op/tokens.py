@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from cggr_compile.kernels.op.checks import check_dtype, check_shape
+from cggr_compile.kernels.op.define import operator
 from torch import Tensor
 
 
@@ -88,9 +89,7 @@ def _check_scatter(full: Tensor, part: Tensor, positions: Tensor) -> None:
     check_shape("scatter_tokens", "full", full, (positions.shape[0], *full.shape[1:]), "[B, S, ...]")
 
 
-@torch.library.custom_op(
-    "cggr::gather_tokens", mutates_args=(), schema="(Tensor x, Tensor positions, int[] dims, int lead=0) -> Tensor"
-)
+@operator("cggr::gather_tokens")
 def _gather_tokens(x: Tensor, positions: Tensor, dims: Sequence[int], lead: int = 0) -> Tensor:
     _check_gather(x, positions, dims, lead)
     return gather_tokens(x, positions, dims, lead)
@@ -124,9 +123,7 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (gradient, None, None, None)[: len(ctx.needs_input_grad)]
 
 
-@torch.library.custom_op(
-    "cggr::scatter_tokens", mutates_args=(), schema="(Tensor full, Tensor part, Tensor positions) -> Tensor"
-)
+@operator("cggr::scatter_tokens")
 def _scatter_tokens(full: Tensor, part: Tensor, positions: Tensor) -> Tensor:
     _check_scatter(full, part, positions)
     return scatter_tokens(full, part, positions)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -237,54 +237,77 @@ def _cross_entropy(x: Tensor, target: Tensor, reduction: str, ignore_index: int)
     return torch.ops.aten.cross_entropy_loss.default(x, target, None, code, ignore_index, 0.0)
 
 
-def masked_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row_weight: Tensor | None = None,
-    scale: float = 1.0,
-    divisor: float = 1.0,
-    softcap: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    rows: Tensor | None = None,
-    num_items: Tensor | None = None,
-) -> Tensor:
-    """Cross-entropy of the rows whose target is not `ignore_index`: a 0-d float32 tensor.
+class LossArguments(NamedTuple):
+    """The arguments of `masked_loss`, in their order: those of the operator and of all that computes it.
 
-    `hidden` [N, D], `weight` [V, D] and `bias` [V] are of one floating dtype, `target` [N] is of any integer dtype.
-    `rows` [M] (int32 or int64, repeats included) selects the rows that are read at all, None is every row (M = N);
-    `row_weight` [M], of any floating dtype, weighs the selected rows. With w = 1 where it is None and
-    l = lse - x[target], `"sum"` gives Σ w·l over the counted rows, `"num_items"` divides it by `num_items` (0-d), and
-    `"mean"` by the number of counted rows or, with `row_weight`, by Σ w over them; it is 0 where that is 0. Where every
-    row is ignored the loss is 0 and stays connected to every input. Raises ValueError for an unknown
-    reduction; torch reports targets outside [0, V).
+    Attributes:
+        hidden, weight, bias: [N, D], [V, D] and [V], of one floating dtype.
+        target: [N], of any integer dtype.
+        row_weight: [M], of any floating dtype, weighs the selected rows.
+        scale, divisor, softcap: see `logits`.
+        ignore_index: the target of rows that do not count.
+        reduction: one of REDUCTIONS.
+        rows: [M] (int32 or int64, repeats included) selects the rows that are read at all, None is every row (M = N).
+        num_items: 0-d, for the reduction of that name.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    row_weight: Tensor | None = None
+    scale: float = 1.0
+    divisor: float = 1.0
+    softcap: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+    rows: Tensor | None = None
+    num_items: Tensor | None = None
+
+    @property
+    def factor(self) -> float:
+        """What the head's outputs are multiplied by."""
+        return self.scale / self.divisor
+
+
+DIFFERENTIABLE = ("hidden", "weight", "bias", "row_weight")
+"""What `masked_loss` has gradients for."""
+
+
+def masked_loss(*args: Any, **options: Any) -> Tensor:
+    """Cross-entropy of the rows whose target is not `ignore_index`: a 0-d float32 tensor of `LossArguments`.
+
+    With w = 1 where `row_weight` is None and l = lse - x[target], `"sum"` gives Σ w·l over the counted rows,
+    `"num_items"` divides it by `num_items`, and `"mean"` by the number of counted rows or, with `row_weight`, by Σ w
+    over them; it is 0 where that is 0. Where every row is ignored the loss is 0 and stays connected to every input.
+    Raises ValueError for an unknown reduction; torch reports targets outside [0, V).
 
     Without `row_weight` the mean equals `F.cross_entropy(..., reduction="mean")` to the bit on the CPU in float32:
     torch divides the same sum by the same count, forward and backward.
     """
+    given = LossArguments(*args, **options)
+    hidden, target, row_weight, reduction = given.hidden, given.target, given.row_weight, given.reduction
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, expected one of {list(REDUCTIONS)}")
-    if rows is not None:
-        hidden, target = hidden.index_select(0, rows), target.index_select(0, rows)
-    x = logits(hidden, weight, bias, scale, divisor, softcap).float()
+    if given.rows is not None:
+        hidden, target = hidden.index_select(0, given.rows), target.index_select(0, given.rows)
+    x = logits(hidden, given.weight, given.bias, given.scale, given.divisor, given.softcap).float()
     target = target.long()
-    counted = target != ignore_index
+    counted = target != given.ignore_index
     if row_weight is None:
-        total = _cross_entropy(x, target, "sum", ignore_index)
+        total = _cross_entropy(x, target, "sum", given.ignore_index)
         amount = counted.sum()
     else:
-        nll = _cross_entropy(x, target, "none", ignore_index)
+        nll = _cross_entropy(x, target, "none", given.ignore_index)
         counted_weight = torch.where(counted, row_weight.float(), 0.0)
         total = (counted_weight * nll).sum()
         amount = counted_weight.sum()
     if reduction == "sum":
         return total
     if reduction == "num_items":
-        if num_items is None:
+        if given.num_items is None:
             raise ValueError("num_items: the reduction 'num_items' divides by it, and it is None")
-        return (total / num_items).to(total.dtype)
+        return (total / given.num_items).to(total.dtype)
     if row_weight is None:
         return total / amount.clamp(min=1)
     weightless = amount == 0
@@ -292,28 +315,17 @@ def masked_loss(
     return torch.where(weightless, 0.0, total / torch.where(weightless, 1.0, amount))
 
 
-def masked_loss_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row_weight: Tensor | None,
-    wanted: Sequence[bool],
-    *options: Any,
-) -> list[Tensor]:
-    """Gradients of `masked_loss`, scaled by `grad` (0-d), for the wanted of (hidden, weight, bias, row_weight).
+def masked_loss_backward(grad: Tensor, wanted: Sequence[bool], loss: LossArguments) -> list[Tensor]:
+    """Gradients of `masked_loss`, scaled by `grad` (0-d), for the wanted of DIFFERENTIABLE.
 
-    `options` are the arguments of `masked_loss` from `scale` on. The loss is recomputed and differentiated by autograd
-    with respect to the wanted inputs only: an unwanted one costs nothing and has no entry in the result, which holds
-    contiguous tensors like their inputs, in that order.
+    The loss is recomputed and differentiated by autograd with respect to the wanted inputs only: an unwanted one costs
+    nothing and has no entry in the result, which holds contiguous tensors like their inputs, in that order.
     """
-    leaves = [
-        None if x is None else x.detach().requires_grad_(want)
-        for x, want in zip((hidden, weight, bias, row_weight), wanted, strict=True)
-    ]
-    operands: list[Any] = [*leaves[:3], target, leaves[3], *options]
+    leaves: dict[str, Any] = {
+        name: None if (x := getattr(loss, name)) is None else x.detach().requires_grad_(want)
+        for name, want in zip(DIFFERENTIABLE, wanted, strict=True)
+    }
     with torch.enable_grad():
-        loss = masked_loss(*operands)
-    sought = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    return [g.contiguous() for g in torch.autograd.grad(loss, sought, grad)]
+        value = masked_loss(*loss._replace(**leaves))
+    sought = [leaf for leaf in leaves.values() if leaf is not None and leaf.requires_grad]
+    return [g.contiguous() for g in torch.autograd.grad(value, sought, grad)]

@@ -15,10 +15,12 @@ Both are deterministic: no atomics, every sum in a fixed order. Products are sum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
+from cggr_compile.kernels.reference.rows import LossArguments
 from cggr_compile.kernels.triton import head
 from cggr_compile.kernels.triton.blocks import (
     Exponentials,
@@ -39,20 +41,6 @@ ONE_PASS_BYTES = {"one_pass": 2**31, "one_pass_small": 2**29}
 of rows by the whole vocabulary."""
 RECOMPUTE_BYTES = 2**26
 """Most bytes of gradients by logits that `recompute` holds: all rows by a block of columns."""
-
-
-class Options(NamedTuple):
-    """The options of `reference.masked_loss` from `scale` to `reduction`."""
-
-    scale: float = 1.0
-    divisor: float = 1.0
-    softcap: float = 0.0
-    ignore_index: int = -100
-    reduction: str = "mean"
-
-    @property
-    def factor(self) -> float:
-        return self.scale / self.divisor
 
 
 class Outcome(NamedTuple):
@@ -94,24 +82,14 @@ def default_algorithm(dtype: torch.dtype) -> str:
     return "recompute" if why_not_one_pass(dtype) else "one_pass"
 
 
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row_weight: Tensor | None,
-    rows: Tensor | None,
-    num_items: Tensor | None,
-    options: Options,
-    wanted: tuple[bool, bool, bool],
-    algorithm: str,
-) -> Outcome:
+def forward(given: LossArguments, wanted: Sequence[bool], algorithm: str) -> Outcome:
     """The loss and, in one pass, the wanted gradients of (hidden, weight, bias)."""
-    numbers = options.ignore_index, row_weight, options.reduction, num_items
-    chosen = counted_first(hidden, target, rows, *numbers)
+    hidden, weight = given.hidden, given.weight
+    numbers = given.ignore_index, given.row_weight, given.reduction, given.num_items
+    chosen = counted_first(hidden, given.target, given.rows, *numbers)
     if chosen.target.shape[0] == 0:
-        return _of_no_rows(hidden, weight, bias, wanted if algorithm in ONE_PASS_BYTES else (False,) * 3)
-    linear = Head(weight, bias, options.factor, options.softcap)
+        return _of_no_rows(given, wanted if algorithm in ONE_PASS_BYTES else (False,) * 3)
+    linear = _head(given)
     own, shift = target_logits(chosen, linear)
 
     def in_order(x: Tensor) -> Tensor:
@@ -119,7 +97,7 @@ def forward(
 
     if algorithm in ONE_PASS_BYTES and any(wanted):
         height = one_pass_rows(algorithm, chosen.target.shape[0], len(weight), hidden.dtype, hidden.device)
-        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, rows is None, wanted, height)
+        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, given.rows is None, wanted, height)
         log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
     else:
         losses, *statistics = _by_statistics(chosen, linear, own)
@@ -130,41 +108,36 @@ def forward(
     return Outcome(loss, in_order(losses), chosen.divisor, log_total, missed, *gradients)
 
 
-def _of_no_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> Outcome:
+def _head(given: LossArguments) -> Head:
+    return Head(given.weight, given.bias, given.factor, given.softcap)
+
+
+def _of_no_rows(given: LossArguments, wanted: Sequence[bool]) -> Outcome:
+    hidden = given.hidden
     zero, one = hidden.new_zeros((), dtype=torch.float32), hidden.new_ones((), dtype=torch.float32)
 
     def zeros(x: Tensor | None, want: bool) -> Tensor:
         return hidden.new_empty(0) if x is None or not want else x.new_zeros(x.shape)
 
-    gradients = zeros(hidden, wanted[0]), zeros(weight, wanted[1]), zeros(bias, wanted[2])
+    gradients = zeros(hidden, wanted[0]), zeros(given.weight, wanted[1]), zeros(given.bias, wanted[2])
     of_rows, log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(3))
     return Outcome(zero, of_rows, one, log_total, missed, *gradients)
 
 
 def backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row_weight: Tensor | None,
-    rows: Tensor | None,
-    divisor: Tensor,
-    log_total: Tensor,
-    missed: Tensor,
-    options: Options,
-    wanted: tuple[bool, bool, bool],
+    grad: Tensor, given: LossArguments, divisor: Tensor, log_total: Tensor, missed: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The wanted gradients of (hidden, weight, bias) by `recompute`; an unwanted one is empty."""
-    chosen = counted_first(hidden, target, rows, options.ignore_index, row_weight)
+    hidden, weight, rows = given.hidden, given.weight, given.rows
+    chosen = counted_first(hidden, given.target, rows, given.ignore_index, given.row_weight)
     if chosen.target.shape[0] == 0:
-        return _of_no_rows(hidden, weight, bias, wanted)[-3:]
-    per_row = chosen.weights * (grad * (options.factor / divisor))
+        return _of_no_rows(given, wanted)[-3:]
+    per_row = chosen.weights * (grad * (given.factor / divisor))
     log_total, missed = log_total[chosen.place], missed[chosen.place]
     shift = torch.where(_counted(chosen), log_total, torch.inf)
     # d l / d x[v] = p[v] - [v = t]; at the target that is -missed, which keeps its precision where p is nearly 1.
     at_target = -per_row * missed
-    block = Exponentials(chosen, Head(weight, bias, options.factor, options.softcap), shift)
+    block = Exponentials(chosen, _head(given), shift)
     size, classes = chosen.hidden.shape[0], weight.shape[0]
     columns = _evenly(classes, max(1, RECOMPUTE_BYTES // (size * hidden.element_size())), block.tile.columns)
     of_hidden = None
@@ -225,7 +198,7 @@ def _one_pass(
     own: Tensor,
     shift: Tensor,
     every_row_once: bool,
-    wanted: tuple[bool, bool, bool],
+    wanted: Sequence[bool],
     height: int,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Each row's loss and the wanted gradients of the weighted, divided sum of losses, `height` rows at a time."""

@@ -155,8 +155,8 @@ def test_opcheck_of_the_backward(wanted: list[bool], transposed: bool) -> None:
     hidden, weight, bias, target = (x.detach() for x in operands())
     if transposed:
         hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
-    args = (torch.tensor(0.7), hidden, weight, bias, target, weights().detach())
-    opcheck(masked_loss_op.masked_loss_backward, (*args, wanted, 2.0, 3.0, 5.0, IGNORED, "mean"))
+    args = (hidden, weight, bias, target, weights().detach(), 2.0, 3.0, 5.0, IGNORED, "mean")
+    opcheck(masked_loss_op.masked_loss_backward, (torch.tensor(0.7), wanted, *args))
 
 
 def test_every_operator_has_a_signature_that_inductor_can_bind() -> None:

@@ -664,8 +664,8 @@ def test_opcheck(algorithm: str, with_options: bool) -> None:
         numbers = (2.0, 1.0, 3.0, IGNORED, "num_items")
     operands = [leaves.get(name) for name in ("hidden", "weight", "bias")]
     wanted = [x is not None for x in operands]
-    tensors = (*operands, case.target, leaves.get("row_weight"), rows, items)
-    opcheck(torch.ops.cggr_triton.masked_loss.default, (*tensors, *numbers, wanted, algorithm.removeprefix("triton_")))
+    loss = (*operands, case.target, leaves.get("row_weight"), *numbers, rows, items)
+    opcheck(torch.ops.cggr_triton.masked_loss.default, (*loss, wanted, algorithm.removeprefix("triton_")))
 
 
 # Properties. Shrinking is left out: the interpreter takes half a second for a step of it.
