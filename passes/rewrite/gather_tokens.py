@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from cggr_compile.passes.rewrite.token_sizes import TokenSizes
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -42,7 +43,6 @@ from cggr_compile.ir.dataflow import ancestors, carries_activations, carries_dat
 from cggr_compile.ir.program import ORIGIN, PART, Analysed, Layers, Region, Shortened, is_tensor, value
 from cggr_compile.ir.roles import middle_layers, token_ids
 from cggr_compile.ir.sequence_order import counts_tokens, indices_of, is_unrolled, order_dependence, packet_of
-from cggr_compile.ir.size_nodes import emit_size
 from cggr_compile.ir.token_shapes import COUNTERS, TokenShapes
 from cggr_compile.torch_internals import symbols
 
@@ -82,7 +82,6 @@ def gather_tokens(program: Analysed, config: RoutingConfig) -> Analysed:
 class _Rewrite:
     def __init__(self, program: Analysed, config: RoutingConfig) -> None:
         assert program.routing.positions is not None
-        assert program.routing.kept_tokens is not None
         self.program = program
         self.config = config
         self.shapes = TokenShapes(program)
@@ -93,7 +92,7 @@ class _Rewrite:
         self.exits = {span.exit: span for span in self.spans}
         self.statistics = self._find_statistics()
         self.shortened: list[Shortened] = []
-        self.sizes: dict[Any, fx.Node] = {}
+        self.sizes = TokenSizes(self.builder)
 
     def run(self) -> Analysed:
         builder = self.builder
@@ -142,7 +141,7 @@ class _Rewrite:
         builder, val = self.builder, value(node)
         ahead = any(source not in builder.env for source in node.all_input_nodes)
         if ahead and isinstance(val, torch.SymInt) and not symbols.data_symbols(val):
-            builder.env[node] = self._size(val, None)
+            builder.env[node] = self.sizes.write(val, short=False)
             return
         for source in node.all_input_nodes:
             self._ensure_full(source)
@@ -237,7 +236,7 @@ class _Rewrite:
             self._ensure_full(node)
             form = self.builder.env[node]
         elif isinstance(val, torch.SymInt):
-            form = self._size(val, span)
+            form = self.sizes.write(val, short=True)
         else:
             lead = self.shapes.lead(node, reader) if self.shapes.holds_tokens(node) else None
             if lead is not None:
@@ -342,34 +341,6 @@ class _Rewrite:
                     node=node,
                     hint="use route='sequence'",
                 )
-
-    # -- sizes -----------------------------------------------------------------------------------------------------
-
-    def _size(self, size: torch.SymInt, span: Span | None) -> Any:
-        """A node of the size, with k in place of S inside a span."""
-        expression = self.program.expression(size)
-        key = (expression, span is not None)
-        if key not in self.sizes:
-            self.builder.part, self.builder.region = "middle" if span is not None else "main", Region()
-            self.sizes[key] = emit_size(self.builder, expression, self._symbols(span is not None))
-        return self.sizes[key]
-
-    def _symbols(self, short: bool) -> dict[Any, fx.Node]:
-        """The sizes that expressions are made of, as nodes."""
-        assert self.program.routing.kept_tokens is not None
-        known = {
-            self.program.expression(value(node)): self.builder.env[node]
-            for node in self.program.placeholders
-            if isinstance(value(node), torch.SymInt)
-        }
-        ids = self.builder.env[token_ids(self.program)]
-        for dim, size in enumerate(value(ids).shape):
-            expression = self.program.expression(size)
-            if expression not in known:
-                known[expression] = self.builder.call(aten.sym_size.int, ids, dim)
-        if short:
-            known[self.program.expression(self.program.sequence)] = self.builder.env[self.program.routing.kept_tokens]
-        return known
 
     def _record(self, node: fx.Node, dims: tuple[int, ...], why: str) -> None:
         name = self.program.path(node) if node.op == "placeholder" else node.meta.get(ORIGIN, node.name)
