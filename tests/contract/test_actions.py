@@ -12,6 +12,7 @@ from typing import Any
 
 import actions
 import torch
+from action_check import check
 from hypothesis import event, example, given, note, settings
 
 EXAMPLES = int(os.environ.get("ACTION_SEQUENCES", 2 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 125))
@@ -29,8 +30,8 @@ def test_no_third_outcome(drawn: tuple[dict[str, Any], list[tuple[str, Any]]]) -
     torch._dynamo.reset()
     note(f"{options}")
     world = actions.World(options)
-    event(f"at first: {actions.check(world)}")
+    event(f"at first: {check(world)}")
     for name, argument in sequence:
         note(f"{name} {argument}")
         actions.perform(world, name, argument)
-        event(f"{name}: {actions.check(world)}")
+        event(f"{name}: {check(world)}")

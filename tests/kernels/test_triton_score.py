@@ -5,14 +5,12 @@ Under Triton's interpreter on the CPU, compiled on CUDA. The measure of `head_or
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cggr_compile.kernels.providers import choose
 from cggr_compile.kernels.triton import tiles
 from head_oracle import (
     DEVICE,
@@ -28,46 +26,16 @@ from head_oracle import (
 )
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS
 from torch import Tensor
-from torch.library import opcheck
+from triton_score import QUANTITIES, check, named, of_logits, one_tile, score
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
-QUANTITIES = ["nll", "entropy", "margin", "confidence"]
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_tiles(monkeypatch)
-
-
-def score(case: Case, quantities: Sequence[str] = QUANTITIES, **options: object) -> Tensor:
-    out = choose("score", DEVICE, case.hidden.dtype, "triton").implementation(*case[:4], quantities, **options)
-    assert out.dtype == torch.float32
-    assert out.shape == (len(quantities), len(case.hidden))
-    return out
-
-
-def named(case: Case, **options: object) -> dict[str, Tensor]:
-    return dict(zip(QUANTITIES, score(case, **options), strict=True))
-
-
-def check(case: Case, **options: object) -> dict[str, Tensor]:
-    found = named(case, **options)
-    assert_no_worse(found, plain_score(case, **options), score_truth(case, **options))
-    return found
-
-
-def one_tile(dtype: torch.dtype = torch.float32, **options: object) -> Case:
-    """A case of two tiles at most in each dimension, for what does not depend on tiles."""
-    return draw(11, 9, 19, dtype, **options)
-
-
-def of_logits(x: Tensor, target: Tensor | None = None) -> Case:
-    """A case whose logits [R, C] are x exactly: hidden rows are unit vectors, which pick columns of the weight."""
-    rows = len(x)
-    target = torch.arange(rows) % x.shape[1] if target is None else target
-    return Case(torch.eye(rows, device=DEVICE), x.T.contiguous().to(DEVICE), None, target.to(DEVICE))
 
 
 # Tiles.
@@ -319,24 +287,7 @@ def test_nan_plus_infinity_or_only_minus_infinity_logits_by_the_bias_give_nan(va
 # Layouts and shapes.
 
 
-def _transposed(x: Tensor) -> Tensor:
-    return x.T.contiguous().T if x.dim() == 2 else x
-
-
-def _every_other(x: Tensor) -> Tensor:
-    return torch.stack([x, x], -1)[..., 0]
-
-
-def _misaligned(x: Tensor) -> Tensor:
-    storage = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
-    return storage[1:].view(x.shape).copy_(x)
-
-
-def _rows_apart(x: Tensor) -> Tensor:
-    return F.pad(x, (0, 3))[..., : x.shape[-1]]
-
-
-@pytest.mark.parametrize("layout", [_transposed, _every_other, _misaligned, _rows_apart])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_transposed_and_misaligned_inputs(layout: Callable[[Tensor], Tensor]) -> None:
     case = draw(11, 16, 19, torch.bfloat16)
     moved = case._replace(**{name: layout(x) for name, x in case._asdict().items() if x is not None})
@@ -359,76 +310,6 @@ def test_expanded_inputs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_rows_one_row_and_a_vocabulary_of_one_and_two(rows: int, classes: int, dtype: torch.dtype) -> None:
     check(draw(rows, 9, classes, dtype))
-
-
-# Quantities and dispatch.
-
-
-def test_quantities_in_any_order_subset_and_repetition() -> None:
-    case = draw(5, 3, 7)
-    everything = named(case)
-    subsets = itertools.chain(*(itertools.permutations(QUANTITIES, size) for size in (1, 2)))
-    repeated = [("nll", "nll"), ("margin", "nll", "margin", "confidence", "margin"), tuple(reversed(QUANTITIES))]
-    for quantities in (*subsets, *repeated):
-        found = score(case, list(quantities))
-        assert torch.equal(found, torch.stack([everything[name] for name in quantities])), quantities
-
-
-def test_result_carries_no_gradient() -> None:
-    case = one_tile()
-    leaves = case.leaves
-    assert not score(case._replace(**leaves)).requires_grad
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_with_fp32_weights_leaves_the_weight_cache_alone(dtype: torch.dtype) -> None:
-    case = one_tile()
-    weight = case.weight.clone().requires_grad_()
-    with torch.autocast(DEVICE.type, dtype=dtype):
-        with torch.no_grad():
-            found = score(case._replace(weight=weight))
-        F.linear(case.hidden, weight, case.bias).sum().backward()
-    low = case._replace(hidden=case.hidden.to(dtype), weight=case.weight.to(dtype), bias=case.bias.to(dtype))
-    assert torch.equal(found, score(low))
-    assert weight.grad is not None
-    assert weight.grad.abs().sum() > 0
-
-
-def _compiled(backend: str) -> None:
-    implementation = choose("score", DEVICE, torch.float32, "triton").implementation
-
-    def scaled(*args: Tensor) -> Tensor:
-        # Scales computed in double precision, and the result goes through one as well.
-        return implementation(*args, QUANTITIES, 1 / 3, 0.7, 7.0) * (1 / 3)
-
-    compiled = torch.compile(scaled, backend=backend, fullgraph=True, dynamic=True)
-    for rows in (11, 20):
-        args = draw(rows, 9, 19)[:4]
-        found = compiled(*args)
-        assert found.dtype == torch.float32
-        assert torch.equal(found, scaled(*args))
-
-
-def test_fp64_scalars_compiled_with_aot_eager_and_dynamic_rows() -> None:
-    _compiled("aot_eager")
-
-
-@pytest.mark.gpu
-def test_fp64_scalars_compiled_with_inductor_and_dynamic_rows() -> None:
-    _compiled("inductor")
-
-
-def test_repeated_calls_are_bitwise_equal_so_nothing_tunes_into_accumulators() -> None:
-    case = draw(*SHAPE, torch.bfloat16)
-    first = score(case)
-    assert all(torch.equal(score(case), first) for _ in range(10 if DEVICE.type == "cuda" else 1))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("options", [(["nll"],), (QUANTITIES, 2.0, 3.0, 5.0, 1)])
-def test_opcheck(bias: bool, options: tuple) -> None:
-    case = draw(6, 8, 11, bias=bias)
-    opcheck(torch.ops.cggr_triton.score.default, (*case[:4], *options))
 
 
 # Properties. Shrinking is left out: the interpreter takes half a second for a step of it.
