@@ -7,6 +7,7 @@ may sit on the second.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -58,6 +59,22 @@ def _rebuild(reason: str, node: str | None, source: str | None, hint: str | None
     error.node = node
     error.args = (message,)
     return error
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """No, as a value: what an analysis returns in place of what it looked for, where somebody is told why.
+
+    Attributes: `reason` (what), `node` (the one to blame, or None) and `hint` (what to do).
+    """
+
+    reason: str
+    node: fx.Node | None = None
+    hint: str | None = None
+
+    def error(self) -> CannotOptimize:
+        """The refusal, for those who cannot go on."""
+        return CannotOptimize(self.reason, node=self.node, hint=self.hint)
 
 
 class PlanComplete(Exception):

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import InternalTorchDynamoError, TorchRuntimeError
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.torch_internals.dynamo import why_not_compiled
+from cggr_compile.torch_internals.dynamo_errors import InternalTorchDynamoError, TorchRuntimeError
 
 _FROM_DATA = re.compile(r"\b(?:zuf|u)\d+\b")
 _SIZE = re.compile(r"\b(?:zf|s)\d+\b")
@@ -130,8 +130,8 @@ def _hooks_in(stack: Iterable[FrameSummary], first_line: str, model: nn.Module) 
 
 def passed_over() -> CannotOptimize:
     """What to tell the user about a call that Dynamo did not compile."""
-    reason, hint = why_not_compiled()
-    return CannotOptimize(reason, hint=f"{hint}, {_ELSE}")
+    refusal = why_not_compiled()
+    return CannotOptimize(refusal.reason, hint=f"{refusal.hint}, {_ELSE}")
 
 
 def in_words(text: str) -> str:

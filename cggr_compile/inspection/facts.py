@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from cggr_compile.errors import Refusal
 from cggr_compile.inspection.graph_text import GraphText
 from cggr_compile.ir.cost import Cost
 from cggr_compile.ir.dataflow import ancestors, descendants
@@ -152,7 +153,7 @@ def outlined_of(plan: Plan) -> str:
     if not outlines:
         return f"off: the {plan.inner} backend compiles nothing"
     pieces, compiled = sum(variant.pieces for variant in variants), sum(variant.bodies for variant in variants)
-    reasons = dict.fromkeys(outline.reason for outline in outlines if outline.reason)
+    reasons = dict.fromkeys(outline.reason for outline in outlines if isinstance(outline, Refusal))
     return "; ".join([f"{pieces} pieces, {compiled} compiled", *(f"not divided: {reason}" for reason in reasons)])
 
 

@@ -11,7 +11,6 @@ dataflow alone decides order: copying, reordering and dropping nodes cannot move
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +18,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
-from cggr_compile.errors import CannotOptimize, VerificationError
+from cggr_compile.errors import Refusal, VerificationError
+from cggr_compile.torch_internals.fake_tensors import FakeTensorMode
 
 REGION = "cggr_region"
 PART = "cggr_part"
@@ -318,7 +317,7 @@ class Analysed(Program):
 
     head: Head
     layers: Layers | None = None
-    no_layers: CannotOptimize | None = None
+    no_layers: Refusal | None = None
     routing: Routing = field(default_factory=Routing)
 
     @property
@@ -331,7 +330,7 @@ class Analysed(Program):
         if self.layers is None:
             if self.no_layers is None:
                 raise VerificationError("find_layers", "it has not run")
-            raise copy.copy(self.no_layers)
+            raise self.no_layers.error()
         return self.layers
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from cggr_compile.errors import Refusal
 from cggr_compile.ir.program import Program, is_tensor, value
 
 aten = torch.ops.aten
@@ -92,7 +93,7 @@ _KNOWN_NAMESPACES = ("aten", "prims")
 _CHOICES = {aten.topk: 2, aten.sort: 1}
 
 
-def order_dependence(program: Program, node: fx.Node, inside: Collection[fx.Node]) -> str | None:
+def order_dependence(program: Program, node: fx.Node, inside: Collection[fx.Node]) -> Refusal | None:
     """Why the node's result at a token depends on the places of others, or None where it does not.
 
     `node` is a call of the captured graph, whose sizes still tell the sequence from everything else. `inside` is what
@@ -110,27 +111,27 @@ def order_dependence(program: Program, node: fx.Node, inside: Collection[fx.Node
         exact = [
             d for source in (*tensors, node) for v in _tensors(source) for d in v.shape if _is_sequence(program, d)
         ]
-        return f"what {target} does along the sequence is not known" if exact else None
+        return Refusal(f"what {target} does along the sequence is not known", node) if exact else None
     packet = target.overloadpacket
     if _padding(program, node) is not None:
         return None
     if packet in _CUTS and not _keeps_all(program, node):
-        return f"{packet} takes fixed places of the sequence"
+        return Refusal(f"{packet} takes fixed places of the sequence", node)
     if counts_tokens(program, node) and not all(_is_choice(program, index, inside) for index in indices_of(node)):
-        return f"{packet} takes places of the sequence by their number"
+        return Refusal(f"{packet} takes places of the sequence by their number", node)
     if packet in _STRIDES:
-        return f"{packet} reads the sequence by place"
+        return Refusal(f"{packet} reads the sequence by place", node)
     if packet in _ALONG and _runs_along(program, node, *_ALONG[packet]):
-        return f"{packet} runs along the sequence"
+        return Refusal(f"{packet} runs along the sequence", node)
     if packet in _WINDOWS:
         shape = value(node.args[0]).shape[-_WINDOWS[packet] :]
         kernel = value(node.args[1]).shape[2:] if is_tensor(node.args[1]) else ()
         if any(program.mentions(size, _symbol(program)) for size in shape) and any(
             size != 1 for size in kernel or (0,)
         ):
-            return f"{packet} reads neighbours along the sequence"
+            return Refusal(f"{packet} reads neighbours along the sequence", node)
     if packet in _TRIANGLES and (node.args[1] if len(node.args) > 1 else 0) not in _TRIANGLES[packet]:
-        return f"{packet} measures distances along the sequence"
+        return Refusal(f"{packet} measures distances along the sequence", node)
     return None if _is_choice(program, node, inside) else _odd_size(program, node)
 
 
@@ -257,12 +258,14 @@ def _flattened(program: Program, node: fx.Node, size: Any) -> bool:
     return node.target == aten.cat.default and not _is_sequence(program, size)
 
 
-def _odd_size(program: Program, node: fx.Node) -> str | None:
+def _odd_size(program: Program, node: fx.Node) -> Refusal | None:
     """A dimension that mentions S and is not S, S times the batch, or a multiple of that."""
     for val in _tensors(node):
         for size in val.shape:
             if program.mentions(size, _symbol(program)) and not is_token_count(program, size):
-                return f"a dimension of size {program.expression(size)} cuts, pads or splits the sequence"
+                return Refusal(
+                    f"a dimension of size {program.expression(size)} cuts, pads or splits the sequence", node
+                )
     return None
 
 
@@ -276,22 +279,22 @@ def is_token_count(program: Program, size: Any) -> bool:
     return bool(rest.is_Integer) and int(rest) >= 1
 
 
-def _of_body(program: Program, node: fx.Node) -> str | None:
+def _of_body(program: Program, node: fx.Node) -> Refusal | None:
     """Python arithmetic has no tensors; a `torch.autograd.Function` is what its forward's operators are."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return None
     if not any(_has_sequence(program, source) for source in node.all_input_nodes):
         return None
     if node.target is not torch.ops.higher_order.autograd_function_apply:
-        return f"what {node.target} does along the sequence is not known"
+        return Refusal(f"what {node.target} does along the sequence is not known", node)
     forward, _, *inputs = node.args
     assert isinstance(forward, fx.Node)
     body = getattr(program.root, str(forward.target))
     with program.fake_mode, program.shape_env.suppress_guards():
         traced = make_fx(body, tracing_mode="real")(*(value(source) for source in inputs))
     inside = set(traced.graph.nodes)
-    reasons = (order_dependence(program, inner, inside) for inner in traced.graph.nodes)
-    return next((f"in {node.target}: {reason}" for reason in reasons if reason), None)
+    refusals = (order_dependence(program, inner, inside) for inner in traced.graph.nodes)
+    return next((Refusal(f"in {node.target}: {found.reason}", node) for found in refusals if found), None)
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:

@@ -118,9 +118,9 @@ class Variant:
 
     def _code(self, inputs: tuple[Any, ...], sizes: Sizes, in_numbers: bool) -> Code:
         kernels = KernelsAhead(self.program, inputs, sizes)
-        if self.outline is not None and not self.outline.reason:
+        if isinstance(self.outline, tuple):
             kind = Shared if in_numbers else SharedForMany
-            run = kind(self.program, self.outline.pieces, sizes, self.inner, self.recompute, kernels.wait)
+            run = kind(self.program, self.outline, sizes, self.inner, self.recompute, kernels.wait)
             return Code(run, run.serves, symbolic=not in_numbers)
         code = self._compile_whole(inputs, sizes, in_numbers)
         kernels.wait()

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -16,6 +16,8 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import eval_frame
 from torch._dynamo.utils import counters
 from torch.nn.modules import module as nn_module
+
+from cggr_compile.errors import Refusal
 
 # Captures of one model that Dynamo keeps. Each costs memory, and each step may look through all of them.
 MAX_CAPTURES = 64
@@ -93,28 +95,25 @@ def stance() -> str:
     return eval_frame._stance.stance
 
 
-def why_not_compiled() -> tuple[str, str]:
+def why_not_compiled() -> Refusal:
     """What keeps Dynamo from compiling a call, and what to do about it."""
     for variable in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
         if os.environ.get(variable) == "1":
-            return f"{variable}=1 in the environment switches torch.compile off", f"unset {variable}"
+            return Refusal(f"{variable}=1 in the environment switches torch.compile off", hint=f"unset {variable}")
     if torch._dynamo.config.disable:
-        return "torch._dynamo.config.disable switches torch.compile off", "set it to False"
+        return Refusal("torch._dynamo.config.disable switches torch.compile off", hint="set it to False")
     if stance() != "default":
-        return (
+        return Refusal(
             f"torch.compile does not compile this call under the stance {stance()!r}",
-            "train under torch.compiler.set_stance('default')",
+            hint="train under torch.compiler.set_stance('default')",
         )
     if torch._C._len_torch_dispatch_stack():
         mode = type(torch.utils._python_dispatch._get_current_dispatch_mode()).__name__
-        return (
+        return Refusal(
             f"torch.compile does not compile under a dispatch mode, and {mode} is active",
-            "train outside of it; report() predicts what a step costs",
+            hint="train outside of it; report() predicts what a step costs",
         )
-    return (
-        "torch.compile passed the forward over",
-        "see why with TORCH_LOGS=dynamo",
-    )
+    return Refusal("torch.compile passed the forward over", hint="see why with TORCH_LOGS=dynamo")
 
 
 def last_graph_break() -> str | None:
@@ -157,23 +156,26 @@ def is_argument(source: str) -> bool:
     return bool(re.fullmatch(r"L\['\w+'\](\.data|\[[^\[\]]+\])*", source))
 
 
-def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]]) -> None:
+def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]]) -> NoReturn:
     """Marks dimensions of real inputs as dynamic and makes Dynamo trace the frame again.
 
-    `TensorifyScalarRestartAnalysis` is the one exception that Dynamo lets a backend restart the analysis with. Where
-    the graph ends at a graph break, Dynamo has noted the way to it, which other sizes need not go: the note is dropped.
+    Where the graph ends at a graph break, Dynamo has noted the way to it, which other sizes need not go: the note is
+    dropped.
     """
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-
     translator = _translator()
     if translator is not None:
         translator.speculation_log.clear()
-
     for index, marked in dims.items():
         torch._dynamo.maybe_mark_dynamic(example_inputs[index], list(marked))
-    raise TensorifyScalarRestartAnalysis(
-        restart_reason="cggr needs sizes that may be the batch or the sequence as symbols of their own"
-    )
+    trace_again("cggr needs sizes that may be the batch or the sequence as symbols of their own")
+
+
+def trace_again(why: str) -> NoReturn:
+    """Makes Dynamo trace the frame again, asked from inside a backend: `TensorifyScalarRestartAnalysis` is the one
+    exception that Dynamo lets a backend restart the analysis with."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    raise TensorifyScalarRestartAnalysis(restart_reason=why)
 
 
 def captured_module() -> nn.Module | None:

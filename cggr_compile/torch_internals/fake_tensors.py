@@ -12,6 +12,8 @@ from torch.fx.experimental.proxy_tensor import snapshot_fake
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+__all__ = ["FakeTensor", "FakeTensorMode", "copy_of_fake", "new_fake", "view_of_fake"]
+
 
 class _Computed(torch.autograd.Function):
     """What `make()` gives, as a result that requires grad."""

@@ -32,7 +32,7 @@ import torch
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import Refusal
 from cggr_compile.ir.dataflow import ancestors, cut_vertices
 from cggr_compile.ir.program import Analysed, Head, Layers, is_tensor, value
 from cggr_compile.ir.roles import is_state
@@ -42,46 +42,46 @@ aten = torch.ops.aten
 
 def find_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     """Sets `layers`; where no stack can be proved, `no_layers`, which whatever needs a stack will raise."""
-    try:
-        return dataclasses.replace(program, layers=_layers(program, config))
-    except CannotOptimize as error:
-        return dataclasses.replace(program, no_layers=error.with_traceback(None))
+    found = _layers(program, config)
+    if isinstance(found, Refusal):
+        return dataclasses.replace(program, no_layers=found)
+    return dataclasses.replace(program, layers=found)
 
 
-def _layers(program: Analysed, config: RoutingConfig) -> Layers:
-    """The stack.
-
-    Raises:
-        CannotOptimize: no layer stack, a layer that more than one tensor leaves, or, on the token route, layers that
-            run on other positions than those of the call.
-    """
+def _layers(program: Analysed, config: RoutingConfig) -> Layers | Refusal:
+    """The stack. Refused: no stack, a layer that more than one tensor leaves, or, on the token route, layers that run
+    on other positions than those of the call."""
     hidden = program.head.hidden
     embeddings = _embeddings(program, program.head, config)
+    if isinstance(embeddings, Refusal):
+        return embeddings
     streams = [
         stream
         for carries in (_carries_tokens, _carries_rows)
         if (stream := _stream(program, hidden, embeddings, carries)) is not None
     ]
     if not streams:
-        raise CannotOptimize(
+        return Refusal(
             "the head's input does not depend on a token embedding",
-            node=hidden,
+            hidden,
             hint="pass input_ids; inputs_embeds alone cannot be routed",
         )
     layers = next((found for stream in streams if (found := _by_metadata(program, stream)) is not None), None)
     if layers is None:
-        _refuse_metadata(program, streams[-1])
+        refusal = _misled(program, streams[-1])
+        if refusal is not None:
+            return refusal
         layers = next((found for stream in streams if (found := _by_repetition(program, stream)) is not None), None)
     if layers is None:
-        raise CannotOptimize(
+        return Refusal(
             "no layer stack: no equal blocks make up the graph between the embedding and the head",
-            node=hidden,
+            hidden,
             hint="the model needs at least two layers with one residual stream",
         )
     if "token" in config.routes and not _carries_tokens(program, layers.residuals[0]):
-        raise CannotOptimize(
+        return Refusal(
             "the layers run on other positions than the call's tokens",
-            node=layers.residuals[0],
+            layers.residuals[0],
             hint="route whole sequences: route='sequence'",
         )
     return layers
@@ -108,12 +108,9 @@ def _stream(
     return max((stream for stream in streams if stream.cuts), key=lambda stream: len(stream.cuts), default=None)
 
 
-def _embeddings(program: Analysed, head: Head, config: RoutingConfig) -> list[fx.Node]:
+def _embeddings(program: Analysed, head: Head, config: RoutingConfig) -> list[fx.Node] | Refusal:
     """The token embeddings that reach the head as numbers; where some embed ids that are made from the labels, those.
-
-    Raises:
-        CannotOptimize: tokens of a decoder would be dropped.
-    """
+    Refused: tokens of a decoder would be dropped."""
     every = sorted(
         node
         for node in _stream_of(head.hidden)
@@ -121,9 +118,9 @@ def _embeddings(program: Analysed, head: Head, config: RoutingConfig) -> list[fx
     )
     decoding = [embedding for embedding in every if _embeds_labels(program, embedding)]
     if decoding and len(decoding) < len(every) and "token" in config.routes:
-        raise CannotOptimize(
+        return Refusal(
             "the decoder's layers read the encoder's states, of which none belongs to a token of the decoder",
-            node=decoding[0],
+            decoding[0],
             hint="route an encoder-decoder model by sequences or by the tokens of its loss",
         )
     return decoding or every
@@ -217,13 +214,16 @@ def _stacks(program: Analysed, stream: _Stream) -> tuple[dict[tuple[str, ...], d
     return {path: placed[path] for path in stacks}, upstream
 
 
-def _refuse_metadata(program: Analysed, stream: _Stream) -> None:
-    """Raises for a stack of named modules that no cuts end."""
+def _misled(program: Analysed, stream: _Stream) -> Refusal | None:
+    """Refuses a stack of named modules that no cuts end."""
     placed, upstream = _stacks(program, stream)
     for path, inside in placed.items():
         cutting = {inside[cut]: cut for cut in stream.cuts if cut in inside}
-        _refuse_second_tensor(program, path, set(inside.values()), cutting)
-        _refuse_uncut_majority(program, path, inside, upstream, stream.cuts)
+        refusal = _second_tensor(program, path, set(inside.values()), cutting)
+        refusal = refusal or _uncut_majority(program, path, inside, upstream, stream.cuts)
+        if refusal is not None:
+            return refusal
+    return None
 
 
 def _residuals(placed: dict[fx.Node, int], cuts: list[fx.Node]) -> tuple[fx.Node, ...]:
@@ -242,47 +242,49 @@ def _cuts_behind(
     return [cut for cut in cut_vertices(inside, hidden) if carries(program, cut)]
 
 
-def _refuse_second_tensor(
+def _second_tensor(
     program: Analysed, path: tuple[str, ...], indices: set[int], cutting: dict[int, fx.Node]
-) -> None:
-    """Raises for a stack whose layers are chained, but by more than one tensor."""
+) -> Refusal | None:
+    """Refuses a stack whose layers are chained, but by more than one tensor."""
     missing = min(indices - set(cutting), default=None)
     if missing is None or len(cutting) > len(indices) // 2 or missing == max(indices):
-        return
+        return None
     inside = [node for node in program.graph.nodes if _layer_indices(node).get(path) == missing]
     leaving = [
         node
         for node in inside
         if _carries_tokens(program, node) and any(_layer_indices(user).get(path) == missing + 1 for user in node.users)
     ]
-    if len(leaving) > 1:
-        names = " and ".join(f"%{node.name}" for node in leaving)
-        raise CannotOptimize(
-            f"{len(leaving)} tensors leave layer {missing} ({names}), so no single residual can be cut",
-            node=leaving[-1],
-            hint="only stacks with one residual stream can be routed",
-        )
+    if len(leaving) < 2:
+        return None
+    names = " and ".join(f"%{node.name}" for node in leaving)
+    return Refusal(
+        f"{len(leaving)} tensors leave layer {missing} ({names}), so no single residual can be cut",
+        leaving[-1],
+        hint="only stacks with one residual stream can be routed",
+    )
 
 
-def _refuse_uncut_majority(
+def _uncut_majority(
     program: Analysed, path: tuple[str, ...], placed: dict[fx.Node, int], upstream: set[fx.Node], cuts: list[fx.Node]
-) -> None:
-    """Raises for numbered modules that run one after the other, read most parameters and are cut neither inside nor
+) -> Refusal | None:
+    """Refuses numbered modules that run one after the other, read most parameters and are cut neither inside nor
     between two of them: they are the layers, and what repeats elsewhere is not."""
     ends = set(cuts)
     nodes = [node for node in program.graph.nodes if node in placed or node in ends]
     run = [placed[node] for node in nodes if node in placed]
     reading = [node for node in upstream if any(is_state(program, source) for source in node.all_input_nodes)]
     if run != sorted(run) or 2 * sum(node in placed for node in reading) <= len(reading):
-        return
+        return None
     starts = [nodes.index(next(node for node in nodes if placed.get(node) == index)) for index in dict.fromkeys(run)]
     uncut = [nodes[there] for here, there in pairwise(starts) if ends.isdisjoint(nodes[here:there])]
-    if uncut:
-        raise CannotOptimize(
-            f"no single tensor leaves each layer of {'.'.join(path)}",
-            node=uncut[0],
-            hint="only stacks with one residual stream can be routed",
-        )
+    if not uncut:
+        return None
+    return Refusal(
+        f"no single tensor leaves each layer of {'.'.join(path)}",
+        uncut[0],
+        hint="only stacks with one residual stream can be routed",
+    )
 
 
 def _by_repetition(program: Analysed, stream: _Stream) -> Layers | None:

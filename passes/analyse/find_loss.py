@@ -23,14 +23,13 @@ After::
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.ir.dataflow import ancestors, descendants
 from cggr_compile.ir.program import Analysed, Head, Program, is_tensor, value
 
@@ -52,15 +51,6 @@ _ROW_MOVES = {*_VIEWS, aten.slice.Tensor, aten.select.int, aten.narrow.default, 
 _REDUCTIONS = {1: "mean", 2: "sum"}
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """Why a candidate is not the loss this compiler can route, and which node is to blame."""
-
-    reason: str
-    node: fx.Node
-    hint: str
-
-
 def find_loss(program: Program, config: RoutingConfig) -> Analysed:
     """Sets `head` and `loss_output`.
 
@@ -73,8 +63,8 @@ def find_loss(program: Program, config: RoutingConfig) -> Analysed:
             "no cross-entropy loss in the captured graph",
             hint="pass labels, and use a model class that computes its own loss (…ForCausalLM, …ForMaskedLM)",
         )
-    matches = [(loss, _match(program, loss)) for loss in losses]
-    heads = [match for _, match in matches if isinstance(match, Head)]
+    matches = [_match(program, loss) for loss in losses]
+    heads = [match for match in matches if isinstance(match, Head)]
     if len(heads) > 1:
         raise CannotOptimize(
             f"{len(heads)} language-model losses in the graph",
@@ -82,8 +72,7 @@ def find_loss(program: Program, config: RoutingConfig) -> Analysed:
             hint="models with auxiliary prediction heads are not routed; disable the extra heads",
         )
     if not heads:
-        mismatch = next(match for _, match in matches if isinstance(match, Mismatch))
-        raise CannotOptimize(mismatch.reason, node=mismatch.node, hint=mismatch.hint)
+        raise next(match for match in matches if isinstance(match, Refusal)).error()
     fields = {**vars(program), "loss_output": _loss_output(program, heads[0].loss)}
     return Analysed(**fields, head=heads[0])
 
@@ -96,7 +85,7 @@ def _loss_output(program: Program, loss: fx.Node) -> int:
     raise CannotOptimize("the cross-entropy does not reach an output of the model", node=loss, hint="return the loss")
 
 
-def _match(program: Program, loss: fx.Node) -> Head | Mismatch:
+def _match(program: Program, loss: fx.Node) -> Head | Refusal:
     arguments = dict(
         zip(
             ("input", "target", "weight", "reduction", "ignore_index", "label_smoothing"),
@@ -106,18 +95,16 @@ def _match(program: Program, loss: fx.Node) -> Head | Mismatch:
     )
     arguments.update(loss.kwargs)
     if arguments["weight"] is not None or arguments["label_smoothing"]:
-        return Mismatch(
-            "unsupported loss: class weights or label smoothing", loss, "train with the plain cross-entropy"
-        )
+        return Refusal("unsupported loss: class weights or label smoothing", loss, "train with the plain cross-entropy")
     if arguments["reduction"] not in _REDUCTIONS:
-        return Mismatch("unsupported loss: unreduced cross-entropy", loss, "let the model reduce its loss")
+        return Refusal("unsupported loss: unreduced cross-entropy", loss, "let the model reduce its loss")
     if value(loss).dtype is torch.float64:
-        return Mismatch("the loss is computed in float64", loss, "compute it in float32, in which it is routed")
+        return Refusal("the loss is computed in float64", loss, "compute it in float32, in which it is routed")
     labels = value(arguments["target"]).dtype
     if labels is not torch.int64:
-        return Mismatch(f"the loss reads labels of {labels}", loss, "give labels of torch.int64, as eager needs them")
+        return Refusal(f"the loss reads labels of {labels}", loss, "give labels of torch.int64, as eager needs them")
     found = _walk_back(arguments["input"])
-    if isinstance(found, Mismatch):
+    if isinstance(found, Refusal):
         return found
     linear, row_ops, arithmetic = found
     bias = linear.args[2] if len(linear.args) > 2 else None
@@ -138,10 +125,10 @@ def _match(program: Program, loss: fx.Node) -> Head | Mismatch:
         shift=0,
     )
     shift = _executed_shift(program, head)
-    return shift if isinstance(shift, Mismatch) else dataclasses.replace(head, shift=shift)
+    return shift if isinstance(shift, Refusal) else dataclasses.replace(head, shift=shift)
 
 
-def _walk_back(logits: fx.Node) -> tuple[fx.Node, list[fx.Node], tuple[float, float, float]] | Mismatch:
+def _walk_back(logits: fx.Node) -> tuple[fx.Node, list[fx.Node], tuple[float, float, float]] | Refusal:
     """From the loss to the head's linear: the linear, the row moves and the arithmetic, in execution order."""
     vocabulary = value(logits).shape[-1]
     node, moves, arithmetic = logits, [], []
@@ -160,10 +147,10 @@ def _walk_back(logits: fx.Node) -> tuple[fx.Node, list[fx.Node], tuple[float, fl
             return _unsupported(node)
         node = node.args[0]
     recognised = _recognise(arithmetic[::-1])
-    return recognised if isinstance(recognised, Mismatch) else (node, moves[::-1], recognised)
+    return recognised if isinstance(recognised, Refusal) else (node, moves[::-1], recognised)
 
 
-def _recognise(chain: list[fx.Node]) -> tuple[float, float, float] | Mismatch:
+def _recognise(chain: list[fx.Node]) -> tuple[float, float, float] | Refusal:
     """`(scale, divisor, softcap)` of `[* scale] [/ divisor] [/ cap, tanh, * cap]`."""
     scale, divisor, softcap = 1.0, 1.0, 0.0
     capped = next((index for index, node in enumerate(chain) if node.target == aten.tanh.default), None)
@@ -193,23 +180,23 @@ def _constant(node: fx.Node) -> float | None:
     return float(factor) if isinstance(factor, (int, float)) else None
 
 
-def _unsupported(node: fx.Node) -> Mismatch:
-    return Mismatch(
+def _unsupported(node: fx.Node) -> Refusal:
+    return Refusal(
         "unsupported head: only linear, bias, a constant scale and a tanh soft-cap may precede the loss",
         node,
         "keep the head a plain nn.Linear (no adapter, mask or normalisation on the logits)",
     )
 
 
-def _several_predictions(node: fx.Node) -> Mismatch:
-    return Mismatch(
+def _several_predictions(node: fx.Node) -> Refusal:
+    return Refusal(
         f"the loss is over logits of {value(node).dim()} dimensions: several predictions for each token",
         node,
         "let the model predict one label for each token (no n-gram streams)",
     )
 
 
-def _executed_shift(program: Program, head: Head) -> int | Mismatch:
+def _executed_shift(program: Program, head: Head) -> int | Refusal:
     """Runs the row moves and the label path on tensors that spell out their own position."""
     labels = [
         node
@@ -219,13 +206,13 @@ def _executed_shift(program: Program, head: Head) -> int | Mismatch:
     batch = program.batch if isinstance(program.batch, int) else 2
     length = program.sequence if isinstance(program.sequence, int) else 5
     if len(labels) != 1 or not is_tensor(head.hidden) or value(head.hidden).dim() not in (2, 3):
-        return Mismatch(
+        return Refusal(
             "the loss's targets are not a function of one labels tensor [batch, sequence]",
             head.target,
             "pass labels of the shape of input_ids",
         )
     if value(head.hidden).dim() == 3 and not program.same_size(value(head.hidden).shape[1], program.sequence):
-        return Mismatch(
+        return Refusal(
             f"the head sees {value(head.hidden).shape[1]} positions where the call has {program.sequence} token ids",
             head.hidden,
             "add no positions in front of the head (prompt tuning does; prefix tuning and LoRA do not)",
@@ -239,12 +226,12 @@ def _executed_shift(program: Program, head: Head) -> int | Mismatch:
     moved = _execute(program, (head.linear, *head.row_ops)[-1], {head.linear: rows}, sizes)
     target = _execute(program, head.target, {labels[0]: positions}, sizes)
     if moved.dim() != 2 or target.shape != moved.shape[:1]:
-        return Mismatch("the loss does not see one row a token", head.loss, "use the model's own loss")
+        return Refusal("the loss does not see one row a token", head.loss, "use the model's own loss")
     counted = (target >= 0) & (target < batch * length)
     differences = (target - moved[:, 0])[counted].unique().tolist()
     same_row = (target // length == moved[:, 0] // length)[counted].all()
     if len(differences) != 1 or not same_row or differences[0] not in (0, 1):
-        return Mismatch(
+        return Refusal(
             "labels and logits are not aligned at a fixed distance of 0 (masked) or 1 (causal)",
             head.loss,
             "use the model's own loss",

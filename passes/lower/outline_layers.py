@@ -9,13 +9,13 @@ the same ones, and random operators keep their order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx
 
+from cggr_compile.errors import Refusal
 from cggr_compile.ir.dataflow import ancestors, carries_data, descendants
 from cggr_compile.ir.program import Analysed, is_tensor, value
 from cggr_compile.torch_internals import symbols
@@ -24,24 +24,19 @@ from cggr_compile.torch_internals import symbols
 FEWEST = 3
 
 
-@dataclass(frozen=True)
-class Outline:
-    """Calls of a program in pieces, in an order of execution; `reason` says why there is one piece only."""
-
-    pieces: tuple[tuple[fx.Node, ...], ...]
-    reason: str = ""
+Pieces = tuple[tuple[fx.Node, ...], ...]
 
 
-def outline_layers(program: Analysed) -> Outline:
-    """The pieces of a lowered program: front, layers 1 to the last, rest; or all of it and the reason."""
+def outline_layers(program: Analysed) -> Pieces | Refusal:
+    """The calls of a lowered program in an order of execution, in pieces: front, layers 1 to the last, rest; or why
+    they stay in one."""
     calls = [node for node in program.graph.nodes if node.op == "call_function" and not is_size(node)]
-    reason = _obstacle(program, calls)
-    if reason:
-        return Outline((tuple(calls),), reason)
+    obstacle = _obstacle(program, calls)
+    if obstacle is not None:
+        return obstacle
     place = _places(program, calls)
     pieces = tuple(tuple(node for node in calls if place[node] == index) for index in range(max(place.values()) + 1))
-    reason = _misfit(place, calls, [node for piece in pieces for node in piece])
-    return Outline((tuple(calls),), reason) if reason else Outline(pieces)
+    return _misfit(place, calls, [node for piece in pieces for node in piece]) or pieces
 
 
 def is_size(node: fx.Node) -> bool:
@@ -49,19 +44,19 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(value(node), (int, torch.SymInt)) and not symbols.data_symbols(value(node))
 
 
-def _obstacle(program: Analysed, calls: list[fx.Node]) -> str:
+def _obstacle(program: Analysed, calls: list[fx.Node]) -> Refusal | None:
     if program.layers is None:
-        return "layers were not looked for" if program.no_layers is None else program.no_layers.reason
+        return program.no_layers or Refusal("layers were not looked for")
     if len(program.stack) < FEWEST:
-        return f"{len(program.stack)} layers are fewer than {FEWEST}"
+        return Refusal(f"{len(program.stack)} layers are fewer than {FEWEST}")
     present = set(calls)
     if not all(residual in present for residual in program.stack.residuals):
-        return "the residual between two layers is not a value of this program"
+        return Refusal("the residual between two layers is not a value of this program")
     for node in calls:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
-            return f"the step changes a tensor in place ({node.target})"
-    return ""
+            return Refusal(f"the step changes a tensor in place ({node.target})", node)
+    return None
 
 
 def _places(program: Analysed, calls: list[fx.Node]) -> dict[fx.Node, int]:
@@ -84,19 +79,19 @@ def _places(program: Analysed, calls: list[fx.Node]) -> dict[fx.Node, int]:
     return place
 
 
-def _misfit(place: dict[fx.Node, int], calls: list[fx.Node], order: list[fx.Node]) -> str:
+def _misfit(place: dict[fx.Node, int], calls: list[fx.Node], order: list[fx.Node]) -> Refusal | None:
     """Why the pieces cannot stand for the program."""
     for node in calls:
         for source in node.all_input_nodes:
             if source not in place or place[source] == place[node]:
                 continue
             if place[source] > place[node]:
-                return f"a layer reads what comes of a later piece ({source.name})"
+                return Refusal(f"a layer reads what comes of a later piece ({source.name})", node)
             if not is_tensor(source):
-                return f"a value that is no tensor is read across layers ({source.name})"
+                return Refusal(f"a value that is no tensor is read across layers ({source.name})", node)
     if list(filter(_is_random, calls)) != list(filter(_is_random, order)):
-        return "random operators would change their order"
-    return ""
+        return Refusal("random operators would change their order")
+    return None
 
 
 def _is_random(node: fx.Node) -> bool:

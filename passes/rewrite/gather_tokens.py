@@ -200,10 +200,10 @@ class _Rewrite:
                 node=node,
                 hint="keep such layers dense (first_layers, last_layers), or use route='sequence'",
             )
-        reason = order_dependence(self.program, node, span.members)
-        if reason is not None and not self.config.allow_compressed_recurrence:
+        refusal = order_dependence(self.program, node, span.members)
+        if refusal is not None and not self.config.allow_compressed_recurrence:
             raise CannotOptimize(
-                f"{_layers(span.layers)} mix tokens by their places: {reason}",
+                f"{_layers(span.layers)} mix tokens by their places: {refusal.reason}",
                 node=node,
                 hint="on the kept tokens it would meet other neighbours; allow_compressed_recurrence=True means that, "
                 "or keep such layers dense (first_layers, last_layers), or use route='sequence'",

@@ -26,7 +26,7 @@ from cggr_compile.kernels.op import fp8_linear
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.program import PART, REGION, Analysed, QuantizedBody, value
 
@@ -87,7 +87,7 @@ def quantize_router(program: Analysed, config: RoutingConfig) -> Analysed:
         else:
             builder.copy(node)
             shape = " × ".join(str(size) for size in value(node.args[place]).shape)
-            exact[f"{node.target.overloadpacket} by {shape}: {obstacle}"] += 1
+            exact[f"{node.target.overloadpacket} by {shape}: {obstacle.reason}"] += 1
     body = QuantizedBody(quantized, tuple(exact.items()))
     if not quantized:
         raise CannotOptimize(
@@ -118,18 +118,18 @@ def _place_of_weight(node: fx.Node) -> int | None:
     return _OTHERS.get(str(getattr(node.target, "overloadpacket", None)))
 
 
-def _obstacle(node: fx.Node) -> str | None:
+def _obstacle(node: fx.Node) -> Refusal | None:
     """Why a product stays exact, or None."""
     if node.target not in _LINEARS:
-        return "no linear"
+        return Refusal("no linear", node)
     places = _LINEARS[node.target]
     weight, bias = value(node.args[places.weight]), places.bias_of(node)
     if weight.dim() != 2:
-        return "no single table"
+        return Refusal("no single table", node)
     if any(size % fp8_linear.MULTIPLE for size in weight.shape):
-        return f"no multiples of {fp8_linear.MULTIPLE}"
+        return Refusal(f"no multiples of {fp8_linear.MULTIPLE}", node)
     if node.kwargs or (bias is not None and value(bias).shape != (value(node).shape[-1],)):
-        return "more than a product and a bias"
+        return Refusal("more than a product and a bias", node)
     return None
 
 
