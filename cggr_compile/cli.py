@@ -13,7 +13,6 @@ import huggingface_hub
 import torch
 import transformers
 import typer
-from torch._dynamo.exc import TorchDynamoException
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -21,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 import cggr_compile as cggr
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, VerificationError
+from cggr_compile.torch_internals.dynamo_errors import TorchDynamoException
 from cggr_compile.values import ConfigError, nearest
 
 app = typer.Typer(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from cggr_compile.ir.program import callers_region, describe
+from cggr_compile.torch_internals.fake_tensors import FakeTensor
 
 _CONSTANTS = (
     *(int, float, bool, complex, str, type(None), type(...)),

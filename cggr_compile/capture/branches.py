@@ -4,31 +4,24 @@ A trace follows one side of `if x.shape[0] > 4`, and Dynamo guards that later ca
 runs the same side on k rows, or its middle layers on k tokens; eager, given the k rows alone, might take the other.
 So every such decision is written down with the expression that decided it, and evaluated again with k in its place.
 
-What torch's operators decide on sizes by themselves does not count: they compute the same either way. Neither does a
-guard say enough: a decision that Dynamo knows without one (`x.shape[0] == 1`, since a traced size is at least 2) goes
-the other way for a single row. Dynamo asks for all of them in one place, which is wrapped once, when this module is
-imported; the wrapper only writes down what it passes on.
+What torch's operators decide on sizes by themselves does not count: they compute the same either way.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
-from torch._dynamo.variables.tensor import SymNodeVariable
-from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.amounts import Amount
 from cggr_compile.ir.program import Layers, Program
-from cggr_compile.torch_internals import dynamo
+from cggr_compile.torch_internals import decisions
 
-_TAKEN = "_cggr_branches"
 # transformers' masks compare the batch size with 1 to expand what is broadcast anyway: both sides give the same mask.
 _BROADCASTING = "/transformers/masking_utils.py:"
 
@@ -43,40 +36,14 @@ class Branch:
     modules: tuple[str, ...]
 
 
-def _written_down(evaluate: Any) -> Any:
-    @functools.wraps(evaluate)
-    def evaluate_expr(self: SymNodeVariable, *args: Any, **kwargs: Any) -> Any:
-        outcome = evaluate(self, *args, **kwargs)
-        node = getattr(self.sym_num, "node", None)
-        if node is not None and node._expr.free_symbols:
-            frames = TracingContext.extract_stack()
-            line = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-            taken = vars(node.shape_env).setdefault(_TAKEN, {})
-            modules = tuple(re.sub(r"\._modules\['([^']+)'\]", r".\1", path) for path in dynamo.modules_around())
-            taken[node._expr, line, modules] = outcome
-        return outcome
-
-    return evaluate_expr
-
-
-if not hasattr(SymNodeVariable.evaluate_expr, "__wrapped__"):
-    SymNodeVariable.evaluate_expr = _written_down(SymNodeVariable.evaluate_expr)
-
-
 def branches_of(shape_env: ShapeEnv) -> tuple[Branch, ...]:
-    """The decisions of a finished trace: those written down, and its assertions, which Dynamo keeps as guards."""
-    written = vars(shape_env).get(_TAKEN, {}).items()
+    """The decisions of a finished trace, its assertions among them."""
     taken = [
-        Branch(condition, outcome, line, modules)
-        for (condition, line, modules), outcome in written
-        if not (_BROADCASTING in line and sympy.Integer(1) in condition.args)
+        Branch(made.expression, outcome, made.line, made.modules)
+        for made, outcome in decisions.of(shape_env).items()
+        if not (_BROADCASTING in made.line and sympy.Integer(1) in made.expression.args)
     ]
-    asserted = [
-        Branch(guard.expr, True, str(guard.sloc.maybe_user_loc), ())
-        for guard in shape_env.guards
-        if "_dynamo/symbolic_convert.py" in str(guard.sloc)
-    ]
-    return (*taken, *asserted)
+    return (*taken, *(Branch(expression, True, line, ()) for expression, line in decisions.asserted(shape_env)))
 
 
 class Branches:

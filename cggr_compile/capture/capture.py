@@ -9,7 +9,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile.capture.branches import branches_of
@@ -18,7 +17,8 @@ from cggr_compile.capture.unify import unify
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import ORIGIN, PART, REGION, Autocast, Input, Program, Region, Snapshot, expression, value
 from cggr_compile.ir.roles import changes_of
-from cggr_compile.torch_internals import dynamo, symbols
+from cggr_compile.torch_internals import decisions, dynamo, symbols
+from cggr_compile.torch_internals.fake_tensors import FakeTensor
 
 aten = torch.ops.aten
 
@@ -52,7 +52,8 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Program:
 
     Raises:
         CannotOptimize: the graph ends at a graph break, or has no token ids.
-        TensorifyScalarRestartAnalysis: the sizes were static; Dynamo traces again with symbols (once).
+        TensorifyScalarRestartAnalysis: the sizes were static, or decisions by them were not written down; Dynamo traces
+            again, with both (once).
     """
     _refuse_graph_break(gm)
     placeholders = gm.graph.find_nodes(op="placeholder", sort=True)
@@ -141,7 +142,9 @@ def _symbols(
         if not set(marked) <= getattr(tensors[name], "_dynamo_weak_dynamic_indices", set())
     }
     if unmarked:
+        decisions.write_down_until_compiled()
         dynamo.request_dynamic(example_inputs, unmarked)
+    decisions.require_written_down()
     batch, length = placeholders[arguments[ids]].meta["example_value"].shape
     sequence = length
     if "labels" in tensors and tensors["labels"].dim() == 2:

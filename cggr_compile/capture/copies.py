@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
 from cggr_compile.capture.alike import described, is_torchs, modes_of, pattern_of, values_of
 from cggr_compile.torch_internals import fake_tensors, symbols, tracing
+from cggr_compile.torch_internals.fake_tensors import FakeTensor
 
 # What of a node's meta comes from running it; the rest says where it stands, which the tracer writes.
 _RESULTS = ("val", "tensor_meta", "original_aten", "eager_input_vals", "low_precision_pointwise_barrier")

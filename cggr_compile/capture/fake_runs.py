@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cggr_compile.capture.alike import described, is_torchs, modes_of, pattern_of, values_of
 from cggr_compile.torch_internals import autograd, fake_tensors, symbols
+from cggr_compile.torch_internals.fake_tensors import FakeTensor, FakeTensorMode
 
 
 @dataclass(frozen=True)

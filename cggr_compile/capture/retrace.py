@@ -21,14 +21,6 @@ import torch
 import torch.fx.traceback as fx_traceback
 import torch.nn.functional as F
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._functorch import predispatch
-from torch._subclasses.functional_tensor import (
-    FunctionalTensor,
-    FunctionalTensorMode,
-    disable_functional_mode,
-    dispatch_functionalize,
-)
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -78,11 +70,7 @@ def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
         except Mutation:
             functional = False
         if not functional:
-            with enable_python_dispatcher():
-                mode = FunctionalTensorMode(pre_dispatch=True, export=True)
-                functionalized = dispatch_functionalize(run_with_changes, mode)
-                decompositions = {aten.copy.default: _copy}
-                traced = make_fx(functionalized, decompositions, pre_dispatch=True, tracing_mode="real")(*fakes)
+            traced = tracing.functional_graph(run_with_changes, fakes, {aten.copy.default: _copy})
             if changed:
                 _write_back(traced, changed, fakes)
     _refuse_escaped_values(traced)
@@ -203,9 +191,9 @@ def _lies_in(node: fx.Node, memory: StorageWeakRef) -> bool:
 
 def _opaque(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """One node for a call whose first arguments are its bodies; its value is computed outside the trace."""
-    functional = any(isinstance(arg, FunctionalTensor) for arg in args)
+    functional = any(isinstance(arg, tracing.FunctionalTensor) for arg in args)
     if functional:
-        args = pytree.tree_map_only(FunctionalTensor, FunctionalTensor.from_functional, args)
+        args = pytree.tree_map_only(tracing.FunctionalTensor, tracing.FunctionalTensor.from_functional, args)
     mode = get_proxy_mode()
     assert mode is not None
     tracer = mode.tracer
@@ -219,10 +207,11 @@ def _opaque(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
     proxies = pytree.tree_map(as_proxy, args, is_leaf=lambda arg: isinstance(arg, fx.GraphModule))
     proxy = tracer.create_proxy("call_function", target, proxies, kwargs)
-    with disable_proxy_modes_tracing(), disable_functional_mode():
+    with disable_proxy_modes_tracing(), tracing.disable_functional_mode():
         outputs = target(*args, **kwargs)
     outputs = track_tensor_tree(outputs, proxy, constant=None, tracer=tracer)
-    return pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, outputs) if functional else outputs
+    to_functional = tracing.FunctionalTensor.to_functional
+    return pytree.tree_map_only(torch.Tensor, to_functional, outputs) if functional else outputs
 
 
 def _with_vmaps_traced(gm: fx.GraphModule) -> fx.GraphModule:
@@ -248,13 +237,13 @@ def _vmap_regions(nodes: list[fx.Node]) -> list[list[fx.Node]]:
     regions: list[list[fx.Node]] = []
     depth = 0
     for node in nodes:
-        if node.target is predispatch._vmap_increment_nesting:
+        if tracing.enters_vmap(node):
             if depth == 0:
                 regions.append([])
             depth += 1
         if depth:
             regions[-1].append(node)
-        if node.target is predispatch._vmap_decrement_nesting:
+        if tracing.leaves_vmap(node):
             depth -= 1
     return regions
 

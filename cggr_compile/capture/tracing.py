@@ -1,163 +1,37 @@
 """Dynamo over a routed forward: what it does differently, it does only while it traces one.
 
-Dynamo's options, its runs of calls on fake tensors and Python's garbage collector belong to the process. Dynamo holds
-one lock through every trace, whichever thread asks for it: what is changed when a trace begins and put back when it
-ends is seen by no other trace, and a step that traces nothing changes nothing.
+Dynamo's options, its runs of calls on fake tensors and Python's garbage collector belong to the process; they are
+changed inside of Dynamo's lock (`torch_internals/dynamo_traces.py`).
 """
 
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from logging import Logger
-from types import CodeType
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import fx
-from torch._C._dynamo.eval_frame import reset_code
-from torch._dynamo.eval_frame import OptimizeContext
-from torch._guards import TracingContext
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
 from cggr_compile.capture.fake_runs import FakeRuns
+from cggr_compile.torch_internals import decisions, dynamo_traces
 from cggr_compile.torch_internals.autograd import beside_checkpoints
-from cggr_compile.torch_internals.dynamo import replaced, step_options
-
-# What writes a message; the last three are transformers' additions, there once it is imported.
-_LOGGING = (
-    *("debug", "info", "warning", "warn", "error", "exception", "critical", "log"),
-    *("warning_advice", "warning_once", "info_once"),
-)
+from cggr_compile.torch_internals.dynamo import step_options
 
 
 def compiled_whole(forward: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile(forward, backend=backend, fullgraph=True)` of a function with a code object of its own, traced as
-    this module says.
-
-    What Dynamo keeps of it goes with it: compiled code and the code it was made of hold each other, through Dynamo's
-    table and a cache that Python's collector does not see.
-    """
-    own = _Backend(backend)
-    context = torch._dynamo.optimize(own, nopython=True)
-    if isinstance(context, OptimizeContext):  # otherwise Dynamo is switched off in this process
-        errors_caught: Any = context.callback
-        errors_caught._torchdynamo_orig_backend = _Trace(errors_caught._torchdynamo_orig_backend, own)
-    compiled: Any = context(forward)
-    compiled.backend = backend
-    weakref.finalize(compiled, _forget, forward.__code__).atexit = False
-    return compiled
-
-
-def _forget(code: CodeType) -> None:
-    reset_code(code)
-    for method in vars(ShapeEnv).values():  # remember the environments they were asked in, sizes of tensors and all
-        if hasattr(method, "cache_clear"):
-            method.cache_clear()
-
-
-class _Backend:
-    """A backend as Dynamo gets it. Dynamo remembers every backend that it ever got, and with ours all plans of a model;
-    so this one refers to it weakly, and it lives as long as the compiled function.
-
-    Attributes:
-        environments: those that the backend was called in during a trace.
-    """
-
-    def __init__(self, backend: Callable[..., Any]) -> None:
-        self.__name__ = backend.__name__
-        self.environments: list[ShapeEnv] = []
-        self._backend = weakref.ref(backend)
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        backend = self._backend()
-        assert backend is not None
-        fake_mode = TracingContext.get().fake_mode
-        assert fake_mode is not None
-        assert fake_mode.shape_env is not None
-        self.environments.append(fake_mode.shape_env)
-        return backend(gm, example_inputs)
-
-
-class _Trace:
-    """What Dynamo calls, inside of its lock, with a frame that it has no code for."""
-
-    def __init__(self, convert: Callable[..., Any], backend: _Backend) -> None:
-        self._torchdynamo_orig_backend = convert
-        self._backend = backend
-
-    def _clone_with_backend(self, backend: Callable[..., Any]) -> _Trace:
-        """Asked for by the DistributedDataParallel that calls the model, with a backend that divides graphs at its
-        buckets of gradients: a step is one graph."""
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with (
-            tracing_options(),
-            step_options(),
-            fake_runs_by(FakeRuns().run),
-            _collector_paused(),
-            beside_checkpoints(),
-        ):
-            try:
-                return self._torchdynamo_orig_backend(*args, **kwargs)
-            finally:
-                # Plans keep an environment. Its list of inputs, which guards are made from, would be a cycle through
-                # sizes of tensors that Python's collector does not see.
-                while self._backend.environments:
-                    self._backend.environments.pop().tracked_fakes = None
-
-
-class _Functions(str):
-    """Functions, as Dynamo's option takes them; a string to what logs the options as JSON (torch 2.11 sorts sets)."""
-
-    functions: frozenset[Any]
-
-    def __new__(cls, functions: frozenset[Any]) -> _Functions:
-        self = super().__new__(cls, f"{len(functions)} functions")
-        self.functions = functions
-        return self
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.functions)
-
-    def __contains__(self, function: object) -> bool:
-        return function in self.functions
+    """A forward with a code object of its own, compiled as one graph and traced as a routed step is."""
+    return dynamo_traces.compiled_whole(forward, backend, _as_a_routed_step)
 
 
 @contextmanager
-def tracing_options() -> Iterator[None]:
-    """Options of Dynamo.
-
-    Calls of `logging` loggers, which it cannot trace otherwise, are passed over: a compiled step would not log either.
-    Not for traces of others, which may rely on the graph break. Fake tensors are computed, not cached: an entry costs
-    more than it saves where sizes are symbols. Garbage is left to Python's collector, which looks for it anyway.
-    """
-    config = torch._dynamo.config
-    # Its name in older versions is the second.
-    ignored = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
-    silent = {getattr(Logger, name) for name in _LOGGING if hasattr(Logger, name)}
-    functions = _Functions(frozenset(getattr(config, ignored)) | silent)
-    with ExitStack() as stack:
-        stack.enter_context(replaced(config, ignored, functions))
-        stack.enter_context(replaced(config, "fake_tensor_cache_enabled", False))
-        stack.enter_context(replaced(config, "run_gc_after_compile", False))
-        yield
-
-
-@contextmanager
-def fake_runs_by(run: Callable[[fx.Node, Any, Any, Callable[[], Any]], Any]) -> Iterator[None]:
-    """Dynamo's runs of graph nodes on fake tensors go through `run(node, args, kwargs, call)`."""
-    from torch._dynamo import utils
-
-    original = utils.run_node
-
-    def run_node(tracer: Any, node: fx.Node, args: Any, kwargs: Any, nnmodule: Any) -> Any:
-        return run(node, args, kwargs, lambda: original(tracer, node, args, kwargs, nnmodule))
-
-    with replaced(utils, "run_node", run_node):
+def _as_a_routed_step() -> Iterator[None]:
+    with (
+        dynamo_traces.tracing_options(),
+        step_options(),
+        dynamo_traces.fake_runs_by(FakeRuns().run),
+        decisions.written_down(),
+        _collector_paused(),
+        beside_checkpoints(),
+    ):
         yield
 
 

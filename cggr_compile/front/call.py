@@ -8,14 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import (
-    BackendCompilerFailed,
-    FailOnRecompileLimitHit,
-    InternalTorchDynamoError,
-    TorchRuntimeError,
-    Unsupported,
-    UserError,
-)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cggr_compile.capture.capture import dynamic_dims, token_ids_of
@@ -24,6 +16,14 @@ from cggr_compile.capture.tracing import compiled_whole
 from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete, VerificationError
 from cggr_compile.front.backend import Backend
 from cggr_compile.torch_internals import dynamo
+from cggr_compile.torch_internals.dynamo_errors import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    InternalTorchDynamoError,
+    TorchRuntimeError,
+    Unsupported,
+    UserError,
+)
 from cggr_compile.values import ConfigError
 
 

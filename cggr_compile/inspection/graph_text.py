@@ -18,11 +18,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._dtype_abbrs import dtype_abbrs
 
 from cggr_compile.ir.names import module_of, operator_of
 from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Program, value
 from cggr_compile.run.plan import Plan
+from cggr_compile.torch_internals.dtypes import dtype_name
 
 aten = torch.ops.aten
 
@@ -259,8 +259,7 @@ def _size(size: Any, program: Program, symbols: dict[Any, Any]) -> str:
 
 def _type(val: Any, program: Program, symbols: dict[Any, Any]) -> str:
     if isinstance(val, torch.Tensor):
-        dtype = dtype_abbrs.get(val.dtype, str(val.dtype).removeprefix("torch."))
-        return f"{dtype}[{', '.join(_size(size, program, symbols) for size in val.shape)}]"
+        return f"{dtype_name(val.dtype)}[{', '.join(_size(size, program, symbols) for size in val.shape)}]"
     if isinstance(val, torch.SymInt):
         return _size(val, program, symbols)
     if isinstance(val, (list, tuple)):
@@ -270,7 +269,7 @@ def _type(val: Any, program: Program, symbols: dict[Any, Any]) -> str:
 
 def _constant(item: Any) -> str:
     if isinstance(item, torch.dtype):
-        return dtype_abbrs.get(item, str(item).removeprefix("torch."))
+        return dtype_name(item)
     if isinstance(item, bool):
         return str(item)
     if isinstance(item, int):

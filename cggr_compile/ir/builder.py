@@ -8,11 +8,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import PART, REGION, Analysed, Input, Program, Region, Routing, Snapshot, describe, value
-from cggr_compile.torch_internals import symbols
+from cggr_compile.torch_internals import symbols, tracing
 
 P = TypeVar("P", bound=Program)
 
@@ -150,7 +149,7 @@ class Builder(Generic[P]):
             self._values[key] = node.meta["val"]
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        modes = (self.program.fake_mode, enable_python_dispatcher(), self.program.shape_env.suppress_guards())
+        modes = (self.program.fake_mode, tracing.enable_python_dispatcher(), self.program.shape_env.suppress_guards())
         with modes[0], modes[1], modes[2], node.meta[REGION].active():
             try:
                 return node.target(*args, **kwargs)

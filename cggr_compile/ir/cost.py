@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +32,7 @@ from cggr_compile.ir.program import Analysed, Program, hint, is_tensor, value
 from cggr_compile.ir.roles import middle_layers
 from cggr_compile.ir.router_head import cost_factor
 from cggr_compile.schedule import kept_of
+from cggr_compile.torch_internals.fake_tensors import FakeTensorMode
 
 BACKWARD = 2
 

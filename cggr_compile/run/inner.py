@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile import kernels
 from cggr_compile.ir.amounts import Sizes
 from cggr_compile.ir.program import Program
 from cggr_compile.passes.lower.lower_regions import Body, lower_pieces
+from cggr_compile.torch_internals import inductor
 from cggr_compile.torch_internals.autograd import beside_checkpoints
+from cggr_compile.torch_internals.fake_tensors import FakeTensor, FakeTensorMode
 
 
 def resolve_inner(inner: str, device: torch.device) -> str:
@@ -57,10 +56,7 @@ def compile_in(
     real = [x for x in wanted if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
     fakes = [mode.from_tensor(each, static_shapes=True) for each in real]
     written = _with_numbers(module, inputs)
-    cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=_named_functions(written))
-    # torch forbids it by default, because it is slower, if little.
-    partition = torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute)
-    with tracing(TracingContext(mode)), cacheable, partition, beside_checkpoints():
+    with inductor.compiling(mode, _named_functions(written), recompute), beside_checkpoints():
         compiled = torch._dynamo.lookup_backend(inner)(written, wanted)
     del fakes
     return lambda *given: compiled(*(given[place] for place in places))

@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.amounts import Sizes, Symbols, concrete
 from cggr_compile.ir.program import Program, value
 from cggr_compile.passes.lower.lower_regions import Body, lower_pieces
 from cggr_compile.run.inner import Shared, as_leaf, compile_in, described
+from cggr_compile.torch_internals import symbols
+from cggr_compile.torch_internals.fake_tensors import FakeTensorMode
 
 
 class Code(NamedTuple):
@@ -62,7 +62,7 @@ class FreshSymbols:
     def _term(self, index: int, hint: int) -> sympy.Expr:
         if hint < 2:
             return sympy.Integer(hint)
-        return self._shape_env.create_symbol(hint, ConstantSource(f"size_{index}"), DimDynamic.DYNAMIC)
+        return symbols.new_symbol(self._shape_env, f"size_{index}", hint)
 
     def size(self, size: Any) -> Any:
         """A size of the program in these symbols, or the number that it is."""

@@ -57,6 +57,11 @@ def _size_functions() -> dict[Any, Any]:
 SIZE_FUNCTIONS = _size_functions()
 
 
+def new_symbol(shape_env: ShapeEnv, name: str, hint: int) -> sympy.Expr:
+    """A symbol for a size of at least 2."""
+    return shape_env.create_symbol(hint, ConstantSource(name), DimDynamic.DYNAMIC)
+
+
 def new_size(shape_env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
     """A symbolic size of its own, that nothing specialises, 0 and 1 included."""
     source = ConstantSource(name)

@@ -1,14 +1,36 @@
-"""Private corners of `make_fx`: calls written into the graph under way, and values that stand for their results."""
+"""Private corners of `make_fx`: calls written into the graph under way, values that stand for their results, what
+functionalises, and the nodes that enter and leave vmap."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_slot, set_proxy_slot
+from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch import predispatch
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    disable_functional_mode,
+    dispatch_functionalize,
+)
+from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_slot, make_fx, set_proxy_slot
+
+__all__ = [
+    "FunctionalTensor",
+    "disable_functional_mode",
+    "enable_python_dispatcher",
+    "enters_vmap",
+    "functional_graph",
+    "is_changed",
+    "leaves_vmap",
+    "trace_call",
+    "traced_node",
+    "track",
+    "unobserved",
+]
 
 
 def unobserved() -> Any:
@@ -43,3 +65,22 @@ def is_changed(value: Any) -> bool:
         return False
     torch._sync(value)
     return bool(torch._functionalize_has_data_mutation(value.elem))
+
+
+def functional_graph(
+    function: Callable[..., Any], args: Sequence[Any], decompositions: dict[Any, Callable[..., Any]]
+) -> fx.GraphModule:
+    """The functional ATen graph of a function that changes tensors in place, in front of autograd."""
+    with enable_python_dispatcher():
+        functionalized = dispatch_functionalize(function, FunctionalTensorMode(pre_dispatch=True, export=True))
+        return make_fx(functionalized, decompositions, pre_dispatch=True, tracing_mode="real")(*args)
+
+
+def enters_vmap(node: fx.Node) -> bool:
+    """Whether what follows a node of Dynamo's graph runs under one more vmap."""
+    return node.target is predispatch._vmap_increment_nesting
+
+
+def leaves_vmap(node: fx.Node) -> bool:
+    """Whether what follows a node of Dynamo's graph runs under one vmap less."""
+    return node.target is predispatch._vmap_decrement_nesting

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cggr_compile.capture.fake_runs import FakeRuns
-from cggr_compile.capture.tracing import fake_runs_by, tracing_options
 from cggr_compile.ir.program import describe
 from cggr_compile.torch_internals import transformers
+from cggr_compile.torch_internals.dynamo_traces import fake_runs_by, tracing_options
 
 
 def _graph(function: Callable[..., Any], batch: dict[str, Any], run: Callable[..., Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from toys import WIDTH, WORDS, Toy, row_losses, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile import CannotOptimize
-from cggr_compile.capture.tracing import tracing_options
+from cggr_compile.torch_internals.dynamo_traces import tracing_options
 
 LAYERS, LENGTH = 2, 6
 LOGGER = logging.getLogger("toys")

@@ -35,17 +35,21 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "capture": ("ir", "torch_internals"),
     "passes": ("config", "ir", "kernels", "torch_internals"),
     "run": ("capture", "config", "ir", "kernels", "passes", "torch_internals"),
-    "inspection": ("config", "ir", "kernels", "run"),
+    "inspection": ("config", "ir", "kernels", "run", "torch_internals"),
     "front": ("capture", "config", "inspection", "ir", "kernels", "run", "torch_internals", "values"),
     "checking": ("config", "front"),
     "data": ("kernels",),
     "original": ("data", "kernels", "torch_internals"),
     "demo": ("environment", "inspection", PACKAGE),
-    "cli": ("config", "demo", "values", PACKAGE),
+    "cli": ("config", "demo", "torch_internals", "values", PACKAGE),
     "__main__": ("cli",),
 }
 # The package's own names are gathered from these.
 ROOMS[PACKAGE] = ("checking", "config", "data", "front", "original", "run", "values")
+# torch's private modules are imported in `torch_internals` alone, but for these: two that torch's own documents name
+# (pytrees, dispatch modes); and what operators are made of, since kernels import nothing of ours.
+NAMED_BY_TORCH = ("torch.utils._pytree", "torch.utils._python_dispatch")
+OF_OPERATORS = ("torch._ops", "torch._library.custom_ops", "torch._subclasses.fake_tensor")
 # The eager side of `cggr.check` shares nothing with the compiler.
 INDEPENDENT = ("checking.eager_layers", "checking.eager_tokens")
 
@@ -88,6 +92,32 @@ def trespasses(root: Path) -> list[str]:
     return found
 
 
+def private_imports(root: Path) -> list[str]:
+    """Imports of private modules and names of torch and transformers outside of their room."""
+    found = []
+    for module, path in modules(root).items():
+        room = room_of(module)
+        allowed = NAMED_BY_TORCH + (OF_OPERATORS if room == "kernels" else ())
+        if room == "torch_internals":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            found += [
+                f"{module} imports {name}" for name in names if _is_private(name) and not name.startswith(allowed)
+            ]
+    return found
+
+
+def _is_private(name: str) -> bool:
+    library, *parts = name.split(".")
+    return library in ("torch", "transformers") and any(part.startswith("_") for part in parts)
+
+
 def circles(root: Path) -> list[list[str]]:
     """Modules that import each other, by way of others or not."""
     known = modules(root)
@@ -112,6 +142,26 @@ def circles(root: Path) -> list[list[str]]:
 
 def test_rooms_import_what_is_below_them() -> None:
     assert trespasses(ROOT) == []
+
+
+def test_private_parts_of_torch_have_a_room() -> None:
+    assert private_imports(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "line", "name"),
+    [
+        ("ir", "from torch._dynamo import utils", "torch._dynamo.utils"),
+        ("front", "def f():\n    import torch._inductor.config", "torch._inductor.config"),
+        ("passes", "from torch.utils._sympy.functions import FloorDiv", "torch.utils._sympy.functions.FloorDiv"),
+        ("kernels", "from torch import _guards", "torch._guards"),
+    ],
+)
+def test_a_planted_private_import_is_found(room: str, line: str, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / room if room in ("passes", "kernels") else tmp_path / PACKAGE / room
+    folder.mkdir(parents=True)
+    (folder / "planted.py").write_text(f"from torch.utils import _pytree\n{line}", encoding="utf-8")
+    assert private_imports(tmp_path) == [f"{PACKAGE}.{room}.planted imports {name}"]
 
 
 def test_no_module_is_in_a_circle() -> None:
