@@ -82,10 +82,10 @@ def step(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.
     return loss.detach(), gradients(model)
 
 
-def rounding(*lengths: int) -> float:
-    """How far, relative to their size, results of fp32 sums of these lengths are apart where their order differs: each
-    addition rounds by half a unit, to first order (Higham, Accuracy and Stability, 4.2)."""
-    return sum(lengths) * torch.finfo(torch.float32).eps / 2
+def rounding(*lengths: int, dtype: torch.dtype = torch.float32) -> float:
+    """How far, relative to their size, results of sums of these lengths are apart where their order differs: each
+    addition rounds by half a unit of `dtype`, to first order (Higham, Accuracy and Stability, 4.2)."""
+    return sum(lengths) * torch.finfo(dtype).eps / 2
 
 
 def rows_of(batch: Batch, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -118,6 +118,28 @@ def assert_step_within(
     largest = max(g.abs().max().item() for g in expected.values() if g is not None)
     torch.testing.assert_close(loss, expected_loss, rtol=share, atol=0.0)
     assert_same_gradients(actual, expected, rtol=0.0, atol=share * largest)
+
+
+Step = tuple[torch.Tensor, Mapping[str, torch.Tensor | None]]
+
+
+def assert_no_further(found: Step, same_dtype: Step, truth: Step, times: float = 1.0) -> None:
+    """The loss, and each gradient by its norm, are no further from a step in fp32 than `times` the distance of eager's
+    step in the same dtype, but for one rounding to bfloat16.
+
+    With `times=2` the errors of two independent computations of one precision pass: an error of no more variance than
+    another's exceeds twice its norm with a probability that falls exponentially in the number of entries.
+    """
+    unit = rounding(1, dtype=torch.bfloat16)
+    assert (found[0] - truth[0]).abs() <= times * (same_dtype[0] - truth[0]).abs() + unit * truth[0]
+    for name, exact in truth[1].items():
+        actual, expected = found[1][name], same_dtype[1][name]
+        assert (actual is None) == (expected is None) == (exact is None), name
+        if actual is None or expected is None or exact is None:
+            continue
+        assert actual.dtype == expected.dtype, name
+        error, allowed = ((x.float() - exact).norm() for x in (actual, expected))
+        assert error <= times * allowed + unit * exact.norm(), f"{name}: {error / exact.norm()}"
 
 
 def assert_same_gradients(
