@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -74,18 +75,10 @@ def drawn(
     return index, weight
 
 
-def opaquely_drawn(
-    scores: Tensor,
-    valid: Tensor,
-    k: int,
-    rule: str,
-    noise: Tensor,
-    names: Sequence[str] = (),
-    values: Sequence[float] = (),
-) -> tuple[Tensor, Tensor]:
+def opaquely_drawn(scores: Tensor, valid: Tensor, k: int, rule: str, *rest: Any) -> tuple[Tensor, Tensor]:
     """`drawn`, of which no tracer sees a user's function: it stays one operator."""
     function = drawn if rule in DRAWING else torch.ops.cggr.draw.default
-    return function(scores, valid, k, rule, noise, names, values)
+    return function(scores, valid, k, rule, *rest)
 
 
 def _rule(rule: str) -> str | selection.RuleFunction:
