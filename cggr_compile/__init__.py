@@ -49,7 +49,6 @@ __all__ = [
     "FilteredLoader",
     "Handle",
     "LayerStackNotFound",
-    "ModelLossMixin",
     "NanoRouter",
     "RoutingConfig",
     "SelectiveCheckpointWrapper",
@@ -69,14 +68,15 @@ __all__ = [
     "load_model_with_flash_attention",
     "optimize",
     "restore",
+    "route",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
     # They need transformers' Trainer, whose import takes seconds that most programs never need.
-    if name in ("CGGRCallback", "ModelLossMixin"):
-        from cggr_compile.front import callback
+    if name in ("CGGRCallback", "route"):
+        from cggr_compile.front import trainer
 
-        return getattr(callback, name)
+        return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`CGGRCallback` and `ModelLossMixin`: transformers' Trainer, and what derives from it, with a routed model."""
+"""`CGGRCallback`: transformers' Trainer, and what derives from it, with a routed model."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import io
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.front.api import handle
 from cggr_compile.front.handle import Handle
 
-OWN_LOSS_HINT = "drop compute_loss_func and label smoothing; TRL: derive from cggr.ModelLossMixin and its trainer"
+OWN_LOSS_HINT = "leave compute_loss_func and label smoothing out; TRL's SFTTrainer: cggr.route(trainer, …)"
 
 
 class CGGRCallback(TrainerCallback, ExportableState):
-    """For transformers' Trainer and what derives from it: counts and announces steps, logs metrics, resumes.
+    """For transformers' Trainer and what derives from it: counts and announces steps, logs metrics, resumes. `route`
+    adds it; beside `optimize` it is added by hand:
 
         trainer = Trainer(model=cggr.optimize(model, ratio=0.25), ..., callbacks=[CGGRCallback()])
 
@@ -73,54 +74,17 @@ class CGGRCallback(TrainerCallback, ExportableState):
         self._handle.step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Adds the metrics of the last routed step to a training log."""
-        if self._handle is None or logs is None or "loss" not in logs:
+        """Adds the metrics of the last routed step to a training log; what is a tensor in any becomes a number."""
+        if logs is None:
+            return
+        numbers = {name: value.item() for name, value in logs.items() if isinstance(value, torch.Tensor)}
+        logs.update(numbers)
+        state.log_history[-1].update(numbers)
+        if self._handle is None or "loss" not in logs:
             return
         metrics = {f"cggr/{name}": float(value) for name, value in self._handle.metrics().items()}
         logs.update(metrics)
         state.log_history[-1].update(metrics)
-
-
-class ModelLossMixin:
-    """For trainers that compute their training loss themselves, from logits or hidden states: it becomes the model's.
-
-        class RoutedSFTTrainer(cggr.ModelLossMixin, trl.SFTTrainer): ...
-
-    A routed step has a loss and no logits, so what such a trainer would make of the logits has no meaning in training:
-    the loss is transformers' `Trainer.compute_loss`, the trainer's own training metrics (TRL: entropy, token accuracy,
-    `num_tokens`) are not logged. Evaluation is the trainer's own, metrics included.
-
-    Raises CannotOptimize from `compute_loss` where the model's own loss is not what was asked for (`loss_type`,
-    `compute_loss_func`, label smoothing) or where all rows of a batch are flattened into one (`padding_free`, and with
-    it `packing` by "bfd").
-    """
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The model's own loss in training, the trainer's in evaluation; arguments as for `Trainer.compute_loss`."""
-        if not model.training:
-            return super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
-        self._check_loss()
-        routed = handle(model)
-        calls = routed.calls
-        result = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        refuse_own_loss(routed, calls)
-        return result
-
-    def _check_loss(self) -> None:
-        kind = getattr(self.args, "loss_type", "nll")  # type: ignore[attr-defined]
-        if kind != "nll":
-            raise CannotOptimize(
-                f"loss_type={kind!r} is a loss of {type(self).__name__}'s own", hint="only loss_type='nll' is routed"
-            )
-        if getattr(self, "padding_free", False):
-            raise CannotOptimize(
-                "padding_free batches are one row, so there are no rows to choose from",
-                hint="pass padding_free=False, and packing_strategy='wrapped' where packing is wanted",
-            )
 
 
 def refuse_own_loss(routed: Handle, calls: int) -> None:

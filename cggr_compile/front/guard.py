@@ -75,7 +75,7 @@ class Guard:
             CannotOptimize(
                 "the forward of the optimized model was patched by one that computes training steps without it",
                 source=f"{code.co_filename}:{code.co_firstlineno}: {code.co_name}" if code else None,
-                hint="let the trainer use the model's own loss (TRL: derive from cggr.ModelLossMixin and its trainer)",
+                hint="let the trainer use the model's own loss: of TRL's SFTTrainer by cggr.route(trainer, …)",
             )
         )
 

@@ -93,7 +93,7 @@ class Runtime:
             raise CannotOptimize(
                 f"depth_until={until} is a share of all steps, and their number is not known",
                 hint="pass it to cggr.attach(model, optimizer, total_steps=…), or give depth_until as a number of "
-                "steps; with the Trainer add CGGRCallback and set max_steps or num_train_epochs",
+                "steps; with a Trainer use cggr.route and set max_steps or num_train_epochs",
             )
         return self.steps >= until * self.total_steps
 

@@ -1,4 +1,4 @@
-"""Libraries around a routed model: TRL, PEFT, Accelerate, DistributedDataParallel; and the guard against bypasses."""
+"""Libraries around a routed model: PEFT, Accelerate, DistributedDataParallel; and the guard against bypasses."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from architectures import ARCHITECTURES, VOCABULARY, build, token_batch
+from architectures import ARCHITECTURES, build, token_batch
 from ddp_worker import routed_rank
 from documents import examples
 
 import cggr_compile as cggr
 
-accelerate, datasets, peft, tokenizers, trl = map(
-    pytest.importorskip, ("accelerate", "datasets", "peft", "tokenizers", "trl")
-)
+accelerate, peft = map(pytest.importorskip, ("accelerate", "peft"))
 
 PAGE = "integrations.md"
-COMPLETION = 5
 OPTIONS: dict[str, Any] = {"ratio": 0.5, "router_layers": 1, "inner": "eager", "seed": 5}
 
 
@@ -187,88 +184,6 @@ def test_a_wrapper_without_labels_in_its_signature_is_told_what_to_do() -> None:
     wrapper = peft.get_peft_model(two_layers(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(cggr.CannotOptimize, match=r"takes no labels.*optimize the model inside"):
         cggr.optimize(wrapper)
-
-
-def sft_trainer(kind: type, model: torch.nn.Module, folder: Path, **options: Any) -> Any:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{token}": token for token in range(3, VOCABULARY)}}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    rows = [
-        {"prompt": "w3 " * (1 + row % 3), "completion": " ".join(f"w{5 + row + at}" for at in range(COMPLETION))}
-        for row in range(12)
-    ]
-    peft_config = options.pop("peft_config", None)
-    return kind(
-        model=model,
-        args=trl.SFTConfig(
-            output_dir=str(folder),
-            max_steps=3,
-            per_device_train_batch_size=6,
-            gradient_accumulation_steps=2,
-            learning_rate=3e-2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-            seed=1,
-            **options,
-        ),
-        train_dataset=datasets.Dataset.from_list(rows),
-        eval_dataset=datasets.Dataset.from_list(rows),
-        processing_class=transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-        ),
-        peft_config=peft_config,
-    )
-
-
-def test_sft_trainer_trains_on_the_routed_loss_and_evaluates_as_ever(tmp_path: Path) -> None:
-    """LoRA by `peft_config`, completion-only labels, two micro-batches a step."""
-    model = cggr.optimize(two_layers(), **OPTIONS)
-    routed_trainer = examples(PAGE, "RoutedSFTTrainer")["RoutedSFTTrainer"]
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
-    trainer = sft_trainer(routed_trainer, model, tmp_path, peft_config=lora)
-    cggr.CGGRCallback.first_in(trainer)
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["cggr/rows_selected"] for entry in logs] == [3, 3, 3]
-    assert logs[-1]["loss"] < logs[0]["loss"]
-    assert model.cggr.runtime.steps == 3
-    assert model.cggr.calls == 6
-    assert model.cggr.metrics()["tokens_total"] == 6 * (COMPLETION + 1)  # with the end of text, without the prompt
-    plain = copy.deepcopy(trainer.model)
-    expected = sft_trainer(trl.SFTTrainer, plain, tmp_path).evaluate()
-    evaluated = trainer.evaluate()
-    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
-        assert evaluated[name] == expected[name], name
-
-
-def test_a_trainer_that_passes_the_routed_forward_by_is_refused(tmp_path: Path) -> None:
-    trainer = sft_trainer(trl.SFTTrainer, cggr.optimize(two_layers(), **OPTIONS), tmp_path)
-    with pytest.raises(
-        cggr.CannotOptimize, match=r"patched by one that .*utils\.py:\d+: _fused_forward.*ModelLossMixin"
-    ):
-        trainer.train()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss_type": "dft"}, "loss_type='dft' is a loss of Routed's own"),
-        ({"packing": True, "max_length": 16}, "padding_free batches are one row"),
-        ({"label_smoothing_factor": 0.1}, "never called the routed model with labels; drop"),
-    ],
-)
-def test_losses_that_the_mixin_cannot_give_are_refused(options: dict, message: str, tmp_path: Path) -> None:
-    class Routed(cggr.ModelLossMixin, trl.SFTTrainer):
-        pass
-
-    trainer = sft_trainer(Routed, cggr.optimize(two_layers(), **OPTIONS), tmp_path, **options)
-    with pytest.raises(cggr.CannotOptimize, match=message):
-        trainer.train()
 
 
 def bypass(self: torch.nn.Module, **kwargs: Any) -> str:
