@@ -112,6 +112,7 @@ class RoutingConfig(Schedule):
         disable_passes: passes to leave out, to find out what one does: of `"join_loss"`, `"join_head"` (a loss or head
             in other operators is then refused) and `"elide_causal_masks"`.
         keep_logits: return the logits of the kept rows, which a step does not compute otherwise.
+        prediction_metrics: measure, with the loss, the metrics `entropy` and `mean_token_accuracy` of the kept tokens.
         fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.
         seed: seed of the model's own generator, for random selections and router heads; None takes torch's global
             seed when the model is optimised.
@@ -147,10 +148,14 @@ class RoutingConfig(Schedule):
     kernels: str | Mapping[str, str] = field(default="auto", hash=False)
     disable_passes: tuple[str, ...] = ()
     keep_logits: bool = False
+    prediction_metrics: bool = False
     fallback: str = "raise"
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in (option.name for option in dataclasses.fields(self) if option.type == "bool"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
         self._check_route()
         self._resolve_selection()
         choice("scoring", self.scoring, SCORINGS)
@@ -186,9 +191,6 @@ class RoutingConfig(Schedule):
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
         self._check_kernels()
-        for name in ("keep_logits", "cuda_graphs", "recompute_elementwise", "allow_compressed_recurrence"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
         if not isinstance(self.outline_layers, bool) and self.outline_layers != "auto":
             raise ConfigError(f"outline_layers={self.outline_layers!r} is neither a bool nor 'auto'")
         if self.seed is not None and not is_int(self.seed, 0):
@@ -271,8 +273,6 @@ class RoutingConfig(Schedule):
             )
 
     def _check_threshold(self) -> None:
-        if not isinstance(self.dynamic_threshold, bool):
-            raise ConfigError(f"dynamic_threshold={self.dynamic_threshold!r} is not a bool")
         sensitivity = self.threshold_sensitivity
         if not is_number(sensitivity) or not 0 <= sensitivity <= 1:
             raise ConfigError(f"threshold_sensitivity={sensitivity!r} is not in [0, 1]")

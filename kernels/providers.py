@@ -162,6 +162,20 @@ def launches_triton(implementation: Any) -> bool:
     return getattr(implementation, "__module__", "") in ("torch._ops.cggr_triton", "cggr_compile.kernels.triton.ops")
 
 
+def _losses(operator: str, implementation: Callable[..., Any]) -> dict[str, Provider]:
+    """The providers of `masked_loss`, or those of `measured_loss`, which are the same algorithms."""
+    return {
+        "triton": Provider("triton", _without_head_kernels, _triton(operator), _interpreted, _loss_algorithm),
+        **{
+            f"triton_{name}": Provider(
+                f"triton_{name}", _without_head_kernels, _triton(f"{operator}_{name}"), _by_name_only
+            )
+            for name in ("one_pass", "one_pass_small", "recompute")
+        },
+        **_reference(implementation),
+    }
+
+
 PROVIDERS: dict[str, dict[str, Provider]] = {
     "score": {
         "triton": Provider("triton", _without_head_kernels, _triton("score"), _interpreted),
@@ -177,19 +191,8 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     },
     "gather_tokens": _reference(token_ops.gather_tokens),
     "scatter_tokens": _reference(token_ops.scatter_tokens),
-    "masked_loss": {
-        "triton": Provider("triton", _without_head_kernels, _triton("masked_loss"), _interpreted, _loss_algorithm),
-        "triton_one_pass": Provider(
-            "triton_one_pass", _without_head_kernels, _triton("masked_loss_one_pass"), _by_name_only
-        ),
-        "triton_one_pass_small": Provider(
-            "triton_one_pass_small", _without_head_kernels, _triton("masked_loss_one_pass_small"), _by_name_only
-        ),
-        "triton_recompute": Provider(
-            "triton_recompute", _without_head_kernels, _triton("masked_loss_recompute"), _by_name_only
-        ),
-        **_reference(reference.masked_loss),
-    },
+    "masked_loss": _losses("masked_loss", reference.masked_loss),
+    "measured_loss": _losses("measured_loss", reference.measured_loss),
     "draw": _reference(selection_ops.opaquely_drawn),
     "sample_columns": _reference(router_heads.sample_columns),
     "sampled_score": {

@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from transformers import Trainer
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.front.api import handle, optimize
+from cggr_compile.front.api import handle, optimize, resolve_config
 from cggr_compile.front.call import optimized_parts
 from cggr_compile.front.callback import CGGRCallback, refuse_own_loss
 
@@ -28,7 +29,8 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
         cggr.route(trl.SFTTrainer(model, args, train_dataset=rows), ratio=0.25).train()
 
     Optimises `trainer.model`, adds `CGGRCallback` in front of the other callbacks, and gives TRL's SFTTrainer the
-    model's own loss in training. Masks, padding, accumulation, adapters, checkpoints and evaluation are the trainer's.
+    model's own loss in training, with `prediction_metrics`. Masks, padding, accumulation, adapters, checkpoints and
+    evaluation are the trainer's.
     `cggr.restore(trainer.model)` undoes all of it.
 
     Args:
@@ -52,7 +54,8 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
             f"the trainer's model is optimized already ({type(part).__name__})",
             hint="give the options to cggr.route alone; cggr.restore(model) undoes what was done before",
         )
-    optimize(model, config, **options)
+    resolved = resolve_config(config, options)
+    optimize(model, dataclasses.replace(resolved, prediction_metrics=True) if fuses else resolved)
     callback = CGGRCallback.first_in(trainer)
     if fuses:
         trainer.compute_loss = types.MethodType(_compute_loss, trainer)
@@ -135,7 +138,7 @@ def _compute_loss(
         self._total_train_tokens = int(self._total_train_tokens)
         return type(self).compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
     routed = handle(model)
-    calls = routed.calls
+    calls, runs = routed.calls, routed.runtime.runs
     if self.aux_loss_enabled:
         inputs = {**inputs, "output_router_logits": True}
     loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
@@ -144,6 +147,11 @@ def _compute_loss(
     tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum() // self._tp_size
     self._total_train_tokens = self._total_train_tokens + tokens
     metrics["num_tokens"] = [self._total_train_tokens]
+    last = routed.runtime.last
+    if routed.runtime.runs > runs and last is not None:  # else the step was not routed, with fallback="eager"
+        counted, entropy, hits = self.accelerator.gather(last.found.figures).view(-1, 3).sum(0)
+        metrics["entropy"].append(entropy / counted.clamp(min=1))
+        metrics["mean_token_accuracy"].append(hits / counted.clamp(min=1))
     if self.aux_loss_enabled:
         loss = loss + _balance_beyond(self, num_items_in_batch) * outputs.aux_loss
         metrics["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean())

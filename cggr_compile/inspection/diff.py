@@ -134,7 +134,8 @@ class Diff:
             yield f"~ {layers}: S → k in {resized:,} nodes; the other tokens pass on the residual"
         logits = "logits kept" if config.keep_logits else "no logits"
         rows = " on the kept tokens" if self.plan.program.routing.loss_rows is not None else ""
-        yield f"~ loss: cross-entropy over logits → cggr.masked_loss{rows} ({logits})"
+        operator = "measured_loss" if config.prediction_metrics else "masked_loss"
+        yield f"~ loss: cross-entropy over logits → cggr.{operator}{rows} ({logits})"
 
     def _dropped_outputs(self) -> list[str]:
         """The model's outputs that the rewritten graph no longer returns: those of the logits by name, else by type."""

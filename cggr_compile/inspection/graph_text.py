@@ -165,7 +165,7 @@ class GraphText:
                 numbers[node] = read[node.args[0]]
             elif operation.startswith("cggr.scatter_tokens"):
                 numbers[node] = read[node.args[1]]
-            elif operation.startswith("cggr.masked_loss"):
+            elif operation.startswith(("cggr.masked_loss", "cggr.measured_loss")):
                 numbers[node] = self._loss
             else:
                 numbers[node] = self._enter(self._number(node, read))

@@ -38,6 +38,9 @@ METRICS: dict[str, str] = {
     "auto_selects": "1 where selection='auto' selects rows, 0 where every row trains",
     "auto_tail": "what that goes by: the upper over the lower tail of the scores; absent before enough are known",
     "token_kept_ratio": "share of each sequence's tokens that the middle layers ran on; token route only",
+    "entropy": "mean entropy, in nats, of the model's predictions of the tokens in the loss, whatever their weights; "
+    "prediction_metrics only, as what follows",
+    "mean_token_accuracy": "share of these tokens that no other is predicted to be likelier than",
     "loss_kept_ratio": "tokens in the loss over all positions of the batch; loss route only",
 }
 """Every metric by name."""
@@ -103,6 +106,9 @@ def metrics_of(last: LastStep, without_gradient: int | None, router_seconds: flo
             found["score_cv"] = _over(spread, found["score_mean"].abs())
     if left.confidence is not None:
         found["mean_confidence"] = left.confidence
+    if left.figures is not None:
+        tokens, entropy, hits = left.figures
+        found["entropy"], found["mean_token_accuracy"] = _over(entropy, tokens), _over(hits, tokens)
     return found
 
 

@@ -1,4 +1,5 @@
-"""`cggr::masked_loss` and its backward: head and cross-entropy over some rows, without logits in the graph."""
+"""`cggr::masked_loss` and its backward: head and cross-entropy over some rows, without logits in the graph; and
+`cggr::measured_loss`, which says what was predicted too."""
 
 from __future__ import annotations
 
@@ -56,6 +57,20 @@ def _masked_loss_fake(loss: LossArguments) -> Tensor:
     return loss.hidden.new_empty((), dtype=torch.float32)
 
 
+@operator("cggr::measured_loss")
+def measured_loss(loss: LossArguments) -> tuple[Tensor, Tensor]:
+    """`reference.measured_loss`: the loss, differentiable as `masked_loss`, and float32 [3], which is not."""
+    check_masked_loss("measured_loss", loss)
+    return reference.measured_loss(*loss)
+
+
+@measured_loss.register_fake
+@by_fields
+def _measured_loss_fake(loss: LossArguments) -> tuple[Tensor, Tensor]:
+    check_masked_loss("measured_loss", loss)
+    return loss.hidden.new_empty((), dtype=torch.float32), loss.hidden.new_empty(3, dtype=torch.float32)
+
+
 @contextlib.contextmanager
 def _autograd_inside_operator() -> Iterator[None]:
     """Lets an operator's body use autograd, whose keys the dispatcher excludes below the autograd kernel."""
@@ -102,12 +117,14 @@ def place(name: str) -> int:
     return LossArguments._fields.index(name)
 
 
-def _masked_loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _masked_loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(output[1])
     save(ctx, LossArguments(*inputs))
 
 
-def _masked_loss_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    loss, _ = saved(ctx)
+def _masked_loss_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    loss = saved(ctx)[0]
     # The dispatcher drops trailing arguments equal to their defaults: row_weight has no place when it is None.
     given = len(ctx.needs_input_grad)
     places = [place(name) for name in DIFFERENTIABLE]
@@ -120,6 +137,9 @@ def _masked_loss_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(gradients)
 
 
-masked_loss.register_autograd(_masked_loss_autograd, setup_context=_masked_loss_context)
-register_autocast(masked_loss._opoverload, HEAD_OPERANDS)
+for _op in (masked_loss, measured_loss):
+    _op.register_autograd(_masked_loss_autograd, setup_context=_masked_loss_context)
+    register_autocast(_op._opoverload, HEAD_OPERANDS)
+
+
 register_autocast(masked_loss_backward._opoverload, 0)

@@ -286,13 +286,38 @@ def masked_loss(*args: Any, **options: Any) -> Tensor:
     torch divides the same sum by the same count, forward and backward.
     """
     given = LossArguments(*args, **options)
-    hidden, target, row_weight, reduction = given.hidden, given.target, given.row_weight, given.reduction
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {list(REDUCTIONS)}")
+    x, target = _logits_of(given)
+    return _reduced(x, target, given)
+
+
+def measured_loss(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`masked_loss`, and figures of the predictions that it is of, from the same logits: float32 [3], without gradient.
+
+    They are sums over the counted rows, whatever their weights: of 1, of the entropy lse - Σ p·x in nats, and of
+    whether no class has a larger logit than the target. A row with a NaN logit makes the entropy NaN.
+    """
+    given = LossArguments(*args, **options)
+    x, target = _logits_of(given)
+    counted = target != given.ignore_index
+    of_rows = ShiftedRows(x.detach(), target.masked_fill(~counted, 0))
+    hit = of_rows.shifted.gather(-1, of_rows.target.unsqueeze(-1)).squeeze(-1) == 0
+    figures = torch.stack([torch.ones_like(of_rows.total), _entropy(of_rows), hit.float()])
+    return _reduced(x, target, given), figures.masked_fill(~counted, 0.0).sum(-1)
+
+
+def _logits_of(given: LossArguments) -> tuple[Tensor, Tensor]:
+    """fp32 logits [M, V] and targets int64 [M] of the selected rows."""
+    hidden, target = given.hidden, given.target
     if given.rows is not None:
         hidden, target = hidden.index_select(0, given.rows), target.index_select(0, given.rows)
-    x = logits(hidden, given.weight, given.bias, given.scale, given.divisor, given.softcap).float()
-    target = target.long()
+    return logits(hidden, given.weight, given.bias, given.scale, given.divisor, given.softcap).float(), target.long()
+
+
+def _reduced(x: Tensor, target: Tensor, given: LossArguments) -> Tensor:
+    """`masked_loss` of fp32 logits."""
+    row_weight, reduction = given.row_weight, given.reduction
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, expected one of {list(REDUCTIONS)}")
     counted = target != given.ignore_index
     if row_weight is None:
         total = _cross_entropy(x, target, "sum", given.ignore_index)

@@ -28,19 +28,29 @@ class Exponentials:
 
     def normalized(self, out: Tensor, gain: Tensor, at_target: Tensor, first_column: int) -> None:
         """The gradient by the head's outputs of the classes from `first_column` on, out [M, columns]."""
-        self._launch(out, slice(0, out.shape[0]), first_column, (gain, at_target), None, None, None)
+        self._launch(out, slice(0, out.shape[0]), first_column, (gain, at_target), None, None, None, None)
 
     def unnormalized(
-        self, out: Tensor, own: Tensor, loss_factor: Tensor, losses: Tensor, scale: Tensor, part: slice
+        self,
+        out: Tensor,
+        own: Tensor,
+        loss_factor: Tensor,
+        losses: Tensor,
+        scale: Tensor,
+        figures: tuple[Tensor, Tensor] | None,
+        part: slice,
     ) -> None:
-        """Exponentials of the rows in `part`, out [R, V]; fills their `losses` and the `scale` that makes gradients."""
+        """Exponentials of the rows in `part`, out [R, V]; fills their `losses`, the `scale` that makes gradients, and,
+        where they are wanted, their entropies and hits."""
         size, softcap = out.shape[0], self.linear.softcap
         column_tiles = triton.cdiv(self.classes, self.tile.columns)
-        total, most = out.new_empty((2, column_tiles, size), dtype=torch.float32)
+        total, most, *more = out.new_empty((2 if figures is None else 3, column_tiles, size), dtype=torch.float32)
+        moment = more[0] if more else None
+        entropy, hit = (None, None) if figures is None else (x[part] for x in figures)
         rows, tiles = 16, 64
         blocks = triton.cdiv(size, rows)
         flagged = torch.zeros(triton.next_power_of_2(blocks), dtype=torch.int32, device=out.device)
-        self._launch(out, part, 0, None, None, total, most)
+        self._launch(out, part, 0, None, None, total, most, moment)
         launch(
             exponentials.survey_kernel,
             blocks,
@@ -56,18 +66,22 @@ class Exponentials:
             BLOCK_M=rows,
             BLOCK_T=tiles,
         )
-        self._launch(out, part, 0, None, flagged, total, most)
+        self._launch(out, part, 0, None, flagged, total, most, moment)
         launch(
             exponentials.settle_kernel,
             blocks,
             out,
             total,
+            most,
+            moment,
             self.shift[part],
             self.rows.target[part],
             own[part],
             loss_factor[part],
             losses[part],
             scale[part],
+            entropy,
+            hit,
             self.rows.count,
             size,
             column_tiles,
@@ -75,6 +89,7 @@ class Exponentials:
             out.stride(0),
             softcap,
             SOFTCAP=softcap > 0,
+            MEASURED=figures is not None,
             BLOCK_M=rows,
             BLOCK_T=tiles,
         )
@@ -88,6 +103,7 @@ class Exponentials:
         flagged: Tensor | None,
         total: Tensor | None,
         most: Tensor | None,
+        moment: Tensor | None,
     ) -> None:
         linear, tile, columns = self.linear, self.tile, out.shape[1]
         size = part.stop - part.start
@@ -107,6 +123,7 @@ class Exponentials:
             flagged,
             total,
             most,
+            moment,
             size,
             self.classes,
             self.rows.hidden.shape[1],
@@ -118,6 +135,7 @@ class Exponentials:
             HAS_BIAS=self.bias is not None,
             SOFTCAP=linear.softcap > 0,
             NORMALIZED=per_row is not None,
+            MEASURED=moment is not None,
             FLAGS=0 if flagged is None else flagged.shape[0],
             PROGRAMS=programs,
             GROUP=GROUP,

@@ -9,10 +9,10 @@ from cggr_compile.kernels.triton.head import LN_2, LOG2_E, NEGATIVE_INFINITY, ca
 
 @triton.jit
 def exponentials_kernel(
-    hidden, weight, out, bias, target, shift, gain, at_target, count, flagged, total, most,
+    hidden, weight, out, bias, target, shift, gain, at_target, count, flagged, total, most, moment,
     rows, classes, width, factor, softcap, first_row, first_column, columns,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NORMALIZED: tl.constexpr, FLAGS: tl.constexpr,
-    PROGRAMS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NORMALIZED: tl.constexpr, MEASURED: tl.constexpr,
+    FLAGS: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Exponentials of the logits x (in units of log 2) of `columns` classes, in the dtype of `out` [rows, columns].
@@ -21,9 +21,10 @@ def exponentials_kernel(
     off the target and `at_target[n]` on it, times the soft-cap's derivative.
 
     Otherwise they are `2^(x - shift[n])` off the target and 0 on it, times the soft-cap's derivative; total and most
-    [column tiles, rows] hold each tile's sum and maximum of x. With FLAGS > 0, nothing is done unless one of so many
-    entries of `flagged` is set. The rows are first_row, first_row + 1, ... of those that `count` counts; the others
-    have shift = inf and become 0, and whole tiles of them are not multiplied.
+    [column tiles, rows] hold each tile's sum and maximum of x; MEASURED, the maximum is that of the others than the
+    target, and moment holds the sum of 2^(x - shift[n]) (x - shift[n]) of these. With FLAGS > 0, nothing is done unless
+    one of so many entries of `flagged` is set. The rows are first_row, first_row + 1, ... of those that `count` counts;
+    the others have shift = inf and become 0, and whole tiles of them are not multiplied.
     """
     if FLAGS > 0:  # noqa: SIM102  one is decided by the compiler, the other on the device
         if tl.max(tl.load(flagged + tl.arange(0, FLAGS)), 0) == 0:
@@ -48,8 +49,10 @@ def exponentials_kernel(
             if start + BLOCK_N > columns:
                 x = tl.where((column < classes)[None, :], x, NEGATIVE_INFINITY)
             place = column_tile.to(tl.int64) * rows + offsets
-            tl.store(most + place, tl.max(x, 1), inside)
-        value = tl.exp2(x - tl.load(shift + offsets, inside, float("inf"))[:, None])
+            if not MEASURED:
+                tl.store(most + place, tl.max(x, 1), inside)
+        distance = x - tl.load(shift + offsets, inside, float("inf"))[:, None]
+        value = tl.exp2(distance)
         is_target = column[None, :] == tl.load(target + offsets, inside, -1).to(tl.int32)[:, None]
         if NORMALIZED:
             value = value * tl.load(gain + offsets, inside, 0.0)[:, None]
@@ -57,6 +60,10 @@ def exponentials_kernel(
         else:
             value = tl.where(is_target, 0.0, value)
             tl.store(total + place, tl.sum(value, 1), inside)
+            if MEASURED:
+                # `survey_kernel` shifts a row whose other classes overflow, by the largest of these.
+                tl.store(most + place, tl.max(tl.where(is_target, NEGATIVE_INFINITY, x), 1), inside)
+                tl.store(moment + place, tl.sum(tl.where(value > 0, value * distance, 0.0), 1), inside)
         if SOFTCAP:
             value = value * slope
         out.store([row, start], value.to(out.dtype))
@@ -77,6 +84,17 @@ def _summed(x, offsets, inside, rows, column_tiles, BLOCK_M: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _largest(x, offsets, inside, rows, column_tiles, BLOCK_M: tl.constexpr):
+    """The maximum over the column tiles of x [column tiles, rows] at the row offsets."""
+    largest = tl.full([BLOCK_M], NEGATIVE_INFINITY, tl.float32)
+    at = offsets
+    for _ in range(column_tiles):
+        largest = tl.maximum(largest, tl.load(x + at, inside, NEGATIVE_INFINITY))
+        at += rows
+    return largest
+
+
+@triton.jit
 def survey_kernel(
     total, most, shift, flagged, count, rows, column_tiles, first_row,
     LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -90,25 +108,24 @@ def survey_kernel(
     any_over = tl.max(over.to(tl.int32), 0)
     tl.store(flagged + block, any_over)
     if any_over != 0:
-        largest = tl.full([BLOCK_M], NEGATIVE_INFINITY, tl.float32)
-        at = offsets
-        for _ in range(column_tiles):
-            largest = tl.maximum(largest, tl.load(most + at, inside, NEGATIVE_INFINITY))
-            at += rows
+        largest = _largest(most, offsets, inside, rows, column_tiles, BLOCK_M)
         tl.store(shift + offsets, largest, inside & over)
 
 
 @triton.jit
 def settle_kernel(
-    out, total, shift, target, target_logit, loss_factor, row_loss, row_scale, count,
+    out, total, most, moment, shift, target, target_logit, loss_factor, row_loss, row_scale, entropy, hit, count,
     rows, column_tiles, first_row, stride, softcap,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+    SOFTCAP: tl.constexpr, MEASURED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Closes a block of unnormalised exponentials: each row's loss, its scale, and the entry of its target.
 
     With Z' the sum off the target and Z = Z' + 2^(x[t] - shift), the loss is log Z + shift - x[t], where shift = x[t]
     log(1 + Z'), exact for Z' near 0. Rows of `out` times row_scale = loss_factor / Z are the gradient by the head's
     outputs, whose target entry p - 1 = -Z' / Z is therefore -Z' before scaling: no 1 is ever subtracted.
+
+    MEASURED, with M = Σ 2^(x - shift) (x - shift) over all classes, a row's entropy is log Z - M / Z log 2, and it is a
+    hit where no other class has a larger logit than the target.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offsets < rows
@@ -122,6 +139,12 @@ def settle_kernel(
     loss = tl.where(distance == 0.0, near, tl.log(z) - distance * LN_2)
     tl.store(row_loss + offsets, tl.where(counted, loss, 0.0), inside)
     tl.store(row_scale + offsets, tl.where(counted, tl.load(loss_factor + offsets, inside, 0.0) / z, 0.0), inside)
+    if MEASURED:
+        m = _summed(moment, offsets, counted, rows, column_tiles, BLOCK_M, BLOCK_T)
+        m += tl.where(distance > NEGATIVE_INFINITY, tl.exp2(distance) * distance, 0.0)
+        tl.store(entropy + offsets, tl.where(counted, tl.log(z) - LN_2 * m / z, 0.0), inside)
+        largest = _largest(most, offsets, counted, rows, column_tiles, BLOCK_M)
+        tl.store(hit + offsets, (counted & (x * LOG2_E >= largest)).to(tl.float32), inside)
     entry = -others
     if SOFTCAP:
         entry = entry * (1 - (x / softcap) * (x / softcap))

@@ -54,6 +54,7 @@ class Outcome(NamedTuple):
             other classes than its target, 0 for ignored rows (`recompute`; else empty).
         hidden, weight, bias: the gradients for a `grad` of 1, where wanted (in one pass; else empty), for `scaled`;
             of the parameters in fp32 where more than one block of rows was added up.
+        figures: fp32 [3], those of `reference.measured_loss`, where they are wanted (else empty).
     """
 
     loss: Tensor
@@ -64,6 +65,7 @@ class Outcome(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor
+    figures: Tensor
 
 
 def one_pass_rows(algorithm: str, rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -82,13 +84,14 @@ def default_algorithm(dtype: torch.dtype) -> str:
     return "recompute" if why_not_one_pass(dtype) else "one_pass"
 
 
-def forward(given: LossArguments, wanted: Sequence[bool], algorithm: str) -> Outcome:
-    """The loss and, in one pass, the wanted gradients of (hidden, weight, bias)."""
+def forward(given: LossArguments, wanted: Sequence[bool], algorithm: str, measured: bool) -> Outcome:
+    """The loss, in one pass the wanted gradients of (hidden, weight, bias), and, `measured`, what was predicted."""
     hidden, weight = given.hidden, given.weight
     numbers = given.ignore_index, given.row_weight, given.reduction, given.num_items
     chosen = counted_first(hidden, given.target, given.rows, *numbers)
     if chosen.target.shape[0] == 0:
-        return _of_no_rows(given, wanted if algorithm in ONE_PASS_BYTES else (False,) * 3)
+        figures = hidden.new_zeros(3 if measured else 0, dtype=torch.float32)
+        return _of_no_rows(given, wanted if algorithm in ONE_PASS_BYTES else (False,) * 3, figures)
     linear = _head(given)
     own, shift = target_logits(chosen, linear)
 
@@ -97,22 +100,27 @@ def forward(given: LossArguments, wanted: Sequence[bool], algorithm: str) -> Out
 
     if algorithm in ONE_PASS_BYTES and any(wanted):
         height = one_pass_rows(algorithm, chosen.target.shape[0], len(weight), hidden.dtype, hidden.device)
-        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, given.rows is None, wanted, height)
+        of_rows = tuple(own.new_empty((2, own.shape[0]))) if measured else None
+        every_row = given.rows is None
+        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, every_row, wanted, of_rows, height)
         log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
     else:
-        losses, *statistics = _by_statistics(chosen, linear, own)
+        (losses, *statistics), of_rows = _by_statistics(chosen, linear, own, measured)
         log_total, missed = map(in_order, statistics)
         gradients = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
     # A row of weight 0 still counts with its loss, as 0 · NaN is NaN in the reference.
     loss = torch.dot(losses, chosen.weights) / chosen.divisor
-    return Outcome(loss, in_order(losses), chosen.divisor, log_total, missed, *gradients)
+    figures = hidden.new_empty(0, dtype=torch.float32)
+    if of_rows is not None:
+        figures = torch.stack([chosen.count[0].float(), *(x.sum() for x in of_rows)])
+    return Outcome(loss, in_order(losses), chosen.divisor, log_total, missed, *gradients, figures)
 
 
 def _head(given: LossArguments) -> Head:
     return Head(given.weight, given.bias, given.factor, given.softcap)
 
 
-def _of_no_rows(given: LossArguments, wanted: Sequence[bool]) -> Outcome:
+def _of_no_rows(given: LossArguments, wanted: Sequence[bool], figures: Tensor) -> Outcome:
     hidden = given.hidden
     zero, one = hidden.new_zeros((), dtype=torch.float32), hidden.new_ones((), dtype=torch.float32)
 
@@ -121,7 +129,7 @@ def _of_no_rows(given: LossArguments, wanted: Sequence[bool]) -> Outcome:
 
     gradients = zeros(hidden, wanted[0]), zeros(given.weight, wanted[1]), zeros(given.bias, wanted[2])
     of_rows, log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(3))
-    return Outcome(zero, of_rows, one, log_total, missed, *gradients)
+    return Outcome(zero, of_rows, one, log_total, missed, *gradients, figures)
 
 
 def backward(
@@ -131,7 +139,8 @@ def backward(
     hidden, weight, rows = given.hidden, given.weight, given.rows
     chosen = counted_first(hidden, given.target, rows, given.ignore_index, given.row_weight)
     if chosen.target.shape[0] == 0:
-        return _of_no_rows(given, wanted)[-3:]
+        outcome = _of_no_rows(given, wanted, hidden.new_empty(0))
+        return outcome.hidden, outcome.weight, outcome.bias
     per_row = chosen.weights * (grad * (given.factor / divisor))
     log_total, missed = log_total[chosen.place], missed[chosen.place]
     shift = torch.where(_counted(chosen), log_total, torch.inf)
@@ -171,14 +180,17 @@ def _counted(rows: Rows) -> Tensor:
     return torch.arange(rows.target.shape[0], device=rows.count.device) < rows.count
 
 
-def _by_statistics(rows: Rows, linear: Head, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's loss, log-sum-exp in units of log 2, and the probability of the classes other than its target.
+def _by_statistics(
+    rows: Rows, linear: Head, own: Tensor, measured: bool
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    """Each row's loss, log-sum-exp in units of log 2, and the probability of the classes other than its target; and,
+    `measured`, its entropy and whether it is a hit.
 
     With r = Σ exp(x - x[t]) over the others, lse = x[t] + log(1 + r) and the probability is r / (1 + r): precise where
     the target's is nearly 1. Where r overflows, lse is that of the others alone.
     """
     counted = _counted(rows)
-    statistics = Statistics(rows, linear, (), without_target=True)
+    statistics = Statistics(rows, linear, ("entropy",) if measured else (), without_target=True)
     most = statistics.most.amax(0)
     base = torch.where(most == -torch.inf, 0.0, most)
     total = (statistics.total * torch.exp2(statistics.most - base)).sum(0)
@@ -188,7 +200,31 @@ def _by_statistics(rows: Rows, linear: Head, own: Tensor) -> tuple[Tensor, Tenso
     losses = torch.where(ratio.isinf(), distance * head.LN_2.value, ratio.log1p())
     log_total = torch.where(ratio.isinf(), others, own * head.LOG2_E.value + ratio.log1p() * head.LOG2_E.value)
     missed = torch.where(ratio.isinf(), 1.0, ratio / (1 + ratio))
-    return tuple(torch.where(counted, x, 0.0) for x in (losses, log_total, missed))
+    of_rows = _predicted(statistics, own * head.LOG2_E.value) if measured else None
+
+    def in_counted(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.where(counted, x, 0.0) for x in values)
+
+    return in_counted((losses, log_total, missed)), None if of_rows is None else in_counted(of_rows)
+
+
+def _predicted(others: Statistics, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's entropy, and 1.0 where no other class has a larger logit than the target's `own`, in units of log 2.
+
+    With c the largest of all, Z = Σ 2^(x - c) and M = Σ 2^(x - c) (x - c), where each slice s of the vocabulary adds
+    2^(c_s - c) (M_s + Z_s (c_s - c)), the entropy is log 2 (log2 Z - M / Z).
+    """
+    largest = others.most.amax(0)
+    base = torch.maximum(largest, own)
+    slices = ((others.most, others.total, others.moment), (own, torch.ones_like(own), torch.zeros_like(own)))
+    total, moment = torch.zeros_like(own), torch.zeros_like(own)
+    for most, of_total, of_moment in slices:
+        lower = most - base
+        scale = torch.exp2(lower)
+        moved = torch.where(scale > 0, of_total * lower, 0.0)
+        total = total + (scale * of_total).view(-1, own.shape[0]).sum(0)
+        moment = moment + (scale * (of_moment + moved)).view(-1, own.shape[0]).sum(0)
+    return head.LN_2.value * (total.log2() - moment / total), (own >= largest).float()
 
 
 def _one_pass(
@@ -199,9 +235,11 @@ def _one_pass(
     shift: Tensor,
     every_row_once: bool,
     wanted: Sequence[bool],
+    of_rows: tuple[Tensor, ...] | None,
     height: int,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Each row's loss and the wanted gradients of the weighted, divided sum of losses, `height` rows at a time."""
+    """Each row's loss and the wanted gradients of the weighted, divided sum of losses, `height` rows at a time; fills
+    the entropies and hits `of_rows`, where they are wanted."""
     weight = linear.weight
     size, classes, width = rows.hidden.shape[0], weight.shape[0], hidden.shape[1]
     block = Exponentials(rows, linear, shift)
@@ -214,7 +252,7 @@ def _one_pass(
     for first in range(0, size, height):
         part = slice(first, min(first + height, size))
         values = buffer[: part.stop - first, :classes]
-        block.unnormalized(values, own, loss_factor, losses, scale, part)
+        block.unnormalized(values, own, loss_factor, losses, scale, of_rows, part)
         if wanted[0]:
             # Rows that are taken once each go straight to where they came from.
             to, row_of = (of_hidden, rows.index[part]) if every_row_once else (of_hidden[part], None)

@@ -35,16 +35,19 @@ fp8_score = router_head_ops.define_fp8_score("cggr_triton", score_kernels.fp8_sc
 
 @operator("cggr_triton::masked_loss")
 def masked_loss_forward(
-    loss: LossArguments, wanted: Sequence[bool], algorithm: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`loss.forward`: the loss, what its backward needs, and the gradients of an algorithm that has them by then."""
+    loss: LossArguments, wanted: Sequence[bool], algorithm: str, measured: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`loss.forward`: the loss, what its backward needs, the gradients of an algorithm that has them by then, and,
+    `measured`, the figures."""
     masked_loss_op.check_masked_loss("masked_loss", loss)
-    return tuple(loss_kernels.forward(loss, wanted, algorithm))
+    return tuple(loss_kernels.forward(loss, wanted, algorithm, measured))
 
 
 @masked_loss_forward.register_fake
 @by_fields
-def _masked_loss_fake(loss: LossArguments, wanted: Sequence[bool], algorithm: str) -> tuple[Tensor, ...]:
+def _masked_loss_fake(
+    loss: LossArguments, wanted: Sequence[bool], algorithm: str, measured: bool
+) -> tuple[Tensor, ...]:
     masked_loss_op.check_masked_loss("masked_loss", loss)
     hidden, weight = loss.hidden, loss.weight
     with_gradients = algorithm in loss_kernels.ONE_PASS_BYTES and any(wanted)
@@ -63,7 +66,8 @@ def _masked_loss_fake(loss: LossArguments, wanted: Sequence[bool], algorithm: st
         of_bias = single(weight.shape[0]) if wanted[2] else of_bias
     gradients = of_hidden, of_weight, of_bias
     kept = 0 if with_gradients else size
-    return single(), single(size), single(), single(kept), single(kept), *gradients
+    figures = single(3 if measured else 0)
+    return single(), single(size), single(), single(kept), single(kept), *gradients, figures
 
 
 @operator("cggr_triton::masked_loss_backward")
@@ -100,8 +104,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     ctx.mark_non_differentiable(*output[1:])
     # Otherwise autograd makes zeros of the size of the gradients that came with the loss.
     ctx.set_materialize_grads(False)
-    *arguments, ctx.wanted, ctx.algorithm = inputs
-    masked_loss_op.save(ctx, LossArguments(*arguments), *output)
+    *arguments, ctx.wanted, ctx.algorithm, _ = inputs
+    masked_loss_op.save(ctx, LossArguments(*arguments), *output[:-1])
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -139,7 +143,16 @@ def masked_loss(*args: Any, algorithm: str | None = None, **options: Any) -> Ten
     `algorithm` is `"one_pass"`, `"one_pass_small"` or `"recompute"` (see `loss`); None takes `one_pass` where it
     applies. Raises ValueError for the first two where they do not.
     """
-    loss = LossArguments(*args, **options)
+    return _masked_loss(LossArguments(*args, **options), algorithm, False)[0]
+
+
+def measured_loss(*args: Any, algorithm: str | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    """`reference.measured_loss`, with the exceptions and the algorithms of `masked_loss`."""
+    loss, *_, figures = _masked_loss(LossArguments(*args, **options), algorithm, True)
+    return loss, figures
+
+
+def _masked_loss(loss: LossArguments, algorithm: str | None, measured: bool) -> tuple[Tensor, ...]:
     device_type, dtype = loss.hidden.device.type, loss.hidden.dtype
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -151,7 +164,7 @@ def masked_loss(*args: Any, algorithm: str | None = None, **options: Any) -> Ten
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]
     if algorithm in loss_kernels.ONE_PASS_BYTES and not any(wanted):
         algorithm = "recompute"
-    return torch.ops.cggr_triton.masked_loss(*loss, wanted, algorithm)[0]
+    return torch.ops.cggr_triton.masked_loss(*loss, wanted, algorithm, measured)
 
 
 def masked_loss_one_pass(*args: Any, **options: Any) -> Tensor:
@@ -167,3 +180,18 @@ def masked_loss_one_pass_small(*args: Any, **options: Any) -> Tensor:
 def masked_loss_recompute(*args: Any, **options: Any) -> Tensor:
     """`masked_loss` with the algorithm `"recompute"`."""
     return masked_loss(*args, **{**options, "algorithm": "recompute"})
+
+
+def measured_loss_one_pass(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`measured_loss` with the algorithm `"one_pass"`."""
+    return measured_loss(*args, **{**options, "algorithm": "one_pass"})
+
+
+def measured_loss_one_pass_small(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`measured_loss` with the algorithm `"one_pass_small"`."""
+    return measured_loss(*args, **{**options, "algorithm": "one_pass_small"})
+
+
+def measured_loss_recompute(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`measured_loss` with the algorithm `"recompute"`."""
+    return measured_loss(*args, **{**options, "algorithm": "recompute"})

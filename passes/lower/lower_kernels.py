@@ -75,10 +75,11 @@ def lower_kernels(program: Analysed, config: RoutingConfig) -> Analysed:
 
 
 def forced_provider(kernels: str | Mapping[str, str], operator: str) -> str | None:
-    """The provider that `RoutingConfig.kernels` asks for; a name alone is for every operator that has it."""
+    """The provider that `RoutingConfig.kernels` asks for; a name alone is for every operator that has it, and one for
+    `masked_loss` is for `measured_loss` too, which takes its place."""
     if isinstance(kernels, str):
         return kernels if kernels in PROVIDERS[operator] else None
-    return kernels.get(operator)
+    return kernels.get(operator, kernels.get("masked_loss") if operator == "measured_loss" else None)
 
 
 def _in_words(passed_over: Mapping[str, str]) -> str:

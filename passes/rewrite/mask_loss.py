@@ -23,6 +23,7 @@ After::
 
 from __future__ import annotations
 
+from operator import getitem
 from typing import Any
 
 import torch
@@ -64,8 +65,9 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
         counted = _counted_in_batch(builder, target)
         reduction, num_items = "num_items", builder.call(aten.clamp_min.default, counted, 1)
     builder.region = head.loss.meta["cggr_region"]
+    operator = torch.ops.cggr.measured_loss if config.prediction_metrics else torch.ops.cggr.masked_loss
     loss = builder.call(
-        torch.ops.cggr.masked_loss.default,
+        operator.default,
         rows_of(builder, head, env[head.hidden]),
         weight,
         bias,
@@ -79,6 +81,9 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
         rows,
         num_items,
     )
+    figures = None
+    if config.prediction_metrics:
+        loss, figures = (builder.call(getitem, loss, index) for index in (0, 1))
     if _is_scaled(program, config, row_weight is not None):
         loss = _scaled_to_batch(builder, loss, kept, row_weight, _counted_in_batch(builder, target))
     dtype = value(head.loss).dtype
@@ -91,10 +96,10 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
     env = clone(builder, roots, {**env, head.loss: loss})
     builder.env.update(env)
-    found = {name: getattr(routing, name) for name in StepOutputs._fields if name != "loss_mask"}
+    found = {name: getattr(routing, name) for name in StepOutputs._fields if name not in ("loss_mask", "figures")}
     extra = {name: None if node is None else builder.env[node] for name, node in found.items()}
     own = tuple(None if out is None else builder.env[out] for out in outputs)
-    builder.output(own + StepOutputs(**extra, loss_mask=mask))
+    builder.output(own + StepOutputs(**extra, loss_mask=mask, figures=figures))
     return builder.finish("mask_loss")
 
 

@@ -104,4 +104,4 @@ def test_opcheck(algorithm: str, with_options: bool) -> None:
     operands = [leaves.get(name) for name in ("hidden", "weight", "bias")]
     wanted = [x is not None for x in operands]
     loss = (*operands, case.target, leaves.get("row_weight"), *numbers, rows, items)
-    opcheck(torch.ops.cggr_triton.masked_loss.default, (*loss, wanted, algorithm.removeprefix("triton_")))
+    opcheck(torch.ops.cggr_triton.masked_loss.default, (*loss, wanted, algorithm.removeprefix("triton_"), False))

@@ -78,6 +78,7 @@ def test_figures_of_a_step(step: dict[str, Any]) -> None:
 
 
 UNSEEN = {"parameters_without_gradient", "router_seconds"}
+OF_PREDICTIONS = {"entropy", "mean_token_accuracy"}
 
 
 def test_every_metric_is_documented_and_computed() -> None:
@@ -85,7 +86,7 @@ def test_every_metric_is_documented_and_computed() -> None:
     model = Toy().train()
     model.unread = torch.nn.Linear(2, 2, bias=False)
     model.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    cggr.optimize(model, router_layers=2, dynamic_threshold=True)
+    cggr.optimize(model, router_layers=2, dynamic_threshold=True, prediction_metrics=True)
     assert model.cggr.metrics() == {}
     loss = model(**toy_batch(ignored=0.3))[0]
     assert set(METRICS) - set(model.cggr.metrics()) == UNSEEN | OF_TOKEN_ROUTES | OF_AUTO
@@ -107,13 +108,15 @@ def test_every_metric_is_documented_and_computed() -> None:
     assert all(figure.shape == () and figure.isfinite() for figure in found.values())
     ones = cggr.optimize(model, ratio=1.0)
     ones(**toy_batch())
-    assert set(METRICS) - set(ones.cggr.metrics()) == WITHOUT_ROUTER | OF_TOKENS | UNSEEN | OF_TOKEN_ROUTES | OF_AUTO
+    missing = WITHOUT_ROUTER | OF_TOKENS | UNSEEN | OF_TOKEN_ROUTES | OF_AUTO | OF_PREDICTIONS
+    assert set(METRICS) - set(ones.cggr.metrics()) == missing
 
 
 def test_without_a_router_there_are_no_scores() -> None:
     model = cggr.optimize(Toy().train(), selection="random")
     model(**toy_batch())
-    assert set(METRICS) - set(model.cggr.metrics()) == WITHOUT_ROUTER | UNSEEN | OF_TOKEN_ROUTES | OF_AUTO
+    missing = WITHOUT_ROUTER | UNSEEN | OF_TOKEN_ROUTES | OF_AUTO | OF_PREDICTIONS
+    assert set(METRICS) - set(model.cggr.metrics()) == missing
     with pytest.raises(ValueError, match="selection='random' runs no router"):
         model.cggr.time_router()
 
@@ -143,3 +146,26 @@ def test_timing_the_router_leaves_training_as_it_is() -> None:
             model(**toy_batch())[0].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"ratio": 1.0}, {"selection": "random"}, {"route": ("sequence", "loss")}])
+def test_what_is_predicted_of_the_tokens_in_the_loss(options: dict) -> None:
+    """By plain eager logits of the rows that trained, at the positions that the loss saw."""
+    model = cggr.optimize(Toy().train(), prediction_metrics=True, **options)
+    batch = toy_batch(8, ignored=0.3)
+    logits = Toy.forward(model, batch["input_ids"])[0][:, :-1]
+    labels = batch["labels"][:, 1:].clone()
+    labels[:, ::2] = logits.argmax(-1)[:, ::2].where(labels[:, ::2] != -100, -100)
+    batch["labels"][:, 1:] = labels
+    model(**batch)
+    found, chosen = model.cggr.metrics(), model.cggr.selected
+    counted = labels != -100
+    if options.get("route"):
+        counted &= chosen[1][:, :-1]
+    elif "selection" in options:
+        counted[[row for row in range(8) if row not in chosen]] = False
+    entropy = torch.distributions.Categorical(logits=logits[counted].double()).entropy().mean()
+    hits = logits[counted].argmax(-1) == labels[counted]
+    assert 0 < hits.float().mean() < 1
+    assert found["mean_token_accuracy"] == hits.float().mean()
+    torch.testing.assert_close(found["entropy"].double(), entropy, rtol=1e-5, atol=0.0)

@@ -65,6 +65,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "recompute_elementwise": (False, True),
     "kernels": ("auto", "reference"),
     "keep_logits": (False, True),
+    "prediction_metrics": (False, True),
     "seed": (None, 3),
 }
 """Every option that changes a step on the CPU, the default first."""
