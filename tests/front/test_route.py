@@ -24,7 +24,7 @@ datasets.disable_progress_bars()
 PAGE = "integrations.md"
 COMPLETION = 5
 OPTIONS: dict[str, Any] = {"ratio": 0.5, "router_layers": 1, "inner": "eager", "seed": 5}
-OF_TRL = ("loss", "grad_norm", "num_tokens", "aux_loss")
+OF_TRL = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} </s> "
     "{% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
@@ -119,6 +119,7 @@ def test_one_line_trains_adapters_on_completions_evaluates_as_ever_and_comes_off
     model = trainer.model
     logs = training_logs(trainer)
     assert [entry["cggr/rows_selected"] for entry in logs] == [3, 3, 3]
+    assert logs[0]["entropy"] != logs[0]["cggr/entropy"]  # of both micro-batches, and of the last
     assert logs[-1]["loss"] < logs[0]["loss"]
     assert model.cggr.runtime.steps == 3
     assert model.cggr.calls == 6
