@@ -87,7 +87,15 @@ def _check_labels(arguments: dict[str, Any], decodes: bool) -> None:
     """Labels are as long as the ids, unless a decoder has its own."""
     ids, labels = arguments["input_ids"], arguments.get("labels")
     if isinstance(labels, torch.Tensor) and labels.dtype.is_floating_point:
-        raise CannotOptimize(f"labels are {labels.dtype}, not token ids", hint="pass integers, e.g. labels.long()")
+        raise CannotOptimize(
+            f"labels are {labels.dtype}, not token ids",
+            hint="pass integers, e.g. labels.long(); losses of regression and of several labels are not routed",
+        )
+    if isinstance(labels, torch.Tensor) and labels.shape == ids.shape[:1]:
+        raise CannotOptimize(
+            f"labels of shape {tuple(labels.shape)} are one for each row: sequence classification is not routed",
+            hint="train it without cggr; losses of tokens are routed, of language models and of token classification",
+        )
     compared = slice(0, 1) if decodes else slice(0, 2)
     if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.shape[compared] != ids.shape[compared]:
         raise CannotOptimize(
