@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import oracle
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from architectures import ARCHITECTURES, COMMON, GROUPED, VOCABULARY, token_batch
+from architectures import ARCHITECTURES, COMMON, GROUPED, NO_BERT_DROPOUT, VOCABULARY, token_batch
 from small import Small, SmallConfig
 from torch import Tensor
 
@@ -37,13 +38,21 @@ def tags_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**batch, "labels": torch.where(batch["labels"] == -100, -100, batch["labels"] % TAGS)}
 
 
-def test_token_classification_is_routed_by_its_heads_loss() -> None:
+def llama() -> torch.nn.Module:
+    config = {**GROUPED, "num_hidden_layers": 2, "num_labels": TAGS, "classifier_dropout": 0.0, "use_cache": False}
+    return transformers.LlamaForTokenClassification(transformers.LlamaConfig(**config))
+
+
+def bert() -> torch.nn.Module:
+    config = {**COMMON, **NO_BERT_DROPOUT, "num_hidden_layers": 2, "num_labels": TAGS}
+    return transformers.BertForTokenClassification(transformers.BertConfig(**config))
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(("build", "layers"), [(bert, "bert.encoder.layer"), (llama, "model.layers")])
+def test_token_classification_is_routed_by_its_heads_loss(build: Callable[[], torch.nn.Module], layers: str) -> None:
     torch.manual_seed(0)
-    llama = transformers.LlamaConfig(**GROUPED, num_labels=TAGS, classifier_dropout=0.0, use_cache=False)
-    bert = transformers.BertConfig(**COMMON, num_labels=TAGS, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    batch = tags_of(token_batch(6, 12))
-    assert_exact(transformers.LlamaForTokenClassification(llama).train(), batch, "model.layers", causal=False)
-    assert_exact(transformers.BertForTokenClassification(bert).train(), batch, "bert.encoder.layer", causal=False)
+    assert_exact(build().train(), tags_of(token_batch(6, 12)), layers, causal=False)
 
 
 class ZLoss(Small):
@@ -82,6 +91,7 @@ def test_a_z_loss_is_of_the_selected_rows() -> None:
     assert_exact(eager, batch, "layers", causal=True, atol=1e-6)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", [Smoothed, Weighted])
 def test_a_cross_entropy_with_options_is_refused(kind: type[Small]) -> None:
     model = cggr.optimize(kind(SmallConfig(vocab_size=VOCABULARY)).train(), **OPTIONS)

@@ -8,6 +8,7 @@ from cggr_compile.kernels import op as operators
 from cggr_compile.kernels import providers
 from cggr_compile.kernels.providers import LONGEST_SELECT, PROVIDERS, Place, Provider, choose, passed_over
 from cggr_compile.kernels.reference import rows as reference
+from cggr_compile.passes.lower.lower_kernels import forced_provider
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -113,3 +114,10 @@ def test_no_available_provider_raises_with_every_reason(monkeypatch: pytest.Monk
 def test_an_unknown_operator_raises_with_the_operators() -> None:
     with pytest.raises(ValueError, match=r"'scatter'.*score, select, gather, .*masked_loss"):
         providers.choose("scatter", CPU, torch.float32)
+
+
+def test_a_provider_forced_for_masked_loss_is_forced_for_measured_loss() -> None:
+    assert PROVIDERS["measured_loss"].keys() == PROVIDERS["masked_loss"].keys()
+    for operator in ("masked_loss", "measured_loss"):
+        assert forced_provider({"masked_loss": "triton_recompute"}, operator) == "triton_recompute"
+    assert forced_provider({"score": "triton"}, "measured_loss") is None
