@@ -30,8 +30,7 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
 
     Optimises `trainer.model`, adds `CGGRCallback` in front of the other callbacks, and gives TRL's SFTTrainer the
     model's own loss in training, with `prediction_metrics`. Masks, padding, accumulation, adapters, checkpoints and
-    evaluation are the trainer's.
-    `cggr.restore(trainer.model)` undoes all of it.
+    evaluation are the trainer's. `cggr.restore(trainer.model)` undoes all of it.
 
     Args:
         trainer: transformers' Trainer or TRL's SFTTrainer, or one that derives from them and leaves the loss to them.
@@ -56,25 +55,26 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
         )
     resolved = resolve_config(config, options)
     optimize(model, dataclasses.replace(resolved, prediction_metrics=True) if fuses else resolved)
-    callback = CGGRCallback.first_in(trainer)
+    CGGRCallback.first_in(trainer)
     if fuses:
         trainer.compute_loss = types.MethodType(_compute_loss, trainer)
-    handle(model).undo["hooks"] += (_Patches(trainer, callback),)
+    handle(model).undo["hooks"] += (_Patches(trainer),)
     return trainer
 
 
 class _Patches:
     """What `route` did to a trainer; a copy of the model has no part in it."""
 
-    def __init__(self, trainer: Any = None, callback: CGGRCallback | None = None) -> None:
-        self.trainer, self.callback = trainer, callback
+    def __init__(self, trainer: Any = None) -> None:
+        self.trainer = trainer
 
     def __reduce__(self) -> Any:
         return _Patches, ()
 
     def remove(self) -> None:
         if self.trainer is not None:
-            self.trainer.remove_callback(self.callback)
+            # By its class: a trainer that restores callbacks from a checkpoint makes them anew.
+            self.trainer.remove_callback(CGGRCallback)
             if vars(self.trainer).pop("compute_loss", None) is not None:
                 self.trainer._total_train_tokens = int(self.trainer._total_train_tokens)
 
