@@ -28,7 +28,7 @@ LAYERS = 5
 DEEP = Architecture(
     "deep llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**{**GROUPED, "num_hidden_layers": LAYERS})), "model.layers"
 )
-WINDOWS = (2, 5, 32)
+WINDOWS = (2, 5, 32) if LONG else (5,)
 
 # One of each kind that enters the layers: rotary tables, ALiBi folded into heads, two masks, a router's statistics.
 FAMILIES = ["llama", "bloom", "gemma3", "qwen3_moe"]

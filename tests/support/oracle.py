@@ -75,9 +75,9 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
 
 
 def step(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """Loss and gradients of one step of a model as it is."""
+    """Loss, which is the first of the outputs, and gradients of one step of a model as it is."""
     model.zero_grad(set_to_none=True)
-    loss = model(**batch).loss
+    loss = model(**batch)[0]
     loss.backward()
     return loss.detach(), gradients(model)
 
