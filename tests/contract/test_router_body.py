@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import oracle
+import plans
 import pytest
 import torch
 import transformers as T
@@ -19,6 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import cggr_compile as cggr
+from cggr_compile.inspection.explanation import Report
 from cggr_compile.ir.names import operator_counts
 from cggr_compile.ir.program import PART, Program, value
 
@@ -28,6 +30,12 @@ Batch = dict[str, torch.Tensor]
 # A score is a mean over 14 tokens of a log-sum-exp over the words of products of the width's length, all in fp32. Sums
 # of float8 products are all but exact, so the layers in front of that add nothing.
 CLOSE = oracle.rounding(14, VOCABULARY, COMMON["hidden_size"])
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[nn.Module, Program]:
+    model = build("llama")
+    return model, plans.captured(model, token_batch())
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +82,7 @@ def router_products(program: Program) -> list[torch.fx.Node]:
     return graph.find_nodes(op="call_function", target=target)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "body"),
     [
@@ -192,8 +200,8 @@ def test_products_of_weights_alone_stay_exact() -> None:
     assert sorted(parts) == ["main", "router"]
 
 
-def test_without_a_router_the_option_means_nothing() -> None:
-    report = cggr.explain(build("llama"), token_batch(), ratio=RATIO, selection="random", router_body="fp8").report()
+def test_without_a_router_the_option_means_nothing(llama: tuple[nn.Module, Program]) -> None:
+    report = Report.of(plans.Routed(*llama, selection="random", router_body="fp8").runtime)
     assert report.router is None
     assert "fp8_linear" not in report.providers
 
@@ -210,25 +218,29 @@ def test_a_router_without_such_products_is_refused() -> None:
         cggr.explain(model, token_batch(), **OPTIONS)
 
 
-def test_a_provider_that_cannot_run_is_refused() -> None:
+def test_a_provider_that_cannot_run_is_refused(llama: tuple[nn.Module, Program]) -> None:
     with pytest.raises(cggr.CannotOptimize, match="provider 'scaled_mm' is unavailable on cpu"):
-        cggr.explain(build("llama"), token_batch(), **OPTIONS, kernels={"fp8_linear": "scaled_mm"})
+        plans.Routed(*llama, **OPTIONS, kernels={"fp8_linear": "scaled_mm"})
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("route", ["token", "loss", ("sequence", "loss")])
-def test_other_routes_score_their_tokens_with_it(route: str | tuple[str, ...]) -> None:
+def test_other_routes_score_their_tokens_with_it(
+    llama: tuple[nn.Module, Program], route: str | tuple[str, ...]
+) -> None:
     """In place of the exact body's operators, and of no others."""
     counts = []
     for body in ("fp8", "exact"):
-        model = cggr.optimize(build("llama"), **{**OPTIONS, "router_body": body}, route=route)
-        assert oracle.step(model, token_batch())[0].isfinite()
-        counts.append(operator_counts(model.cggr.runtime.plans[-1].program.graph))
+        routed = plans.Routed(*llama, **{**OPTIONS, "router_body": body}, route=route)
+        assert routed.step(token_batch())[0].isfinite()
+        counts.append(operator_counts(routed.plan.program.graph))
     assert counts[0] - counts[1] == {"cggr.fp8_linear[reference]": 14}
     assert counts[1] - counts[0] == {"aten.linear": 14}
 
 
-def test_every_provider_of_an_operator_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_provider_of_an_operator_is_reported(
+    llama: tuple[nn.Module, Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Products of one router may differ in what can make them."""
 
     def other_width(place: Place) -> str | None:
@@ -236,7 +248,7 @@ def test_every_provider_of_an_operator_is_reported(monkeypatch: pytest.MonkeyPat
 
     fast = Provider("fast", other_width, lambda: fp8_linear.fp8_linear)
     monkeypatch.setitem(PROVIDERS, "fp8_linear", {"fast": fast, "reference": PROVIDERS["fp8_linear"]["reference"]})
-    report = cggr.explain(build("llama"), token_batch(), **OPTIONS).report()
+    report = Report.of(plans.Routed(*llama, **OPTIONS).runtime)
     assert report.providers["fp8_linear"] == "reference, fast"
     assert report.passed_over["fp8_linear"] == "fast: for 48 columns, not 32"
 

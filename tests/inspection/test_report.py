@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toys import Toy
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import cggr_compile as cggr
@@ -285,7 +286,7 @@ def test_inspection_before_the_first_step_says_what_to_do() -> None:
 
 def test_a_batch_of_one_row_is_reported_as_unrouted() -> None:
     with torch.device("meta"):
-        model = llama()
+        model = Toy()
     ids = torch.zeros(1, SEQUENCE, dtype=torch.long, device="meta")
     explanation = cggr.explain(model, {"input_ids": ids, "labels": ids.clone()}, ratio=RATIO)
     assert not explanation.report().routed

@@ -32,14 +32,14 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "bert"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("bert", marks=pytest.mark.long)])
 def captured(request: pytest.FixtureRequest) -> tuple[nn.Module, Program, bool]:
     architecture = ARCHITECTURES[request.param]
     model = eager_of(architecture)
     return model, plans.captured(model, token_batch()), architecture.causal
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_label_out_of_range_raises_in_any_row(
     captured: tuple[nn.Module, Program, bool], options: dict[str, Any]

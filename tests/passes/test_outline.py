@@ -40,17 +40,44 @@ def counts(routed: plans.Routed) -> tuple[int, int]:
     return variant.pieces, variant.bodies
 
 
-@pytest.mark.sample(1)
+class Scaled(nn.Module):
+    """Layers that differ in a constant only, behind a dropout each."""
+
+    def __init__(self, scales: list[float], dropout: float) -> None:
+        super().__init__()
+        self.scales = scales
+        self.drop = nn.Dropout(dropout)
+        self.embed = nn.Embedding(31, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in scales)
+        self.head = nn.Linear(8, 31)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor]:
+        hidden = self.embed(input_ids)
+        for layer, scale in zip(self.layers, self.scales, strict=True):
+            hidden = hidden + self.drop(layer(hidden)).tanh() * scale
+        return (nn.functional.cross_entropy(self.head(hidden).view(-1, 31), labels.view(-1)),)
+
+
+def ids_batch(rows: int = 6, length: int = 7) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 31, (rows, length), generator=torch.Generator().manual_seed(rows))
+    return {"input_ids": ids, "labels": ids.flip(0)}
+
+
+def scaled(*scales: float, dropout: float = 0.0) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Scaled(list(scales), dropout).train(), ids_batch()
+
+
 @pytest.mark.parametrize("selection", ["topk", "random"])
-def test_the_sequence_route_is_eagers_on_the_selected_rows(llama: tuple[nn.Module, Program], selection: str) -> None:
-    eager = copy.deepcopy(llama[0])
-    routed = plans.Routed(*llama, **OPTIONS, selection=selection)
-    for seed, size in ((1, 6), (2, 9)):  # the second batch has other sizes
-        batch = token_batch(size, seed=seed)
-        actual = routed.step(batch)
-        oracle.assert_same_step(*actual, *oracle.step(eager, oracle.rows_of(batch, routed.selected)), **CLOSE)
+def test_the_sequence_route_is_eagers_on_the_selected_rows(selection: str) -> None:
+    eager, batch = scaled(*[1.0] * LAYERS)
+    model = cggr.optimize(copy.deepcopy(eager), **OPTIONS, selection=selection)
+    for each in (batch, ids_batch(9, 8)):  # the second batch has other sizes
+        actual = oracle.step(model, each)
+        oracle.assert_same_step(*actual, *oracle.step(eager, oracle.rows_of(each, model.cggr.selected)), **CLOSE)
     # In front with layer 0, one of the three alike, and the rest: for the first sizes, and for all others.
-    assert counts(routed) == (2 * (LAYERS + 1), 2 * 3)
+    variant = model.cggr.runtime.plans[-1].route.variant
+    assert (variant.pieces, variant.bodies) == (2 * (LAYERS + 1), 2 * 3)
 
 
 def test_the_token_route_is_eagers_with_its_middle_layers_on_the_selected_tokens(
@@ -65,11 +92,12 @@ def test_the_token_route_is_eagers_with_its_middle_layers_on_the_selected_tokens
     assert counts(routed) == (LAYERS + 1, LAYERS + 1)
 
 
-def test_a_step_on_everything_is_divided_too(llama: tuple[nn.Module, Program]) -> None:
-    eager, batch = copy.deepcopy(llama[0]), token_batch()
-    routed = plans.Routed(*llama, **{**OPTIONS, "ratio": 1.0})
-    oracle.assert_same_step(*routed.step(batch), *oracle.step(eager, batch), **CLOSE)
-    assert (routed.plan.unrouted.pieces, routed.plan.unrouted.bodies) == (LAYERS + 1, 3)
+def test_a_step_on_everything_is_divided_too() -> None:
+    eager, batch = scaled(*[1.0] * LAYERS)
+    model = cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, "ratio": 1.0})
+    oracle.assert_same_step(*oracle.step(model, batch), *oracle.step(eager, batch), **CLOSE)
+    unrouted = model.cggr.runtime.plans[-1].unrouted
+    assert (unrouted.pieces, unrouted.bodies) == (LAYERS + 1, 3)
 
 
 @pytest.mark.long  # that layers of two kinds are two bodies, `test_a_constant_makes_another_body` shows
@@ -111,12 +139,7 @@ def test_modes(mode: str) -> None:
 
 
 def test_dropout_draws_what_eager_draws() -> None:
-    torch.manual_seed(0)
-    config = T.GPT2Config(
-        n_embd=32, n_layer=LAYERS, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=2
-    )
-    eager = eager_of(Architecture("gpt2", lambda: T.GPT2LMHeadModel(config), "transformer.h"))
-    batch = token_batch()
+    eager, batch = scaled(*[1.0] * LAYERS, dropout=0.5)
     model = cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, "selection": "random"})
     model(**batch)
     torch.manual_seed(7)
@@ -124,30 +147,6 @@ def test_dropout_draws_what_eager_draws() -> None:
     torch.manual_seed(7)
     oracle.assert_same_step(*actual, *oracle.step(eager, oracle.rows_of(batch, model.cggr.selected)), **CLOSE)
     assert not isinstance(model.cggr.runtime.plans[-1].route.variant.outline, Refusal)
-
-
-class Scaled(nn.Module):
-    """Layers that differ in a constant only."""
-
-    def __init__(self, scales: list[float]) -> None:
-        super().__init__()
-        self.scales = scales
-        self.embed = nn.Embedding(31, 8)
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in scales)
-        self.head = nn.Linear(8, 31)
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor]:
-        hidden = self.embed(input_ids)
-        for layer, scale in zip(self.layers, self.scales, strict=True):
-            hidden = hidden + layer(hidden).tanh() * scale
-        return (nn.functional.cross_entropy(self.head(hidden).view(-1, 31), labels.view(-1)),)
-
-
-def scaled(*scales: float) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)
-    model = Scaled(list(scales)).train()
-    ids = torch.randint(0, 31, (6, 7))
-    return model, {"input_ids": ids, "labels": ids.flip(0)}
 
 
 def test_frozen_layers_are_compiled_apart_and_keep_no_gradient() -> None:
