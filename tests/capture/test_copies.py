@@ -75,7 +75,7 @@ def table(graph: fx.Graph) -> list[dict[str, Any]]:
 
 
 def step(model: nn.Module, autocast: bool = False) -> None:
-    optimized = cggr.optimize(model, inner="eager", ratio=0.5)
+    optimized = cggr.optimize(model, inner="eager", ratio=1.0)
     batch = token_batch()
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         optimized(**batch)

@@ -7,15 +7,30 @@ from typing import Any
 
 import head_oracle
 import oracle
+import plans
 import pytest
 import torch
 from architectures import ARCHITECTURES, COMMON, VOCABULARY, build, token_batch
 from cggr_compile.kernels.triton import tiles
 from cggr_compile.kernels.triton.tiles import Tile
+from torch import nn
+from toys import Toy, toy_batch
 
 import cggr_compile as cggr
+from cggr_compile.inspection.explanation import Report
+from cggr_compile.ir.program import Program
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[nn.Module, Program]:
+    model = build("llama").to(DEVICE)
+    return model, plans.captured(model, on_device(token_batch(6, 16)))
+
+
+def on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor.to(DEVICE) for key, tensor in batch.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -62,17 +77,14 @@ def optimized_rows(eager: torch.nn.Module, batch: dict[str, torch.Tensor], name:
     return rows.to(DEVICE)
 
 
-def test_a_router_head_on_triton_selects_the_references_rows() -> None:
-    router_head = "sampled"
-    eager = build("llama").to(DEVICE)
-    batch = {key: tensor.to(DEVICE) for key, tensor in token_batch(6, 16).items()}
-    options = {"router_head": router_head, "router_head_frequent": 5, "router_head_sampled": 12}
+def test_a_router_head_on_triton_selects_the_references_rows(llama: tuple[nn.Module, Program]) -> None:
+    options = {"router_head": "sampled", "router_head_frequent": 5, "router_head_sampled": 12}
     chosen = []
     for kernels in ("triton", "reference"):
-        model = optimized(eager, kernels=kernels, seed=3, **options)
-        oracle.step(model, batch)
-        chosen.append(model.cggr.selected)
-        assert model.cggr.report().providers[f"{router_head}_score"] == kernels
+        routed = plans.Routed(*llama, ratio=0.4, kernels=kernels, seed=3, **options)
+        routed.step(on_device(token_batch(6, 16)))
+        chosen.append(routed.selected)
+        assert Report.of(routed.runtime).providers["sampled_score"] == kernels
     assert torch.equal(*chosen)
 
 
@@ -90,10 +102,8 @@ def test_autocast_runs_the_kernels_in_its_dtype_and_loses_no_gradient() -> None:
     oracle.assert_no_further((got, gradients), (wanted, expected), oracle.step(eager, rows))
 
 
-def test_the_report_says_what_was_passed_over_and_why() -> None:
-    model = build("llama").to(DEVICE)
-    batch = {key: tensor.to(DEVICE) for key, tensor in token_batch(6, 16).items()}
-    report = cggr.explain(model, batch, ratio=0.4).report()
+def test_the_report_says_what_was_passed_over_and_why(llama: tuple[nn.Module, Program]) -> None:
+    report = Report.of(plans.Routed(*llama, ratio=0.4).runtime)
     if DEVICE == "cuda":
         assert report.providers["masked_loss"] == "triton (one_pass)"
         assert report.providers["gather"] == "reference"
@@ -108,15 +118,15 @@ def test_without_the_interpreter_the_cpu_refuses_triton_and_leaves_the_model_alo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    eager = build("llama")
+    eager = Toy().train()
     model = cggr.optimize(copy.deepcopy(eager), ratio=0.4, kernels={"score": "triton"})
     with pytest.raises(
         cggr.CannotOptimize, match=r"score: provider 'triton' is unavailable on cpu .*interpreter"
     ) as why:
-        model(**token_batch(6, 16))
+        model(**toy_batch(6))
     assert "name another provider" in str(why.value)
     cggr.restore(model)
-    assert torch.equal(model(**token_batch(6, 16)).loss, eager(**token_batch(6, 16)).loss)
+    assert torch.equal(model(**toy_batch(6))[0], eager(**toy_batch(6))[0])
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ FEW = [
 ]
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("route", "rule"), FEW)
 def test_where_few_tokens_count_each_enters_the_loss_once(
     llama: tuple[nn.Module, Program], route: Any, rule: str

@@ -17,7 +17,7 @@ from torch import nn
 
 import cggr_compile as cggr
 
-LAYERS, RATIO, ROUTER_LAYERS = 4, 0.5, 2
+LAYERS, RATIO, ROUTER_LAYERS = 3, 0.5, 2
 MIDDLE = range(1, LAYERS - 1)
 
 LLAMA = Architecture(

@@ -58,12 +58,12 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
 def test_attach_reaches_through_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.GradientState._reset_state()  # a trainer of an earlier test may have left it amid an accumulation
-    model = optimized()
+    model = cggr.optimize(Toy().train(), **OPTIONS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     accelerator = accelerate.Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     attach(model, optimizer)
-    loss = model(**token_batch(6, 16)).loss
+    loss = model(**toy_batch(6))[0]
     accelerator.backward(loss)
     optimizer.step()
     assert model.cggr.runtime.steps == 1
@@ -128,15 +128,15 @@ def test_attach_says_what_it_needs() -> None:
 
 
 def test_state_round_trip_and_what_it_refuses() -> None:
-    first, second = optimized(selection="random"), optimized(selection="random")
+    first, second = (cggr.optimize(Toy().train(), **OPTIONS, selection="random") for _ in range(2))
     first.cggr.step()
-    first(**token_batch(6, 16))
+    first(**toy_batch(32))
     state = copy.deepcopy(first.cggr.state_dict())
     second.cggr.load_state_dict(state)
     assert second.cggr.runtime.steps == 1
     drawn = []
     for model in (first, second):
-        model(**token_batch(6, 16))
+        model(**toy_batch(32))
         drawn.append(model.cggr.selected)
     assert torch.equal(*drawn)
     with pytest.raises(ValueError, match=r"entries \['confidence', 'generators', 'seed', 'steps'\], got \['steps"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from architectures import build, token_batch
 from torch import Tensor
+from toys import Toy, toy_batch
 
 import cggr_compile as cggr
 
@@ -79,9 +80,9 @@ def _bfloat16_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_launch_of_a_step_was_compiled_for(
     kernels: dict[bool, set[Any]], options: dict[str, Any], autocast: bool
 ) -> None:
-    model = cggr.optimize(build("llama"), **{"ratio": 0.5, "inner": "aot_eager", "kernels": "triton", **options})
+    model = cggr.optimize(Toy().train(), **{"ratio": 0.5, "inner": "aot_eager", "kernels": "triton", **options})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(**token_batch(6, 16)).loss
+        loss = model(**toy_batch(6, 16))[0]
     loss.backward()
     assert kernels[False]
     assert kernels[False] - kernels[True] == set()
@@ -94,12 +95,12 @@ def test_a_step_says_so_and_goes_on_where_kernels_cannot_be_compiled_ahead(monke
     def fails(*_: Any) -> None:
         raise ValueError("no such target")
 
-    eager = build("llama")
+    eager = Toy().train()
     model = cggr.optimize(copy.deepcopy(eager), ratio=1.0, inner="aot_eager", kernels="triton")
     monkeypatch.setattr(ahead, "compile_kernels", fails)
     with pytest.warns(RuntimeWarning, match="compiled as they run: ValueError: no such target"):
-        loss = model(**token_batch(6, 16)).loss
-    torch.testing.assert_close(loss, eager(**token_batch(6, 16)).loss)
+        loss = model(**toy_batch(6, 16))[0]
+    torch.testing.assert_close(loss, eager(**toy_batch(6, 16))[0])
 
 
 def _forget_kernels() -> None:
