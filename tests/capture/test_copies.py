@@ -120,7 +120,7 @@ def test_deeper_stacks_are_traced_with_as_many_calls(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("autocast", [False, True])
 def test_dropout_and_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both(monkeypatch)
-    config = T.GPT2Config(**{**GPT, "n_layer": DEEP, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1})
+    config = T.GPT2Config(**{**GPT, "n_layer": 2, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1})
     step(T.GPT2LMHeadModel(config).train(), autocast)
     both.assert_equal()
     assert both.replayed
@@ -128,13 +128,13 @@ def test_dropout_and_autocast(autocast: bool, monkeypatch: pytest.MonkeyPatch) -
 
 def test_checkpointed_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both(monkeypatch)
-    model = deep("llama")
+    model = deep("llama", num_hidden_layers=2)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     step(model)
     both.assert_equal()
     assert both.replayed
     regions = {node.meta.get("ac_graph_id") for node in both.graphs[0].nodes}
-    assert regions >= set(range(1, DEEP + 1))
+    assert regions >= {1, 2}
 
 
 @pytest.mark.long

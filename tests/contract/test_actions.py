@@ -2,7 +2,7 @@
 
     HYPOTHESIS_PROFILE=fuzz ACTION_SEQUENCES=125 pytest tests/contract/test_actions.py --hypothesis-seed=1
 
-draws 125 sequences of actions; CI draws a few, always the same.
+draws 125 sequences of actions; CI draws one, always the same, beside two that were found to fail.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from action_check import check
 from hypothesis import event, example, given, note, settings
 
-EXAMPLES = int(os.environ.get("ACTION_SEQUENCES", 2 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 125))
+EXAMPLES = int(os.environ.get("ACTION_SEQUENCES", 1 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 125))
 
 WHOLE = {"route": "sequence", "selection": "topk", "router_layers": 1, "inner": "eager", "seed": 1}
 

@@ -31,7 +31,10 @@ def register(kind: str, module: nn.Module) -> RemovableHandle:
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["forward", "pre", "with kwargs", "global", "global pre"])
+@pytest.mark.parametrize(
+    "kind",
+    ["forward", "pre", "global", *(pytest.param(k, marks=pytest.mark.long) for k in ("with kwargs", "global pre"))],
+)
 def test_hooks_come_and_go_between_steps(kind: str) -> None:
     model, batch = toy(), toy_batch(8)
     assert_routed(model, batch)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import build, token_batch
+from architectures import ARCHITECTURES, build, token_batch
+from oracle import truncated
 from torch import nn
 from torch._dynamo import utils
 from toys import Toy, toy_batch
@@ -44,7 +45,7 @@ class Marked(Toy):
 
 def composite() -> nn.Module:
     """Records outputs, for which transformers installs hooks: with its router's logits."""
-    model = build("mixtral").train()
+    model = truncated(build("mixtral"), ARCHITECTURES["mixtral"], 2)
     model.config.output_router_logits = True
     return model
 

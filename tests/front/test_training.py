@@ -257,10 +257,10 @@ def test_a_trainer_that_keeps_the_labels_to_itself_is_refused(tmp_path: Path) ->
 
 
 def test_nothing_compiles_after_the_warm_up() -> None:
-    """200 steps under a curriculum, every tenth on the ragged last batch of an epoch."""
+    """80 steps under a curriculum, every tenth on the ragged last batch of an epoch."""
     model = cggr.optimize(Toy().train(), ratio=0.5, warmup_steps=40, inner=AS_IT_IS)
     compiled = []
-    for step in range(200):
+    for step in range(80):
         model(**toy_batch(5 if step % 10 == 9 else 16, seed=step))[0].backward()
         model.cggr.step()
         compiled.append(sum(model.cggr.report().compilations.values()))

@@ -19,7 +19,7 @@ from architectures import ARCHITECTURES, eager_of, token_batch
 from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
 from torch import nn
 from torch._inductor.utils import fresh_inductor_cache
-from toys import Toy, toy_batch
+from toys import AS_IT_IS, Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile.ir.program import Program
@@ -86,7 +86,7 @@ def assert_two_compilations(model: nn.Module, program: Program, count: int, opti
     assert [variant.compilations for variant in variants(compiled.runtime)] == [2, 2]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ROUTES)
 def test_two_compilations_for_any_sizes(toy: tuple[nn.Module, Program], name: str) -> None:
     assert_two_compilations(*toy, 14, ROUTES[name])
@@ -130,7 +130,7 @@ def test_inductor(toy: tuple[nn.Module, Program]) -> None:
 
 
 def test_a_single_row_has_code_of_its_own(toy: tuple[nn.Module, Program]) -> None:
-    compiled = plans.Routed(*toy, inner="aot_eager", router_layers=1)
+    compiled = plans.Routed(*toy, inner=AS_IT_IS, router_layers=1)
     plain = plans.Routed(*toy, router_layers=1)
     for seed, (rows, length, kept) in enumerate(
         [(2, 5, 1), (4, 6, 1), (4, 7, 2), (2, 2, 1), (8, 3, 4), (3, 3, 1), (5, 5, 3), (2, 9, 1)]
@@ -147,7 +147,7 @@ def test_batches_of_one_row() -> None:
     """Dynamo captures them by themselves; each capture is compiled twice at most."""
     torch.manual_seed(0)
     eager = Toy().train()
-    model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner="aot_eager")
+    model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner=AS_IT_IS)
     for rows, length in [(1, 5), (1, 6), (1, 9), (4, 5), (6, 5), (1, 2), (8, 2), (1, 7)]:
         batch = toy_batch(rows, length, rows + length)
         assert_same_as_eager(model, eager, batch)
@@ -281,7 +281,7 @@ def test_sizes_that_come_alone_for_long_get_code_of_numbers(
     """For longer than three compilations take, without any other between; others go on with the code for many."""
     now = [0.0]
     monkeypatch.setattr(variant, "monotonic", lambda: now[0])
-    compiled, plain = (plans.Routed(*toy, inner=inner, router_layers=1) for inner in ("aot_eager", "eager"))
+    compiled, plain = (plans.Routed(*toy, inner=inner, router_layers=1) for inner in (AS_IT_IS, "eager"))
     code = compiled.plan.route.variant
 
     def step(rows: int, seconds: float) -> int:

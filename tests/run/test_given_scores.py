@@ -43,7 +43,9 @@ def test_scores_are_the_router_s_and_the_step_is_as_if_it_had_run(name: str) -> 
     assert model.cggr.captures == 1
 
 
-@given(scores=st.lists(st.floats(-9, 9, width=32), min_size=6, max_size=6, unique=True), kept=st.integers(1, 6))
+@given(
+    scores=st.lists(st.floats(-9, 9, width=32), min_size=6, max_size=6, unique=True), kept=st.sampled_from([1, 3, 6])
+)
 def test_any_scores_choose_their_highest_rows(scores: list[float], kept: int) -> None:
     model = _toy_of(kept)
     batch = toy_batch(6)
