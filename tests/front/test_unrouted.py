@@ -55,7 +55,7 @@ def test_fallback_trains_on_all_rows_says_so_once_and_draws_nothing_twice() -> N
 def test_an_environment_that_switches_dynamo_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch reads the variable once, when it is imported."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    with disabled(), pytest.raises(CannotOptimize, match="^cannot optimize: TORCHDYNAMO_DISABLE=1 in the environment"):
+    with disabled(), pytest.raises(CannotOptimize, match=r"^cannot optimize: TORCHDYNAMO_DISABLE=1 in the"):
         toy()(**toy_batch())
 
 
