@@ -127,13 +127,13 @@ def demo(
     write_result(output / "result.json", settings, [plain, grown])
     plot(output / "loss.png", settings, [plain, grown])
     console.print(measured(plain, grown, settings))
-    console.print(predicted(settings, explanation.report()), markup=False, highlight=False)
+    console.print(predicted(explanation.report()), markup=False, highlight=False)
     for name in FILES:
         console.print(f"{output / name}", markup=False, highlight=False, soft_wrap=True)
 
 
-def build(settings: Settings, device: str | None = None) -> nn.Module:
-    """A Llama of LAYERS layers over bytes, in training, with the seed's weights, on the settings' device or another."""
+def build(settings: Settings) -> nn.Module:
+    """A Llama of LAYERS layers over bytes, in training, with the seed's weights, on the settings' device."""
     torch.manual_seed(settings.seed)
     config = transformers.LlamaConfig(
         vocab_size=BYTES,
@@ -146,9 +146,7 @@ def build(settings: Settings, device: str | None = None) -> nn.Module:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    with torch.device("meta" if device == "meta" else "cpu"):
-        model = transformers.LlamaForCausalLM(config)
-    return model.train().to(device or settings.device)
+    return transformers.LlamaForCausalLM(config).train().to(settings.device)
 
 
 def train(model: Any, arm: Arm, windows: Windows, settings: Settings) -> Iterator[None]:
@@ -235,13 +233,10 @@ def measured(plain: Arm, grown: Arm, settings: Settings) -> Table:
     return shown
 
 
-def predicted(settings: Settings, routed: Report) -> str:
+def predicted(routed: Report) -> str:
     """What the cost model says of steps of this model, in counted operations, whatever the device."""
-    batch = _batch(torch.zeros(settings.batch_size, settings.sequence_length, dtype=torch.int64, device="meta"))
-    model = build(settings, "meta")
-    first = cggr.explain(model, batch, route="depth", depth_layers=FIRST_LAYERS).report().cost
     whole = routed.cost
-    share = first.forward_flops / whole.forward_flops
+    share = 1 - sum(whole.layer_flops[FIRST_LAYERS:]) / whole.forward_flops
     return (
         "predicted from counted operations, on any device, not measured:\n"
         f"  a step of the first {FIRST_LAYERS} of {LAYERS} layers   {share:.0%} of a whole one\n"

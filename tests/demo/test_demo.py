@@ -56,6 +56,10 @@ def test_demo_leaves_every_file_and_every_sample(text: Path, capsys: pytest.Capt
     json.loads((output / "report.json").read_text())
     shown = capsys.readouterr().out
     assert "predicted from counted operations, on any device, not measured:" in shown
+    width, inner = main.WIDTH, 8 * main.WIDTH // 3
+    layer = 16 * (4 * width**2 + 3 * width * inner) + 2 * 16**2 * width
+    share = (3 * layer + 16 * width * main.BYTES) / (4 * layer + 16 * width * main.BYTES)
+    assert f"a step of the first 3 of 4 layers   {share:.0%} of a whole one" in shown
     assert "measured in this run, on cpu" in shown
     assert "result.json" in shown
 
