@@ -46,14 +46,16 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
         raise TypeError(
             f"trainer is a {type(trainer).__name__}, expected a transformers.Trainer; route a model by optimize"
         )
+    resolved = resolve_config(config, options)
     fuses = _refuse_loss(trainer)
+    if getattr(trainer, "padding_free", False):
+        _refuse_one_row(resolved)
     model = trainer.model
     for _, part in optimized_parts(model):
         raise CannotOptimize(
             f"the trainer's model is optimized already ({type(part).__name__})",
             hint="give the options to cggr.route alone; cggr.restore(model) undoes what was done before",
         )
-    resolved = resolve_config(config, options)
     optimize(model, dataclasses.replace(resolved, prediction_metrics=True) if fuses else resolved)
     CGGRCallback.first_in(trainer)
     if fuses:
@@ -119,12 +121,16 @@ def _refuse_loss(trainer: Any) -> bool:
             f"loss_type={trainer.args.loss_type!r} is a loss of {name}'s own",
             hint="only loss_type='nll' ('chunked_nll') is the model's",
         )
-    if trainer.padding_free:
-        raise CannotOptimize(
-            "padding_free batches are one row, so there are no rows to choose from",
-            hint="pass padding_free=False, and packing_strategy='wrapped' where packing is wanted",
-        )
     return True
+
+
+def _refuse_one_row(config: RoutingConfig) -> None:
+    if "sequence" in config.routes and config.ratio < 1 and config.selection != "auto":
+        raise CannotOptimize(
+            "padding_free batches (which packing makes too) are one row, so there are no rows to choose from",
+            hint="leave ratio and selection out, which keeps every row; or route='loss' or 'token'; or pass "
+            "padding_free=False, and packing_strategy='wrapped' where packing is wanted",
+        )
 
 
 def _compute_loss(
@@ -144,7 +150,9 @@ def _compute_loss(
     loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
     refuse_own_loss(routed, calls)
     metrics = self._metrics["train"]
-    tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum() // self._tp_size
+    mask = inputs.get("attention_mask")  # padding-free batches have none: all their tokens are real
+    own = inputs["input_ids"].new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+    tokens = self.accelerator.gather(own).sum() // self._tp_size
     self._total_train_tokens = self._total_train_tokens + tokens
     metrics["num_tokens"] = [self._total_train_tokens]
     last = routed.runtime.last

@@ -142,13 +142,15 @@ def test_one_line_trains_adapters_on_completions_evaluates_as_ever_and_comes_off
     [
         ("llama", {"loss_type": "chunked_nll", "assistant_only_loss": True, "rows": conversations()}),
         ("mixtral", {"router_aux_loss_coef": 0.5}),  # the model's own is another
+        ("llama", {"packing": True, "max_length": 24, "per_device_train_batch_size": 2}),
     ],
 )
 def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Loss, gradients and the metrics of both are alike within rounding: TRL computes the same in other operators."""
     eager = oracle.truncated(build(name), ARCHITECTURES[name], 1)
     plain = sft(copy.deepcopy(eager), tmp_path, **options)
-    routed = cggr.route(sft(copy.deepcopy(eager), tmp_path, **options), **{**OPTIONS, "ratio": 1.0})
+    packed = {"inner": "eager"} if options.get("packing") else {**OPTIONS, "ratio": 1.0}
+    routed = cggr.route(sft(copy.deepcopy(eager), tmp_path, **options), **packed)
     for trainer in (plain, routed):
         trainer.train()
     for entry, expected in zip(training_logs(routed), training_logs(plain), strict=True):
@@ -157,6 +159,7 @@ def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any]
             {figure: expected[figure] for figure in found}, rel=1e-4
         )
     assert ("aux_loss" in training_logs(routed)[0]) == (name == "mixtral")
+    assert routed.model.cggr.captures == 1
     assert all(type(value) in (int, float) for entry in routed.state.log_history for value in entry.values())
 
 
@@ -217,7 +220,7 @@ class Watched(trl.SFTTrainer):
     ("options", "message"),
     [
         ({"loss_type": "dft"}, r"loss_type='dft' is a loss of SFTTrainer's own.*'chunked_nll'"),
-        ({"packing": True, "max_length": 16}, "padding_free batches are one row"),
+        ({"packing": True, "max_length": 16}, r"padding_free batches .* are one row.*leave ratio and selection out"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0\.1 is a loss of SFTTrainer's own.*leave it at 0"),
         ({"compute_loss_func": no_reward}, "compute_loss_func is a loss of SFTTrainer's own.*in the model's forward"),
     ],

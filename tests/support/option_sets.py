@@ -85,7 +85,7 @@ def option_sets(number: int, seed: int) -> Iterator[dict[str, Any]]:
 
 def _drawn(draw: random.Random) -> dict[str, Any]:
     changed = draw.sample(sorted(TABLE), draw.randint(2, 8))
-    options = {name: draw.choice(TABLE[name]) for name in {"route", "selection", *changed}}
+    options = {name: draw.choice(TABLE[name]) for name in sorted({"route", "selection", *changed})}
     owner = {"tau": "trimmed", "num_strata": "stratified", "floor": "importance", "spread": hardest}
     for name in options.get("selection_options") or ():  # mostly the options of the rule that is drawn
         if draw.random() < 0.9:
@@ -292,13 +292,14 @@ def _weights(
     rows = torch.arange(len(counted))
     if "sequence" in kept:
         last = routed.runtime.last.found
-        found *= torch.zeros(len(counted)).scatter_reduce(0, last.rows, last.weights, "amax").unsqueeze(1)
         rows = last.rows
+        of_rows = torch.ones(len(rows)) if last.weights is None else last.weights  # None where a warm-up keeps all
+        found *= torch.zeros(len(counted)).scatter_reduce(0, rows, of_rows, "amax").unsqueeze(1)
     if "loss" in kept:
         scores = _token_scores(family, config, eager, batch)[rows]
         valid = counted[rows].bool()
         if "sequence" in kept:  # a row that only fills up has no token
-            valid &= (last.weights > 0).unsqueeze(1)
+            valid &= (of_rows > 0).unsqueeze(1)
         k = config.kept_rows(valid.numel(), routed.runtime.steps)
         rule, options = rule_of(config.selection), config.selection_options or {}
         index, weight = rule.function(scores.flatten(), valid.flatten(), k, noise[-1], **options)
