@@ -13,7 +13,7 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, GROUPED, build, token_batch
 from torch import nn
-from toys import Toy, toy_batch
+from toys import Toy, route, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile.ir.names import operator_counts
@@ -171,16 +171,15 @@ def test_rows_without_counted_labels_are_never_selected(llama: tuple[nn.Module, 
 
 
 def test_a_row_with_nan_scores_is_not_selected() -> None:
-    eager = build("gpt2")
-    batch = token_batch(masked=False)
+    eager = Toy().train()
+    batch = toy_batch(6)
     with torch.no_grad():
-        eager.transformer.wte.weight[5] = float("nan")
+        eager.embed.weight[5] = float("nan")
     batch["input_ids"][batch["input_ids"] == 5] = 6
     batch["labels"] = batch["input_ids"].clone()
     batch["input_ids"][3, 0] = 5
-    eager.lm_head.weight = torch.nn.Parameter(eager.lm_head.weight.detach().nan_to_num())
     model = optimized(eager, ratio=0.8)
-    loss = model(**batch).loss
+    loss = model(**batch)[0]
     assert 3 not in model.cggr.selected.tolist()
     assert loss.isfinite()
 
@@ -263,16 +262,15 @@ def test_random_rows_leave_torchs_generator_alone_and_follow_the_seed() -> None:
     assert len({tuple(rows) for rows in drawn[0]}) > 1
 
 
-@pytest.mark.sample(2)
-@pytest.mark.parametrize(("rows", "length"), [pytest.param(2, 12, marks=pytest.mark.long), (12, 12), (1, 12), (5, 2)])
+@pytest.mark.parametrize(("rows", "length"), [(2, 12), (12, 12), (1, 12), (5, 2)])
 def test_odd_shapes(rows: int, length: int) -> None:
     """B = 2, B = S, one row (passes unrouted) and the shortest sequence."""
-    eager = build("llama")
-    eager.set_attn_implementation("eager")
+    torch.manual_seed(0)
+    eager = Toy().train()
     model = optimized(eager)
-    batch = token_batch(rows, length, masked=False)
+    batch = toy_batch(rows, length)
     loss, gradients = oracle.step(model, batch)
-    expected_rows = oracle.expected_rows(eager, LLAMA, batch, 0.4, 2)
+    expected_rows = torch.tensor(route(eager, batch).hardest(-(-2 * rows // 5)))
     assert torch.equal(model.cggr.selected, expected_rows)
     expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, expected_rows))
     oracle.assert_same_step(loss, gradients, expected_loss, expected)
@@ -280,10 +278,10 @@ def test_odd_shapes(rows: int, length: int) -> None:
 
 def test_one_capture_serves_all_shapes_and_labels_may_be_the_ids() -> None:
     torch._dynamo.utils.counters.clear()
-    model = optimized(build("llama"))
+    model = optimized(Toy().train())
     for rows, length in [(6, 12), (9, 14), (4, 4), (2, 31), (17, 3)]:
-        ids = torch.randint(3, 97, (rows, length))
-        model(input_ids=ids, labels=ids).loss.backward()
+        ids = toy_batch(rows, length)["input_ids"]
+        model(input_ids=ids, labels=ids)[0].backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert model.cggr.captures == 1
 

@@ -18,7 +18,7 @@ from random_models import VOCABULARY, Layer, RandomModel, Spec, specs
 import cggr_compile as cggr
 
 # Each example captures a new model, which takes seconds.
-EXAMPLES = {"ci": 2, "long": 200, "fuzz": 500}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
+EXAMPLES = {"ci": 1, "long": 200, "fuzz": 500}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
 RATIO = 0.4
 
 

@@ -96,7 +96,11 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("name", MIXES)
+# Refused by the rule that refuses another of them.
+ALIKE = ("joined in front", "transposed window", "beside the chosen", "chosen among features")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in ALIKE else []) for n in MIXES])
 def test_ambiguous_layers_are_refused_with_the_reason(name: str) -> None:
     mix, reason = MIXES[name]
     torch.manual_seed(0)

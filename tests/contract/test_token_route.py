@@ -48,7 +48,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", FAMILIES + (OTHERS if LONG else []))
 @pytest.mark.parametrize("padded", [True, False] if LONG else [True])
 def test_families(name: str, padded: bool) -> None:
@@ -82,7 +82,7 @@ def deep() -> tuple[nn.Module, Program]:
     return model, plans.captured(model, token_batch())
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("middle", "options"),
     [

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import gradients, truncated
 from torch import nn
-from toys import WIDTH, Toy, toy_batch
+from toys import AS_IT_IS, WIDTH, Toy, toy_batch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cggr_compile as cggr
@@ -385,7 +385,7 @@ def test_parameters_are_copied_by_name_and_not_by_the_order_of_use() -> None:
 
 
 def test_what_is_compiled_ahead_runs_no_hook_and_needs_no_gradient() -> None:
-    options = {"ratio": 0.5, "warmup_steps": 8, "router_layers": 1, "inner": "aot_eager"}
+    options = {"ratio": 0.5, "warmup_steps": 8, "router_layers": 1, "inner": AS_IT_IS}
     model = cggr.optimize(Toy().train(), **options)
     calls: list[torch.Tensor] = []
     model.head.weight.register_hook(calls.append)

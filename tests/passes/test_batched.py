@@ -253,7 +253,14 @@ def test_a_layer_that_branches_on_the_sequence_is_refused_on_fewer_tokens() -> N
 
 def test_a_decoders_labels_have_a_length_of_their_own() -> None:
     config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=1,
+        num_decoder_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
     )
     config.dropout_rate = 0.0
     torch.manual_seed(0)

@@ -15,10 +15,12 @@ from architectures import ARCHITECTURES, build, token_batch
 from cggr_compile.passes.rewrite.elide_causal_masks import argument, reach
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import Routed
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cggr_compile as cggr
+from cggr_compile.inspection.explanation import Report
 from cggr_compile.ir.index_functions import IndexFunction, IndexFunctions, axis
 
 Mask = Callable[[Tensor], Tensor]
@@ -194,6 +196,10 @@ def test_attention_without_a_mask_is_that_of_transformers_in_eager_mode(name: st
     assert (len(causal), len(attentions)) == (3 if name == "llama" and not padded else 0, 3)
     rows = oracle.rows_of(batch, model.cggr.selected)
     oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows))
+    without = Routed(model, model.cggr.runtime.plans[0].captured, disable_passes=("elide_causal_masks",))
+    report = Report.of(without.runtime)
+    assert "elide_causal_masks" in model.cggr.report().passes
+    assert ("elide_causal_masks" in report.passes, report.causal_attentions) == (False, 0)
 
 
 def test_a_window_that_hides_nothing_needs_no_mask() -> None:
