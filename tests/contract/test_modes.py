@@ -233,6 +233,8 @@ def test_scorings_select_what_an_eager_router_selects(llama: tuple[nn.Module, Pr
     model = routed(llama, scoring=scoring)
     batch = token_batch()
     loss, gradients = model.step(batch)
+    scores = oracle.row_scores(eager, LLAMA, batch, 2, scoring)
+    torch.testing.assert_close(plans.metrics(model)["score_mean"], scores[scores.isfinite()].mean())
     rows = oracle.expected_rows(eager, LLAMA, batch, 0.4, 2, scoring)
     assert torch.equal(model.selected, rows)
     expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, rows))

@@ -53,18 +53,25 @@ def counted(labels: torch.Tensor, causal: bool) -> torch.Tensor:
     return (labels[:, 1:] if causal else labels).ne(-100).sum(1)
 
 
-def expected_rows(
-    model: nn.Module, architecture: Architecture, batch: Batch, ratio: float, layers: int, scoring: str = "loss"
+def row_scores(
+    model: nn.Module, architecture: Architecture, batch: Batch, layers: int, scoring: str = "loss"
 ) -> torch.Tensor:
-    """The rows an eager router selects: the k hardest that have a counted label, sorted."""
+    """An eager router's scores [B]: means over counted labels, -inf without any."""
     with torch.no_grad():
         inputs = {name: t for name, t in batch.items() if name != "labels"}
         logits = truncated(model, architecture, layers)(**inputs).logits
     scores = token_scores(logits, batch["labels"], scoring, architecture.causal).sum(1)
     counts = counted(batch["labels"], architecture.causal)
-    mean = torch.where(counts > 0, scores / counts.clamp(min=1), torch.tensor(-math.inf))
+    return torch.where(counts > 0, scores / counts.clamp(min=1), torch.tensor(-math.inf))
+
+
+def expected_rows(
+    model: nn.Module, architecture: Architecture, batch: Batch, ratio: float, layers: int, scoring: str = "loss"
+) -> torch.Tensor:
+    """The rows an eager router selects: the k hardest that have a counted label, sorted."""
+    mean = row_scores(model, architecture, batch, layers, scoring)
     rows = max(1, math.ceil(ratio * len(mean) - 1e-9))
-    rows = min(rows, int((counts > 0).sum()))
+    rows = min(rows, int(mean.isfinite().sum()))
     order = sorted(range(len(mean)), key=lambda row: (-mean[row].item(), row))
     return torch.tensor(sorted(order[:rows]))
 
