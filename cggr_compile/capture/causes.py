@@ -50,6 +50,11 @@ CAUSES = (
         "train with a rope type that is neither 'dynamic' nor 'longrope'",
     ),
     Cause(
+        "/transformers/masking_utils.py",
+        "the model's attn_implementation makes masks that no graph holds, as 'flex_attention' does",
+        "load the model with attn_implementation='sdpa'",
+    ),
+    Cause(
         "/bitsandbytes/",
         "the quantized layers of bitsandbytes cannot be traced here",
         "train without gradient checkpointing, or on a model that is not quantized",

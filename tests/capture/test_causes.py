@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from architectures import build, token_batch
 from routed_toys import toy
 from toys import Toy, toy_batch
 
@@ -49,6 +50,17 @@ def test_neftune_is_named() -> None:
 class Branches(Toy):
     def middle(self, hidden: torch.Tensor) -> torch.Tensor:
         return super().middle(hidden if hidden.sum().item() > 0 else -hidden)
+
+
+@pytest.mark.parametrize("padded", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_flex_attention_is_named(padded: bool) -> None:
+    model = build("llama")
+    model.set_attn_implementation("flex_attention")
+    batch = token_batch()
+    mask = {"attention_mask": batch["attention_mask"]} if padded else {}
+    cggr.optimize(model, inner="eager")
+    with pytest.raises(CannotOptimize, match=r"no graph holds.*load the model with attn_implementation='sdpa'"):
+        model(input_ids=batch["input_ids"], labels=batch["labels"], **mask)
 
 
 def test_a_branch_on_data_is_refused_without_symbols() -> None:
