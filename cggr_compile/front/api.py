@@ -43,11 +43,13 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
             raise it too).
     """
     resolved = resolve_config(config, options)
-    if "cggr" in vars(model):
-        restore(model)
+    before = vars(model).get("cggr")
+    restore(model)
     check_model(model)
     undo = {name: vars(model)[name] for name in ("forward",) if name in vars(model)}
     handle = Handle(model, Runtime(resolved), {**undo, **_prepare(model)})
+    if isinstance(before, Handle):
+        handle.runtime.follow(before.runtime)
     vars(model)["cggr"] = handle
     vars(model)["forward"] = RoutedForward(handle)
     handle.undo["hooks"] = watch(handle)

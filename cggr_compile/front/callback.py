@@ -61,6 +61,11 @@ class CGGRCallback(TrainerCallback, ExportableState):
             self._handle.runtime.start_over()
         elif routed is not None:
             self._handle.load_state_dict(_from_text(routed))
+        elif self._handle.config.deepens:
+            raise CannotOptimize(
+                f"the checkpoint of step {state.global_step} does not say which layers have trained",
+                hint="resume route='depth' from a checkpoint that was written with CGGRCallback, or train all layers",
+            )
         else:
             self._handle.runtime.steps = state.global_step
         self._handle.runtime.total_steps = state.max_steps

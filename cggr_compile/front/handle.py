@@ -79,14 +79,15 @@ class Handle:
 
     def grow(self) -> None:
         """Lets the layers of the next stage train from the next training step on, which fills those that have not, as
-        `grow` says; for the depth route with `depth_until=None`, or ahead of its time.
+        `grow` says; for the depth route with `depth_until=None`, or ahead of its time. A second call before that step
+        changes nothing, and neither does one when all layers train.
 
         Raises:
             ValueError: the model is not on the depth route.
         """
         if not self.config.deepens:
             raise ValueError(f"route={self.config.route!r} trains all layers; choose route='depth'")
-        self.runtime.grows = True
+        self.runtime.grows = self.runtime.stage is not None
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -100,6 +101,11 @@ class Handle:
         if stage is None or self._in_use:
             yield
             return
+        if not self.runtime.plans:
+            raise CannotOptimize(
+                "no step has been captured yet, so it is not known which modules the layers are",
+                hint="run one training step with labels first",
+            )
         plan = latest_plan(self.runtime)
         path = plan.analysed.stack.path
         owner, _, name = path.rpartition(".")
@@ -214,7 +220,9 @@ class Handle:
     def _check_scores_from_outside(self) -> None:
         config, rule = self.config, rule_of(self.runtime.in_force.selection)
         problem = ""
-        if config.routes != ("sequence",):
+        if not config.routes:
+            problem = "route='depth' selects nothing"
+        elif config.routes != ("sequence",):
             problem = f"route={config.route!r} selects by the scores of tokens"
         elif not rule.needs_scores:
             problem = f"selection={rule.name!r} reads no scores"

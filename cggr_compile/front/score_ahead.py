@@ -38,10 +38,10 @@ def scored_ahead(handle: Scorer, batches: Iterable[Mapping[str, Any]]) -> Iterat
 
 
 def _score(handle: Scorer, batch: Mapping[str, Any]) -> Tensor | None:
-    """The scores; None where the model does not train now, where no step has shown under which autocast it does, and
-    where it cannot be routed and may train all the same."""
-    given = handle.runtime.given
-    if not handle.model.training or handle.runtime.last is None:
+    """The scores; None where the model does not train now, where no step has shown under which autocast it does, where
+    `"auto"` keeps every row, and where the model cannot be routed and may train all the same."""
+    given, auto = handle.runtime.given, handle.runtime.auto
+    if not handle.model.training or handle.runtime.last is None or (auto is not None and not auto.selects):
         return None
     try:
         with given.as_in_the_step():

@@ -129,9 +129,12 @@ _SELECTIONS = {"sequence": "rows", "token": "positions", "loss": "loss_mask"}
 
 
 def selected(routes: tuple[str, ...], last: LastStep | None) -> Tensor | tuple[Tensor, ...] | None:
-    """The selection of each route, in a tuple where there are two; None before the first step."""
+    """The selection of each route, in a tuple where there are two, all rows where there is none; None before the first
+    step."""
     if last is None:
         return None
+    if not routes:
+        return last.found.rows
     found = tuple(getattr(last.found, _SELECTIONS[route]) for route in routes)
     return found if len(found) > 1 else found[0]
 

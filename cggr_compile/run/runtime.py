@@ -54,6 +54,12 @@ class Runtime:
         """Whether optimiser steps are counted."""
         return self._attached or self.steps > 0
 
+    def follow(self, before: Runtime) -> None:
+        """Takes the place of another configuration's runtime: what was said of the steps to come holds."""
+        self.total_steps, self._attached = before.total_steps, before._attached
+        if self.auto is not None and self._attached:
+            self.auto.agreement = before.auto.agreement if before.auto is not None else of_all_ranks()
+
     def attach(self) -> None:
         """Steps will be counted. Of a distributed run, all ranks say so, and decide together from then on."""
         self._attached = True
@@ -150,7 +156,10 @@ class Runtime:
         expected |= {"auto"} if self.auto is not None else set()
         expected |= set(_DEPTH) if self.config.deepens else set()
         if set(state) != expected:
-            raise ValueError(f"the state of a routed model has entries {sorted(expected)}, got {sorted(state)}")
+            raise ValueError(
+                f"the state of a model with these options has entries {sorted(expected)}, got {sorted(state)}; give "
+                "optimize the options that the state was saved under (selection='auto' and route='depth' save more)"
+            )
         self.steps, self.seed = state["steps"], state["seed"]
         self._generators = {}
         self._generator_states = dict(state["generators"])

@@ -6,6 +6,7 @@ import copy
 import io
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -418,3 +419,35 @@ def test_a_total_that_is_no_number_of_steps_is_refused(total: Any) -> None:
     with pytest.raises(ValueError, match=r"total_steps=.* is not a positive integer"):
         cggr.attach(model, optimizer_of(model), total_steps=total)
     assert model.cggr.runtime.total_steps is None
+
+
+def test_a_model_that_is_optimised_anew_keeps_what_was_said_of_its_steps() -> None:
+    model = cggr.optimize(Toy().train(), route="depth", depth_layers=1, depth_until=0.5, inner="eager")
+    optimizer = optimizer_of(model)
+    cggr.attach(model, optimizer, total_steps=2)
+    cggr.optimize(model, route="depth", depth_layers=2, depth_until=0.5, inner="eager")
+    steps(model, optimizer, range(2), toy_batch)
+    assert model.cggr.runtime.growths == 1
+
+
+def test_growing_is_asked_for_once_a_stage() -> None:
+    model = cggr.optimize(Toy().train(), route="depth", depth_layers=(1, 2), inner="eager")
+    for growths in (1, 2, 2):
+        model.cggr.grow()
+        model.cggr.grow()
+        model(**toy_batch())
+        assert model.cggr.runtime.growths == growths
+        assert model.cggr.selected.tolist() == list(range(len(toy_batch()["input_ids"])))
+    model.cggr.grow()
+    assert not model.cggr.state_dict()["grows"]
+
+
+def test_what_has_trained_is_not_guessed() -> None:
+    model = cggr.optimize(Toy().train(), route="depth", depth_layers=1, depth_until=2, inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match="run one training step with labels first"), model.cggr.in_use():
+        pass
+    state = SimpleNamespace(stateful_callbacks={}, global_step=100, max_steps=200)
+    with pytest.raises(cggr.CannotOptimize, match="the checkpoint of step 100 does not say which layers have trained"):
+        cggr.CGGRCallback().on_train_begin(None, state, None, model=model)
+    with pytest.raises(ValueError, match="route='depth' selects nothing"):
+        model.cggr.score(toy_batch())

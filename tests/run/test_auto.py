@@ -176,6 +176,7 @@ def test_a_model_without_layers_keeps_every_row_and_says_why() -> None:
         assert torch.equal(model(**toy_batch(8, seed=seed))[0], eager(**toy_batch(8, seed=seed))[0])
         model.cggr.step()
     assert "auto            every row trains; there are no scores: no layer stack" in str(model.cggr.report())
+    assert [model(**batch)[0].item() for batch in model.cggr.score_ahead([toy_batch(8)] * 3)]
     chosen = cggr.optimize(eager, ratio=0.5, inner="eager")
     with pytest.raises(cggr.CannotOptimize, match="no layer stack"):
         chosen(**toy_batch(8))
@@ -211,6 +212,17 @@ def test_an_agreement_is_the_mean_of_what_is_known_once_everybody_told(monkeypat
             assert rank is ranks[0] or ranks[0].found() == (False, None)
             rank.tell(number)
         assert [rank.found() for rank in ranks] == [(True, mean if mean is None else pytest.approx(mean))] * 3
+
+
+def test_ranks_go_on_deciding_together_when_a_model_is_optimised_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(agreement, "shared_store", lambda: (store, 2))
+    model = cggr.optimize(Toy().train(), router_layers=1)
+    cggr.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = model.cggr.runtime.auto.agreement
+    assert cggr.optimize(model, router_layers=2).cggr.runtime.auto.agreement is before is not None
+    assert cggr.optimize(model, ratio=0.5).cggr.runtime.auto is None
+    assert cggr.optimize(model).cggr.runtime.auto.agreement is not None
 
 
 @pytest.mark.parametrize("case", ["one", pytest.param("none", marks=pytest.mark.long)])
