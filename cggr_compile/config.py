@@ -84,9 +84,9 @@ class RoutingConfig(Schedule):
         depth_layers: depth route: how many of the first layers train, with final norm and head, until the model grows;
             the others have no gradient, and an optimiser whose gradients are None leaves them as they are. A tuple,
             `(3, 6)`, for several stages before the last, in which all layers train.
-        depth_until: depth route: when the model grows: an int, optimiser steps; a float in (0, 1), that share of all
-            steps, which `attach(…, total_steps=…)` or the Trainer tells; a tuple of them, of several stages; None,
-            when `model.cggr.grow()` is called.
+        depth_until: depth route: when the model grows: an int, optimiser steps, which `attach` or a Trainer counts; a
+            float in (0, 1), that share of all steps, which `attach(…, total_steps=…)` or the Trainer tells; a tuple of
+            them, of several stages; None, when `model.cggr.grow()` is called.
         grow: depth route: what new layers start from, in place: `"copy"`, layer i from layer i mod n of the n that
             trained, or `"random"`, the values that they have.
         first_layers, last_layers: token route: layers at either end that run on every token, at least 1 and 0.

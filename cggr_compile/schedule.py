@@ -52,6 +52,11 @@ class Schedule:
         return tuple(zip(layers, until, strict=True))
 
     @property
+    def is_scheduled(self) -> bool:
+        """Whether what trains goes by the number of optimiser steps."""
+        return self._end > 0 or any(until is not None for _, until in self.stages)
+
+    @property
     def follows_confidence(self) -> bool:
         """Whether the dynamic threshold moves k, so that the router has to tell its confidence."""
         return self.dynamic_threshold and self.selection != "fixed_quota"
@@ -92,8 +97,8 @@ class Schedule:
         layers, until = _tuple(self.depth_layers), _tuple(self.depth_until)
         if not layers or not all(is_int(each, 1) for each in layers) or list(layers) != sorted({*layers}):
             raise ConfigError(
-                f"route={self.route!r} with depth_layers={self.depth_layers!r}; give a positive integer, or a tuple of "
-                "them that rises"
+                f"route={self.route!r} with depth_layers={self.depth_layers!r}; give a positive integer, or a tuple "
+                "(not a list) of them that rises"
             )
         if self.depth_until is None:
             return

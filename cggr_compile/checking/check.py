@@ -23,7 +23,7 @@ from torch import nn
 from cggr_compile.checking.eager_layers import Batch, inputs_of, layer_calls, outputs_replaced
 from cggr_compile.checking.eager_tokens import TokensNotTold, on_tokens
 from cggr_compile.config import RoutingConfig
-from cggr_compile.front.api import optimize
+from cggr_compile.front.api import optimize, restore
 
 Step = tuple[torch.Tensor, dict[str, torch.Tensor | None]]
 
@@ -83,7 +83,7 @@ def check(
     and attention whose kernel does not depend on the mask's data (`attn_implementation="eager"`).
 
     Args:
-        model: a language model on the CPU in fp32.
+        model: a language model on the CPU in fp32; whether it is optimised makes no difference.
         batches: `input_ids` [B, S] int64, `labels` [B, S] int64, and whatever else its forward takes, one entry for
             each row, or n for each, row by row (images).
         ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1).
@@ -101,7 +101,7 @@ def check(
         raise ValueError(f"check: route={route!r} is neither 'sequence' nor 'token', which are those it can judge")
     if not batches:
         raise ValueError("check: no batch was given; pass at least one, check(model, {'input_ids': …, 'labels': …})")
-    eager, routed = copy.deepcopy(model).train(), copy.deepcopy(model).train()
+    eager, routed = (restore(copy.deepcopy(model)).train() for _ in range(2))
     for each in (eager, routed):
         if hasattr(each, "config"):
             each.config.use_cache = False

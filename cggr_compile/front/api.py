@@ -114,7 +114,7 @@ def explain(
         model: as for `optimize`; it may be optimised already.
         batch: keyword arguments of a training call, at least `input_ids`; labels default to the ids.
         config: all options at once, or
-        **options: fields of `RoutingConfig`.
+        **options: fields of `RoutingConfig`; without any, those of a model that is optimised.
 
     Returns:
         The plan: `report()`, `diff()`, the programs and their graphs.
@@ -123,8 +123,10 @@ def explain(
         ConfigError: an option is unknown or has a bad value.
         CannotOptimize: the model or the batch cannot be routed.
     """
-    runtime = Runtime(resolve_config(config, options))
     optimized = vars(model).get("cggr")
+    if config is None and not options and isinstance(optimized, Handle):
+        config = optimized.config
+    runtime = Runtime(resolve_config(config, options))
     check_model(model)
     arguments = {"use_cache": False, **{name: arg for name, arg in batch.items() if arg is not None}}
     if "use_cache" not in inspect.signature(model.forward).parameters:

@@ -7,6 +7,8 @@ and `selection="auto"` the scores of the probe before, in the steps that probe (
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,10 @@ from cggr_compile.run.runtime import Runtime
 from cggr_compile.torch_internals import autograd
 from cggr_compile.torch_internals.autograd import beside_checkpoints
 
+UNCOUNTED = 100
+"""Steps, micro-batches too, after which a schedule that nobody counts for is worth a warning."""
+_log = logging.getLogger("cggr_compile")
+
 
 class Step:
     """A captured graph as Dynamo's frame calls it: a step of its plan."""
@@ -42,9 +48,20 @@ class Step:
             if self.runtime.given.wanted:
                 config, generator = self.runtime.in_force, self.runtime.generator(self.plan.device)
                 raise ScoresReady(self.plan.in_force.row_scores(inputs, config, generator)[0])
+            self._warn_uncounted()
             self._grow(inputs)
             self._prepare(inputs)
             return self._step(self.plan.in_force, inputs)
+
+    def _warn_uncounted(self) -> None:
+        runtime = self.runtime
+        if runtime.runs == UNCOUNTED and not runtime.counted and runtime.config.is_scheduled:
+            warnings.warn(
+                f"{UNCOUNTED} training calls and no optimiser step was counted, so the schedule stands still; call "
+                "cggr.attach(model, optimizer), or use CGGRCallback or cggr.route with a Trainer",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _grow(self, inputs: tuple[Any, ...]) -> None:
         """From now on more layers train, if it is time."""
@@ -53,6 +70,8 @@ class Step:
                 self.plan.copies[self.runtime.growths].make(inputs)
             self.runtime.growths += 1
             self.runtime.grows = False
+            trained = len(self.plan.in_force.analysed.stack)
+            _log.warning("step %d: the model has grown, %d layers train", self.runtime.steps, trained)
 
     def _prepare(self, inputs: tuple[Any, ...]) -> None:
         """In the first step of a capture, compiles the programs that its later steps run; those of `"auto"` in the

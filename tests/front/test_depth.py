@@ -20,6 +20,7 @@ from toys import AS_IT_IS, WIDTH, Toy, toy_batch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cggr_compile as cggr
+from cggr_compile.run import step
 
 STEPS = 5
 EXAMPLES = 2 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 18
@@ -440,6 +441,15 @@ def test_growing_is_asked_for_once_a_stage() -> None:
         assert model.cggr.selected.tolist() == list(range(len(toy_batch()["input_ids"])))
     model.cggr.grow()
     assert not model.cggr.state_dict()["grows"]
+
+
+def test_a_schedule_that_nobody_counts_for_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "UNCOUNTED", 2)
+    model = cggr.optimize(Toy().train(), route="depth", depth_layers=1, depth_until=1, inner="eager")
+    model(**toy_batch())
+    with pytest.warns(RuntimeWarning, match=r"2 training calls and no optimiser step was counted.*cggr\.attach"):
+        model(**toy_batch())
+    assert model.cggr.runtime.growths == 0
 
 
 def test_what_has_trained_is_not_guessed() -> None:
