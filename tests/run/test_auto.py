@@ -23,6 +23,7 @@ from toys import Toy, noisy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile.run import agreement
+from cggr_compile.run import auto as auto_module
 from cggr_compile.run.auto import LEAST, PAYS, PAYS_NO_MORE, WINDOW, Auto, tail_of
 
 OPTIONS = {"selection": "auto", "router_layers": 2, "inner": "eager", "seed": 3}
@@ -247,6 +248,37 @@ def test_findings_are_saved_and_taken_back() -> None:
     assert other.cggr.state_dict() == state
     assert other.cggr.runtime.auto.tail == model.cggr.runtime.auto.tail is not None
     assert str(other.cggr.runtime.auto) == str(model.cggr.runtime.auto)
+
+
+def test_a_run_that_is_resumed_before_it_selects_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_module, "WINDOW", 64)
+
+    def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = cggr.optimize(_toy(), probe_every=2, **OPTIONS)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        cggr.attach(model, optimizer)
+        return model, optimizer
+
+    def losses(model: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> list[tuple[float, bool]]:
+        found = []
+        for number in numbers:
+            loss = model(**noisy(32, number, 0.2))[0]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append((loss.item(), model.cggr.runtime.auto.selects))
+        return found
+
+    whole = losses(*made(), range(12))
+    assert {selects for _, selects in whole} == {False, True}
+    model, optimizer = made()
+    first = losses(model, optimizer, range(3))
+    assert not first[-1][1]
+    states = copy.deepcopy((model.state_dict(), optimizer.state_dict(), model.cggr.state_dict()))
+    model, optimizer = made()
+    for each, state in zip((model, optimizer, model.cggr), states, strict=True):
+        each.load_state_dict(state)
+    assert first + losses(model, optimizer, range(3, 12)) == whole
 
 
 def test_saving_changes_nothing() -> None:
