@@ -71,7 +71,8 @@ class Step:
             self.runtime.growths += 1
             self.runtime.grows = False
             trained = len(self.plan.in_force.analysed.stack)
-            _log.warning("step %d: the model has grown, %d layers train", self.runtime.steps, trained)
+            when = f"step {self.runtime.steps}: " if self.runtime.counted else ""
+            _log.warning("%sthe model has grown, %d layers train", when, trained)
 
     def _prepare(self, inputs: tuple[Any, ...]) -> None:
         """In the first step of a capture, compiles the programs that its later steps run; those of `"auto"` in the

@@ -422,6 +422,7 @@ def test_scores_of_excess_and_remembered_arms(quality: None) -> None:
     assert [scores.tolist() for scores in given] == [[-3, 2, 1], [7, 12, 11], [21, 22, 23], [21, 22, 23]]
 
 
+@pytest.mark.long
 def test_a_reference_model_trains_before_the_clock(quality: None, tokens: Path) -> None:
     import quality
     import torch
