@@ -13,7 +13,16 @@ import torch
 from cggr_compile.kernels.op.masked_loss import measured_loss
 from cggr_compile.kernels.providers import choose
 from cggr_compile.kernels.reference.rows import LossArguments
-from head_oracle import DEVICE, IGNORED, SHAPE, Case, double, draw, shrink_tiles, step
+from head_oracle import (
+    DEVICE,
+    IGNORED,
+    SHAPE,
+    Case,
+    double,
+    draw,
+    small_tiles,  # noqa: F401  a fixture
+    step,
+)
 from torch import Tensor
 from torch.library import opcheck
 
@@ -21,11 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 
 PROVIDERS = ["reference", "triton_one_pass", "triton_recompute"]
 by_each = pytest.mark.parametrize("provider", PROVIDERS)
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_tiles(monkeypatch)
 
 
 def figures(provider: str, case: Case, **options: Any) -> Tensor:

@@ -21,7 +21,7 @@ from head_oracle import (
     double,
     draw,
     loss_truth,
-    shrink_tiles,
+    small_tiles,  # noqa: F401  a fixture
     whole_blocks,
 )
 from hypothesis import Phase, given, settings
@@ -43,11 +43,6 @@ from triton_loss import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 TRAINED = [names for size in range(3) for names in itertools.combinations(("hidden", "weight", "bias"), size)]
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_tiles(monkeypatch)
 
 
 # Labels.

@@ -20,7 +20,7 @@ from head_oracle import (
     draw,
     loss_truth,
     plain_loss,
-    shrink_tiles,
+    small_tiles,  # noqa: F401  a fixture
     whole_blocks,
 )
 from triton_loss import (
@@ -34,11 +34,6 @@ from triton_loss import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_tiles(monkeypatch)
 
 
 # Tiles.

@@ -11,7 +11,7 @@ from head_oracle import (
     IGNORED,
     SHAPE,
     draw,
-    shrink_tiles,
+    small_tiles,  # noqa: F401  a fixture
     step,
 )
 from torch import Tensor
@@ -26,11 +26,6 @@ from triton_loss import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_tiles(monkeypatch)
 
 
 @both

@@ -22,7 +22,7 @@ from head_oracle import (
     draw,
     plain_score,
     score_truth,
-    shrink_tiles,
+    small_tiles,  # noqa: F401  a fixture
 )
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -31,11 +31,6 @@ from torch import Tensor
 from triton_score import QUANTITIES, check, named, of_logits, one_tile, score
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_tiles(monkeypatch)
 
 
 # Tiles.

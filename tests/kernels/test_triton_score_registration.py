@@ -12,18 +12,13 @@ from head_oracle import (
     DEVICE,
     SHAPE,
     draw,
-    shrink_tiles,
+    small_tiles,  # noqa: F401  a fixture
 )
 from torch import Tensor
 from torch.library import opcheck
 from triton_score import QUANTITIES, named, one_tile, score
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_tiles(monkeypatch)
 
 
 def test_quantities_in_any_order_subset_and_repetition() -> None:

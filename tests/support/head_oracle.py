@@ -327,6 +327,12 @@ def shrink_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     _emulate_bfloat16(monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`shrink_tiles` for every test of a module that imports it."""
+    shrink_tiles(monkeypatch)
+
+
 def whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undoes the small blocks of `shrink_tiles`: all rows, or all columns, are one block of several tiles."""
     monkeypatch.setitem(loss_kernels.ONE_PASS_BYTES, "one_pass", 2**30)
