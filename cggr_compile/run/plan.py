@@ -113,7 +113,9 @@ class Plan:
     def can_select(self, config: RoutingConfig) -> bool:
         """Whether steps could select rows under a configuration of `"auto"`; makes the program if it is the first to
         ask."""
-        return self.routable and self.routed(config) is not None and self.unscorable is None
+        if self.routable:
+            self.routed(config)
+        return self.routable and self.unscorable is None
 
     @property
     def selects(self) -> bool:
@@ -148,7 +150,7 @@ class Plan:
                 if len(self.owner.choices) == 1:
                     raise
                 self.unscorable = error
-                _log.info("every row goes on training: %s", error)
+                _log.warning("every row goes on training: %s", error)
         return self._derived("unrouted", config, passes_unrouted(), trains=True)
 
     def with_scores(self, config: RoutingConfig) -> Route:

@@ -14,6 +14,7 @@ import torch
 from architectures import ARCHITECTURES, VOCABULARY, build, token_batch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from logs import logged_warnings
 from oracle import gradients, truncated
 from torch import nn
 from toys import AS_IT_IS, WIDTH, Toy, toy_batch
@@ -427,8 +428,10 @@ def test_a_model_that_is_optimised_anew_keeps_what_was_said_of_its_steps() -> No
     optimizer = optimizer_of(model)
     cggr.attach(model, optimizer, total_steps=2)
     cggr.optimize(model, route="depth", depth_layers=2, depth_until=0.5, inner="eager")
-    steps(model, optimizer, range(2), toy_batch)
+    with logged_warnings() as logged:
+        steps(model, optimizer, range(2), toy_batch)
     assert model.cggr.runtime.growths == 1
+    assert logged == [f"step 1: the model has grown, {len(model.layers)} layers train"]
 
 
 def test_growing_is_asked_for_once_a_stage() -> None:

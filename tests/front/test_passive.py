@@ -189,6 +189,15 @@ def test_explain_neither_patches_nor_runs() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_an_optimised_model_is_explained_by_its_own_options_and_checked_as_it_was_before() -> None:
+    model = cggr.optimize(build("llama"), ratio=0.25, router_layers=1, selection="random")
+    batch = token_batch()
+    assert cggr.explain(model, batch).runtime.config == model.cggr.config
+    assert cggr.explain(model, batch, ratio=0.5).runtime.config.selection == "topk"
+    assert cggr.check(model, batch).exact
+    assert model.cggr.config.selection == "random"
+
+
 class Dropping(Toy):
     def __init__(self) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from ddp_worker import deciding_rank
 from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
 from hypothesis import given
 from hypothesis import strategies as st
+from logs import logged_warnings
 from toys import Toy, noisy, toy_batch
 
 import cggr_compile as cggr
@@ -95,10 +96,15 @@ def test_noise_in_the_data_is_seen_while_training(share: float, selects: bool) -
     model = cggr.optimize(Toy().train(), probe_every=2, **OPTIONS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     cggr.attach(model, optimizer)
-    for number in range(90):
-        model(**noisy(32, number, share))[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with logged_warnings() as logged:
+        for number in range(90):
+            model(**noisy(32, number, share))[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    switches = [
+        message for message in logged if "trimmed rows train" in message and "ratio=1 keeps every row" in message
+    ]
+    assert len(switches) == selects
     metrics = {name: value.item() for name, value in model.cggr.metrics().items()}
     assert metrics["auto_selects"] == selects, metrics
     assert len(model.cggr.selected) == (16 if selects else 32)
@@ -173,9 +179,14 @@ def test_a_model_without_layers_keeps_every_row_and_says_why() -> None:
     torch.manual_seed(0)
     eager = NoStack().train()
     model = cggr.optimize(copy.deepcopy(eager), selection="auto", probe_every=1, inner="eager")
-    for seed in range(2):
-        assert torch.equal(model(**toy_batch(8, seed=seed))[0], eager(**toy_batch(8, seed=seed))[0])
-        model.cggr.step()
+    with logged_warnings() as logged:
+        for seed in range(3):
+            assert torch.equal(model(**toy_batch(8, seed=seed))[0], eager(**toy_batch(8, seed=seed))[0])
+            model.cggr.step()
+    assert [
+        message for message in logged if message.startswith("every row goes on training: cannot optimize: no layer")
+    ]
+    assert len(logged) == 1
     assert "auto            every row trains; there are no scores: no layer stack" in str(model.cggr.report())
     assert [model(**batch)[0].item() for batch in model.cggr.score_ahead([toy_batch(8)] * 3)]
     chosen = cggr.optimize(eager, ratio=0.5, inner="eager")
