@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,45 +36,71 @@ import transformers
 import typer
 from quality_arms import Arm
 from quality_report import page
-from quality_training import SCHEDULES, SIZES, Run, trained
+from quality_training import SCHEDULES, SIZES, Run, Source, trained
 
 from cggr_compile.environment import environment
 
 MARK = "RECORD "
-START_UP = 60
+BESIDE = 40
 """Seconds that a run needs beside its budget, for a queue that must end in time."""
 
 
 # ---- the queue ----
 
 
+@dataclass
+class _Place:
+    """A GPU, or the CPU: the runs there, oldest first, and when the last of them should be over."""
+
+    number: int | None
+    lock: Path
+    runs: list[tuple[Run, subprocess.Popen, Any]] = field(default_factory=list)
+    due: float = 0.0
+
+    def start(self, run: Run, job: list[str]) -> None:
+        """A process for the run. It waits for its turn where another one trains."""
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the run
+        visible = {} if self.number is None else {"CUDA_VISIBLE_DEVICES": str(self.number)}
+        command = [sys.executable, __file__, *job, "--turn", str(self.lock), "--job", json.dumps(asdict(run))]
+        process = subprocess.Popen(command, env={**os.environ, **visible}, stdout=log, stderr=subprocess.STDOUT)
+        self.due = self.over(run)
+        self.runs.append((run, process, log))
+
+    def over(self, run: Run) -> float:
+        """When one more run would be over."""
+        return max(self.due, time.monotonic()) + run.seconds + BESIDE
+
+    def ended(self) -> Iterator[dict[str, Any]]:
+        """The records of runs that have ended since."""
+        for run, process, log in [each for each in self.runs if each[1].poll() is not None]:
+            self.runs.remove((run, process, log))
+            self.due = time.monotonic() + sum(other.seconds + BESIDE for other, *_ in self.runs)
+            with log:
+                log.seek(0)
+                yield _record(run, log.read())
+
+
 def _queue(runs: list[Run], job: list[str], output: Path, until: float) -> Iterator[dict[str, Any]]:
     """Runs that are not finished in the output, one on each GPU at a time; their records as they end.
 
-    `job` are the arguments of each run's process beside the run.
+    `job` are the arguments of each run's process beside the run. While one trains, the next of its GPU imports and
+    reads its rows, on the CPU.
     """
     records = map(json.loads, output.read_text().splitlines()) if output.exists() else ()
     done = {Run.key(record) for record in records if "mean" in record}
     waiting = [run for run in runs if Run.key(asdict(run)) not in done]
-    places = list(range(torch.cuda.device_count())) or [None]
-    running: dict[Any, tuple[subprocess.Popen, Run, Any]] = {}
-    while waiting or running:
-        for place in places:
-            if place in running and running[place][0].poll() is not None:
-                _, run, log = running.pop(place)
-                with log:
-                    log.seek(0)
-                    yield _record(run, log.read())
-            if place not in running and waiting and time.monotonic() + waiting[0].seconds + START_UP < until:
-                run, log = waiting.pop(0), tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the run
-                visible = {} if place is None else {"CUDA_VISIBLE_DEVICES": str(place)}
-                command = [sys.executable, __file__, *job, "--job", json.dumps(asdict(run))]
-                process = subprocess.Popen(command, env={**os.environ, **visible}, stdout=log, stderr=subprocess.STDOUT)
-                running[place] = process, run, log
-        if waiting and not running:
-            print(f"out of time; not run: {[f'{run.arm} {run.seed}' for run in waiting]}")
-            return
-        time.sleep(0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = list(range(torch.cuda.device_count())) or [None]
+        places = [_Place(number, Path(folder) / f"turn{number}") for number in numbers]
+        while waiting or any(place.runs for place in places):
+            for place in places:
+                yield from place.ended()
+                if waiting and len(place.runs) < 2 and place.over(waiting[0]) < until:
+                    place.start(waiting.pop(0), job)
+            if waiting and not any(place.runs for place in places):
+                print(f"out of time; not run: {[f'{run.arm} {run.seed}' for run in waiting]}")
+                return
+            time.sleep(0.2)
 
 
 def _record(run: Run, text: str) -> dict[str, Any]:
@@ -101,6 +127,7 @@ def main(
     base: Annotated[str, typer.Option(help="The arm that others are compared with.")] = "compile",
     loss: Annotated[list[float] | None, typer.Option(help="Of the report's second table; repeatable.")] = None,
     job: Annotated[str | None, typer.Option(hidden=True)] = None,
+    turn: Annotated[Path | None, typer.Option(hidden=True)] = None,
     quick: bool = False,
 ) -> None:
     """Runs a queue of trainings, one a process."""
@@ -115,7 +142,7 @@ def main(
         raise typer.BadParameter("give a token file and an output, or --quick, or --report OUTPUT")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if job is not None:
-        record = trained(Run(**json.loads(job)), tokens, device, weights)
+        record = trained(Run(**json.loads(job)), Source(tokens, weights), device, turn)
         print(MARK + json.dumps(record), flush=True)
         return
     assert output is not None
@@ -168,7 +195,7 @@ def _quick() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with output.open("a") as file:
             for run in [Run(arm, "dirty", 0, 1.5, "tiny", 16, name, 400) for name in QUICK for arm in QUICK[name]]:
-                file.write(json.dumps({**trained(run, tokens, device), **environment(device)}) + "\n")
+                file.write(json.dumps({**trained(run, Source(tokens, None), device), **environment(device)}) + "\n")
         print(page(output, "allx4"))
 
 

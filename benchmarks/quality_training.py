@@ -6,12 +6,13 @@ comes before the first counted step is not on it either; the growth of a model i
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import quality_data
 import torch
@@ -126,17 +127,27 @@ class Clock:
         return self.spent + time.perf_counter() - self.started
 
 
+class Source(NamedTuple):
+    """The token file, and the folder of the GGUF file that a model starts from, if it does."""
+
+    tokens: Path
+    weights: Path | None
+
+    def rows(self, run: Run) -> quality_data.Rows:
+        """The rows of a run, on the CPU."""
+        return quality_data.rows_of(self.tokens, run.length, run.regime, run.rows)
+
+
 class Training:
     """A model that trains as an arm says, for so many seconds."""
 
-    def __init__(self, run: Run, tokens: Path, device: torch.device, weights: Path | None) -> None:
+    def __init__(self, run: Run, rows: quality_data.Rows, source: Source, device: torch.device) -> None:
         self.run, self.device, self.arm = run, device, Arm.parse(run.arm)
-        self.tokens, self.weights = tokens, weights
-        rows = quality_data.rows_of(tokens, run.length, run.regime, run.rows)
+        self.source = source
         self.batches = Batches(torch.tensor(rows.train, device=device), self.arm.batch, run.seed)
         self.held_out = {domain: torch.tensor(each, device=device) for domain, each in rows.held_out.items()}
-        vocabulary = quality_data.vocabulary_of(tokens)
-        self.model = _model(run, self.arm.layers, vocabulary, weights, device).train()
+        vocabulary = quality_data.vocabulary_of(source.tokens)
+        self.model = _model(run, self.arm.layers, vocabulary, source.weights, device).train()
         self.clock = Clock(device)
         self.optimizer, self.set_rate = _optimizer(self.model, device)
         self.steps, self.longest = 0, 0.0
@@ -187,7 +198,7 @@ class Training:
             return torch.zeros(len(rows), device=rows.device)
         arm, seconds = f"allx{self.arm.batch}/{self.arm.rate}", REFERENCE * self.run.seconds
         other = replace(self.run, arm=arm, regime="clean", seed=self.run.seed + 1000, seconds=seconds)
-        reference = Training(other, self.tokens, rows.device, self.weights)
+        reference = Training(other, self.source.rows(other), self.source, rows.device)
         reference.compile()
         reference.train()
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=rows.device.type == "cuda"):
@@ -226,17 +237,26 @@ class Training:
         return self.model.cggr.in_use() if self._stage else nullcontext()
 
 
-def trained(run: Run, tokens: Path, device: torch.device, weights: Path | None = None) -> dict[str, Any]:
-    """Trains one model, from the GGUF file in the folder `weights` if given, and measures it."""
-    training = Training(run, tokens, device, weights)
+def trained(run: Run, source: Source, device: torch.device, turn: Path | None = None) -> dict[str, Any]:
+    """Trains one model and measures it. With `turn`, a lock's file, it uses the device once no other process does."""
+    rows = source.rows(run)
+    with turn.open("w") if turn is not None else nullcontext() as lock:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return _measured(Training(run, rows, source, device))
+
+
+def _measured(training: Training) -> dict[str, Any]:
+    began = time.perf_counter()
     first = training.compile()
     seconds = training.train()
     losses = training.losses()
-    peak = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
+    peak = torch.cuda.max_memory_reserved() / 2**30 if training.device.type == "cuda" else None
     return {
-        **asdict(run),
+        **asdict(training.run),
         "first_steps": round(first, 1),
         "spent": round(seconds, 2),
+        "held": round(time.perf_counter() - began, 2),
         "steps": training.steps,
         "passes": round(training.batches.passes, 2),
         "longest_step": round(training.longest, 3),
