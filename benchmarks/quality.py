@@ -52,7 +52,7 @@ BESIDE = 40
 class _Place:
     """A GPU, or the CPU: the runs there, oldest first, and when the last of them should be over."""
 
-    number: int | None
+    name: str | None
     lock: Path
     runs: list[tuple[Run, subprocess.Popen, Any]] = field(default_factory=list)
     due: float = 0.0
@@ -60,7 +60,7 @@ class _Place:
     def start(self, run: Run, job: list[str]) -> None:
         """A process for the run. It waits for its turn where another one trains."""
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the run
-        visible = {} if self.number is None else {"CUDA_VISIBLE_DEVICES": str(self.number)}
+        visible = {} if self.name is None else {"CUDA_VISIBLE_DEVICES": self.name}
         command = [sys.executable, __file__, *job, "--turn", str(self.lock), "--job", json.dumps(asdict(run))]
         process = subprocess.Popen(command, env={**os.environ, **visible}, stdout=log, stderr=subprocess.STDOUT)
         self.due = self.over(run)
@@ -90,8 +90,7 @@ def _queue(runs: list[Run], job: list[str], output: Path, until: float) -> Itera
     done = {Run.key(record) for record in records if "mean" in record}
     waiting = [run for run in runs if Run.key(asdict(run)) not in done]
     with tempfile.TemporaryDirectory() as folder:
-        numbers = list(range(torch.cuda.device_count())) or [None]
-        places = [_Place(number, Path(folder) / f"turn{number}") for number in numbers]
+        places = [_Place(name, Path(folder) / f"turn{name}") for name in _gpus() or [None]]
         while waiting or any(place.runs for place in places):
             for place in places:
                 yield from place.ended()
@@ -101,6 +100,13 @@ def _queue(runs: list[Run], job: list[str], output: Path, until: float) -> Itera
                 print(f"out of time; not run: {[f'{run.arm} {run.seed}' for run in waiting]}")
                 return
             time.sleep(0.2)
+
+
+def _gpus() -> list[str]:
+    """What CUDA calls the GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return list(map(str, range(count))) if visible is None else visible.split(",")[:count]
 
 
 def _record(run: Run, text: str) -> dict[str, Any]:

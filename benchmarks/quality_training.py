@@ -142,8 +142,7 @@ class Training:
     """A model that trains as an arm says, for so many seconds."""
 
     def __init__(self, run: Run, rows: quality_data.Rows, source: Source, device: torch.device) -> None:
-        self.run, self.device, self.arm = run, device, Arm.parse(run.arm)
-        self.source = source
+        self.run, self.source, self.device, self.arm = run, source, device, Arm.parse(run.arm)
         self.batches = Batches(torch.tensor(rows.train, device=device), self.arm.batch, run.seed)
         self.held_out = {domain: torch.tensor(each, device=device) for domain, each in rows.held_out.items()}
         vocabulary = quality_data.vocabulary_of(source.tokens)
@@ -152,6 +151,7 @@ class Training:
         self.optimizer, self.set_rate = _optimizer(self.model, device)
         self.steps, self.longest = 0, 0.0
         self.curve: list[list[float]] = []
+        self.auto: list[list[float]] = []
         self.grown: list[list[float]] = []
 
     def compile(self) -> float:
@@ -226,6 +226,9 @@ class Training:
     def _evaluate(self) -> None:
         at = self.clock.stop()
         self.curve.append([round(at, 2), self.steps, _mean(self.losses())])
+        if self.arm.name in ("auto", "default"):
+            found = self.model.cggr.metrics()
+            self.auto.append([round(found[name].item(), 3) for name in ("auto_selects", "auto_tail") if name in found])
         self.clock.start()
 
     @property
@@ -262,6 +265,7 @@ def _measured(training: Training) -> dict[str, Any]:
         "longest_step": round(training.longest, 3),
         "grown": training.grown,
         "curve": training.curve,
+        "auto": training.auto,
         "held_out": losses,
         "mean": _mean(losses),
         "GiB": peak,

@@ -59,7 +59,7 @@ class RoutingConfig(Schedule):
             (`kernels/reference/selection.py`):
             `"trimmed"` (top-k without outliers, and a uniform share), `"stratified"` (uniform within strata by score;
             the loss is the stratified estimate of the batch's) or `"importance"` (rows with probability by score; the
-            loss is an unbiased estimate of the batch's). `"auto"` keeps every row until the router's scores show that
+            loss is an unbiased estimate of the batch's). `"auto"` keeps every row until their losses show that
             a share of the rows is noise, then it is `"trimmed"`; it may switch back. Or a function
             `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N] (rows with a
             counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and float32 weights
@@ -70,7 +70,6 @@ class RoutingConfig(Schedule):
         selection_options: options of that rule, e.g. `{"tau": 0.05}` (of trimmed, for `"auto"`); None for its defaults.
             Of a function: its keyword parameters beyond the four whose default is a number, None or missing; whole
             numbers arrive as int unless the default is a float.
-        probe_every: auto: optimiser steps between two probes, each of which scores the rows of one batch.
         warmup_steps: optimiser steps over which the kept fraction falls from 1 to `ratio`.
         dynamic_threshold: sequence route alone: keep more rows while the router is unsure. The fraction is that of the
             step times 1 + (1 - mean confidence) · `threshold_sensitivity`, at most 1, raised to the next of the
@@ -128,7 +127,6 @@ class RoutingConfig(Schedule):
     router_head_sampled: int = 1024
     selection: str | RuleFunction = field(default=None, hash=False)  # type: ignore[assignment]  # "topk", likewise
     selection_options: Mapping[str, float] | None = field(default=None, hash=False)
-    probe_every: int = 50
     warmup_steps: int = 0
     dynamic_threshold: bool = False
     threshold_sensitivity: float = 0.5
@@ -178,8 +176,6 @@ class RoutingConfig(Schedule):
         if not is_int(self.warmup_steps, 0):
             raise ConfigError(f"warmup_steps={self.warmup_steps!r} is not a non-negative integer")
         self._check_threshold()
-        if not is_int(self.probe_every, 1):
-            raise ConfigError(f"probe_every={self.probe_every!r} is not a positive integer")
         if self.dense_after_steps is not None and not is_int(self.dense_after_steps, self.warmup_steps + 1):
             raise ConfigError(
                 f"dense_after_steps={self.dense_after_steps!r} is neither None nor an integer above "

@@ -162,10 +162,10 @@ class Handle:
         Raises:
             ValueError: the selection in force runs no router.
         """
-        config, rule = self.runtime.in_force, rule_of(self.runtime.in_force.selection)
+        config = self.runtime.in_force
         if config.ratio == 1 or not config.routes:
             raise ValueError("every row is kept, so no router runs; choose a ratio below 1 to time one")
-        if not rule.needs_scores:
+        if not (rule := rule_of(config.selection)).needs_scores:
             raise ValueError(f"selection={rule.name!r} runs no router; choose a selection by scores to time one")
         self.runtime.router_time.ask()
 
@@ -218,7 +218,7 @@ class Handle:
         return scored_ahead(self, batches)
 
     def _check_scores_from_outside(self) -> None:
-        config, rule = self.config, rule_of(self.runtime.in_force.selection)
+        config, rule = self.config, rule_of(self.runtime.choices[-1].selection)
         problem = ""
         if not config.routes:
             problem = "route='depth' selects nothing"

@@ -134,7 +134,7 @@ class Diff:
             yield f"~ {layers}: S → k in {resized:,} nodes; the other tokens pass on the residual"
         logits = "logits kept" if config.keep_logits else "no logits"
         rows = " on the kept tokens" if self.plan.program.routing.loss_rows is not None else ""
-        operator = "measured_loss" if config.prediction_metrics else "masked_loss"
+        operator = next(name for name, _ in self.plan.program.routing.providers if name.endswith("_loss"))
         yield f"~ loss: cross-entropy over logits → cggr.{operator}{rows} ({logits})"
 
     def _dropped_outputs(self) -> list[str]:

@@ -60,7 +60,7 @@ class Report:
         follows_confidence: whether the dynamic threshold moves k.
         routed: whether anything is selected; where every row trains, `unrouted` is why.
         depth: on the depth route, which layers train until when.
-        selection: the rule in force, which `config["selection"]` names unless that is `"auto"`.
+        selection: the rule in force; `"auto"` while that keeps every row.
         auto: for `"auto"`, what trains and why.
         stack: None where no stack was found, which only a selection without scores allows.
         router: None where the selection needs no scores.
@@ -331,7 +331,7 @@ def _auto(runtime: Runtime, plan: Plan) -> str | None:
     if runtime.auto is None:
         return None
     if not runtime.counted:
-        return "every row trains; nothing is probed until steps are counted (cggr.attach, CGGRCallback)"
+        return "every row trains; nothing is decided until steps are counted (cggr.attach, CGGRCallback)"
     if not plan.routable:
         return "every row trains; a batch of one row leaves none to choose from"
     if plan.unscorable is not None:

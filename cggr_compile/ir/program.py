@@ -195,7 +195,8 @@ class StepOutputs(NamedTuple):
     """What a rewritten graph puts out behind the model's own outputs; None where a step has no such thing.
 
     `rows` int64 [k] and their `weights` float32 [k]; `scores` float32 and counted labels `counts` int64 of all rows
-    [B]; the router's mean `confidence` (0-d); `positions` int64 [B, k] of the kept tokens; `loss_mask` bool [B, S];
+    [B], where the scores are the router's, or, in the program of `"auto"` that keeps every row, the rows' own losses;
+    the router's mean `confidence` (0-d); `positions` int64 [B, k] of the kept tokens; `loss_mask` bool [B, S];
     `figures` float32 [3], those of `measured_loss`.
     In a graph they are nodes, after a step tensors.
     """

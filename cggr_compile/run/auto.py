@@ -6,8 +6,9 @@ batch: of the last WINDOW scored rows, the distance from the median to the 95th 
 percentile to the median. It is about 1 for clean text. Tails shorter than LEAST nats are not of noise: a model that has
 learnt its data has scores near 0, of any shape.
 
-A probe scores the rows of one batch by the router alone: a forward of a few layers, and nothing that trains. Its scores
-travel to the host by themselves and are read by the next probe.
+Scores cost nothing: steps that keep every row put out the rows' losses, steps that select the router's scores of all
+rows. They stay on the device for EVERY optimiser steps, then travel to the host by themselves, and are read at the end
+of as many steps more.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -24,12 +26,13 @@ import torch
 from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.ir.program import StepOutputs
 from cggr_compile.run.agreement import Agreement
 from cggr_compile.run.arriving import Arriving
-from cggr_compile.run.plan import Plan
-from cggr_compile.run.prepare import undisturbed
 
 WINDOW = 512
+EVERY = 50
+"""Optimiser steps between two decisions. The first such interval decides nothing: a new model scores all rows alike."""
 LEAST = 0.5
 PAYS, PAYS_NO_MORE = 1.45, 1.25
 """Tails at which rows are selected, and at which every row trains again."""
@@ -38,9 +41,10 @@ _log = logging.getLogger("cggr_compile")
 
 
 class Auto:
-    """When to probe, what was found so far, and which program is in force.
+    """When to decide, what was found so far, and which program is in force.
 
     Attributes:
+        due: the optimiser step before which the next decision falls.
         selects: whether rows are selected.
         tail: of the last WINDOW scores, None before there are as many; of several ranks, the mean of theirs.
         agreement: how several ranks find that mean, None for one.
@@ -50,34 +54,50 @@ class Auto:
 
     def __init__(self, config: RoutingConfig) -> None:
         self.choices = (everything(config), by_score(config))
-        self.every = config.probe_every
-        self.due = config.probe_every
+        self.due = 2 * EVERY
         self.selects = False
         self.tail: float | None = None
         self._scores: deque[float] = deque(maxlen=WINDOW)
+        self._seen: deque[Tensor] = deque()
         self._coming: Arriving | None = None
+        self._sizes: list[int] = []  # of the batches that come
 
     @property
     def in_force(self) -> RoutingConfig:
         """The options that steps run under."""
         return self.choices[self.selects]
 
-    def probe(self, plan: Plan, inputs: Sequence[Any], steps: int, seed: int) -> None:
-        """Decides by the probes before which program runs from this step on, and scores the rows."""
-        if not plan.can_select(self.choices[1]):
+    def see(self, found: StepOutputs, steps: int) -> None:
+        """Takes what a step scored."""
+        if steps < EVERY:
             return
-        self.due = steps + self.every
-        if self._coming is not None:
-            self._take(self._coming.there().tolist(), steps)
-        generator = torch.Generator(plan.device).manual_seed((seed + steps) % 2**63)
-        with undisturbed(plan.device, inputs):
-            scores, counts = plan.row_scores(inputs, self.choices[1], generator)
-        self._coming = Arriving(scores.masked_fill(counts == 0, math.nan))
+        # NaN counts for nothing; a tensor of its own, as a replay writes its outputs again.
+        self._seen.append(torch.where(found.counts > 0, found.scores, math.nan))
+        if sum(map(len, self._seen)) - len(self._seen[0]) >= WINDOW:
+            self._seen.popleft()
 
-    def _take(self, scores: Iterable[float], steps: int) -> None:
-        found = [score for score in scores if math.isfinite(score)]
-        middle = median(found) if found else 0.0
-        self._scores.extend(score - middle for score in found)
+    def decide(self, steps: int) -> None:
+        """Decides, if it is time, which program runs from this step on."""
+        if steps < self.due:
+            return
+        self.due = steps + EVERY
+        self._take(self._arrived(), steps)
+        self._sizes, self._coming = list(map(len, self._seen)), None
+        if self._seen:
+            device = self._seen[-1].device
+            self._coming = Arriving(torch.cat([scores.to(device) for scores in self._seen]))
+            self._seen.clear()
+
+    def _arrived(self) -> list[list[float]]:
+        """The scores of each batch that was sent by the decision before."""
+        if self._coming is None:
+            return []
+        return [batch.tolist() for batch in self._coming.there().split(self._sizes)]
+
+    def _take(self, batches: Iterable[Sequence[float]], steps: int) -> None:
+        for batch in batches:
+            found = [score for score in batch if math.isfinite(score)]
+            self._scores.extend(score - median(found) for score in found)
         found_tail = tail_of(self._scores) if len(self._scores) == WINDOW else None
         self.tail = found_tail if self.agreement is None else self._agreed(self.agreement, found_tail)
         if self.tail is None:
@@ -88,7 +108,7 @@ class Auto:
             _log.warning("step %d: %s%s", steps, self, "; ratio=1 keeps every row" if self.selects else "")
 
     def _agreed(self, agreement: Agreement, tail: float | None) -> float | None:
-        """The mean tail of the ranks, of the probe before this one; so all of them switch in the same step."""
+        """The mean tail of the ranks, of the decision before this one; so all of them switch in the same step."""
         everybody, mean = agreement.found()
         if everybody:
             agreement.tell(tail)
@@ -108,20 +128,21 @@ class Auto:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later decisions depend on and metrics show; numbers and lists of them."""
-        coming = None if self._coming is None else self._coming.there().tolist()
-        found = {"due": self.due, "selects": self.selects, "tail": self.tail}
-        return {**found, "scores": list(self._scores), "coming": coming}
+        found = {"due": self.due, "selects": self.selects, "tail": self.tail, "scores": list(self._scores)}
+        return {**found, "coming": self._arrived(), "seen": [scores.tolist() for scores in self._seen]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.due, self.selects, self.tail = state["due"], state["selects"], state["tail"]
         self._scores = deque(state["scores"], WINDOW)
-        self._coming = None if state["coming"] is None else Arriving(torch.tensor(state["coming"]))
+        self._sizes = list(map(len, state["coming"]))
+        self._coming = Arriving(torch.tensor(list(chain.from_iterable(state["coming"])))) if self._sizes else None
+        self._seen = deque(map(torch.tensor, state["seen"]))
 
 
 def everything(config: RoutingConfig) -> RoutingConfig:
     """The options of the program that keeps every row."""
-    return replace(config, selection="trimmed", ratio=1.0)
+    return replace(config, ratio=1.0)
 
 
 def by_score(config: RoutingConfig) -> RoutingConfig:

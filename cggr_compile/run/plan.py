@@ -151,7 +151,7 @@ class Plan:
                     raise
                 self.unscorable = error
                 _log.warning("every row goes on training: %s", error)
-        return self._derived("unrouted", config, passes_unrouted(), trains=True)
+        return self._derived("unrouted", self.owner.choices[0], passes_unrouted(), trains=True)
 
     def with_scores(self, config: RoutingConfig) -> Route:
         """The program that trains under a configuration on rows whose scores are an input."""
@@ -179,7 +179,7 @@ class Plan:
     @property
     def unrouted(self) -> Variant:
         """The program without router and selection, built when a step first keeps every row."""
-        return self._derived("unrouted", self.owner.in_force, passes_unrouted(), trains=True).variant
+        return self._derived("unrouted", self.owner.choices[0], passes_unrouted(), trains=True).variant
 
     @property
     def variants(self) -> dict[str, Variant]:

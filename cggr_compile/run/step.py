@@ -2,7 +2,7 @@
 
 The number of rows comes from shapes, the curriculum from a Python counter; selections and scores stay on the device
 until somebody asks. Two options read tensors back: the dynamic threshold one number of the step before (`confidence`),
-and `selection="auto"` the scores of the probe before, in the steps that probe (`auto`).
+and `selection="auto"` scores that were sent long before (`auto`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from cggr_compile.run.given_scores import ScoresReady
 from cggr_compile.run.metrics import LastStep
 from cggr_compile.run.not_computed import NOT_COMPUTED
 from cggr_compile.run.plan import Plan
-from cggr_compile.run.prepare import run_aside, undisturbed
+from cggr_compile.run.prepare import run_aside
 from cggr_compile.run.recomputed import Given
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.torch_internals import autograd
-from cggr_compile.torch_internals.autograd import beside_checkpoints
 
 UNCOUNTED = 100
 """Steps, micro-batches too, after which a schedule that nobody counts for is worth a warning."""
@@ -97,12 +96,10 @@ class Step:
                 run_aside(given.variant, (*inputs, *given.added), stage.program.loss_output, plan.device)
 
     def _prepare_auto(self, plan: Plan, inputs: tuple[Any, ...], generator: torch.Generator) -> None:
-        """Compiles what `"auto"` probes with and the program that selects."""
+        """Compiles the program that `"auto"` may select with."""
         _, selecting = self.runtime.choices
         if not plan.can_select(selecting):
             return
-        with undisturbed(plan.device, inputs):
-            plan.row_scores(inputs, selecting, generator)
         route, sizes = plan.routed(selecting), plan.sizes(inputs)
         amounts = amounts_of(route.program, selecting, selecting.warmup_steps, *sizes)
         added = route.added_inputs(sizes_of(route.program, *sizes, amounts), amounts, generator)
@@ -111,9 +108,9 @@ class Step:
     def _step(self, plan: Plan, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """One training step: what it is given, its outputs, and what is remembered of it."""
         runtime = self.runtime
-        if runtime.auto is not None and runtime.steps >= runtime.auto.due:
-            with beside_checkpoints():
-                runtime.auto.probe(plan, inputs, runtime.steps, runtime.seed)
+        auto = runtime.auto if runtime.counted else None
+        if auto is not None and plan.can_select(auto.choices[1]):
+            auto.decide(runtime.steps)
         runtime.router_time.before_step(plan, inputs, runtime.in_force)
         rows, length = plan.sizes(inputs)
         config, steps = runtime.in_force, runtime.steps
@@ -130,6 +127,8 @@ class Step:
         found = StepOutputs(*outputs[-len(StepOutputs._fields) :])
         if found.confidence is not None:
             runtime.confidence.measured(found.confidence)
+        if auto is not None:
+            auto.see(found, runtime.steps)
         if found.rows is None:
             found = found._replace(rows=torch.arange(rows, device=plan.device))
         if found.positions is None and "token" in amounts:

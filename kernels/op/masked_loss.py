@@ -1,5 +1,5 @@
 """`cggr::masked_loss` and its backward: head and cross-entropy over some rows, without logits in the graph; and
-`cggr::measured_loss`, which says what was predicted too."""
+`cggr::measured_loss`, which also says what each row adds and what was predicted."""
 
 from __future__ import annotations
 
@@ -58,17 +58,20 @@ def _masked_loss_fake(loss: LossArguments) -> Tensor:
 
 
 @operator("cggr::measured_loss")
-def measured_loss(loss: LossArguments) -> tuple[Tensor, Tensor]:
-    """`reference.measured_loss`: the loss, differentiable as `masked_loss`, and float32 [3], which is not."""
+def measured_loss(loss: LossArguments, figures: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.measured_loss`: the loss, differentiable as `masked_loss`, and float32 [M] and [3], which are not."""
     check_masked_loss("measured_loss", loss)
-    return reference.measured_loss(*loss)
+    return reference.measured_loss(*loss, figures)
 
 
 @measured_loss.register_fake
 @by_fields
-def _measured_loss_fake(loss: LossArguments) -> tuple[Tensor, Tensor]:
+def _measured_loss_fake(loss: LossArguments, figures: bool) -> tuple[Tensor, Tensor, Tensor]:
     check_masked_loss("measured_loss", loss)
-    return loss.hidden.new_empty((), dtype=torch.float32), loss.hidden.new_empty(3, dtype=torch.float32)
+    size = (loss.target if loss.rows is None else loss.rows).shape[0]
+    shapes = (), (size,), (3 if figures else 0,)
+    scalar, of_rows, found = (loss.hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return scalar, of_rows, found
 
 
 @contextlib.contextmanager
@@ -117,10 +120,10 @@ def place(name: str) -> int:
     return LossArguments._fields.index(name)
 
 
-def _masked_loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
+def _masked_loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
     if isinstance(output, tuple):
-        ctx.mark_non_differentiable(output[1])
-    save(ctx, LossArguments(*inputs))
+        ctx.mark_non_differentiable(*output[1:])
+    save(ctx, LossArguments(*inputs[: len(LossArguments._fields)]))
 
 
 def _masked_loss_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -290,19 +290,28 @@ def masked_loss(*args: Any, **options: Any) -> Tensor:
     return _reduced(x, target, given)
 
 
-def measured_loss(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """`masked_loss`, and figures of the predictions that it is of, from the same logits: float32 [3], without gradient.
+def measured_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`masked_loss`, and what it is made of, from the same logits and without gradient; `args` are `LossArguments` and
+    whether figures are wanted.
 
-    They are sums over the counted rows, whatever their weights: of 1, of the entropy lse - Σ p·x in nats, and of
-    whether no class has a larger logit than the target. A row with a NaN logit makes the entropy NaN.
+    The second result is each row's l float32 [M], 0 where it is ignored, whatever its weight. The third are figures of
+    the predictions float32 [3], or [0] where they are not wanted: sums over the counted rows, whatever their weights,
+    of 1, of the entropy lse - Σ p·x in nats, and of whether no class has a larger logit than the target. A row with a
+    NaN logit makes the entropy NaN.
     """
-    given = LossArguments(*args, **options)
+    *loss, figures = args
+    given = LossArguments(*loss)
     x, target = _logits_of(given)
+    of_each = _cross_entropy(x.detach(), target, "none", given.ignore_index)
+    return _reduced(x, target, given), of_each, _figures(x.detach(), target, given) if figures else x.new_empty(0)
+
+
+def _figures(x: Tensor, target: Tensor, given: LossArguments) -> Tensor:
     counted = target != given.ignore_index
-    of_rows = ShiftedRows(x.detach(), target.masked_fill(~counted, 0))
+    of_rows = ShiftedRows(x, target.masked_fill(~counted, 0))
     hit = of_rows.shifted.gather(-1, of_rows.target.unsqueeze(-1)).squeeze(-1) == 0
     figures = torch.stack([torch.ones_like(of_rows.total), _entropy(of_rows), hit.float()])
-    return _reduced(x, target, given), figures.masked_fill(~counted, 0.0).sum(-1)
+    return figures.masked_fill(~counted, 0.0).sum(-1)
 
 
 def _logits_of(given: LossArguments) -> tuple[Tensor, Tensor]:

@@ -146,10 +146,11 @@ def masked_loss(*args: Any, algorithm: str | None = None, **options: Any) -> Ten
     return _masked_loss(LossArguments(*args, **options), algorithm, False)[0]
 
 
-def measured_loss(*args: Any, algorithm: str | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+def measured_loss(*args: Any, algorithm: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.measured_loss`, with the exceptions and the algorithms of `masked_loss`."""
-    loss, *_, figures = _masked_loss(LossArguments(*args, **options), algorithm, True)
-    return loss, figures
+    *arguments, wanted = args
+    loss, of_rows, *_, figures = _masked_loss(LossArguments(*arguments), algorithm, wanted)
+    return loss, of_rows, figures
 
 
 def _masked_loss(loss: LossArguments, algorithm: str | None, measured: bool) -> tuple[Tensor, ...]:
@@ -182,16 +183,16 @@ def masked_loss_recompute(*args: Any, **options: Any) -> Tensor:
     return masked_loss(*args, **{**options, "algorithm": "recompute"})
 
 
-def measured_loss_one_pass(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def measured_loss_one_pass(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`measured_loss` with the algorithm `"one_pass"`."""
-    return measured_loss(*args, **{**options, "algorithm": "one_pass"})
+    return measured_loss(*args, algorithm="one_pass")
 
 
-def measured_loss_one_pass_small(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def measured_loss_one_pass_small(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`measured_loss` with the algorithm `"one_pass_small"`."""
-    return measured_loss(*args, **{**options, "algorithm": "one_pass_small"})
+    return measured_loss(*args, algorithm="one_pass_small")
 
 
-def measured_loss_recompute(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def measured_loss_recompute(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`measured_loss` with the algorithm `"recompute"`."""
-    return measured_loss(*args, **{**options, "algorithm": "recompute"})
+    return measured_loss(*args, algorithm="recompute")

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from cggr_compile.kernels.reference.selection import rule_name, rule_of
-from cggr_compile.passes.rewrite.shared import by_position, head_parameters, rows_of, without_fillers
+from cggr_compile.passes.rewrite.shared import by_position, head_parameters, mean_by_row, rows_of, without_fillers
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -65,9 +65,7 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
         counted = _counted_in_batch(builder, target)
         reduction, num_items = "num_items", builder.call(aten.clamp_min.default, counted, 1)
     builder.region = head.loss.meta["cggr_region"]
-    operator = torch.ops.cggr.measured_loss if config.prediction_metrics else torch.ops.cggr.masked_loss
-    loss = builder.call(
-        operator.default,
+    operands = (
         rows_of(builder, head, env[head.hidden]),
         weight,
         bias,
@@ -81,9 +79,12 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
         rows,
         num_items,
     )
-    figures = None
-    if config.prediction_metrics:
-        loss, figures = (builder.call(getitem, loss, index) for index in (0, 1))
+    of_rows = figures = None
+    if _is_measured(config):
+        found = builder.call(torch.ops.cggr.measured_loss.default, *operands, config.prediction_metrics)
+        loss, of_rows, figures = (builder.call(getitem, found, index) for index in range(3))
+    else:
+        loss = builder.call(torch.ops.cggr.masked_loss.default, *operands)
     if _is_scaled(program, config, row_weight is not None):
         loss = _scaled_to_batch(builder, loss, kept, row_weight, _counted_in_batch(builder, target))
     dtype = value(head.loss).dtype
@@ -91,6 +92,7 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
         loss = builder.call(aten.to.dtype, loss, dtype)
     builder.part, builder.region = "select", Region(grad=False)
     mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
+    scores = mean_by_row(builder, head, of_rows, target) if config.selection == "auto" else (None, None)
     builder.region, builder.part = Region(), "main"
     outputs = [out if _survives(program, i, config) else None for i, out in enumerate(program.outputs)]
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
@@ -98,9 +100,17 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     builder.env.update(env)
     found = {name: getattr(routing, name) for name in StepOutputs._fields if name not in ("loss_mask", "figures")}
     extra = {name: None if node is None else builder.env[node] for name, node in found.items()}
+    if config.selection == "auto":
+        extra["scores"], extra["counts"] = scores
     own = tuple(None if out is None else builder.env[out] for out in outputs)
-    builder.output(own + StepOutputs(**extra, loss_mask=mask, figures=figures))
+    builder.output(own + StepOutputs(**extra, loss_mask=mask, figures=figures if config.prediction_metrics else None))
     return builder.finish("mask_loss")
+
+
+def _is_measured(config: RoutingConfig) -> bool:
+    """Whether the loss is `cggr::measured_loss`: somebody wants to know what it is made of. `"auto"` itself is the
+    selection of its program that keeps every row."""
+    return config.prediction_metrics or config.selection == "auto"
 
 
 def _is_scaled(program: Analysed, config: RoutingConfig, weighted: bool) -> bool:
@@ -159,6 +169,8 @@ def _row_weight(builder: Builder[Analysed], config: RoutingConfig, target: fx.No
     """The weight of each row that enters the loss, fp32, or None where all count alike: its sequence's, its own, or,
     where both were selected by weight, the product."""
     routing = builder.program.routing
+    if routing.weights is None and routing.loss_weights is None:
+        return None
     if rule_of(config.selection).weighting == "none":
         return None
     found = None

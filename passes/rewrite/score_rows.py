@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from cggr_compile.kernels.reference.rows import SCORINGS
 from cggr_compile.passes.rewrite.score_head import HeadCall, score_head
-from cggr_compile.passes.rewrite.shared import batch_size, count_by_row, head_parameters, rows_of
+from cggr_compile.passes.rewrite.shared import head_parameters, mean_by_row, rows_of
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -57,10 +57,7 @@ def score_rows(program: Analysed, config: RoutingConfig) -> Analysed:
         confidence = _mean_over_counted(builder, of_tokens, builder.call(aten.ne.Scalar, target, head.ignore_index))
         statistics = builder.call(aten.slice.Tensor, statistics, 0, 0, len(quantities))
     tokens = builder.call(aten.sum.dim_IntList, statistics, [0])
-    by_row = builder.call(aten.view.default, tokens, [batch_size(builder), -1])
-    totals = builder.call(aten.sum.dim_IntList, by_row, [1])
-    counts = count_by_row(builder, head, target)
-    scores = builder.call(aten.div.Tensor, totals, builder.call(aten.clamp_min.default, counts, 1))
+    scores, counts = mean_by_row(builder, head, tokens, target)
     valid = builder.call(aten.gt.Scalar, counts, 0)
     builder.copy_rest()
     routing = builder.routing(token_scores=tokens, scores=scores, valid=valid, counts=counts, confidence=confidence)

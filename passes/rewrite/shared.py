@@ -37,6 +37,15 @@ def count_by_row(builder: Builder[Analysed], head: Head, target: fx.Node) -> fx.
     return builder.call(aten.sum.dim_IntList, by_row, [1])
 
 
+def mean_by_row(builder: Builder[Analysed], head: Head, of_tokens: fx.Node, target: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The mean of values [N], which are 0 where the target is ignored, over each row's counted targets, 0 where there
+    is none: [B]; and how many are counted, [B] int64."""
+    by_row = builder.call(aten.view.default, of_tokens, [batch_size(builder), -1])
+    totals = builder.call(aten.sum.dim_IntList, by_row, [1])
+    counts = count_by_row(builder, head, target)
+    return builder.call(aten.div.Tensor, totals, builder.call(aten.clamp_min.default, counts, 1)), counts
+
+
 def rows_of(builder: Builder[Analysed], head: Head, hidden: fx.Node) -> fx.Node:
     """Replays the row moves between head and loss on hidden states: [B, S, D] to the loss's rows [N, D].
 

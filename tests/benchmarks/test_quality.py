@@ -309,6 +309,47 @@ def test_a_run_trains(quality: None, tokens: Path) -> None:
     assert record["mean"] < record["curve"][0][2]
 
 
+def test_a_run_waits_for_its_turn_once_it_has_its_rows(quality: None, tokens: Path, tmp_path: Path) -> None:
+    import fcntl
+    import threading
+
+    import quality
+    import torch
+
+    run = quality.Run("allx4", "clean", 0, 0.2, "tiny", 8)
+    source, read, turn = _few(tokens), threading.Event(), tmp_path / "turn"
+    waiting = SimpleNamespace(rows=lambda _: (source.rows(run), read.set())[0], tokens=source.tokens, weights=None)
+    found: list = []
+    thread = threading.Thread(
+        target=lambda: found.append(quality.trained(run, waiting, torch.device("cpu"), turn)), daemon=True
+    )
+    with turn.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread.start()
+        assert read.wait(60)
+        thread.join(0.3)
+        assert thread.is_alive()
+    thread.join(120)
+    assert found[0]["steps"] > 0
+    assert found[0]["held"] >= 0.2
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"), [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])]
+)
+def test_the_gpus_of_a_queue_are_those_that_it_may_use(
+    quality: None, visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import quality
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert quality._gpus() == names
+
+
 class Handle:
     """What a depth arm needs of the product, and what was asked of it."""
 
@@ -336,7 +377,8 @@ def test_a_depth_arm_grows_at_its_share(quality: None, tokens: Path, monkeypatch
     import torch
 
     run = quality.Run("allx4/0.01+depth=1:0.25,2:0.5", "clean", 0, 1.0, "tiny", 8)
-    training = quality_training.Training(run, _few(tokens), torch.device("cpu"), None)
+    source = _few(tokens)
+    training = quality_training.Training(run, source.rows(run), source, torch.device("cpu"))
     handle = Handle(lambda: training.clock.seconds())
     given: dict = {}
 
@@ -373,7 +415,8 @@ def test_an_oracle_scores_by_the_whole_model_off_the_clock(
     import torch
 
     run = quality.Run("oracle@0.5x4/0.01", "clean", 0, 0.5, "tiny", 8)
-    training = quality_training.Training(run, _few(tokens), torch.device("cpu"), None)
+    source = _few(tokens)
+    training = quality_training.Training(run, source.rows(run), source, torch.device("cpu"))
     rows = training.batches.next().rows
     losses = quality_arms.row_losses(training.model, rows)
     with torch.no_grad():
@@ -434,9 +477,11 @@ def test_a_reference_model_trains_before_the_clock(quality: None, tokens: Path) 
     assert record["spent"] == pytest.approx(0.5, abs=0.4)
 
 
-def _few(tokens: Path) -> Path:
-    """The same rows with a small vocabulary."""
+def _few(tokens: Path) -> Any:
+    """The same rows with a small vocabulary, as a source."""
+    from quality_training import Source
+
     given = np.load(tokens)
     path = tokens.with_name("few.npz")
     np.savez(path, vocabulary=50, **{name: given[name] % 50 for name in ("one", "two")})
-    return path
+    return Source(path, None)

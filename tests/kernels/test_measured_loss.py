@@ -32,10 +32,14 @@ PROVIDERS = ["reference", "triton_one_pass", "triton_recompute"]
 by_each = pytest.mark.parametrize("provider", PROVIDERS)
 
 
-def figures(provider: str, case: Case, **options: Any) -> Tensor:
+def measured(provider: str, case: Case, figures: bool = True, **options: Any) -> tuple[Tensor, ...]:
     found = choose("measured_loss", DEVICE, case.hidden.dtype, provider).implementation
     leaves = {**case._asdict(), **case.leaves}  # one pass is for training
-    return found(**leaves, **options)[1]
+    return found(*LossArguments(**leaves, **options), figures)
+
+
+def figures(provider: str, case: Case, **options: Any) -> Tensor:
+    return measured(provider, case, **options)[2]
 
 
 def truth(case: Case, scale: float = 1.0, softcap: float = 0.0) -> Tensor:
@@ -111,15 +115,38 @@ def test_loss_and_gradients_are_those_of_masked_loss_to_the_bit(provider: str) -
     case = draw(*SHAPE, weighted=True)
     alone = choose("masked_loss", DEVICE, torch.float32, provider).implementation
     both = choose("measured_loss", DEVICE, torch.float32, provider).implementation
-    found, expected = (step(f, case, 0.3, reduction="sum") for f in (lambda *a, **o: both(*a, **o)[0], alone))
+
+    def loss(*args: Any, **options: Any) -> Tensor:
+        return both(*LossArguments(*args, **options), False)[0]
+
+    found, expected = (step(f, case, 0.3, reduction="sum") for f in (loss, alone))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@by_each
+def test_what_each_row_adds(provider: str) -> None:
+    """In the order of the rows that were selected, unweighted, 0 where the label is ignored; the same with figures."""
+    case = draw(*SHAPE, weighted=True)
+    rows = torch.arange(0, 2 * len(case.target), 3, device=DEVICE) % len(case.target)
+    case = case._replace(rows=rows, row_weight=torch.rand(len(rows), device=DEVICE))
+    loss, found, none = measured(provider, case, figures=False, reduction="sum")
+    x = double(case.hidden)[rows.cpu()] @ double(case.weight).T + double(case.bias)
+    target = case.target[rows].cpu()
+    assert (target == IGNORED).any()
+    expected = torch.nn.functional.cross_entropy(x, target, reduction="none", ignore_index=IGNORED)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.dot(found, case.row_weight), loss, rtol=1e-5, atol=0.0)
+    assert none.shape == (0,)
+    assert not found.requires_grad
+    assert torch.equal(measured(provider, case)[1], found)
 
 
 def test_the_operators_are_registered_right() -> None:
     case = draw(7, 5, 11, weighted=True)
     leaves = {**case._asdict(), **case.leaves}
-    opcheck(measured_loss, tuple(leaves[name] for name in ("hidden", "weight", "bias", "target", "row_weight")))
+    for wanted in (False, True):
+        opcheck(measured_loss, (*LossArguments(**leaves), wanted))
     for algorithm in ("one_pass", "recompute"):
         loss = LossArguments(**leaves)
         opcheck(torch.ops.cggr_triton.masked_loss.default, (*loss, [True, True, True], algorithm, True))

@@ -8,7 +8,6 @@ import io
 import itertools
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,21 @@ from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
 from hypothesis import given
 from hypothesis import strategies as st
 from logs import logged_warnings
+from torch import Tensor
 from toys import Toy, noisy, toy_batch
 
 import cggr_compile as cggr
+from cggr_compile.ir.program import StepOutputs
 from cggr_compile.run import agreement
 from cggr_compile.run import auto as auto_module
-from cggr_compile.run.auto import LEAST, PAYS, PAYS_NO_MORE, WINDOW, Auto, tail_of
+from cggr_compile.run.auto import EVERY, LEAST, PAYS, PAYS_NO_MORE, WINDOW, Auto, tail_of
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decisions every second step."""
+    monkeypatch.setattr(auto_module, "EVERY", 2)
+
 
 OPTIONS = {"selection": "auto", "router_layers": 2, "inner": "eager", "seed": 3}
 
@@ -42,17 +50,18 @@ def test_the_tail_is_that_of_the_quantiles(scores: list[float]) -> None:
 # When it selects
 
 
+def step_with(scores: Tensor, counts: Tensor | None = None) -> StepOutputs:
+    every = torch.ones(len(scores), dtype=torch.int64)
+    nothing = dict.fromkeys(StepOutputs._fields)
+    return StepOutputs(**{**nothing, "scores": scores, "counts": every if counts is None else counts})
+
+
 def scored(auto: Auto, tail: float, steps: int) -> None:
-    """A probe on a batch of WINDOW rows whose scores have that tail, and the one that reads it."""
+    """A step on WINDOW rows whose scores have that tail, the decision that sends them and the one that reads them."""
     below, above = torch.linspace(-1, 0, WINDOW // 2), torch.linspace(0, tail, WINDOW // 2)
-    scores = torch.cat([below, above])
-    plan: Any = SimpleNamespace(
-        device=torch.device("cpu"),
-        can_select=lambda _: True,
-        row_scores=lambda *_: (scores.clone(), torch.ones(WINDOW, dtype=torch.int64)),
-    )
-    for step in (steps, steps + auto.every):
-        auto.probe(plan, (), step, 0)
+    auto.see(step_with(torch.cat([below, above])), steps)
+    for step in (steps, steps + EVERY):
+        auto.decide(step)
 
 
 @pytest.mark.parametrize(
@@ -77,23 +86,21 @@ def test_it_selects_by_the_tail_and_holds_on_for_a_while(tails: tuple[float, ...
 def test_too_few_scores_and_those_that_are_not_finite_decide_nothing() -> None:
     auto = Auto(cggr.RoutingConfig(selection="auto"))
     scores = torch.full((WINDOW,), math.nan)
-    scores[: WINDOW // 2] = torch.linspace(0, 1, WINDOW // 2) ** 4
-    plan: Any = SimpleNamespace(
-        device=torch.device("cpu"),
-        can_select=lambda _: True,
-        row_scores=lambda *_: (scores.clone(), torch.ones(WINDOW, dtype=torch.int64)),
-    )
+    scores[: WINDOW // 2 + 9] = torch.linspace(0, 1, WINDOW // 2 + 9) ** 4
+    counts = torch.ones(WINDOW, dtype=torch.int64)
+    counts[:9] = 0
+    auto.see(step_with(scores, counts), EVERY)
     for step in (auto.due, 2 * auto.due):
-        auto.probe(plan, (), step, 0)
+        auto.decide(step)
     assert auto.tail is None
     assert "256 of the 512 rows" in str(auto)
     assert not auto.selects
 
 
 @pytest.mark.parametrize(("share", "selects"), [(0.0, False), (0.12, True)])
-def test_noise_in_the_data_is_seen_while_training(share: float, selects: bool) -> None:
+def test_noise_in_the_data_is_seen_while_training(share: float, selects: bool, often: None) -> None:
     torch.manual_seed(0)
-    model = cggr.optimize(Toy().train(), probe_every=2, **OPTIONS)
+    model = cggr.optimize(Toy().train(), **OPTIONS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     cggr.attach(model, optimizer)
     with logged_warnings() as logged:
@@ -116,9 +123,9 @@ def test_noise_in_the_data_is_seen_while_training(share: float, selects: bool) -
 # What trains
 
 
-def test_every_row_trains_and_nothing_notices_the_probes() -> None:
+def test_every_row_trains_as_in_eager() -> None:
     eager = build("llama")
-    model = cggr.optimize(copy.deepcopy(eager), selection="auto", probe_every=1, inner="eager")
+    model = cggr.optimize(copy.deepcopy(eager), selection="auto", inner="eager")
     for seed in range(3):
         batch = token_batch(seed=seed)
         torch.manual_seed(seed)
@@ -134,7 +141,6 @@ def test_every_row_trains_and_nothing_notices_the_probes() -> None:
             assert torch.equal(parameter.grad, wanted.grad), name
         assert torch.equal(state, torch.get_rng_state())
         assert model.cggr.selected.tolist() == list(range(6))
-    assert model.cggr.runtime.auto.due == 3
 
 
 @pytest.mark.parametrize(
@@ -160,7 +166,7 @@ def test_what_is_chosen_where_it_is_left_out(options: dict[str, Any], selection:
 
 
 def test_a_single_row_is_no_choice_and_no_cause_to_warn(recwarn: pytest.WarningsRecorder) -> None:
-    model = cggr.optimize(Toy().train(), probe_every=1, inner="eager")
+    model = cggr.optimize(Toy().train(), inner="eager")
     for seed in range(3):
         model(**toy_batch(1, seed=seed))[0].backward()
         model.cggr.step()
@@ -178,7 +184,7 @@ class NoStack(Toy):
 def test_a_model_without_layers_keeps_every_row_and_says_why() -> None:
     torch.manual_seed(0)
     eager = NoStack().train()
-    model = cggr.optimize(copy.deepcopy(eager), selection="auto", probe_every=1, inner="eager")
+    model = cggr.optimize(copy.deepcopy(eager), selection="auto", inner="eager")
     with logged_warnings() as logged:
         for seed in range(3):
             assert torch.equal(model(**toy_batch(8, seed=seed))[0], eager(**toy_batch(8, seed=seed))[0])
@@ -199,13 +205,13 @@ def test_programs_that_may_come_are_compiled_as_soon_as_steps_are_counted_and_no
     model(**toy_batch(8))[0].backward()
     [plan] = model.cggr.runtime.plans
     assert set(plan.variants) == {"unrouted"}
-    assert "auto            every row trains; nothing is probed until steps are counted" in str(model.cggr.report())
+    assert "auto            every row trains; nothing is decided until steps are counted" in str(model.cggr.report())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     cggr.attach(model, optimizer)
     model(**toy_batch(8))[0].backward()
     optimizer.step()
     compiled = {name: variant.compilations for name, variant in plan.variants.items()}
-    assert compiled == {"unrouted": 1, "trimmed": 1, "router scores": 1}
+    assert compiled == {"unrouted": 1, "trimmed": 1}
     model.cggr.runtime.auto.selects = True
     model(**toy_batch(8))[0].backward()
     assert {name: variant.compilations for name, variant in plan.variants.items()} == compiled
@@ -245,27 +251,27 @@ def test_ranks_decide_together_by_what_all_have_seen(case: str, tmp_path: Path) 
 # State
 
 
-def test_findings_are_saved_and_taken_back() -> None:
-    model = cggr.optimize(Toy().train(), probe_every=1, **OPTIONS)
-    for seed in range(20):
+def test_findings_are_saved_and_taken_back(often: None) -> None:
+    model = cggr.optimize(Toy().train(), **OPTIONS)
+    for seed in range(24):
         model(**toy_batch(32, seed=seed))[0].backward()
         model.cggr.step()
     state = model.cggr.state_dict()
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    other = cggr.optimize(Toy().train(), probe_every=1, **OPTIONS)
+    other = cggr.optimize(Toy().train(), **OPTIONS)
     other.cggr.load_state_dict(torch.load(file, weights_only=True))
     assert other.cggr.state_dict() == state
     assert other.cggr.runtime.auto.tail == model.cggr.runtime.auto.tail is not None
     assert str(other.cggr.runtime.auto) == str(model.cggr.runtime.auto)
 
 
-def test_a_run_that_is_resumed_before_it_selects_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_resumed_before_it_selects_is_the_whole_one(monkeypatch: pytest.MonkeyPatch, often: None) -> None:
     monkeypatch.setattr(auto_module, "WINDOW", 64)
 
     def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        model = cggr.optimize(_toy(), probe_every=2, **OPTIONS)
+        model = cggr.optimize(_toy(), **OPTIONS)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         cggr.attach(model, optimizer)
         return model, optimizer
@@ -293,12 +299,15 @@ def test_a_run_that_is_resumed_before_it_selects_is_the_whole_one(monkeypatch: p
 
 
 def test_saving_changes_nothing() -> None:
-    """A probe's scores that are still on their way are read by the next probe, saved or not."""
+    """Scores that are still on their way are read by the next decision, saved or not."""
     auto = Auto(cggr.RoutingConfig(selection="auto"))
-    scored(auto, PAYS + 1, auto.due)
+    auto.see(step_with(torch.linspace(0, 1, WINDOW) ** 4), EVERY)
+    auto.decide(auto.due)
+    auto.see(step_with(torch.linspace(0, 1, 20)), auto.due + 1)
     saved = auto.state_dict()
     assert auto.state_dict() == saved
-    assert saved["coming"] is not None
+    assert saved["coming"]
+    assert saved["seen"]
     other = Auto(cggr.RoutingConfig(selection="auto"))
     other.load_state_dict(saved)
     for each in (auto, other):
@@ -306,13 +315,14 @@ def test_saving_changes_nothing() -> None:
     assert (auto.tail, auto.selects) == (other.tail, other.selects)
 
 
-def test_training_that_begins_anew_probes_anew() -> None:
-    model = cggr.optimize(Toy().train(), probe_every=1, **OPTIONS)
+def test_training_that_begins_anew_decides_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_module, "EVERY", 1)
+    model = cggr.optimize(Toy().train(), **OPTIONS)
     for seed in range(3):
         model(**toy_batch(32, seed=seed))[0].backward()
         model.cggr.step()
     model.cggr.runtime.start_over()
-    assert model.cggr.runtime.auto.due == 1
+    assert model.cggr.runtime.auto.due == 2
     assert "0 of the 512 rows" in str(model.cggr.runtime.auto)
 
 
@@ -320,7 +330,6 @@ def test_training_that_begins_anew_probes_anew() -> None:
     ("options", "reason"),
     [
         ({"selection": "auto", "selection_options": {"taw": 1}}, "did you mean 'tau'"),
-        ({"probe_every": 0}, "probe_every=0 is not a positive integer"),
         ({"selection": "auto", "route": "token"}, "is for whole sequences"),
         ({"selection": "auto", "dynamic_threshold": True}, "no router runs"),
     ],
@@ -336,10 +345,10 @@ def _toy() -> Toy:
 
 
 def trained_like_every_row(device: str, **options: Any) -> None:
-    """Twelve steps with a probe before every second one, and twelve that keep every row: the same training."""
+    """Twelve steps of which every second one decides, and twelve that keep every row: the same training."""
     models = [
         cggr.optimize(_toy().to(device), seed=0, router_layers=1, **each)
-        for each in ({"selection": "auto", "probe_every": 2, **options}, {"ratio": 1.0, **options})
+        for each in ({"selection": "auto", **options}, {"ratio": 1.0, **options})
     ]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
     for seed in range(12):
@@ -354,13 +363,14 @@ def trained_like_every_row(device: str, **options: Any) -> None:
             model.cggr.step()
         torch.testing.assert_close(losses[0], losses[1], rtol=2e-2 if device == "cuda" else 1e-4, atol=1e-5)
     assert models[0].cggr.runtime.auto.due == 12
+    assert len(models[0].cggr.state_dict()["auto"]["scores"]) == 6 * 8  # of steps 2 to 7
 
 
-def test_probes_beside_replays_leave_training_as_it_is(graphs_on_cpu: None) -> None:  # noqa: F811
+def test_decisions_beside_replays_leave_training_as_it_is(graphs_on_cpu: None, often: None) -> None:  # noqa: F811
     trained_like_every_row("cpu", inner="aot_eager", cuda_graphs=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_probes_on_a_gpu_leave_training_as_it_is(cuda_graphs: bool) -> None:
+def test_decisions_on_a_gpu_leave_training_as_it_is(cuda_graphs: bool, often: None) -> None:
     trained_like_every_row("cuda", cuda_graphs=cuda_graphs)

@@ -24,7 +24,7 @@ DRAWING = {
     "tokens": {"route": "token", "selection": "random"},
     "losses": {"route": "loss", "selection": "random"},
     "threshold": {"dynamic_threshold": True},
-    "auto": {"selection": "auto", "probe_every": 1},
+    "auto": {"selection": "auto"},
     "warm-up": {"selection": "random", "warmup_steps": 4},
 }
 

@@ -11,6 +11,7 @@ from architectures import ARCHITECTURES, build, token_batch
 from toys import Toy, noisy
 
 import cggr_compile as cggr
+from cggr_compile.run import auto
 
 SHARES = {"one": (0.3, 0.0), "none": (0.0, 0.0)}
 """Of noise in the rows of two ranks."""
@@ -22,7 +23,8 @@ def deciding_rank(rank: int, ranks: int, folder: str, case: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/{case}", rank=rank, world_size=ranks)
     try:
         torch.manual_seed(0)
-        model = cggr.optimize(Toy().train(), router_layers=2, probe_every=2, inner="eager", seed=0)
+        auto.EVERY = 2
+        model = cggr.optimize(Toy().train(), router_layers=2, inner="eager", seed=0)
         wrapper = torch.nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         cggr.attach(model, optimizer)

@@ -52,7 +52,6 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "router_head_sampled": (1024, 8),
     "selection": ("topk", "fixed_quota", "random", "trimmed", "stratified", "importance", "auto", hardest),
     "selection_options": (None, {"tau": 0.2}, {"num_strata": 2}, {"floor": 0.5}, {"spread": 0.3}),
-    "probe_every": (200, 1),
     "warmup_steps": (0, WARM),
     "dynamic_threshold": (False, True),
     "threshold_sensitivity": (0.5, 1.0),
