@@ -90,9 +90,9 @@ def main(
             )
             found.append({"arm": arm, "ratio": kept, **result})
             what = f"{1000 * statistics.median(result['steps']):.2f} ms" if "steps" in result else result["failed"]
+            about = environment(torch.device("cuda"), commit)
+            output.write_text(json.dumps({**about, "model": model, "runs": found}, indent=1) + "\n")
             print(arm, kept, what, {name: x for name, x in result.items() if name not in ("steps", "failed")})
-    about = environment(torch.device("cuda"), commit)
-    output.write_text(json.dumps({**about, "model": model, "runs": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

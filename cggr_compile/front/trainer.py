@@ -47,7 +47,8 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
             f"trainer is a {type(trainer).__name__}, expected a transformers.Trainer; route a model by optimize"
         )
     resolved = resolve_config(config, options)
-    fuses = _refuse_loss(trainer)
+    _refuse_loss(trainer)
+    fuses = _is_sft(trainer)
     if getattr(trainer, "padding_free", False):
         _refuse_one_row(resolved)
     model = trainer.model
@@ -81,12 +82,17 @@ class _Patches:
                 self.trainer._total_train_tokens = int(self.trainer._total_train_tokens)
 
 
-def _refuse_loss(trainer: Any) -> bool:
-    """Whether it is an SFTTrainer, which computes the model's loss its own way.
+def _is_sft(trainer: Any) -> bool:
+    """Whether it is an SFTTrainer, which computes the model's loss its own way."""
+    return any(kind.__name__ == "SFTTrainer" and _is_of_trl(kind) for kind in type(trainer).__mro__)
 
-    Raises:
-        CannotOptimize: the loss is another one than the model's.
-    """
+
+def _is_of_trl(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "trl"
+
+
+def _refuse_loss(trainer: Any) -> None:
+    """Raises `CannotOptimize` where the loss is another one than the model's."""
     name = type(trainer).__name__
     if trainer.model_init is not None:
         raise CannotOptimize(f"{name} makes its model in train(), by model_init", hint=f"pass {name} a model")
@@ -102,9 +108,9 @@ def _refuse_loss(trainer: Any) -> bool:
             hint="leave it at 0",
         )
     owners = [kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)]
-    of_trl = next((kind for kind in owners if kind.__module__.partition(".")[0] == "trl"), None)
+    of_trl = next(filter(_is_of_trl, owners), None)
     if of_trl is None:
-        return False
+        return
     if of_trl.__name__ != "SFTTrainer":
         raise CannotOptimize(
             f"{name} trains on a loss of its own ({of_trl.__name__}.compute_loss), which no graph of the model has, "
@@ -121,7 +127,6 @@ def _refuse_loss(trainer: Any) -> bool:
             f"loss_type={trainer.args.loss_type!r} is a loss of {name}'s own",
             hint="only loss_type='nll' ('chunked_nll') is the model's",
         )
-    return True
 
 
 def _refuse_one_row(config: RoutingConfig) -> None:
