@@ -183,11 +183,14 @@ def _plot(groups: dict[Setting, list[Record]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    color = {
+        arm: f"C{place % 10}" for place, arm in enumerate(sorted({r["arm"] for rs in groups.values() for r in rs}))
+    }
     figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 4), squeeze=False)
     for axis, (setting, records) in zip(axes[0], sorted(groups.items()), strict=True):
         done = _done(records)
-        for arm, runs in done.items():
-            axis.plot(*mean_curve(list(runs.values())), marker="o", markersize=3, label=arm)
+        for arm, runs in sorted(done.items()):
+            axis.plot(*mean_curve(list(runs.values())), marker="o", markersize=3, label=arm, color=color[arm])
         axis.set(xlabel="seconds of training", ylabel="held-out loss, mean over seeds")
         axis.set_title(_title(setting), fontsize=8)
         axis.grid(alpha=0.3)
