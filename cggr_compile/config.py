@@ -25,6 +25,8 @@ COMPOSITIONS = (
 )
 RESAMPLES = ("block", "layer")
 SELECTING = ("selection", "dynamic_threshold", "warmup_steps", "dense_after_steps")
+WITHOUT_NOISE = 0.875
+"""What `"auto"` keeps unless told otherwise, once it selects."""
 SCORINGS = tuple(reference.SCORINGS)
 ROUTER_BODIES = ("exact", "fp8")
 ROUTER_HEADS = ("exact", "sampled", "fp8")
@@ -42,8 +44,8 @@ class RoutingConfig(Schedule):
             `"depth"`: the first layers train alone, and later the whole model. Several of them as a tuple:
             `("sequence", "loss")` or `("token", "loss")`, and `"depth"` in front of any.
         ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
-            (token) or both multiplied (loss); 1 keeps everything, always. None is 0.5, of a selection that is `"auto"`
-            unless another route, a selection, a threshold or a schedule is asked for.
+            (token) or both multiplied (loss); 1 keeps everything, always. None is 0.5, and 0.875 of the selection
+            `"auto"`, which None stands for unless another route, a selection, a threshold or a schedule is asked for.
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); a row's score is the mean over its counted tokens, in fp32.
@@ -60,10 +62,10 @@ class RoutingConfig(Schedule):
             `"trimmed"` (top-k without outliers, and a uniform share), `"stratified"` (uniform within strata by score;
             the loss is the stratified estimate of the batch's) or `"importance"` (rows with probability by score; the
             loss is an unbiased estimate of the batch's). `"auto"` keeps every row until their losses show that
-            a share of the rows is noise, then it is `"trimmed"`; it may switch back. Or a function
-            `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N] (rows with a
-            counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and float32 weights
-            [k]. `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the loss is
+            a share of the rows is noise, then it is `"trimmed"` with a `tau` of 0.125; it may switch back. Or a
+            function `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N] (rows
+            with a counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and float32
+            weights [k]. `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the loss is
             Σ w·l / Σ w over the kept rows' counted tokens, so weights of 1 are a plain mean. The function runs at every
             step as one operator that compilers do not look into, and nothing is read back unless it does; what it
             returns is checked by type and shape.
@@ -218,7 +220,8 @@ class RoutingConfig(Schedule):
         if self.selection is None:
             object.__setattr__(self, "selection", "auto" if watches else "topk")
         if self.ratio is None:
-            object.__setattr__(self, "ratio", 0.5 if self.routes else 1.0)
+            usual = WITHOUT_NOISE if self.selection == "auto" else 0.5
+            object.__setattr__(self, "ratio", usual if self.routes else 1.0)
 
     def _check_token_route(self) -> None:
         for name, least in (("first_layers", 1), ("last_layers", 0)):

@@ -79,7 +79,7 @@ def _scoring(config: RoutingConfig) -> tuple[Pass, ...]:
 
 
 def passes_scores(config: RoutingConfig) -> tuple[Pass, ...]:
-    """The passes of the rows' scores alone: what a probe reads, and the router by itself."""
+    """The passes of the rows' scores alone: what `Handle.score` gives, and the router by itself."""
     return (check_labels, *_scoring(config), keep_scores, lower_kernels)
 
 

@@ -36,6 +36,8 @@ EVERY = 50
 LEAST = 0.5
 PAYS, PAYS_NO_MORE = 1.45, 1.25
 """Tails at which rows are selected, and at which every row trains again."""
+TAU = 0.125
+"""Share of the hardest rows that are left out as noise: the tail tells noise that more than a twentieth of them is."""
 
 _log = logging.getLogger("cggr_compile")
 
@@ -146,8 +148,8 @@ def everything(config: RoutingConfig) -> RoutingConfig:
 
 
 def by_score(config: RoutingConfig) -> RoutingConfig:
-    """The options of the program that selects."""
-    return replace(config, selection="trimmed")
+    """The options of the program that selects: the noise goes, and, below WITHOUT_NOISE, the easiest rows."""
+    return replace(config, selection="trimmed", selection_options={"tau": TAU, **(config.selection_options or {})})
 
 
 def tail_of(scores: Iterable[float]) -> float:

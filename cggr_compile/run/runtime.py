@@ -171,8 +171,8 @@ class Runtime:
             self.total_steps = self.total_steps or state["total_steps"]  # what was told since holds
 
     def start_over(self) -> None:
-        """Begins the schedule anew: warm-up and probes. The confidence, which goes by the weights, stays, a model that
-        has grown does not shrink, and the generator draws on."""
+        """Begins the schedule anew: warm-up and `"auto"`. The confidence, which goes by the weights, stays, a model
+        that has grown does not shrink, and the generator draws on."""
         self.steps = 0
         if self.auto is not None:
             agreement, self.auto = self.auto.agreement, Auto(self.config)

@@ -1,4 +1,4 @@
-"""Reduces a program to its rows' scores: what a probe runs beside the training step.
+"""Reduces a program to its rows' scores: what `Handle.score` runs beside the training step.
 
 Everything that the scores do not need goes, the main pass with its dropout included. What is left records no gradients
 and draws nothing from torch's generators (`build_router` saw to both), so running it leaves training as it was.

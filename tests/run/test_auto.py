@@ -80,7 +80,7 @@ def test_it_selects_by_the_tail_and_holds_on_for_a_while(tails: tuple[float, ...
     for number, tail in enumerate(tails):
         scored(auto, tail, 1000 * (number + 1))
     assert auto.selects is selects
-    assert auto.in_force.ratio == (0.5 if selects else 1.0)
+    assert auto.in_force.ratio == (0.875 if selects else 1.0)
 
 
 def test_too_few_scores_and_those_that_are_not_finite_decide_nothing() -> None:
@@ -114,7 +114,7 @@ def test_noise_in_the_data_is_seen_while_training(share: float, selects: bool, o
     assert len(switches) == selects
     metrics = {name: value.item() for name, value in model.cggr.metrics().items()}
     assert metrics["auto_selects"] == selects, metrics
-    assert len(model.cggr.selected) == (16 if selects else 32)
+    assert len(model.cggr.selected) == (28 if selects else 32)
     assert model.cggr.captures == 1
     assert ("none: everything is kept" in str(model.cggr.report())) is not selects
     assert ("+ select: trimmed" in model.cggr.diff().summary()) is selects
@@ -146,13 +146,13 @@ def test_every_row_trains_as_in_eager() -> None:
 @pytest.mark.parametrize(
     ("options", "selection", "ratio"),
     [
-        ({}, "auto", 0.5),
+        ({}, "auto", 0.875),
         ({"ratio": 1}, "topk", 1.0),
-        ({"route": ("depth", "sequence"), "depth_layers": 1}, "auto", 0.5),
+        ({"route": ("depth", "sequence"), "depth_layers": 1}, "auto", 0.875),
         ({"route": "depth", "depth_layers": 1}, "topk", 1.0),
         ({"ratio": 0.25}, "topk", 0.25),
         ({"warmup_steps": 3}, "topk", 0.5),
-        ({"selection": "auto"}, "auto", 0.5),
+        ({"selection": "auto"}, "auto", 0.875),
         ({"selection": "random"}, "random", 0.5),
         ({"selection": "auto", "ratio": 0.25}, "auto", 0.25),
         ({"route": "token"}, "topk", 0.5),
@@ -215,7 +215,7 @@ def test_programs_that_may_come_are_compiled_as_soon_as_steps_are_counted_and_no
     model.cggr.runtime.auto.selects = True
     model(**toy_batch(8))[0].backward()
     assert {name: variant.compilations for name, variant in plan.variants.items()} == compiled
-    assert len(model.cggr.selected) == 4
+    assert len(model.cggr.selected) == 7
 
 
 def test_an_agreement_is_the_mean_of_what_is_known_once_everybody_told(monkeypatch: pytest.MonkeyPatch) -> None:
