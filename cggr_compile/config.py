@@ -65,10 +65,10 @@ class RoutingConfig(Schedule):
             a share of the rows is noise, then it is `"trimmed"` with a `tau` of 0.125; it may switch back. Or a
             function `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N] (rows
             with a counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and float32
-            weights [k]. `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the loss is
-            Σ w·l / Σ w over the kept rows' counted tokens, so weights of 1 are a plain mean. The function runs at every
-            step as one operator that compilers do not look into, and nothing is read back unless it does; what it
-            returns is checked by type and shape.
+            weights [k]. `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the
+            loss is Σ w·l / Σ w over the kept rows' counted tokens, so weights of 1 are a plain mean. The function runs
+            at every step as one operator that compilers do not look into, and nothing is read back unless it does; what
+            it returns is checked by type and shape.
         selection_options: options of that rule, e.g. `{"tau": 0.05}` (of trimmed, for `"auto"`); None for its defaults.
             Of a function: its keyword parameters beyond the four whose default is a number, None or missing; whole
             numbers arrive as int unless the default is a float.
