@@ -44,8 +44,8 @@ class RoutingConfig(Schedule):
             `"depth"`: the first layers train alone, and later the whole model. Several of them as a tuple:
             `("sequence", "loss")` or `("token", "loss")`, and `"depth"` in front of any.
         ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
-            (token) or both multiplied (loss); 1 keeps everything, always. None is 0.5, and 0.875 of the selection
-            `"auto"`, which None stands for unless another route, a selection, a threshold or a schedule is asked for.
+            (token) or both multiplied (loss); 1 keeps everything, always. None is 1, and where another route, a
+            selection, a threshold or a schedule is asked for 0.5; 0.875 of the selection `"auto"`.
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); a row's score is the mean over its counted tokens, in fp32.
@@ -216,12 +216,12 @@ class RoutingConfig(Schedule):
             if wrong or self.ratio not in (None, 1):
                 name = [*wrong, "ratio"][0]
                 raise ConfigError(f"{name} with route='depth', which selects nothing; use route=('depth', 'sequence')")
-        watches = self.routes == ("sequence",) and not asked and self.ratio is None
-        if self.selection is None:
-            object.__setattr__(self, "selection", "auto" if watches else "topk")
         if self.ratio is None:
+            selects = asked or self.route not in ("sequence", "depth")
             usual = WITHOUT_NOISE if self.selection == "auto" else 0.5
-            object.__setattr__(self, "ratio", usual if self.routes else 1.0)
+            object.__setattr__(self, "ratio", usual if selects else 1.0)
+        if self.selection is None:
+            object.__setattr__(self, "selection", "topk")
 
     def _check_token_route(self) -> None:
         for name, least in (("first_layers", 1), ("last_layers", 0)):

@@ -146,9 +146,11 @@ def test_every_row_trains_as_in_eager() -> None:
 @pytest.mark.parametrize(
     ("options", "selection", "ratio"),
     [
-        ({}, "auto", 0.875),
+        ({}, "topk", 1.0),
         ({"ratio": 1}, "topk", 1.0),
-        ({"route": ("depth", "sequence"), "depth_layers": 1}, "auto", 0.875),
+        ({"route": ("depth", "sequence"), "depth_layers": 1}, "topk", 0.5),
+        ({"route": ("depth", "token"), "depth_layers": 1}, "topk", 0.5),
+        ({"route": ("depth", "sequence"), "depth_layers": 1, "selection": "auto"}, "auto", 0.875),
         ({"route": "depth", "depth_layers": 1}, "topk", 1.0),
         ({"ratio": 0.25}, "topk", 0.25),
         ({"warmup_steps": 3}, "topk", 0.5),
@@ -166,7 +168,7 @@ def test_what_is_chosen_where_it_is_left_out(options: dict[str, Any], selection:
 
 
 def test_a_single_row_is_no_choice_and_no_cause_to_warn(recwarn: pytest.WarningsRecorder) -> None:
-    model = cggr.optimize(Toy().train(), inner="eager")
+    model = cggr.optimize(Toy().train(), selection="auto", inner="eager")
     for seed in range(3):
         model(**toy_batch(1, seed=seed))[0].backward()
         model.cggr.step()
@@ -201,7 +203,7 @@ def test_a_model_without_layers_keeps_every_row_and_says_why() -> None:
 
 
 def test_programs_that_may_come_are_compiled_as_soon_as_steps_are_counted_and_not_before() -> None:
-    model = cggr.optimize(Toy().train(), router_layers=1, inner="aot_eager")
+    model = cggr.optimize(Toy().train(), selection="auto", router_layers=1, inner="aot_eager")
     model(**toy_batch(8))[0].backward()
     [plan] = model.cggr.runtime.plans
     assert set(plan.variants) == {"unrouted"}
@@ -235,12 +237,12 @@ def test_an_agreement_is_the_mean_of_what_is_known_once_everybody_told(monkeypat
 def test_ranks_go_on_deciding_together_when_a_model_is_optimised_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     store = torch.distributed.HashStore()
     monkeypatch.setattr(agreement, "shared_store", lambda: (store, 2))
-    model = cggr.optimize(Toy().train(), router_layers=1)
+    model = cggr.optimize(Toy().train(), selection="auto", router_layers=1)
     cggr.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     before = model.cggr.runtime.auto.agreement
-    assert cggr.optimize(model, router_layers=2).cggr.runtime.auto.agreement is before is not None
+    assert cggr.optimize(model, selection="auto", router_layers=2).cggr.runtime.auto.agreement is before is not None
     assert cggr.optimize(model, ratio=0.5).cggr.runtime.auto is None
-    assert cggr.optimize(model).cggr.runtime.auto.agreement is not None
+    assert cggr.optimize(model, selection="auto").cggr.runtime.auto.agreement is not None
 
 
 @pytest.mark.parametrize("case", ["one", pytest.param("none", marks=pytest.mark.long)])

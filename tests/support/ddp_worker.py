@@ -24,7 +24,7 @@ def deciding_rank(rank: int, ranks: int, folder: str, case: str) -> None:
     try:
         torch.manual_seed(0)
         auto.EVERY = 2
-        model = cggr.optimize(Toy().train(), router_layers=2, inner="eager", seed=0)
+        model = cggr.optimize(Toy().train(), selection="auto", router_layers=2, inner="eager", seed=0)
         wrapper = torch.nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         cggr.attach(model, optimizer)
