@@ -39,7 +39,7 @@ def captured(request: pytest.FixtureRequest) -> tuple[nn.Module, Program, bool]:
     return model, plans.captured(model, token_batch()), architecture.causal
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_label_out_of_range_raises_in_any_row(
     captured: tuple[nn.Module, Program, bool], options: dict[str, Any]

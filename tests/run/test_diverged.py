@@ -46,7 +46,7 @@ def positive_only(scores: Tensor, valid: Tensor, k: int, noise: Tensor) -> tuple
     return index, (scores[index] > 0).float()
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options",
     [
