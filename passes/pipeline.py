@@ -16,6 +16,7 @@ from cggr_compile.kernels.reference.selection import rule_of
 from cggr_compile.passes.analyse.find_layers import find_layers
 from cggr_compile.passes.analyse.find_loss import find_loss
 from cggr_compile.passes.lower.lower_kernels import lower_kernels
+from cggr_compile.passes.lower.unshard_parameters import unshard_parameters
 from cggr_compile.passes.rewrite.build_router import build_router
 from cggr_compile.passes.rewrite.check_labels import check_labels
 from cggr_compile.passes.rewrite.elide_causal_masks import elide_causal_masks
@@ -111,13 +112,15 @@ def keeps_less(config: RoutingConfig) -> bool:
 
 
 def run(program: Analysed, config: RoutingConfig, passes: Sequence[Pass]) -> Analysed:
-    """Applies the passes; every one leaves a snapshot under its name.
+    """Applies the passes, and behind them `unshard_parameters` where parameters are sharded; every one leaves a snapshot
+    under its name.
 
     Raises:
         CannotOptimize: a pass found the model or the batch impossible to route.
         VerificationError: a pass broke an invariant.
     """
-    for pass_ in passes:
+    sharded: tuple[Pass, ...] = (unshard_parameters,) if program.shards else ()
+    for pass_ in (*passes, *sharded):
         program = _applied(pass_, program, config)
     return program
 

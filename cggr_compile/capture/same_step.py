@@ -22,7 +22,7 @@ _META = (REGION, PART, "recompute", "ac_graph_id")
 def same_step(left: Program, right: Program) -> bool:
     """Whether the captures differ in nothing but what requires a gradient, and in the names of their symbols."""
     nodes = list(left.graph.nodes), list(right.graph.nodes)
-    told = ("inputs", "stored", "loss_output")
+    told = ("inputs", "shards", "stored", "loss_output")
     if len(nodes[0]) != len(nodes[1]) or any(getattr(left, name) != getattr(right, name) for name in told):
         return False
     if [(b.line, b.outcome) for b in left.branches] != [(b.line, b.outcome) for b in right.branches]:

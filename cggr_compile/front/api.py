@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from cggr_compile.front.handle import Handle
 from cggr_compile.front.routed_forward import RoutedForward, is_routed
 from cggr_compile.inspection.explanation import Explanation
 from cggr_compile.run.runtime import Runtime
+from cggr_compile.run.sharded import refuse_undistributable, sharded_parameters
 from cggr_compile.torch_internals import dynamo, transformers
 from cggr_compile.values import ConfigError
 
@@ -45,7 +47,7 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
     resolved = resolve_config(config, options)
     before = vars(model).get("cggr")
     restore(model)
-    check_model(model)
+    check_model(model, resolved)
     undo = {name: vars(model)[name] for name in ("forward",) if name in vars(model)}
     handle = Handle(model, Runtime(resolved), {**undo, **_prepare(model)})
     if isinstance(before, Handle):
@@ -75,6 +77,8 @@ def restore(model: M) -> M:
     del vars(model)["forward"], vars(model)["cggr"]
     for hook in handle.undo["hooks"]:
         hook.remove()
+    if handle.runtime.sharded is not None:
+        handle.runtime.sharded.root.release()
     _put_back(model, handle.undo)
     if "forward" in handle.undo:
         vars(model)["forward"] = handle.undo["forward"]
@@ -127,25 +131,30 @@ def explain(
     if config is None and not options and isinstance(optimized, Handle):
         config = optimized.config
     runtime = Runtime(resolve_config(config, options))
-    check_model(model)
+    check_model(model, runtime.config)
     arguments = {"use_cache": False, **{name: arg for name, arg in batch.items() if arg is not None}}
     if "use_cache" not in inspect.signature(model.forward).parameters:
         del arguments["use_cache"]
     if "labels" not in arguments and isinstance(arguments.get("input_ids"), torch.Tensor):
         arguments["labels"] = arguments["input_ids"].clone()  # the same tensor would be one input of the graph
     check_call(arguments, model)
+    known = optimized.runtime.sharded if isinstance(optimized, Handle) else None
+    runtime.sharded = known or sharded_parameters(model, runtime.config, lambda args, kwargs: False)
     temporary = Handle(model, runtime, optimized.undo if isinstance(optimized, Handle) else None)
     training = {module: module.training for module in model.modules()}
     prepared = _prepare(model)
     try:
         if not model.training:
             model.train()
-        call_compiled(compiled_forward(temporary.original(), _Explainer(runtime)), arguments, model)
+        step = partial(call_compiled, compiled_forward(temporary.original(), _Explainer(runtime)), model=model)
+        step(arguments) if runtime.sharded is None else runtime.sharded.call(step, arguments)
     except PlanComplete:
         pass
     finally:
         for module, flag in training.items():
             module.training = flag
+        if runtime.sharded is not None and known is None:
+            runtime.sharded.root.release()
         _put_back(model, prepared)
     return Explanation(runtime)
 
@@ -179,7 +188,7 @@ def resolve_config(config: RoutingConfig | None, options: Mapping[str, Any]) -> 
     return config
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, config: RoutingConfig) -> None:
     """Raises `CannotOptimize` for models that can be refused without capturing them."""
     if not isinstance(model, nn.Module):
         raise CannotOptimize(f"{type(model).__name__} is not a torch.nn.Module", hint="pass the model itself")
@@ -189,6 +198,7 @@ def check_model(model: nn.Module) -> None:
             hint="optimize the model before compiling it, or compile it with backend='cggr'",
         )
     refuse_nested(model)
+    refuse_undistributable(model, config)
     parameters = inspect.signature(model.forward).parameters
     if "labels" not in parameters:
         raise CannotOptimize(

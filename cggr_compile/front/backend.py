@@ -7,6 +7,7 @@ also in a process that never imported the package; `cggr.optimize` compiles with
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -51,6 +52,9 @@ class Backend:
         if reason is None:
             _refuse_subclasses(gm, example_inputs)
             program = capture(gm, example_inputs)
+            if self.runtime.sharded is not None:
+                shards = self.runtime.sharded.described(example_inputs, program.inputs)
+                program = dataclasses.replace(program, shards=shards)
             reason = _no_loss_wanted(program)
         if reason is not None:
             self.runtime.passive.append(reason)

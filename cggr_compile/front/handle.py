@@ -7,6 +7,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from cggr_compile.kernels.reference.selection import rule_of
 from cggr_compile.run.given_scores import ScoresReady, refuse_nan
 from cggr_compile.run.metrics import metrics_of, selected, token_metrics
 from cggr_compile.run.runtime import Runtime
+from cggr_compile.run.sharded import Sharded, sharded_parameters
 from cggr_compile.torch_internals import dynamo
+from cggr_compile.torch_internals.fsdp import is_sharded
 
 
 class Handle:
@@ -259,10 +262,13 @@ class Handle:
         A `torch.compile` around the model traces the original; to it, a routed step is a call like any other that it
         does not look into.
         """
-        if not self.model.training or not torch.is_grad_enabled() or self.labels_of(args, kwargs) is None:
+        if not self._trains(args, kwargs):
             forward = self.undo.get("forward")  # not `original`: Dynamo and torch.export cannot trace how it binds
             return forward(*args, **kwargs) if forward else type(self.model).forward(self.model, *args, **kwargs)
         return self._train(args, kwargs)
+
+    def _trains(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        return self.model.training and torch.is_grad_enabled() and self.labels_of(args, kwargs) is not None
 
     @torch.compiler.disable(reason="a step routed by cggr is compiled by cggr; compile around it with fullgraph=False")
     def _train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -274,6 +280,8 @@ class Handle:
                 return self._step(named_arguments(original, args, kwargs))
         except CannotOptimize as error:
             self.refuse(error)
+            if self.runtime.sharded is not None:
+                return self.runtime.sharded.root.plainly(original, args, kwargs)
             return original(*args, **kwargs)
 
     def _step(self, arguments: dict[str, Any]) -> Any:
@@ -307,12 +315,28 @@ class Handle:
                 hint="cggr.explain captures a model on the meta device without running it",
             )
         with self.runtime.lock:
+            sharded = self._sharded()
             if self._compiled is None:
                 refuse_nested(self.model)
                 self._compiled = compiled_forward(self.original(), Backend(self.runtime))
+            step = partial(call_compiled, self._compiled, model=self.model)
             try:
-                return call_compiled(self._compiled, arguments, self.model)
+                return step(arguments) if sharded is None else sharded.call(step, arguments)
             except CannotOptimize as error:
                 if isinstance(error.__cause__, NotCompiled) and dynamo.stance() == "default":
                     self._compiled = None  # Dynamo never looks again at code that it has passed over
                 raise
+
+    def _sharded(self) -> Sharded | None:
+        """The parameters that FSDP2 shards, seen at the first step, and anew where their policies have changed."""
+        found = self.runtime.sharded
+        if found is not None and found.is_current:
+            return found
+        if found is not None:
+            found.root.release()
+            self.runtime.sharded = self._compiled = None
+        elif not is_sharded(self.model):
+            return None
+        self.runtime.sharded = sharded_parameters(self.model, self.config, self._trains)
+        self.runtime.sharded.root.begun()
+        return self.runtime.sharded

@@ -11,7 +11,7 @@ dataflow alone decides order: copying, reordering and dropping nodes cannot move
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -78,6 +78,33 @@ class Input:
     name: str
     path: str
     kind: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that FSDP2 gathers at once, those of one module that was given to `fully_shard`.
+
+    `group` is the ranks' process group, by the name that functional collectives know it by; parameters arrive in
+    `dtype`, gradients are summed in `reduce_dtype` and divided by `divisor`. Where the unit `reshards`, its parameters
+    are not kept for the backward.
+    """
+
+    name: str
+    group: str
+    ranks: int
+    dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    divisor: float
+    reshards: bool
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank holds of a parameter: `rows` of those that the captured value has, in `dtype`."""
+
+    unit: Unit
+    rows: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -226,13 +253,14 @@ class Program:
     Attributes:
         graph: nodes in execution order; `meta["val"]` is a fake tensor or SymInt, `meta[REGION]` a `Region`,
             `meta[PART]` the part a pass put the node in ("main", "router", "score", "select", "whole", "gather",
-            "middle", "loss").
+            "middle", "loss", "shards").
         root: owner of tensor constants and submodules named by `get_attr` nodes.
         inputs: the placeholders, in order.
         batch, sequence: symbolic sizes; `sequence` is None where the capture specialised it.
         branches: what the model's own lines decided by sizes while it was traced.
         stored: indices of the outputs that the model's forward puts into objects that outlive the call.
         numbers: those among the call's arguments, which constants of the graph may be.
+        shards: by the name of the placeholder of a sharded parameter, what a step is given in its place.
         loss_output: index of the loss among the outputs.
         snapshots: the graph after each pass so far, the capture first.
     """
@@ -249,6 +277,7 @@ class Program:
     branches: tuple[Any, ...] = ()
     stored: frozenset[int] = frozenset()
     numbers: frozenset[float] = frozenset()
+    shards: Mapping[str, Shard] = field(default_factory=dict)
     loss_output: int = -1
     snapshots: tuple[Snapshot, ...] = ()
 

@@ -19,6 +19,7 @@ from cggr_compile.run.metrics import Gradients, LastStep
 from cggr_compile.run.plan import Plan
 from cggr_compile.run.recomputed import Recomputations
 from cggr_compile.run.router_time import RouterTime
+from cggr_compile.run.sharded import Sharded
 
 
 class Runtime:
@@ -41,6 +42,7 @@ class Runtime:
         self.router_time = RouterTime()
         self.given = GivenScores()
         self.pool: Pool | None = None
+        self.sharded: Sharded | None = None
         self.auto = Auto(config) if config.selection == "auto" else None
         self.recomputations = Recomputations()
         # Two threads on one model take turns; what a step draws and leaves belongs together.

@@ -41,6 +41,8 @@ class Step:
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         with self.runtime.lock:
             self.runtime.runs += 1
+            if self.runtime.sharded is not None:
+                inputs = self.runtime.sharded.shards(inputs)
             again = self.runtime.recomputations.again(self.plan)
             if again is not None:
                 return self._returned(self._outputs(again, inputs))

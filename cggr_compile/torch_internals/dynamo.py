@@ -36,7 +36,7 @@ def step_options() -> Iterator[None]:
 
     Hooks registered on a module after the capture, or removed, make a new one: Dynamo looks at modules without hooks
     again only if asked to. Parameters that are changed in place, as `model.to(dtype)` does, make one too: Dynamo takes
-    a tensor for the same while its module's dictionary is. The limits of captures are those of a model of ours, not of
+    a tensor for the same while its module's dictionary is. So do modules that FSDP manages, frozen or thawed. The limits of captures are those of a model of ours, not of
     a function that was thought to compile once. `requires_grad_()` on a result is passed over (`_requires_grad_`).
     """
     from torch._dynamo.variables.tensor import TensorVariable
@@ -50,6 +50,7 @@ def step_options() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(replaced(config, "skip_nnmodule_hook_guards", False))
         stack.enter_context(replaced(config, "skip_tensor_guards_with_matching_dict_tags", False))
+        stack.enter_context(replaced(config, "skip_fsdp_guards", False))
         stack.enter_context(replaced(config, "recompile_limit", MAX_CAPTURES))
         total = max(MAX_CAPTURES, config.accumulated_recompile_limit)
         stack.enter_context(replaced(config, "accumulated_recompile_limit", total))

@@ -1,0 +1,122 @@
+"""Gathers the parameters that FSDP2 shards, unit by unit, and so scatters their gradients.
+
+Up to here a sharded parameter is an input like any other, whole. This pass makes the rank's shard the input, and what
+reads the parameter reads it gathered: router and main pass together. A unit starts to be gathered in front of what
+first reads the unit before it, so it arrives while that one computes; units come in the order in which the step first
+reads them, which is the same on all ranks, whatever each of them selects. Autograd scatters the gradients: those of a
+unit at once, when the last one is there (`kernels/collectives.py`).
+
+Where a unit reshards, its gathering is tagged to be computed again in the backward, as FSDP2 does, for inner backends
+that own a partitioner; `inner="eager"` keeps what it gathered until the backward has used it.
+
+Before::
+
+    input   %weight [64, 32]
+    main    %linear = linear(%x, %weight)
+
+After::
+
+    input   %weight [32, 32]                                       # of 2 ranks
+    shards  %start = start_gather((%weight, …), …)
+    shards  %finish = finish_gather(%start, (%weight, …), …)
+    main    %linear = linear(%x, %finish[0])
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from operator import getitem
+
+import torch
+from cggr_compile.kernels.collectives import finish_gather, start_gather
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Analysed, Region, Unit, value
+
+# Of all regions that are computed again the last: a gathering that one of the others reads stays one of its own.
+_REGION = 1_000_000
+
+
+def unshard_parameters(program: Analysed, config: RoutingConfig) -> Analysed:
+    """Makes inputs of the shards, and writes the gathering of each unit that something reads."""
+    builder = Builder(program)
+    members: dict[Unit, list[fx.Node]] = {}
+    for node in program.placeholders:
+        new, shard = builder.copy(node), program.shards.get(node.name)
+        if shard is not None:
+            new.meta["val"] = _local(program, node)
+            if node.users:
+                members.setdefault(shard.unit, []).append(node)
+    gathering = _Gathering(builder, members)
+    calls = [node for node in program.graph.nodes if node.op not in ("placeholder", "output")]
+    for region, run in groupby(calls, _checkpoint):
+        for nodes in [list(run)] if region[0] is not None else ([node] for node in run):
+            gathering.before(nodes)
+            for node in nodes:
+                builder.copy(node)
+    builder.output(fx.map_arg(program.output.args[0], lambda old: builder.env[old]))
+    return builder.finish("unshard_parameters")
+
+
+def _checkpoint(node: fx.Node) -> tuple[int | None, bool]:
+    """The checkpointed region of a node, which stays in one piece."""
+    return node.meta.get("ac_graph_id"), node.meta[PART] in TRAINED_PARTS
+
+
+def _local(program: Analysed, node: fx.Node) -> torch.Tensor:
+    whole, shard = value(node), program.shards[node.name]
+    with program.fake_mode:
+        local = torch.empty((shard.rows, *whole.shape[1:]), dtype=shard.dtype, device=whole.device)
+    return local.requires_grad_(whole.requires_grad)
+
+
+class _Gathering:
+    """The units of a program, gathered one ahead of what reads them."""
+
+    def __init__(self, builder: Builder[Analysed], members: dict[Unit, list[fx.Node]]) -> None:
+        self._builder = builder
+        self._members = members
+        unit_of = {node: unit for unit, nodes in members.items() for node in nodes}
+        readers = (source for node in builder.program.graph.nodes for source in node.all_input_nodes)
+        self._unit_of = unit_of
+        self._waiting = list(dict.fromkeys(unit_of[source] for source in readers if source in unit_of))
+        self._shards = {node: builder.env[node] for node in unit_of}
+        self._started: dict[Unit, fx.Node] = {}
+
+    def before(self, nodes: list[fx.Node]) -> None:
+        """Writes what must be there when the nodes run."""
+        sources = (source for node in nodes for source in node.all_input_nodes)
+        read = {self._unit_of[source] for source in sources if source in self._unit_of}
+        while self._waiting and read & set(self._waiting):
+            unit = self._waiting.pop(0)
+            for each in (unit, *self._waiting[:1]):
+                if each not in self._started:
+                    self._started[each] = self._start(each)
+            self._finish(unit)
+
+    def _start(self, unit: Unit) -> fx.Node:
+        nodes = self._members[unit]
+        shards, rows = tuple(self._shards[node] for node in nodes), _rows(nodes)
+        return self._call(Region(grad=False), unit, start_gather, shards, rows, unit.dtype, unit.ranks, unit.group)
+
+    def _finish(self, unit: Unit) -> None:
+        nodes = self._members[unit]
+        shards, how = tuple(self._shards[node] for node in nodes), (unit.ranks, unit.group)
+        given = (self._started[unit], shards, _rows(nodes), *how, unit.reduce_dtype, unit.divisor)
+        parameters = self._call(Region(), unit, finish_gather, *given)
+        for place, node in enumerate(nodes):
+            self._builder.env[node] = self._call(Region(), unit, getitem, parameters, place)
+
+    def _call(self, region: Region, unit: Unit, *given: object) -> fx.Node:
+        node = self._builder.call(*given)  # type: ignore[arg-type]
+        node.meta.update({REGION: region, PART: "shards"})
+        if unit.reshards:
+            node.meta.update({"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": _REGION})
+        return node
+
+
+def _rows(nodes: list[fx.Node]) -> tuple[int, ...]:
+    return tuple(value(node).shape[0] for node in nodes)
