@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from cggr_compile.errors import CannotOptimize
@@ -60,7 +60,6 @@ CAUSES = (
         "train without gradient checkpointing, or on a model that is not quantized",
     ),
 )
-_SHARDED = ((FSDPModule, "FSDP2 (fully_shard)"), (FullyShardedDataParallel, "FSDP"))
 
 
 def recognised(error: CannotOptimize) -> CannotOptimize:
@@ -101,10 +100,10 @@ def refusal_of(error: Exception, model: nn.Module) -> CannotOptimize:
 
 def _graph_break(first_line: str, stack: list[FrameSummary], model: nn.Module) -> CannotOptimize:
     source = _line_of(stack)
-    sharded = next((name for kind, name in _SHARDED for module in model.modules() if isinstance(module, kind)), None)
-    if sharded is not None:
-        reason = f"{sharded} shards the model by hooks that break Dynamo's graph ({first_line})"
-        return CannotOptimize(reason, source=source, hint=f"train by DistributedDataParallel, {_ELSE}")
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        reason = f"FSDP2 (fully_shard) gathers parameters in hooks that break Dynamo's graph ({first_line})"
+        hint = f"route by cggr.optimize(model), and shard the whole model: fully_shard(model), {_ELSE}"
+        return CannotOptimize(reason, source=source, hint=hint)
     hook = next(_hooks_in(stack, first_line, model), None)
     if hook is not None:
         reason = f"{hook} breaks Dynamo's graph ({first_line})"

@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import fx
 
-from cggr_compile.ir.names import module_of, operator_of
+from cggr_compile.ir.names import gathered_of, module_of, operator_of
 from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Program, value
 from cggr_compile.run.plan import Plan
 from cggr_compile.torch_internals.dtypes import dtype_name
@@ -163,6 +163,8 @@ class GraphText:
             operation = operator_of(node)
             if _is_dropout(node) or operation.startswith("cggr.gather"):
                 numbers[node] = read[node.args[0]]
+            elif (parameter := gathered_of(node)) is not None:
+                numbers[node] = read[parameter]
             elif operation.startswith("cggr.scatter_tokens"):
                 numbers[node] = read[node.args[1]]
             elif operation.startswith(("cggr.masked_loss", "cggr.measured_loss")):
@@ -186,6 +188,9 @@ class GraphText:
         for node in graph.nodes:
             if node.op in ("placeholder", "output"):
                 names[node] = self._own_name(node)
+                continue
+            if (parameter := gathered_of(node)) is not None:
+                names[node] = names[parameter]
                 continue
             part = node.meta[PART]
             originals = repeated.get((numbers[node], (part, node.target)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from operator import getitem
 
 import torch
 from torch import fx
@@ -37,6 +38,14 @@ def module_of(node: fx.Node) -> str:
     path = list(stack.values())[-1][0]
     plain = re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", path)
     return re.sub(r"^[LG]\[[^\]]*\](\.__self__)?\.?", "", plain)
+
+
+def gathered_of(node: fx.Node) -> fx.Node | None:
+    """The input whose whole a node is, where `unshard_parameters` gathered it."""
+    if node.meta.get(PART) != "shards" or node.target is not getitem:
+        return None
+    finish, place = node.args
+    return finish.args[1][place]  # type: ignore[union-attr,index,return-value]
 
 
 def part_sizes(graph: fx.Graph) -> dict[str, int]:
