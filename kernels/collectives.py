@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed.tensor  # noqa: F401  registers what functional collectives give on fake tensors
+import torch.distributed.tensor  # registers what functional collectives give on fake tensors
 import torch.nn.functional as F
 from torch import Tensor
 

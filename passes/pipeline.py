@@ -112,8 +112,8 @@ def keeps_less(config: RoutingConfig) -> bool:
 
 
 def run(program: Analysed, config: RoutingConfig, passes: Sequence[Pass]) -> Analysed:
-    """Applies the passes, and behind them `unshard_parameters` where parameters are sharded; every one leaves a snapshot
-    under its name.
+    """Applies the passes, and `unshard_parameters` behind them where parameters are sharded; every one leaves a
+    snapshot under its name.
 
     Raises:
         CannotOptimize: a pass found the model or the batch impossible to route.

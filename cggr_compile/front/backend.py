@@ -28,6 +28,7 @@ from cggr_compile.run.plan import Plan
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.run.step import Step
 from cggr_compile.torch_internals import dynamo, inductor
+from cggr_compile.torch_internals.fsdp import is_sharded
 
 aten = torch.ops.aten
 
@@ -100,15 +101,21 @@ def cggr(
         raise CannotOptimize(
             f"mode={mode!r} is not an option of the backend", hint="choose a backend with options={'inner': …}"
         )
-    runtime = _runtime(dynamo.captured_module(), RoutingConfig.from_options(options or {}))
+    model = dynamo.captured_module()
+    runtime = _runtime(model, RoutingConfig.from_options(options or {}))
     try:
-        return Backend(runtime)(gm, example_inputs)
+        if model is None or not is_sharded(model):
+            return Backend(runtime)(gm, example_inputs)
+        refusal = CannotOptimize(
+            "FSDP2 (fully_shard) gathers parameters in hooks, at which Dynamo's graph ends",
+            hint="use cggr.optimize(model), before fully_shard or after it",
+        )
     except CannotOptimize as error:
         refusal = _of_a_part(error) if token_ids_of(dict(enumerate(_tensors(example_inputs)))) is None else error
-        if runtime.config.fallback == "raise":
-            return _Refusal(refusal)
-        runtime.refuse(refusal)
-        return _unchanged(gm, example_inputs, runtime.config.inner)
+    if runtime.config.fallback == "raise":
+        return _Refusal(refusal)
+    runtime.refuse(refusal)
+    return _unchanged(gm, example_inputs, runtime.config.inner)
 
 
 def _of_a_part(error: CannotOptimize) -> CannotOptimize:

@@ -20,7 +20,6 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import Input, Shard, Unit
 from cggr_compile.torch_internals import fsdp
 
-
 Routes = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 
 

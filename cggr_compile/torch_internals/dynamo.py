@@ -36,8 +36,9 @@ def step_options() -> Iterator[None]:
 
     Hooks registered on a module after the capture, or removed, make a new one: Dynamo looks at modules without hooks
     again only if asked to. Parameters that are changed in place, as `model.to(dtype)` does, make one too: Dynamo takes
-    a tensor for the same while its module's dictionary is. So do modules that FSDP manages, frozen or thawed. The limits of captures are those of a model of ours, not of
-    a function that was thought to compile once. `requires_grad_()` on a result is passed over (`_requires_grad_`).
+    a tensor for the same while its module's dictionary is. So do parameters of modules that FSDP manages. The limits of
+    captures are those of a model of ours, not of a function that was thought to compile once. `requires_grad_()` on a
+    result is passed over (`_requires_grad_`).
     """
     from torch._dynamo.variables.tensor import TensorVariable
 

@@ -1,0 +1,108 @@
+"""Ways to distribute a model that cannot be routed: named, with a remedy, and nothing is patched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from small import Small, small
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import cggr_compile as cggr
+from cggr_compile import CannotOptimize
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+
+
+def sharded(**options: Any) -> Small:
+    model = small()
+    for layer in model.layers:
+        fully_shard(layer, **options)
+    return model
+
+
+def tensor_parallel() -> Small:
+    model = small()
+    model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh()["shard"], [Shard(0)]))
+    return model
+
+
+def zero_3() -> Small:
+    model = small()
+    model.head.weight.ds_id = 0  # as deepspeed.zero.Init marks parameters
+    return model
+
+
+WAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "HSDP": (lambda: sharded(mesh=mesh()), "a mesh of one dimension"),
+    "CPUOffloadPolicy": (lambda: sharded(offload_policy=CPUOffloadPolicy(pin_memory=False)), "leave offload_policy"),
+    "shard_placement_fn": (lambda: sharded(shard_placement_fn=lambda x: Shard(x.dim() - 1)), "first dimension"),
+    "FSDP1": (lambda: FullyShardedDataParallel(small(), device_id=torch.device("cpu")), "fsdp_version: 2"),
+    "head.weight is a DTensor": (tensor_parallel, "without tp_plan"),
+    "DeepSpeed ZeRO-3": (zero_3, "ZeRO stage 0 to 2"),
+    "DataParallel": (lambda: nn.DataParallel(small()), "DistributedDataParallel"),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_way_to_distribute_is_refused_by_name(name: str) -> None:
+    make, remedy = WAYS[name]
+    model = make()
+    with pytest.raises(CannotOptimize) as error:
+        cggr.optimize(model, ratio=0.5)
+    assert name in str(error.value)
+    assert remedy in str(error.value)
+    assert "forward" not in vars(model)
+    assert "cggr" not in vars(model)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(31, (4, 6), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def test_cuda_graphs_of_a_sharded_model_are_refused_before_and_after_optimize() -> None:
+    with pytest.raises(CannotOptimize, match="cuda_graphs=True with fully_shard"):
+        cggr.optimize(fully_shard(sharded()), ratio=0.5, cuda_graphs=True)
+    late = cggr.optimize(small(), ratio=0.5, cuda_graphs=True)
+    fully_shard(late)
+    with pytest.raises(CannotOptimize, match="cuda_graphs=True with fully_shard"):
+        late(**batch())
+
+
+def test_a_model_of_which_parts_are_sharded_is_refused_at_its_first_step() -> None:
+    model = cggr.optimize(sharded(), ratio=0.5)
+    with pytest.raises(CannotOptimize, match=r"parts of the model only.*call fully_shard\(model\)"):
+        model(**batch())
+
+
+def test_with_fallback_a_step_that_is_refused_is_fsdps_own() -> None:
+    model = cggr.optimize(fully_shard(sharded()), ratio=0.5, fallback="eager")
+    with pytest.warns(RuntimeWarning, match="training without routing"):
+        loss = model(**batch(), stop=torch.tensor(1)).loss
+    loss.backward()
+    expected = small()(**batch(), stop=1).loss
+    expected.backward()
+    assert torch.equal(loss, expected)
+
+
+def test_backend_cggr_names_the_front_end_that_can() -> None:
+    model = torch.compile(fully_shard(sharded()), backend="cggr", options={"ratio": 0.5})
+    with pytest.raises(CannotOptimize, match=r"FSDP2 \(fully_shard\).*use cggr.optimize\(model\)"):
+        model(**batch())
