@@ -233,7 +233,11 @@ def outcome(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
         return {"failed": f"not done in {timeout:.0f} s"}
     if process.returncode != 0:
         lines = err.splitlines()[::-1]
-        return {"failed": first_line("\n".join([line for line in lines if "Error" in line] or lines))}
+        return {
+            "failed": first_line(
+                "\n".join([line for line in lines if "Error" in line and "ChildFailed" not in line] or lines)
+            )
+        }
     return json.loads(out.splitlines()[-1])
 
 

@@ -1,0 +1,203 @@
+"""Weak scaling: how long a training step takes on several GPUs of one host, each with a batch of its own.
+
+    python benchmarks/distributed.py --ranks 1 --ranks 2 --output benchmarks/results/distributed-h200.json
+    python benchmarks/distributed.py --ranks 2 --arm fsdp2:compile --arm fsdp2:all --model Llama-3.2-1B
+    python benchmarks/distributed.py --quick        # a tiny model, two processes on the CPU with gloo
+
+Each measurement is a torchrun of its own (`--only` is what its ranks run). Forward, backward and AdamW; parameters are
+fp32, and on CUDA a step runs in bf16: by autocast, or under FSDP2 by its MixedPrecisionPolicy, which reduces gradients
+in fp32. Every round runs each arm once, one after another; its first step compiles.
+
+Arms are WRAP:ARM[@RATIO]. WRAP is `none` (one rank), `ddp` or `fsdp2` (layers and root; `fsdp2_kept` with
+reshard_after_forward=False). ARM is `eager`, `compile` (torch.compile of the wrapped model, under FSDP2 of each layer),
+`all` (this package, ratio=1) or `sampled` (scored rows, the sampled head). `…+graphs` is `cuda_graphs=True`,
+`…+outlined` is `outline_layers=True`.
+
+Per arm and number of ranks: seconds of each step on rank 0, the largest peak of memory of any rank, and of one step on
+CUDA the milliseconds in kernels and in NCCL's among them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from harness import WARM_UP
+from step_time import SHAPES, Shape, build, outcome, start
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import cggr_compile as cggr
+from cggr_compile.environment import environment
+from cggr_compile.run.router_time import mark, seconds_between
+
+OURS: dict[str, dict[str, Any]] = {"all": {"ratio": 1.0}, "sampled": {"router_head": "sampled"}}
+WRAPS, ARMS = ("none", "ddp", "fsdp2", "fsdp2_kept"), ("eager", "compile", *OURS)
+DEFAULT_ARMS = [f"{wrap}:{arm}" for wrap in ("none", "ddp", "fsdp2") for arm in ("compile", "all", "sampled")]
+
+
+def parse(name: str, ratio: float) -> tuple[str, str, dict[str, Any]]:
+    """Wrapper, arm and this package's options of a name; `typer.BadParameter` for any other."""
+    wrap, _, rest = name.partition(":")
+    arm, *switches = rest.split("+")
+    arm, _, own = arm.partition("@")
+    known = {"graphs": {"cuda_graphs": True}, "outlined": {"outline_layers": True}}
+    if wrap not in WRAPS or arm not in ARMS or not set(switches) <= known.keys() or (switches and arm not in OURS):
+        raise typer.BadParameter(f"arm: got {name!r}, expected WRAP:ARM of {', '.join(WRAPS)} and {', '.join(ARMS)}")
+    options = {"ratio": float(own or ratio), **OURS.get(arm, {})}
+    for switch in switches:
+        options |= known[switch]
+    return wrap, arm, options
+
+
+def wrapped(model: torch.nn.Module, wrap: str, arm: str, options: dict[str, Any], device: torch.device) -> Any:
+    """What is called in a step."""
+    if arm in OURS:
+        cggr.optimize(model, **options)
+    if wrap.startswith("fsdp2"):
+        dtype = torch.bfloat16 if device.type == "cuda" else None
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for layer in model.model.layers:
+            if arm == "compile":
+                layer.compile()
+            fully_shard(layer, mp_policy=policy, reshard_after_forward=wrap == "fsdp2")
+        return fully_shard(model, mp_policy=policy, reshard_after_forward=wrap == "fsdp2")
+    called: Any = model
+    if wrap == "ddp":
+        called = DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+    return torch.compile(called) if arm == "compile" else called
+
+
+def measure(name: str, shape: Shape, device: torch.device, ratio: float, steps: int) -> dict[str, Any]:
+    """One rank's part of a measurement; the figures are rank 0's, the peak of memory the largest of all ranks'."""
+    wrap, arm, options = parse(name, ratio)
+    model = build(shape, device.type).float()
+    random = torch.Generator(device).manual_seed(dist.get_rank())
+    ids = torch.randint(0, shape.vocabulary, (shape.batch, shape.sequence), device=device, generator=random)
+    cuda = device.type == "cuda"
+    marks = [mark(device)]
+    step = wrapped(model, wrap, arm, options, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=cuda)
+
+    def one_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        casts = cuda and not wrap.startswith("fsdp2")
+        with torch.autocast("cuda", dtype=torch.bfloat16) if casts else nullcontext():
+            loss = step(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+
+    for index in range(steps + WARM_UP):
+        if index == WARM_UP and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        one_step()
+        marks.append(mark(device))
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = [seconds_between(*pair) for pair in pairwise(marks)]
+    record: dict[str, Any] = {"first": seconds[0], "steps": seconds[WARM_UP:]}
+    if cuda:
+        peak = torch.tensor(float(torch.cuda.max_memory_reserved()), device=device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        record["peak_bytes"] = int(peak)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+            one_step()
+            torch.cuda.synchronize()
+        times = {event.key: event.self_device_time_total / 1000 for event in profile.key_averages()}
+        record["kernel_milliseconds"] = sum(times.values())
+        record["nccl_milliseconds"] = sum(time for key, time in times.items() if "nccl" in key.lower())
+    return record
+
+
+def run_rank(name: str, shape: Shape, device: str, ratio: float, steps: int) -> None:
+    """What torchrun starts: rank 0 prints the record."""
+    rank = int(os.environ["LOCAL_RANK"])
+    own = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        record = measure(name, shape, own, ratio, steps)
+        if rank == 0:
+            print(json.dumps(record), flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+def table(report: dict[str, Any]) -> str:
+    """Medians by arm and ranks; weak scaling is the one-rank step of the same arm over the step (100 % is ideal)."""
+    lines = ["| arm | ranks | ms | weak scaling | GiB a rank |", "| --- | --- | --- | --- | --- |"]
+    found = {
+        key: median(step for run in runs for step in run.get("steps", [])) * 1e3
+        for key, runs in report["samples"].items()
+        if any(run.get("steps") for run in runs)
+    }
+    for key, runs in report["samples"].items():
+        name, _, ranks = key.rpartition(" ×")
+        if key not in found:
+            lines.append(f"| {name} | {ranks} | {(runs or [{}])[-1].get('failed', 'not run')} | | |")
+            continue
+        alone = found.get(f"none:{name.partition(':')[2]} ×1")
+        scaling = f"{alone / found[key]:.0%}" if alone else ""
+        peak = max(run.get("peak_bytes", 0) for run in runs) / 2**30
+        lines.append(f"| {name} | {ranks} | {found[key]:.1f} | {scaling} | {peak:.1f} |" if peak else
+                     f"| {name} | {ranks} | {found[key]:.1f} | {scaling} | |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    model: Annotated[str, typer.Option(help=" or ".join(SHAPES))] = "SmolLM-135M",
+    batch: Annotated[int | None, typer.Option(help="rows of a rank, the model's default if not given")] = None,
+    sequence: Annotated[int | None, typer.Option(help="tokens a row")] = None,
+    ratio: float = 0.25,
+    ranks: Annotated[list[int] | None, typer.Option(help="repeatable")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="repeatable, WRAP:ARM[@RATIO][+SWITCH…]")] = None,
+    steps: int = 20,
+    rounds: int = 2,
+    timeout: Annotated[float, typer.Option(help="seconds after which a measurement is stopped")] = 300,
+    quick: Annotated[bool, typer.Option(help="the tiny model, one round of three steps, two ranks")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON; the table goes beside it")] = None,
+    commit: Annotated[str | None, typer.Option(help="the commit measured, where there is no checkout")] = None,
+    only: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measures every arm on every number of ranks, and writes JSON and a markdown table."""
+    if quick:
+        model, rounds, steps, ranks = "tiny", 1, 3, [2]
+    given = {"batch": batch, "sequence": sequence}
+    shape = replace(SHAPES[model], **{name: size for name, size in given.items() if size is not None})
+    if only is not None:
+        run_rank(only, shape, device, ratio, steps)
+        return
+    counts, arms = ranks or [1, 2], arm or DEFAULT_ARMS
+    wanted = [(name, n) for n in counts for name in arms if (n == 1) or parse(name, ratio)[0] != "none"]
+    samples: dict[str, list[dict[str, Any]]] = {f"{name} ×{n}": [] for name, n in wanted}
+    report = {
+        **environment(torch.device(device), commit),
+        "shape": asdict(shape), "ratio": ratio, "optimizer": "AdamW", "samples": samples,
+    }  # fmt: skip
+    own = [__file__, "--device", device, "--model", model, "--ratio", str(ratio), "--steps", str(steps)]
+    own += ["--batch", str(shape.batch), "--sequence", str(shape.sequence)]
+    for _ in range(rounds):
+        for name, n in wanted:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+            samples[f"{name} ×{n}"].append(outcome(start([*launch, *own, "--only", name]), timeout))
+            print(f"{name} ×{n}: {samples[f'{name} ×{n}'][-1]}", file=sys.stderr, flush=True)
+            if output is not None:
+                output.write_text(json.dumps(report, indent=1) + "\n")
+                output.with_suffix(".md").write_text(table(report) + "\n")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)
