@@ -27,7 +27,7 @@ from cggr_compile.run.metrics import metrics_of, selected, token_metrics
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.run.sharded import Sharded, sharded_parameters
 from cggr_compile.torch_internals import dynamo
-from cggr_compile.torch_internals.fsdp import is_sharded
+from cggr_compile.torch_internals.fsdp import is_root, is_sharded
 
 
 class Handle:
@@ -335,8 +335,9 @@ class Handle:
         if found is not None:
             found.root.release()
             self.runtime.sharded = self._compiled = None
-        elif not is_sharded(self.model):
-            return None
-        self.runtime.sharded = sharded_parameters(self.model, self.config, self._trains)
-        self.runtime.sharded.root.begun()
-        return self.runtime.sharded
+        found = None
+        if is_root(self.model) or (self._compiled is None and is_sharded(self.model)):
+            found = self.runtime.sharded = sharded_parameters(self.model, self.config, self._trains)
+        if found is not None:
+            found.root.begun()
+        return found

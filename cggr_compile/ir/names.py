@@ -45,7 +45,7 @@ def gathered_of(node: fx.Node) -> fx.Node | None:
     if node.meta.get(PART) != "shards" or node.target is not getitem:
         return None
     finish, place = node.args
-    return finish.args[1][place]  # type: ignore[union-attr,index,return-value]
+    return finish.args[1][place]
 
 
 def part_sizes(graph: fx.Graph) -> dict[str, int]:

@@ -61,7 +61,7 @@ def why_no_root(model: nn.Module) -> Refusal | None:
     """Why the hooks of a model that was given to `fully_shard` do not gather all of it; None where they do."""
     if not is_root(model):
         return Refusal("fully_shard was called on parts of the model only", hint="call fully_shard(model) as well")
-    state: Any = model._get_fsdp_state()  # type: ignore[operator]
+    state: Any = model._get_fsdp_state()
     if state._is_root is False:
         return Refusal(
             "the model is a part of one that was given to fully_shard as a whole",
@@ -144,7 +144,7 @@ class Root:
 
     def __init__(self, model: nn.Module, routes: Callable[[tuple[Any, ...], dict[str, Any]], bool]) -> None:
         self.model = model
-        self.state: Any = model._get_fsdp_state()  # type: ignore[operator]
+        self.state: Any = model._get_fsdp_state()
         self.state._lazy_init()
         self.groups = list(_groups(model))
         self.parameters = [each for group in self.groups for each in group.fsdp_params]

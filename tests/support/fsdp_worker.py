@@ -124,7 +124,7 @@ class Run:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        self.optimizer = adamw(model)
         self.rows: list[Tensor] = []
         cggr.attach(model, self.optimizer)
 
@@ -151,6 +151,11 @@ class Run:
         self.model.cggr.load_state_dict(state)
 
 
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """With an epsilon far above rounding: the keys' bias has a gradient of nothing else, which AdamW would follow."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+
+
 def micro_batch(number: int, micro: int) -> dict[str, Tensor]:
     return rows_for(100 * number + 10 * micro + dist.get_rank())
 
@@ -160,7 +165,7 @@ def training(folder: Path) -> None:
     bit."""
     eager = small()
     run = Run(routed(shard(small())))
-    adamw = torch.optim.AdamW(eager.parameters(), lr=1e-2)
+    optimizer = adamw(eager)
     saved: dict[str, Any] = {}
     for number in range(5):
         if number == 3:
@@ -173,7 +178,7 @@ def training(folder: Path) -> None:
             (eager(**oracle.rows_of(micro_batch(number, micro), rows)).loss / 2).backward()
         mean_over_ranks(oracle.gradients(eager))
         nn.utils.clip_grad_norm_(eager.parameters(), 0.3)
-        adamw.step()
+        optimizer.step()
         for name, parameter in whole_parameters(run.model).items():
             torch.testing.assert_close(parameter, eager.get_parameter(name).detach(), rtol=1e-5, atol=1e-6)
     again = Run(routed(shard(small())))
