@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch.multiprocessing
-from fsdp_worker import CHECKS, run
+from fsdp_worker import LONG, USUAL, run
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What came of each check, by its name; made by two processes, once."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, (2, str(folder)), nprocs=2)
+def outcomes_of(checks: Sequence[str], folder: Path) -> dict[str, str]:
+    """What came of checks that two processes make, one after the other."""
+    torch.multiprocessing.spawn(run, (2, str(folder), list(checks)), nprocs=2)
     return json.loads(Path(folder, "outcomes.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("check", [*CHECKS, "on one rank", "on two ranks again"])
-def test_two_ranks(check: str, outcomes: dict[str, str]) -> None:
-    assert outcomes[check] == ""
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return outcomes_of([*USUAL], tmp_path_factory.mktemp("usual"))
+
+
+@pytest.mark.parametrize("check", [*USUAL, "on one rank", "on two ranks again"])
+def test_two_ranks(check: str, usual: dict[str, str]) -> None:
+    assert usual[check] == ""
+
+
+@pytest.mark.long
+def test_two_ranks_at_length(tmp_path: Path) -> None:
+    outcomes = outcomes_of([*LONG], tmp_path)
+    assert outcomes == dict.fromkeys(LONG, "")

@@ -1,12 +1,14 @@
-"""One rank of a DistributedDataParallel step on the CPU; a module of its own, because spawned processes import it."""
+"""One rank under DistributedDataParallel on the CPU; a module of its own, because spawned processes import it."""
 
 from __future__ import annotations
 
 import copy
+import os
 
 import oracle
 import torch
 import torch.distributed as dist
+import transformers
 from architectures import ARCHITECTURES, build, token_batch
 from toys import Toy, noisy
 
@@ -62,3 +64,50 @@ def routed_rank(rank: int, ranks: int, folder: str) -> None:
         assert cggr.handle(wrapper) is model.cggr
     finally:
         dist.destroy_process_group()
+
+
+def trainer_rank(rank: int, ranks: int, folder: str) -> None:
+    """Fails where transformers' Trainer, with accumulation and the tokens of all ranks counted together, trains another
+    model when it is routed and keeps every row, or where a routed run that is resumed is not the whole one."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        plain, losses = _trained(folder, "plain")
+        every, same_losses = _trained(folder, "every", ratio=1.0)
+        assert losses == same_losses
+        assert all(torch.equal(plain[name], tensor) for name, tensor in every.items())
+        half, _ = _trained(folder, "half", ratio=0.5)
+        assert not all(torch.equal(half[name], tensor) for name, tensor in every.items())
+        resumed, _ = _trained(folder, "half", f"{folder}/half/checkpoint-2", ratio=0.5)
+        assert all(torch.equal(half[name], tensor) for name, tensor in resumed.items())
+    finally:
+        dist.destroy_process_group()
+
+
+def _trained(
+    folder: str, name: str, checkpoint: str | None = None, **options: float
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Parameters after four steps of two micro-batches, and the losses."""
+    rows = token_batch(48, 10, seed=3)  # as many labels in some as in others there are not
+    arguments = transformers.TrainingArguments(
+        output_dir=f"{folder}/{name}",
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        average_tokens_across_devices=True,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    model = oracle.truncated(build("llama"), ARCHITECTURES["llama"], 2)
+    data = [{key: tensor[row] for key, tensor in rows.items()} for row in range(48)]
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    if options:
+        cggr.route(trainer, router_layers=1, inner="eager", **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return {key: parameter.detach() for key, parameter in model.named_parameters()}, losses

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
+from toys import Toy, noisy
 
 import cggr_compile as cggr
 
@@ -79,9 +81,10 @@ def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def forget(model: nn.Module) -> None:
-    """No gradients; also where a forward has left whole parameters in the root, as FSDP2 does."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    """No gradients; also where a forward has left whole parameters in the model, as FSDP2 does with its last unit."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     model.zero_grad()
 
 
@@ -233,18 +236,24 @@ def collectives(call: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     return given, {name: counts.get(operator, 0) for name, operator in names.items()}
 
 
-def resharding() -> None:
-    """A compiled step gathers each unit once, router and main pass together, and once more in the backward where it
-    reshards; gradients of a unit are scattered at once."""
+def gathered_twice() -> None:
+    """A compiled step gathers each unit once, router and main pass together, and again in the backward."""
+    _gathers(reshards=True)
+
+
+def gathered_once() -> None:
+    """With reshard_after_forward=False what was gathered is kept for the backward."""
+    _gathers(reshards=False)
+
+
+def _gathers(reshards: bool) -> None:
     units = small().config.layers + 1
-    for reshards in (True, False):
-        model = routed(shard(small(), reshard_after_forward=reshards), inner="aot_eager")
-        batch = own_rows()
-        assert_step_on_rows(model, small(), batch)
-        loss, forward = collectives(lambda model=model, batch=batch: model(**batch).loss)
-        _, backward = collectives(loss.backward)
-        assert forward == {"gathers": units, "scatters": 0}
-        assert backward == {"gathers": units if reshards else 0, "scatters": units}
+    model, batch = routed(shard(small(), reshard_after_forward=reshards), inner="aot_eager"), own_rows()
+    assert_step_on_rows(model, small(), batch)
+    loss, forward = collectives(lambda: model(**batch).loss)
+    _, backward = collectives(loss.backward)
+    assert forward == {"gathers": units, "scatters": 0}
+    assert backward == {"gathers": units if reshards else 0, "scatters": units}
 
 
 def adapters() -> None:
@@ -312,6 +321,40 @@ def ranks_that_differ() -> None:
         assert_step_on_rows(model, eager, rows_for(7, *sizes[dist.get_rank()], masked=False))
 
 
+def deciding_together() -> None:
+    """With selection="auto" both ranks begin to select in the same step, though one has no noise in its rows."""
+    model = routed(shard(Toy().train(), "blocks"), ratio=None, router_layers=2, probe_every=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    cggr.attach(model, optimizer)
+    selects = []
+    for number in range(80):
+        model(**noisy(32, 2 * number + dist.get_rank(), 0.3 * (1 - dist.get_rank())))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        selects.append(model.cggr.runtime.auto.selects)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, selects)
+    assert found[0] == found[1]
+    assert any(selects)
+
+
+def growing() -> None:
+    """The first layer trains alone, then all, each a copy of it at first, shard by shard."""
+    model = routed(shard(small()), ratio=None, router_layers="auto", route="depth", depth_layers=1, depth_until=1)
+    for steps in range(2):
+        forget(model)
+        model(**own_rows()).loss.backward()
+        eager = small(layers=1) if steps == 0 else small()
+        eager.load_state_dict(whole_parameters(model), strict=False)
+        _, expected = oracle.step(eager, own_rows())
+        found = whole_gradients(model)
+        oracle.assert_same_gradients({name: found[name] for name in expected}, mean_over_ranks(expected), RTOL, ATOL)
+        assert all(found[name] is None for name in found.keys() - expected.keys())
+        model.cggr.step()
+    whole = whole_parameters(model)
+    assert all(torch.equal(whole[name], whole[name.replace("s.1.", "s.0.")]) for name in whole if "s.1." in name)
+
+
 def policies_that_change() -> None:
     """What FSDP2 lets a user change between steps is followed."""
     model, batch = routed(shard(small())), own_rows()
@@ -326,31 +369,29 @@ def policies_that_change() -> None:
     oracle.assert_same_gradients(whole_gradients(model), half, RTOL, ATOL)
 
 
-CHECKS: dict[str, Callable[..., None]] = {
-    **{
-        f"{name}, {route}": lambda folder, name=name, route=route: gradients(name, route)
-        for name, route in (
-            ("llama", "sequence"),
-            ("llama", "token"),
-            ("gpt2", "sequence"),
-            ("mixtral", "token"),
-            ("gemma3", "token"),
-        )
-    },
+USUAL: dict[str, Callable[..., None]] = {
+    "gpt2, sequence": partial(gradients, "gpt2", "sequence"),
+    "llama, token": partial(gradients, "llama", "token"),
     "training": training,
+    "mixed precision": mixed_precision,
+    "gathered twice": gathered_twice,
+    "adapters": adapters,
+    "other calls": other_calls,
+    "ranks that differ": ranks_that_differ,
+}
+LONG: dict[str, Callable[..., None]] = {
     **{
-        check.__name__: lambda folder, check=check: check()
-        for check in (
-            mixed_precision,
-            resharding,
-            adapters,
-            checkpointed_layers,
-            outlined_layers,
-            other_calls,
-            ranks_that_differ,
-            policies_that_change,
-        )
+        f"{name}, {route}": partial(gradients, name, route)
+        for name in ("llama", "gpt2", "mixtral", "gemma3")
+        for route in ("sequence", "token")
+        if f"{name}, {route}" not in USUAL
     },
+    "gathered once": gathered_once,
+    "checkpointed layers": checkpointed_layers,
+    "outlined layers": outlined_layers,
+    "policies that change": policies_that_change,
+    "auto": deciding_together,
+    "depth": growing,
 }
 
 
@@ -365,14 +406,14 @@ def process_group(rank: int, ranks: int, store: Path) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def run(rank: int, ranks: int, folder: str) -> None:
-    """All checks; `outcomes.json` has what rank 0 found wrong, or else rank 1, by the check's name."""
+def run(rank: int, ranks: int, folder: str, checks: Sequence[str]) -> None:
+    """Some checks; `outcomes.json` has what rank 0 found wrong, or else rank 1, by the check's name."""
     torch.set_num_threads(1)
     outcomes: dict[str, str] = {}
 
-    def made(name: str, check: Callable[[Path], None]) -> None:
+    def made(name: str, check: Callable[[], None]) -> None:
         try:
-            check(Path(folder))
+            check()
             own = ""
         except (AssertionError, RuntimeError) as error:
             own = f"rank {rank}: {type(error).__name__}: {error}"
@@ -380,13 +421,16 @@ def run(rank: int, ranks: int, folder: str) -> None:
         dist.all_gather_object(found, own)
         outcomes[name] = next(filter(None, found), "")
 
-    with process_group(rank, ranks, Path(folder, "first")):
-        for name, check in CHECKS.items():
-            made(name, check)
-    if rank == 0:
-        with process_group(0, 1, Path(folder, "second")):
-            made("on one rank", on_one_rank)
-    with process_group(rank, ranks, Path(folder, "third")):
-        made("on two ranks again", on_two_ranks_again)
+    path = Path(folder)
+    with process_group(rank, ranks, path / "first"):
+        for name in checks:
+            check = {**USUAL, **LONG}[name]
+            made(name, partial(check, path) if check is training else check)
+    if "training" in checks:
+        if rank == 0:
+            with process_group(0, 1, path / "second"):
+                made("on one rank", partial(on_one_rank, path))
+        with process_group(rank, ranks, path / "third"):
+            made("on two ranks again", partial(on_two_ranks_again, path))
     if rank == 0:
         Path(folder, "outcomes.json").write_text(json.dumps(outcomes))

@@ -1,13 +1,25 @@
-"""Ways to distribute a model that cannot be routed: named, with a remedy, and nothing is patched."""
+"""Distributed models, in one process: Accelerate's FSDP2 around a routed model. Ways to distribute a model that cannot
+be routed are named, with a remedy, and nothing is patched.
+
+What several ranks compute is in `test_fsdp.py` and `test_integrations.py`.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import accelerate
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from architectures import ARCHITECTURES, build, token_batch
+from fsdp_worker import assert_step_on_rows, whole_parameters
 from small import Small, small
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -70,6 +82,49 @@ def test_a_way_to_distribute_is_refused_by_name(name: str) -> None:
     assert remedy in str(error.value)
     assert "forward" not in vars(model)
     assert "cggr" not in vars(model)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[accelerate.Accelerator]:
+    """One that shards by FSDP2, as it does on GPUs alone by itself."""
+    AcceleratorState._reset_state(True)
+    made = accelerate.Accelerator(cpu=True)
+    made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    yield made
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_accelerate_shards_a_routed_model_and_saves_and_loads_it(
+    name: str, accelerator: accelerate.Accelerator, tmp_path: Path
+) -> None:
+    """Its units are layers, the embedding, and norm and head together; the table of gpt2 is tied to its head."""
+    eager = oracle.truncated(build(name), ARCHITECTURES[name], 2)
+    routed = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner="eager")
+    batches = [token_batch(6, 12, seed=seed) for seed in range(2)]
+    accelerator.state.distributed_type = DistributedType.FSDP
+    model, optimizer = accelerator.prepare(routed, torch.optim.AdamW(routed.parameters()))
+    for batch in batches:
+        assert_step_on_rows(model, eager, batch)
+        torch.testing.assert_close(model.eval()(**batch).logits, eager.eval()(**batch).logits)
+        model.train(), eager.train()
+
+    def step(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        optimizer.zero_grad()
+        accelerator.backward(model(**batch).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        return whole_parameters(model)
+
+    step(batches[0])
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.save_state(str(tmp_path))
+    expected = step(batches[1])
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.load_state(str(tmp_path))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in step(batches[1]).items())
 
 
 def batch() -> dict[str, torch.Tensor]:
