@@ -41,18 +41,21 @@ class Step:
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         with self.runtime.lock:
             self.runtime.runs += 1
-            if self.runtime.sharded is not None:
-                inputs = self.runtime.sharded.shards(inputs)
             again = self.runtime.recomputations.again(self.plan)
             if again is not None:
-                return self._returned(self._outputs(again, inputs))
+                return self._returned(self._outputs(again, self._held(inputs)))
             if self.runtime.given.wanted:
                 config, generator = self.runtime.in_force, self.runtime.generator(self.plan.device)
-                raise ScoresReady(self.plan.in_force.row_scores(inputs, config, generator)[0])
+                raise ScoresReady(self.plan.in_force.row_scores(self._held(inputs), config, generator)[0])
             self._warn_uncounted()
             self._grow(inputs)
+            inputs = self._held(inputs)
             self._prepare(inputs)
             return self._step(self.plan.in_force, inputs)
+
+    def _held(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The inputs that this rank has: of parameters that FSDP2 shards, the shards."""
+        return inputs if self.runtime.sharded is None else self.runtime.sharded.shards(inputs)
 
     def _warn_uncounted(self) -> None:
         runtime = self.runtime
@@ -68,7 +71,8 @@ class Step:
         """From now on more layers train, if it is time."""
         while self.runtime.grows_now:
             if self.plan.copies:
-                self.plan.copies[self.runtime.growths].make(inputs)
+                with torch.no_grad():  # what is written to is no view to autograd
+                    self.plan.copies[self.runtime.growths].make(self._held(inputs))
             self.runtime.growths += 1
             self.runtime.grows = False
             trained = len(self.plan.in_force.analysed.stack)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from architectures import ARCHITECTURES, build, token_batch
-from fsdp_worker import assert_step_on_rows, whole_parameters
+from fsdp_models import assert_step_on_rows, whole_parameters
 from small import Small, small
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -21,81 +21,30 @@ import peft
 import token_oracle
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from architectures import ARCHITECTURES, build, token_batch
+from fsdp_models import (
+    ATOL,
+    RTOL,
+    assert_step_on_rows,
+    forget,
+    mean_over_ranks,
+    own_rows,
+    routed,
+    rows_for,
+    shard,
+    whole_gradients,
+    whole_parameters,
+)
+from fsdp_training import on_one_rank, on_two_ranks_again, training
 from small import small
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.profiler import ProfilerActivity, profile
 from toys import Toy, noisy
 
 import cggr_compile as cggr
 
 LAYERS = 2
-RTOL, ATOL = 1e-6, 1e-8
-
-
-def shard(model: nn.Module, layers: str = "layers", **options: Any) -> nn.Module:
-    """The same model after `fully_shard`, of its layers and of the whole."""
-    for layer in model.get_submodule(layers):
-        fully_shard(layer, **options)
-    return fully_shard(model, **options)
-
-
-def routed(model: nn.Module, **options: Any) -> nn.Module:
-    return cggr.optimize(model, **{"ratio": 0.5, "router_layers": 1, "inner": "eager", "seed": 0, **options})
-
-
-def rows_for(rank: int, rows: int = 6, length: int = 12, masked: bool = True) -> dict[str, Tensor]:
-    """A batch of a `Small` that is another on each rank."""
-    found = token_batch(rows, length, seed=rank, masked=masked)
-    vocabulary = small().config.vocab_size
-    return {name: torch.where(x < 0, x, x % vocabulary) for name, x in found.items()}
-
-
-def own_rows() -> dict[str, Tensor]:
-    return rows_for(dist.get_rank())
-
-
-def mean_over_ranks(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    for gradient in gradients.values():
-        if gradient is not None:
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
-    return dict(gradients)
-
-
-def whole_gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    found = {}
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor), name
-        assert parameter.grad is None or isinstance(parameter.grad, DTensor), name
-        found[name] = None if parameter.grad is None else parameter.grad.full_tensor()
-    return found
-
-
-def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().full_tensor() for name, parameter in model.named_parameters()}
-
-
-def forget(model: nn.Module) -> None:
-    """No gradients; also where a forward has left whole parameters in the model, as FSDP2 does with its last unit."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    model.zero_grad()
-
-
-def assert_step_on_rows(model: nn.Module, eager: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    """One routed step of `model` is the mean over ranks of eager's steps on the rows that it selected."""
-    forget(model)
-    loss = model(**batch).loss
-    loss.backward()
-    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
-    torch.testing.assert_close(loss.detach(), expected_loss, rtol=RTOL, atol=0)
-    oracle.assert_same_gradients(whole_gradients(model), mean_over_ranks(expected), RTOL, ATOL)
 
 
 def gradients(name: str, route: str) -> None:
@@ -120,97 +69,6 @@ def gradients(name: str, route: str) -> None:
     oracle.assert_same_gradients(whole_gradients(model), expected, RTOL, ATOL)
     ids = [each.eval().generate(batch["input_ids"], max_new_tokens=2, do_sample=False) for each in (model, eager)]
     assert torch.equal(*ids)
-
-
-class Run:
-    """AdamW on a routed model, two micro-batches a step, clipped."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.optimizer = adamw(model)
-        self.rows: list[Tensor] = []
-        cggr.attach(model, self.optimizer)
-
-    def step(self, number: int) -> None:
-        self.rows = []
-        for micro in range(2):
-            self.model.set_requires_gradient_sync(micro == 1)
-            (self.model(**micro_batch(number, micro)).loss / 2).backward()
-            self.rows.append(self.model.cggr.selected)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 0.3)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        assert all(isinstance(tensor, DTensor) for tensor in model.values())
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-        return self.model.cggr.state_dict()
-
-    def load(self, folder: Path, state: dict[str, Any]) -> None:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-        self.model.cggr.load_state_dict(state)
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """With an epsilon far above rounding: the keys' bias has a gradient of nothing else, which AdamW would follow."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
-
-
-def micro_batch(number: int, micro: int) -> dict[str, Tensor]:
-    return rows_for(100 * number + 10 * micro + dist.get_rank())
-
-
-def training(folder: Path) -> None:
-    """Five steps are those of an eager model that every rank has whole; a run resumed at the third is the same bit for
-    bit."""
-    eager = small()
-    run = Run(routed(shard(small())))
-    optimizer = adamw(eager)
-    saved: dict[str, Any] = {}
-    for number in range(5):
-        if number == 3:
-            saved = run.save(folder / "two")
-            if dist.get_rank() == 0:
-                torch.save(saved, folder / "handle.pt")
-        run.step(number)
-        eager.zero_grad()
-        for micro, rows in enumerate(run.rows):
-            (eager(**oracle.rows_of(micro_batch(number, micro), rows)).loss / 2).backward()
-        mean_over_ranks(oracle.gradients(eager))
-        nn.utils.clip_grad_norm_(eager.parameters(), 0.3)
-        optimizer.step()
-        for name, parameter in whole_parameters(run.model).items():
-            torch.testing.assert_close(parameter, eager.get_parameter(name).detach(), rtol=1e-5, atol=1e-6)
-    again = Run(routed(shard(small())))
-    again.load(folder / "two", saved)
-    for number in range(3, 5):
-        again.step(number)
-    for (name, one), other in zip(run.model.named_parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(one.to_local(), other.to_local()), name
-
-
-def on_one_rank(folder: Path) -> None:
-    """What two ranks saved, one rank loads; its next step is eager's; it saves for two again."""
-    run, eager = Run(routed(shard(small()))), small()
-    run.load(folder / "two", torch.load(folder / "handle.pt"))
-    eager.load_state_dict(whole_parameters(run.model))
-    assert_step_on_rows(run.model, eager, micro_batch(3, 0))
-    run.save(folder / "one")
-
-
-def on_two_ranks_again(folder: Path) -> None:
-    """What one rank saved is on two ranks what these had saved, parameters and the optimiser's state."""
-    direct, by_way_of_one = (Run(routed(shard(small()))) for _ in range(2))
-    for run, saved in ((direct, "two"), (by_way_of_one, "one")):
-        run.load(folder / saved, torch.load(folder / "handle.pt"))
-    for one, other in zip(direct.model.parameters(), by_way_of_one.model.parameters(), strict=True):
-        states = (each.optimizer.state[parameter] for each, parameter in ((direct, one), (by_way_of_one, other)))
-        assert torch.equal(one.to_local(), other.to_local())
-        for left, right in zip(*(state.values() for state in states), strict=True):
-            assert torch.equal(*(x.to_local() if isinstance(x, DTensor) else x for x in (left, right)))
 
 
 def mixed_precision() -> None:
@@ -323,7 +181,7 @@ def ranks_that_differ() -> None:
 
 def deciding_together() -> None:
     """With selection="auto" both ranks begin to select in the same step, though one has no noise in its rows."""
-    model = routed(shard(Toy().train(), "blocks"), ratio=None, router_layers=2, probe_every=2)
+    model = routed(shard(Toy().train()), ratio=None, router_layers=2, probe_every=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     cggr.attach(model, optimizer)
     selects = []

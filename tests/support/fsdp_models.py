@@ -1,0 +1,82 @@
+"""What two ranks that train with FSDP2 share: how a model is sharded and routed, and how a step compares with that of an
+eager model that nobody sharded: gradients are the mean over the ranks of those on each rank's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import oracle
+import torch
+import torch.distributed as dist
+from architectures import token_batch
+from small import small
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+import cggr_compile as cggr
+
+RTOL, ATOL = 1e-6, 1e-8
+
+
+def shard(model: nn.Module, layers: str = "layers", **options: Any) -> nn.Module:
+    """The same model after `fully_shard`, of its layers and of the whole."""
+    for layer in model.get_submodule(layers):
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def routed(model: nn.Module, **options: Any) -> nn.Module:
+    return cggr.optimize(model, **{"ratio": 0.5, "router_layers": 1, "inner": "eager", "seed": 0, **options})
+
+
+def rows_for(rank: int, rows: int = 6, length: int = 12, masked: bool = True) -> dict[str, Tensor]:
+    """A batch of a `Small` that is another on each rank."""
+    found = token_batch(rows, length, seed=rank, masked=masked)
+    vocabulary = small().config.vocab_size
+    return {name: torch.where(x < 0, x, x % vocabulary) for name, x in found.items()}
+
+
+def own_rows() -> dict[str, Tensor]:
+    return rows_for(dist.get_rank())
+
+
+def mean_over_ranks(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    for gradient in gradients.values():
+        if gradient is not None:
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+    return dict(gradients)
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        assert parameter.grad is None or isinstance(parameter.grad, DTensor), name
+        found[name] = None if parameter.grad is None else parameter.grad.full_tensor()
+    return found
+
+
+def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().full_tensor() for name, parameter in model.named_parameters()}
+
+
+def forget(model: nn.Module) -> None:
+    """No gradients; also where a forward has left whole parameters in the model, as FSDP2 does with its last unit."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    model.zero_grad()
+
+
+def assert_step_on_rows(model: nn.Module, eager: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """One routed step of `model` is the mean over ranks of eager's steps on the rows that it selected."""
+    forget(model)
+    loss = model(**batch).loss
+    loss.backward()
+    expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
+    torch.testing.assert_close(loss.detach(), expected_loss, rtol=RTOL, atol=0)
+    oracle.assert_same_gradients(whole_gradients(model), mean_over_ranks(expected), RTOL, ATOL)
