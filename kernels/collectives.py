@@ -3,15 +3,17 @@
 A rank holds of each parameter [rows, ...] the rows that `torch.chunk` would give it, so the first ranks hold
 ceil(rows / ranks) and the last may hold fewer, or none; on its way each shard is padded to that many. The gradient is
 the sum over ranks, divided by `divisor`, in `reduce_dtype`, and each rank gets that of its rows: what FSDP2 computes.
-Both functions are plain torch and functional collectives, which compilers see through: what is written between a
-`start_gather` and its `finish_gather` runs while the parameters arrive.
+
+Both functions are plain torch and functional collectives, which compilers see through. What is written between a
+`start_gather` and its `finish_gather` runs while the parameters arrive, and its backward while their gradients do: the
+backward of `finish_gather` sends them, that of `start_gather`, which comes when the backward has come so far, waits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.tensor  # registers what functional collectives give on fake tensors
@@ -21,78 +23,87 @@ from torch import Tensor
 _collectives = torch.ops._c10d_functional
 
 
-def start_gather(shards: Sequence[Tensor], rows: Sequence[int], dtype: torch.dtype, ranks: int, group: str) -> Tensor:
-    """The flat buffer [ranks · n] in `dtype` that the shards of all ranks arrive in; only `finish_gather` may read it.
+class Gathering(NamedTuple):
+    """How the parameters of a unit are gathered: `rows[i]` is how many the i-th has on all ranks together, `trained[i]`
+    whether it can have a gradient; they arrive in `dtype`. `group` is the name of the ranks' process group."""
 
-    `rows[i]` is how many the i-th parameter has on all ranks together. Nothing is differentiated.
-    """
-    own = [_padded(shard.to(dtype), _chunk(size, ranks)) for shard, size in zip(shards, rows, strict=True)]
-    return _collectives.all_gather_into_tensor(torch.cat(own), ranks, group)
+    rows: tuple[int, ...]
+    trained: tuple[bool, ...]
+    dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    divisor: float
+    ranks: int
+    group: str
+
+    def chunk(self, place: int) -> int:
+        """Rows of a parameter that travel to or from each rank."""
+        return -(-self.rows[place] // self.ranks)
+
+    def with_gradients(self, shards: Sequence[Tensor]) -> list[int]:
+        """The places of the parameters that have gradients."""
+        return [place for place, shard in enumerate(shards) if shard.requires_grad and self.trained[place]]
+
+    def sizes(self, shards: Sequence[Tensor], places: Sequence[int]) -> list[int]:
+        """Elements of parameters that travel to or from each rank."""
+        return [self.chunk(place) * shards[place].shape[1:].numel() for place in places]
 
 
-def finish_gather(
-    gathered: Tensor,
-    shards: Sequence[Tensor],
-    rows: Sequence[int],
-    ranks: int,
-    group: str,
-    reduce_dtype: torch.dtype,
-    divisor: float,
-) -> tuple[Tensor, ...]:
+def start_gather(shards: Sequence[Tensor], how: Gathering) -> tuple[Tensor, Tensor]:
+    """The flat buffer [ranks · n] in `how.dtype` that the shards of all ranks arrive in, and a stand-in [m] for the
+    shards' gradients in `how.reduce_dtype`: what `finish_gather` is given."""
+    return _Start.apply(how, *shards)
+
+
+def finish_gather(started: tuple[Tensor, Tensor], shards: Sequence[Tensor], how: Gathering) -> tuple[Tensor, ...]:
     """The parameters [rows, ...] once they have arrived. Their gradients become the shards', in the shards' dtype;
     shards that require none take no part in that."""
-    return _Gathered.apply(gathered, rows, ranks, group, reduce_dtype, divisor, *shards)
+    return _Finish.apply(*started, tuple(shards), how)
 
 
-class _Gathered(torch.autograd.Function):
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, how: Gathering, *shards: Tensor) -> tuple[Tensor, Tensor]:
+        places = how.with_gradients(shards)
+        ctx.sizes, ctx.count = how.sizes(shards, places), len(shards)
+        ctx.trained = [(place, shards[place].shape, shards[place].dtype) for place in places]
+        own = [_padded(shard.to(how.dtype), how.chunk(place)) for place, shard in enumerate(shards)]
+        gathered = _collectives.all_gather_into_tensor(torch.cat(own), how.ranks, how.group)
+        ctx.mark_non_differentiable(gathered)
+        return gathered, torch.zeros((), dtype=how.reduce_dtype, device=gathered.device).expand(sum(ctx.sizes))
+
+    @staticmethod
+    def backward(ctx: Any, _: None, reduced: Tensor) -> tuple[Any, ...]:
+        found: list[Tensor | None] = [None] * ctx.count
+        parts = _collectives.wait_tensor(reduced).split(ctx.sizes)
+        for (place, shape, dtype), part in zip(ctx.trained, parts, strict=True):
+            found[place] = part[: math.prod(shape)].view(shape).to(dtype)
+        return None, *found
+
+
+class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        gathered: Tensor,
-        rows: Sequence[int],
-        ranks: int,
-        group: str,
-        reduce_dtype: torch.dtype,
-        divisor: float,
-        *shards: Tensor,
+        ctx: Any, gathered: Tensor, stand_in: Tensor, shards: tuple[Tensor, ...], how: Gathering
     ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)  # a parameter that nothing reads has no gradient
-        ctx.how = ranks, group, reduce_dtype, divisor
-        ctx.shards = [(shard.shape, shard.dtype, size) for shard, size in zip(shards, rows, strict=True)]
-        arrived = _collectives.wait_tensor(gathered).view(ranks, -1)
-        sizes = [_chunk(size, ranks) * shard.shape[1:].numel() for shard, size in zip(shards, rows, strict=True)]
+        ctx.how, ctx.places = how, how.with_gradients(shards)
+        arrived = _collectives.wait_tensor(gathered).view(how.ranks, -1)
         # A copy each: what several ranks hold lies apart, and what one holds is the buffer itself.
-        parts = [part.clone(memory_format=torch.contiguous_format) for part in arrived.split(sizes, dim=1)]
-        parameters = tuple(
-            part.view(-1, *shard.shape[1:])[:size] for part, shard, size in zip(parts, shards, rows, strict=True)
-        )
-        frozen = [each for each, shard in zip(parameters, shards, strict=True) if not shard.requires_grad]
-        ctx.mark_non_differentiable(*frozen)
+        parts = arrived.split(how.sizes(shards, range(len(shards))), dim=1)
+        copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        shapes = zip(copies, shards, how.rows, strict=True)
+        parameters = tuple(copy.view(-1, *shard.shape[1:])[:size] for copy, shard, size in shapes)
+        ctx.mark_non_differentiable(*(x for place, x in enumerate(parameters) if place not in ctx.places))
         return parameters
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        ranks, group, reduce_dtype, divisor = ctx.how
-        wanted = ctx.needs_input_grad[-len(ctx.shards) :]
-        trained = [i for i, gradient in enumerate(gradients) if gradient is not None and wanted[i]]
-        found: list[Tensor | None] = [None] * len(gradients)
-        if trained:
-            flat = []
-            for i in trained:
-                gradient, size = gradients[i], ctx.shards[i][2]
-                assert gradient is not None
-                flat.append(_padded(gradient.to(reduce_dtype), ranks * _chunk(size, ranks)).view(ranks, -1))
-            sent = (torch.cat(flat, dim=1) / divisor).view(-1)
-            reduced = _collectives.reduce_scatter_tensor(sent, "sum", ranks, group)
-            parts = _collectives.wait_tensor(reduced).split([part.shape[1] for part in flat])
-            for i, part in zip(trained, parts, strict=True):
-                shape, dtype, _ = ctx.shards[i]
-                found[i] = part[: math.prod(shape)].view(shape).to(dtype)
-        return (None,) * 6 + tuple(found)
-
-
-def _chunk(rows: int, ranks: int) -> int:
-    return -(-rows // ranks)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        how = ctx.how
+        flat = [
+            _padded(gradients[place].to(how.reduce_dtype), how.ranks * how.chunk(place)).view(how.ranks, -1)
+            for place in ctx.places
+        ]
+        sent = (torch.cat(flat, dim=1) / how.divisor).view(-1)
+        return None, _collectives.reduce_scatter_tensor(sent, "sum", how.ranks, how.group), None, None
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -18,7 +18,7 @@ After::
 
     input   %weight [32, 32]                                       # of 2 ranks
     shards  %start = start_gather((%weight, …), …)
-    shards  %finish = finish_gather(%start, (%weight, …), …)
+    shards  %finish = finish_gather(%start, (%weight, …), …)       # behind what computes with the unit before
     main    %linear = linear(%x, %finish[0])
 """
 
@@ -28,13 +28,14 @@ from itertools import groupby
 from operator import getitem
 
 import torch
-from cggr_compile.kernels.collectives import finish_gather, start_gather
+from cggr_compile.kernels.collectives import Gathering, finish_gather, start_gather
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.ir.builder import Builder
-from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Analysed, Region, Unit, value
+from cggr_compile.ir.dataflow import ancestors
+from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Analysed, Unit, is_tensor, value
 
 # Of all regions that are computed again the last: a gathering that one of the others reads stays one of its own.
 _REGION = 1_000_000
@@ -54,6 +55,7 @@ def unshard_parameters(program: Analysed, config: RoutingConfig) -> Analysed:
     calls = [node for node in program.graph.nodes if node.op not in ("placeholder", "output")]
     for region, run in groupby(calls, _checkpoint):
         for nodes in [list(run)] if region[0] is not None else ([node] for node in run):
+            builder.part = "shards"
             gathering.before(nodes)
             for node in nodes:
                 builder.copy(node)
@@ -83,7 +85,8 @@ class _Gathering:
         readers = (source for node in builder.program.graph.nodes for source in node.all_input_nodes)
         self._unit_of = unit_of
         self._waiting = list(dict.fromkeys(unit_of[source] for source in readers if source in unit_of))
-        self._shards = {node: builder.env[node] for node in unit_of}
+        self._shard_of = {node: builder.env[node] for node in unit_of}
+        self._trained = ancestors([builder.program.output], through=_passes_gradients)
         self._started: dict[Unit, fx.Node] = {}
 
     def before(self, nodes: list[fx.Node]) -> None:
@@ -98,25 +101,31 @@ class _Gathering:
             self._finish(unit)
 
     def _start(self, unit: Unit) -> fx.Node:
-        nodes = self._members[unit]
-        shards, rows = tuple(self._shards[node] for node in nodes), _rows(nodes)
-        return self._call(Region(grad=False), unit, start_gather, shards, rows, unit.dtype, unit.ranks, unit.group)
+        return self._call(unit, start_gather, self._shards(unit), self._how(unit))
 
     def _finish(self, unit: Unit) -> None:
-        nodes = self._members[unit]
-        shards, how = tuple(self._shards[node] for node in nodes), (unit.ranks, unit.group)
-        given = (self._started[unit], shards, _rows(nodes), *how, unit.reduce_dtype, unit.divisor)
-        parameters = self._call(Region(), unit, finish_gather, *given)
-        for place, node in enumerate(nodes):
-            self._builder.env[node] = self._call(Region(), unit, getitem, parameters, place)
+        parameters = self._call(unit, finish_gather, self._started[unit], self._shards(unit), self._how(unit))
+        for place, node in enumerate(self._members[unit]):
+            self._builder.env[node] = self._call(unit, getitem, parameters, place)
 
-    def _call(self, region: Region, unit: Unit, *given: object) -> fx.Node:
+    def _shards(self, unit: Unit) -> tuple[fx.Node, ...]:
+        return tuple(self._shard_of[node] for node in self._members[unit])
+
+    def _how(self, unit: Unit) -> Gathering:
+        rows = tuple(value(node).shape[0] for node in self._members[unit])
+        trained = tuple(node in self._trained for node in self._members[unit])
+        return Gathering(rows, trained, unit.dtype, unit.reduce_dtype, unit.divisor, unit.ranks, unit.group)
+
+    def _call(self, unit: Unit, *given: object) -> fx.Node:
         node = self._builder.call(*given)  # type: ignore[arg-type]
-        node.meta.update({REGION: region, PART: "shards"})
         if unit.reshards:
             node.meta.update({"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": _REGION})
         return node
 
 
-def _rows(nodes: list[fx.Node]) -> tuple[int, ...]:
-    return tuple(value(node).shape[0] for node in nodes)
+def _passes_gradients(node: fx.Node) -> bool:
+    """Whether autograd follows a node: one that requires none, or only counts and compares, has no gradient to pass."""
+    if node.op == "placeholder":
+        return True
+    detaches = node.meta[REGION].grad is False or node.target is torch.ops.aten.detach.default
+    return not detaches and (not is_tensor(node) or value(node).is_floating_point())
