@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from architectures import ARCHITECTURES, build, token_batch
+from documents import examples
 from fsdp_models import assert_step_on_rows, whole_parameters
 from small import Small, small
 from torch import nn
@@ -125,6 +126,12 @@ def test_accelerate_shards_a_routed_model_and_saves_and_loads_it(
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.load_state(str(tmp_path))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in step(batches[1]).items())
+
+
+def test_the_pages_example_shards_a_model_and_routes_it() -> None:
+    eager = oracle.truncated(build("llama"), ARCHITECTURES["llama"], 2)
+    sharded_and_routed = examples("distributed.md", "sharded")["sharded"]
+    assert_step_on_rows(sharded_and_routed(copy.deepcopy(eager)), eager, token_batch(6, 12))
 
 
 def batch() -> dict[str, torch.Tensor]:
