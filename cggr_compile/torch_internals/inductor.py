@@ -13,16 +13,20 @@ from cggr_compile.torch_internals.fake_tensors import FakeTensorMode
 
 
 @contextmanager
-def compiling(mode: FakeTensorMode, functions: Mapping[str, str], recompute: bool) -> Iterator[None]:
+def compiling(
+    mode: FakeTensorMode, functions: Mapping[str, str], recompute: bool, in_order: bool = False
+) -> Iterator[None]:
     """What an inner backend compiles in: with the fake tensors of `mode`.
 
     `functions` are those that the graph names, each with the fingerprint that stands for it in keys of inductor's
-    cache. `recompute` is `RoutingConfig.recompute_elementwise`.
+    cache. `recompute` is `RoutingConfig.recompute_elementwise`. `in_order` keeps inductor from ordering operators by the
+    memory that it expects, by which it would gather all sharded parameters at the beginning.
     """
     cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=dict(functions))
     # torch forbids it by default, because it is slower, if little.
     partition = torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute)
-    with tracing(TracingContext(mode)), cacheable, partition:
+    order = torch._inductor.config.patch({"reorder_for_peak_memory": False} if in_order else {})
+    with tracing(TracingContext(mode)), cacheable, partition, order:
         yield
 
 

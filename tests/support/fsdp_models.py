@@ -1,5 +1,6 @@
-"""What two ranks that train with FSDP2 share: how a model is sharded and routed, and how a step compares with that of an
-eager model that nobody sharded: gradients are the mean over the ranks of those on each of their rows.
+"""What two ranks that train with FSDP2 share: how a model is sharded and routed, and how a step compares with eager's.
+
+The eager model is one that nobody sharded; gradients are the mean over the ranks of those on each rank's rows.
 """
 
 from __future__ import annotations

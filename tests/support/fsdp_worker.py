@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -112,6 +113,26 @@ def _gathers(reshards: bool) -> None:
     _, backward = collectives(loss.backward)
     assert forward == {"gathers": units, "scatters": 0}
     assert backward == {"gathers": units if reshards else 0, "scatters": units}
+
+
+def one_unit_ahead() -> None:
+    """The next unit is gathered (G) while one is waited for (w) and computes (.), its gradients are scattered (R) while
+    the one before computes; inductor keeps that order."""
+    signs = {"all_gather_into_tensor": "G", "reduce_scatter_tensor": "R", "wait_tensor": "w", "mm": ".", "addmm": "."}
+
+    def order(call: Callable[[], Any]) -> tuple[Any, str]:
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            given = call()
+        events = sorted(profiled.events(), key=lambda event: event.time_range.start)
+        names = (event.name.split("::")[-1] for event in events if event.name.startswith(("aten", "_c10d")))
+        return given, re.sub(r"\.+", ".", "".join(signs.get(name, "") for name in names))
+
+    for inner in ("aot_eager", "inductor"):
+        model = routed(shard(small()), inner=inner)
+        model(**own_rows()).loss.backward()
+        loss, forward = order(lambda model=model: model(**own_rows()).loss)
+        assert forward == "GGwGw.Gw.w.", inner
+        assert order(loss.backward)[1] == ".Gw.RGw.RwGw.RwRww", inner
 
 
 def adapters() -> None:
@@ -245,6 +266,7 @@ LONG: dict[str, Callable[..., None]] = {
         if f"{name}, {route}" not in USUAL
     },
     "gathered once": gathered_once,
+    "one unit ahead": one_unit_ahead,
     "checkpointed layers": checkpointed_layers,
     "outlined layers": outlined_layers,
     "policies that change": policies_that_change,
