@@ -1,6 +1,7 @@
 """The operators: schema, fake, autograd, checks. Importing this registers all of `torch.ops.cggr`."""
 
 from cggr_compile.kernels.op import (
+    documents,
     fp8_linear,
     gather,
     labels,
@@ -12,4 +13,15 @@ from cggr_compile.kernels.op import (
     tokens,
 )
 
-__all__ = ["fp8_linear", "gather", "labels", "masked_loss", "router_heads", "score", "select", "selection", "tokens"]
+__all__ = [
+    "documents",
+    "fp8_linear",
+    "gather",
+    "labels",
+    "masked_loss",
+    "router_heads",
+    "score",
+    "select",
+    "selection",
+    "tokens",
+]

@@ -88,7 +88,8 @@ def stratified_places(scores: Tensor, valid: Tensor, within: Tensor, num_strata:
     others, so that the total is exactly k. Rows of score NaN come behind, invalid ones last. Raises ValueError for
     num_strata < 1.
     """
-    _at_least(1, num_strata=num_strata)
+    if num_strata < 1:
+        raise ValueError(f"num_strata is {num_strata}, expected at least 1")
     stratum = _strata(scores, valid, num_strata)
     known = known_rows(scores, valid)
     # Strata lie one after the other in this order, so a row's place less that of its stratum's first is its j.
@@ -98,6 +99,27 @@ def stratified_places(scores: Tensor, valid: Tensor, within: Tensor, num_strata:
     starts = starts.scatter_reduce(-1, stratum, first, "amin")
     time = (2 * (place - starts.gather(-1, stratum)) + 1).float() / (num_strata - stratum)
     return _places(valid, ~known, torch.where(known, time, 0.0), stratum)
+
+
+def trimmed_places(
+    scores: Tensor, valid: Tensor, noise: Tensor, k: int, tau: float, epsilon: float, sizes: Tensor | None = None
+) -> Tensor:
+    """int64 [..., N]: each row's place in the order of `trimmed`, invalid ones last. A row takes `sizes` of k (int64
+    [..., N]), or 1. Raises ValueError for tau or epsilon outside [0, 1]."""
+    for name, value in (("tau", tau), ("epsilon", epsilon)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"trimmed: {name} is {value}, expected a fraction in [0, 1]")
+    known = known_rows(scores, valid)
+    place = topk_places(scores, valid)
+    outlier = place < fraction_of(tau, known.sum(-1, keepdim=True))
+    taken = torch.where(outlier, 0, 1 if sizes is None else sizes)
+    # A row's place is its index in the order by place, so scattering by place sorts.
+    taken = torch.zeros_like(taken).scatter(-1, place, taken).cumsum(-1).gather(-1, place)
+    hard = ~outlier & (taken <= k - math.floor(epsilon * k + 1e-9))
+    preference = torch.where(known, torch.where(outlier, 2, torch.where(hard, 0, 1)), 3)
+    by_place = place.to(noise.dtype)
+    among = torch.where(outlier, -by_place, torch.where(hard | ~known, by_place, -noise))
+    return _places(valid, preference, among)
 
 
 def topk(scores: Tensor, valid: Tensor, k: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -146,19 +168,8 @@ def trimmed(
     least extreme first. Raises ValueError for missing noise and for tau or epsilon outside [0, 1].
     """
     noise = _check_noise("trimmed", scores, valid, k, noise)
-    for name, value in (("tau", tau), ("epsilon", epsilon)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"trimmed: {name} is {value}, expected a fraction in [0, 1]")
     valid = valid & ~noise.isnan()
-    known = known_rows(scores, valid)
-    place = topk_places(scores, valid)
-    outliers = fraction_of(tau, known.sum(-1, keepdim=True))
-    outlier = place < outliers
-    hard = ~outlier & (place < outliers + (k - math.floor(epsilon * k + 1e-9)))
-    preference = torch.where(known, torch.where(outlier, 2, torch.where(hard, 0, 1)), 3)
-    by_place = place.to(noise.dtype)
-    among = torch.where(outlier, -by_place, torch.where(hard | ~known, by_place, -noise))
-    return _first(_places(valid, preference, among), valid, k)
+    return _first(trimmed_places(scores, valid, noise, k, tau, epsilon), valid, k)
 
 
 def importance(
@@ -316,12 +327,6 @@ def _check_noise(rule: str, scores: Tensor, valid: Tensor, k: int, noise: Tensor
     if noise is None:
         raise ValueError(f"noise: the rule {rule!r} draws by noise, which is None; see draw_noise")
     return noise
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}, expected at least {least}")
 
 
 def _places(selectable: Tensor, *keys: Tensor) -> Tensor:
