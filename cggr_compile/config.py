@@ -17,10 +17,10 @@ from cggr_compile.kernels.reference.selection import RULES, RuleFunction, is_num
 from cggr_compile.schedule import Schedule
 from cggr_compile.values import ConfigError, check_options, choice, is_int, signature_of, what_is_valid
 
-ROUTES = ("sequence", "token", "loss", "depth")
+ROUTES = ("sequence", "segment", "token", "loss", "depth")
 COMPOSITIONS = (
     *(("sequence", "loss"), ("token", "loss")),
-    *(("depth", "sequence"), ("depth", "token"), ("depth", "loss")),
+    *(("depth", "sequence"), ("depth", "segment"), ("depth", "token"), ("depth", "loss")),
     *(("depth", "sequence", "loss"), ("depth", "token", "loss")),
 )
 RESAMPLES = ("block", "layer")
@@ -39,16 +39,17 @@ class RoutingConfig(Schedule):
     """Options of the rewrite; immutable, compared by value (a function of yours by identity).
 
     Attributes:
-        route: what is routed. `"sequence"`: whole rows of the batch; `"token"`: the middle layers run on k tokens of
-            each sequence, the others pass on the residual; `"loss"`: head and softmax run on k tokens of the batch;
-            `"depth"`: the first layers train alone, and later the whole model. Several of them as a tuple:
-            `("sequence", "loss")` or `("token", "loss")`, and `"depth"` in front of any.
+        route: what is routed. `"sequence"`: whole rows of the batch; `"segment"`: whole documents of packed sequences,
+            up to k tokens of each sequence (`position_ids` that restart say where they are); `"token"`: the middle
+            layers run on k tokens of each sequence, the others pass on the residual; `"loss"`: head and softmax run on
+            k tokens of the batch; `"depth"`: the first layers train alone, and later the whole model. Several of them
+            as a tuple: `("sequence", "loss")` or `("token", "loss")`, and `"depth"` in front of any.
         ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
-            (token) or both multiplied (loss); 1 keeps everything, always. None is 1, and where another route, a
-            selection, a threshold or a schedule is asked for 0.5; 0.875 of the selection `"auto"`.
+            (segment, token) or both multiplied (loss); 1 keeps everything, always. None is 1, and where another route,
+            a selection, a threshold or a schedule is asked for 0.5; 0.875 of the selection `"auto"`.
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
-            (their sum); a row's score is the mean over its counted tokens, in fp32.
+            (their sum); the score of a row or document is the mean over its counted tokens, in fp32.
         router_body: how the products of the router's layers with the model's weights are made: `"exact"`, as the model
             makes them, or `"fp8"`, of rows rounded to float8_e4m3fn (`quantize_router.py`), which ranks rows a little
             differently. Where the router has no such product `"fp8"` raises `CannotOptimize`.
@@ -228,16 +229,21 @@ class RoutingConfig(Schedule):
             if not is_int(getattr(self, name), least):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not an integer of at least {least}")
         choice("resample", self.resample, RESAMPLES)
-        if "token" not in self.routes:
+        route = next((route for route in ("token", "segment") if route in self.routes), None)
+        if route is None:
             return
         rule = rule_of(self.selection)
         if rule.weighting != "none":
             valid = [name for name in RULES if RULES[name].weighting == "none"]
+            why = {
+                "token": "a token that skips layers keeps its loss",
+                "segment": "what fits into k says which documents are taken, so no weights make up for the others",
+            }
             raise ConfigError(
-                f"selection={self.selection!r} weighs the loss of what it selects, and a token that skips layers keeps "
-                f"its loss; with route='token' valid selections: {', '.join(valid)}"
+                f"selection={self.selection!r} weighs the loss of what it selects, and {why[route]}; with "
+                f"route={route!r} valid selections: {', '.join(valid)}"
             )
-        if self.resample == "layer" and not rule.needs_noise:
+        if route == "token" and self.resample == "layer" and not rule.needs_noise:
             raise ConfigError(
                 f"resample='layer' with selection={self.selection!r} would select the same tokens for every layer; "
                 "use resample='block', or selection='random' or 'trimmed'"
@@ -248,6 +254,7 @@ class RoutingConfig(Schedule):
         if self.routes in (("sequence",), ()):
             return
         named = "name a rule, e.g. 'topk' or 'random'"
+        what = "documents" if "segment" in self.routes else "tokens"
         rows_only = {
             "dynamic_threshold=True": (self.dynamic_threshold, "leave it out"),
             "selection='auto'": (self.selection == "auto", named),
@@ -256,7 +263,7 @@ class RoutingConfig(Schedule):
         for option, (given, instead) in rows_only.items():
             if given:
                 raise ConfigError(
-                    f"{option} is for whole sequences and route={self.route!r} selects tokens; {instead}, "
+                    f"{option} is for whole sequences and route={self.route!r} selects {what}; {instead}, "
                     "or use route='sequence'"
                 )
 

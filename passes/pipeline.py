@@ -20,6 +20,7 @@ from cggr_compile.passes.lower.unshard_parameters import unshard_parameters
 from cggr_compile.passes.rewrite.build_router import build_router
 from cggr_compile.passes.rewrite.check_labels import check_labels
 from cggr_compile.passes.rewrite.elide_causal_masks import elide_causal_masks
+from cggr_compile.passes.rewrite.gather_documents import gather_documents
 from cggr_compile.passes.rewrite.gather_rows import gather_rows
 from cggr_compile.passes.rewrite.gather_tokens import gather_tokens
 from cggr_compile.passes.rewrite.join_head import join_head
@@ -28,9 +29,11 @@ from cggr_compile.passes.rewrite.keep_scores import keep_scores
 from cggr_compile.passes.rewrite.mask_loss import mask_loss
 from cggr_compile.passes.rewrite.quantize_router import quantize_router
 from cggr_compile.passes.rewrite.score_rows import score_rows
+from cggr_compile.passes.rewrite.select_documents import select_documents
 from cggr_compile.passes.rewrite.select_loss import select_loss
 from cggr_compile.passes.rewrite.select_rows import select_rows
 from cggr_compile.passes.rewrite.select_tokens import select_tokens
+from cggr_compile.passes.rewrite.separate_documents import separate_documents
 from cggr_compile.passes.rewrite.take_scores import take_scores
 from cggr_compile.passes.rewrite.truncate_layers import truncate_layers
 from cggr_compile.passes.verify import verify
@@ -47,6 +50,7 @@ ROUTES: dict[str, tuple[Pass, ...]] = {
     "sequence": (select_rows, gather_rows),
     "token": (select_tokens, gather_tokens),
     "loss": (select_loss,),
+    "segment": (select_documents, gather_documents),
 }
 
 # Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
@@ -91,7 +95,8 @@ def passes_unrouted() -> tuple[Pass, ...]:
 
 def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass, ...]:
     """The passes of the configured route, after the analysis; the scores of its rows are an input if `scores_given`."""
-    passes: list[Pass] = [check_labels]
+    # In front of the scores, which are of what the documents themselves predict.
+    passes: list[Pass] = [separate_documents, check_labels] if "segment" in config.routes else [check_labels]
     if scores_given:
         passes.append(take_scores)
     elif rule_of(config.selection).needs_scores:

@@ -19,8 +19,8 @@ def verify(before: Program, after: Program, pass_name: str) -> None:
     Checked: the graph lints; the captured inputs are unchanged in order and number, added ones come last; parameters
     are read from those inputs and never copied into the graph; nodes that act by side effect survive in the main pass,
     if there still is one (`keep_scores` leaves none) with all its layers; router, scoring and selection run without
-    gradients; once rows are gathered, no value of the main pass has a size that depends on the batch size, and none of
-    the middle layers that run on fewer tokens one that depends on the sequence length.
+    gradients; once rows are gathered, no value of the main pass has a size that depends on the batch size, once
+    documents are, none one that depends on the sequence length, nor has any of the middle layers on fewer tokens.
     """
     try:
         after.graph.lint()
@@ -29,13 +29,19 @@ def verify(before: Program, after: Program, pass_name: str) -> None:
     _check_inputs(before, after, pass_name)
     _check_effects(before, after, pass_name)
     gathered = isinstance(after, Analysed) and after.routing.gathered
+    by_token = isinstance(after, Analysed) and after.routing.documents is not None
     for node in after.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(after.root, str(node.target)), torch.nn.Parameter):
             raise VerificationError(pass_name, "a parameter was copied into the graph", node)
         if node.meta.get(PART) in _QUIET_PARTS and node.meta[REGION].grad is not False:
             raise VerificationError(pass_name, f"the {node.meta[PART]} part records gradients", node)
         if gathered and node.meta.get(PART) in ("main", "loss"):
-            _check_no_size(after, node, pass_name, after.batch, "the batch size is left in the k-row part")
+            if by_token:
+                _check_no_size(
+                    after, node, pass_name, after.sequence, "the sequence length is left in the k-token part"
+                )
+            else:
+                _check_no_size(after, node, pass_name, after.batch, "the batch size is left in the k-row part")
         if node.meta.get(PART) == "middle":
             _check_no_size(after, node, pass_name, after.sequence, "the sequence length is left in the k-token part")
 

@@ -55,7 +55,7 @@ class Branches:
 
     def refuse_other_side(self, layers: Layers | None, sizes: Mapping[Any, int], amounts: Mapping[str, Amount]) -> None:
         """Raises `CannotOptimize` where k in place of the batch size, or in place of the sequence length in the middle
-        layers, decides a branch of the model otherwise.
+        layers or on the segment route, decides a branch of the model otherwise.
 
         Args:
             layers: the stack, where it was found.
@@ -68,6 +68,8 @@ class Branches:
         program, branches = self.program, self.program.branches
         if "sequence" in amounts:
             self._refuse("batch size", "rows", program.batch, amounts["sequence"].kept, sizes, branches)
+        if "segment" in amounts:
+            self._refuse("sequence length", "tokens", program.sequence, amounts["segment"].kept, sizes, branches)
         if "token" in amounts:
             inside = _inside(branches, layers)
             self._refuse("sequence length", "tokens", program.sequence, amounts["token"].kept, sizes, inside)

@@ -30,6 +30,7 @@ _MOST_BARS = 40
 # Of each route: the box in front of the main pass, what the selection gives, and the two lines of that box.
 _ROUTES = {
     "sequence": ("gather", "row indices [k]", "B → k = {k}", "every input"),
+    "segment": ("gather", "positions [B, k]", "S → k = {k}", "every input"),
     "token": ("gather", "positions [B, k]", "S → k = {k}", "middle layers"),
     "loss": ("", "token indices [k]", "", ""),
 }
@@ -81,6 +82,8 @@ def _main_text(report: Report, layers: int) -> str:
     name = f"{layers} layers" if layers else "the whole model"
     if "sequence" in report.amounts:
         return f"{name} on k = {report.amounts['sequence'].kept} rows"
+    if "segment" in report.amounts:
+        return f"{name} on k = {report.amounts['segment'].kept} tokens"
     if "token" in report.amounts:
         short = middle_text(report.config["first_layers"], report.config["last_layers"], layers)
         return f"{short} on k = {report.amounts['token'].kept} tokens"

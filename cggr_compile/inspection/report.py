@@ -67,7 +67,7 @@ class Report:
         inserted: operators of the rewritten graph that the captured one lacks, and how many.
         parts: nodes of each part of the rewritten graph.
         amounts: for each route, what it keeps of the captured batch once warm-up is over: kept, of how many.
-        gathered: inputs reduced to the kept rows, with the dimension.
+        gathered: inputs reduced to the kept rows or documents, with the dimension.
         shortened: what the token route's middle layers read for the kept tokens, and how.
         providers: implementation chosen for each operator, or several for the places where it is called.
         passed_over: for operators left to the reference, the other providers and why they cannot run.
@@ -209,8 +209,10 @@ class Report:
         if self.routed:
             pairs.append(("selection", f"{self.selection}, {self._kept()}"))
         pairs += [("auto", self.auto)] if self.auto is not None else []
-        if "sequence" in self.amounts:
-            pairs.append(("inputs B → k", ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"))
+        if "sequence" in self.amounts or "segment" in self.amounts:
+            size = "B" if "sequence" in self.amounts else "S"
+            inputs = ", ".join(f"{path} (dim {dim})" for path, dim in self.gathered) or "none"
+            pairs.append((f"inputs {size} → k", inputs))
         if "token" in self.amounts:
             pairs.append(("short layers", self._middle()))
             pairs += [("read S → k", str(entry)) for entry in self.shortened]
@@ -306,7 +308,7 @@ class Report:
         """What ω asks of the selected rows, in a sentence."""
         if self.router is None:
             return "Without a router a step costs what a smaller batch costs; nothing has to be earned back."
-        what = "rows" if list(self.amounts) == ["sequence"] else "tokens"
+        what = {"sequence": "rows", "segment": "documents"}.get("+".join(self.amounts), "tokens")
         return (
             f"Scoring pays if a step on the selected {what} is worth more than {self.cost.break_even:.2f} steps "
             f"on equally many random {what}."

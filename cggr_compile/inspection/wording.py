@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from cggr_compile.ir.amounts import Amount
 
 # Of each route: what its ratio is of, and what it keeps.
-SIZES = {"sequence": "B", "token": "S", "loss": "B · S"}
+SIZES = {"sequence": "B", "segment": "S", "token": "S", "loss": "B · S"}
 WHAT = {
     "sequence": "rows",
+    "segment": "tokens of each sequence, in whole documents",
     "token": "tokens of each sequence",
     "loss": "tokens in the loss",
 }
@@ -55,8 +56,10 @@ def middle_text(first_layers: int, last_layers: int, layers: int) -> str:
 
 
 def score_text(route: str | tuple[str, ...] | list[str]) -> str:
-    """What is scored: rows by the mean of their tokens, tokens each by its own."""
+    """What is scored: rows and documents by the mean of their tokens, tokens each by its own."""
     routes = [route] if isinstance(route, str) else list(route)
+    if "segment" in routes:
+        return "mean over a document's counted tokens"
     texts = ["mean over counted tokens"] * ("sequence" in routes) + ["each token by itself"] * (routes != ["sequence"])
     return "; ".join(texts)
 

@@ -15,7 +15,7 @@ from cggr_compile.ir.program import Analysed, Program, value
 Sizes: TypeAlias = Mapping[Any, int]
 """A program's symbols with their values."""
 
-KEPT = {"sequence": "kept", "token": "kept_tokens", "loss": "kept_loss"}
+KEPT = {"sequence": "kept", "token": "kept_tokens", "loss": "kept_loss", "segment": "kept_tokens"}
 """The size input of each route, and the role in `Routing` that it is."""
 
 
@@ -31,8 +31,8 @@ def amounts_of(
 ) -> dict[str, Amount]:
     """What each configured route keeps of `rows` sequences of `length` tokens at an optimiser step.
 
-    Sequence: rows; token: tokens of each sequence; loss: the rows that the loss sees, of the sequences left.
-    `confidence` is the router's, for the dynamic threshold.
+    Sequence: rows; token and segment: tokens of each sequence; loss: the rows that the loss sees, of the sequences
+    left. `confidence` is the router's, for the dynamic threshold.
     """
     amounts: dict[str, Amount] = {}
     for route in config.routes:

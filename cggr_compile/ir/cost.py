@@ -128,18 +128,24 @@ def _main_share(analysed: Analysed, flops: Flops, ratio: float, config: RoutingC
     if not flops.total:
         return ratio
     body, head = float(flops.body), float(flops.head)
+    if "segment" in config.routes:
+        return count(analysed, _short_sizes(analysed, ratio)).total / flops.total
     if "token" in config.routes and analysed.layers is not None:
-        assert isinstance(analysed.sequence, torch.SymInt)
-        kept = kept_of(ratio, hint(analysed.sequence))
-        sizes = {analysed.expression(analysed.sequence): kept}
-        if isinstance(analysed.batch, torch.SymInt):
-            sizes[analysed.expression(analysed.batch)] = hint(analysed.batch)
-        short = count(analysed, sizes).layers
+        short = count(analysed, _short_sizes(analysed, ratio)).layers
         body = sum(short[i] if i in middle_layers(analysed, config) else whole for i, whole in enumerate(flops.layers))
     if "loss" in config.routes:
         head *= ratio
     share = (body + head + flops.rest) / flops.total
     return share * ratio if "sequence" in config.routes else share
+
+
+def _short_sizes(analysed: Analysed, ratio: float) -> dict[Any, int]:
+    """The captured sizes, with the kept tokens of each sequence in place of all."""
+    assert isinstance(analysed.sequence, torch.SymInt)
+    sizes = {analysed.expression(analysed.sequence): kept_of(ratio, hint(analysed.sequence))}
+    if isinstance(analysed.batch, torch.SymInt):
+        sizes[analysed.expression(analysed.batch)] = hint(analysed.batch)
+    return sizes
 
 
 def _kappa(analysed: Analysed, config: RoutingConfig) -> float:

@@ -3,12 +3,13 @@
 `IndexFunctions` reads a graph and finds, for a node computed from sizes and constants alone, an expression of its
 element at (i0, i1, …): an attention mask built from `arange`, comparisons and `&` becomes `i3 <= i2`, for every size at
 once. Nothing is run and nothing is guessed: an operator without a rule here, or a rule whose conditions are not
-met, leaves its result unknown, and so everything computed from it.
+met, leaves its result unknown, and so everything computed from it. Integer tensors may be let in by a name
+(`IndexFunctions.name`): what is computed of them is an expression of their elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -30,6 +31,11 @@ def axis(dim: int) -> sympy.Symbol:
     return sympy.Symbol(f"i{dim}", integer=True, nonnegative=True)
 
 
+def element_of(name: str, *places: Expression) -> Expression:
+    """The element of a named integer tensor at some indices."""
+    return sympy.Function(name, integer=True)(*places)
+
+
 class IndexFunction(NamedTuple):
     """An integer or boolean tensor: its sizes, and its element as an expression of `axis(0)`, `axis(1)`, …"""
 
@@ -44,12 +50,20 @@ class IndexFunction(NamedTuple):
 class IndexFunctions:
     """The index functions of one graph's nodes, found on demand and remembered.
 
-    `shape_env` knows which of the graph's symbolic sizes are equal.
+    `shape_env` knows which of the graph's symbolic sizes are equal; `inputs` are integer tensors by the names that
+    stand for their elements.
     """
 
-    def __init__(self, shape_env: ShapeEnv) -> None:
+    def __init__(self, shape_env: ShapeEnv, inputs: Mapping[str, fx.Node] | None = None) -> None:
         self.shape_env = shape_env
         self._found: dict[fx.Node, IndexFunction | None] = {}
+        for name, node in (inputs or {}).items():
+            self.name(node, name)
+
+    def name(self, node: fx.Node, name: str) -> None:
+        """Lets `name` stand for the elements of an integer tensor, whatever they are."""
+        sizes = tuple(map(self.size, value(node).shape))
+        self._found[node] = IndexFunction(sizes, element_of(name, *map(axis, range(len(sizes)))))
 
     def of(self, node: fx.Node) -> IndexFunction | None:
         """The node's index function, or None where its elements are not known to depend on their indices alone."""
@@ -167,8 +181,10 @@ def _is_boolean(element: Expression) -> bool:
 
 def _same(call: _Call, x: IndexFunction, *_: Any, **__: Any) -> Expression | None:
     """Copies, and casts that keep every value."""
-    dtypes = (torch.bool,) if _is_boolean(x.element) else (torch.int64, torch.int32)
-    return x.element if value(call.node).dtype in dtypes else None
+    dtype = value(call.node).dtype
+    if dtype == torch.bool:
+        return x.element if _is_boolean(x.element) else sympy.Ne(x.element, 0)
+    return x.element if dtype in (torch.int64, torch.int32) and not _is_boolean(x.element) else None
 
 
 def _unsqueeze(call: _Call, x: IndexFunction, dim: int) -> Expression:

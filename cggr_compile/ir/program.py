@@ -186,9 +186,10 @@ class QuantizedBody:
 class Routing:
     """Nodes inserted by the passes; None until the pass that inserts each has run.
 
-    `kept` and `rows` are the sequence route's, `kept_tokens` and `positions` the token route's, `kept_loss`,
-    `loss_rows` and `loss_weights` the loss route's; `gathered` lists the inputs that the sequence route gathered,
-    `shortened` what the token route's middle layers read.
+    `kept` and `rows` are the sequence route's, `kept_tokens` and `positions` the token route's and the segment
+    route's, whose own are `documents` and `documents_kept`; `kept_loss`, `loss_rows` and `loss_weights` are the loss
+    route's. `gathered` lists the inputs that the sequence or segment route gathered, `shortened` what the token route's
+    middle layers read.
 
     `quantized` is None where the router's products are exact.
 
@@ -207,6 +208,8 @@ class Routing:
     kept: fx.Node | None = None
     rows: fx.Node | None = None
     weights: fx.Node | None = None
+    documents: fx.Node | None = None
+    documents_kept: fx.Node | None = None
     kept_tokens: fx.Node | None = None
     positions: fx.Node | None = None
     kept_loss: fx.Node | None = None
@@ -223,8 +226,9 @@ class StepOutputs(NamedTuple):
 
     `rows` int64 [k] and their `weights` float32 [k]; `scores` float32 and counted labels `counts` int64 of all rows
     [B], where the scores are the router's, or, in the program of `"auto"` that keeps every row, the rows' own losses;
-    the router's mean `confidence` (0-d); `positions` int64 [B, k] of the kept tokens; `loss_mask` bool [B, S];
-    `figures` float32 [3], those of `measured_loss`.
+    the router's mean `confidence` (0-d); `positions` int64 [B, k] of the kept tokens, -1 where there is none;
+    `documents_kept` int64 [B, 4], as `select_documents` counts them; `loss_mask` bool [B, S]; `figures` float32 [3],
+    those of `measured_loss`.
     In a graph they are nodes, after a step tensors.
     """
 
@@ -234,6 +238,7 @@ class StepOutputs(NamedTuple):
     counts: Any
     confidence: Any
     positions: Any
+    documents_kept: Any
     loss_mask: Any
     figures: Any
 

@@ -24,7 +24,7 @@ METRICS: dict[str, str] = {
     "parameters_without_gradient": "trainable parameters that the last backward left without a gradient; absent "
     "before the first, and while all gradients are cleared unless step() saw them",
     "tokens_total": "counted tokens of the batch; absent, as what follows, where every row is kept unrouted",
-    "tokens_selected": "counted tokens of the rows that trained; with the loss route, tokens in the loss",
+    "tokens_selected": "counted tokens of the rows or documents that trained; with the loss route, tokens in the loss",
     "selection_rate_short": "share that was selected of the rows with fewer counted tokens than the median row; rows "
     "without any are left out; 0 where there is none",
     "selection_rate_long": "the same of the rows with at least as many as the median row",
@@ -37,7 +37,11 @@ METRICS: dict[str, str] = {
     "mean_confidence": "mean over the counted tokens of the router's largest probability, with dynamic_threshold only",
     "auto_selects": "1 where selection='auto' selects rows, 0 where every row trains",
     "auto_tail": "what that goes by: the upper over the lower tail of the scores; absent before enough are known",
-    "token_kept_ratio": "share of each sequence's tokens that the middle layers ran on; token route only",
+    "token_kept_ratio": "share of each sequence's tokens that the middle layers ran on, or that are of kept documents; "
+    "token and segment route only",
+    "documents_total": "documents with counted tokens; segment route only, as what follows, where it selects",
+    "documents_selected": "documents that trained",
+    "documents_too_long": "documents of more than k tokens, which never train at this ratio",
     "entropy": "mean entropy, in nats, of the model's predictions of the tokens in the loss, whatever their weights; "
     "prediction_metrics only, as what follows",
     "mean_token_accuracy": "share of these tokens that no other is predicted to be likelier than",
@@ -90,8 +94,9 @@ def metrics_of(last: LastStep, without_gradient: int | None, router_seconds: flo
     if router_seconds is not None:
         found["router_seconds"] = number(router_seconds)
     if counts is not None:
-        selected = torch.zeros_like(counts).index_add(0, rows, trained.long()) > 0
         found["tokens_total"] = counts.sum()
+    if counts is not None and left.documents_kept is None:
+        selected = torch.zeros_like(counts).index_add(0, rows, trained.long()) > 0
         found["tokens_selected"] = (counts * selected).sum()
         counted = counts > 0
         median = counts.float().where(counted, torch.nan).nanquantile(0.5)
@@ -113,11 +118,18 @@ def metrics_of(last: LastStep, without_gradient: int | None, router_seconds: flo
 
 
 def token_metrics(routes: tuple[str, ...], last: LastStep) -> dict[str, Tensor]:
-    """`token_kept_ratio` of the token route; of the loss route, `tokens_selected` and `loss_kept_ratio`."""
+    """`token_kept_ratio` of the token and segment route, the latter's documents, `tokens_selected` of it and of the
+    loss route, and this one's `loss_kept_ratio`."""
     found: dict[str, Tensor] = {}
     if "token" in routes:
         positions = last.found.positions
         found["token_kept_ratio"] = torch.full((), positions.shape[-1] / last.length, device=positions.device)
+    if "segment" in routes:
+        positions = last.found.positions
+        found["token_kept_ratio"] = (positions >= 0).sum() / (len(positions) * last.length)
+        if last.found.documents_kept is not None:
+            names = ("documents_total", "documents_selected", "documents_too_long", "tokens_selected")
+            found |= zip(names, last.found.documents_kept.sum(0), strict=True)
     if "loss" in routes:
         mask = last.found.loss_mask
         found["tokens_selected"] = mask.sum()
@@ -125,7 +137,7 @@ def token_metrics(routes: tuple[str, ...], last: LastStep) -> dict[str, Tensor]:
     return found
 
 
-_SELECTIONS = {"sequence": "rows", "token": "positions", "loss": "loss_mask"}
+_SELECTIONS = {"sequence": "rows", "segment": "positions", "token": "positions", "loss": "loss_mask"}
 
 
 def selected(routes: tuple[str, ...], last: LastStep | None) -> Tensor | tuple[Tensor, ...] | None:

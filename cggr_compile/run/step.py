@@ -137,7 +137,7 @@ class Step:
             auto.see(found, runtime.steps)
         if found.rows is None:
             found = found._replace(rows=torch.arange(rows, device=plan.device))
-        if found.positions is None and "token" in amounts:
+        if found.positions is None and ("token" in amounts or "segment" in amounts):
             found = found._replace(positions=torch.arange(length, device=plan.device).expand(rows, length))
         runtime.last = LastStep(
             total=rows,

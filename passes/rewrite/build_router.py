@@ -20,8 +20,6 @@ After::
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import fx
 
@@ -68,7 +66,7 @@ def build_router(program: Analysed, config: RoutingConfig) -> Analysed:
     )
     builder.part, builder.region = "main", Region()
     builder.copy_rest()
-    routing = dataclasses.replace(program.routing, router_layers=count, router_hidden=env[program.head.hidden])
+    routing = builder.routing(router_layers=count, router_hidden=env[program.head.hidden])
     return builder.finish("build_router", routing=routing)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import torch
 from cggr_compile.passes.analyse.row_flow import RowFlow
+from cggr_compile.passes.rewrite.shared import checked_before
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -68,17 +69,11 @@ def gather_rows(program: Analysed, config: RoutingConfig) -> Analysed:
             name = f"{node.meta.get(ORIGIN, node.name)} made of all {' and '.join(sorted(flow.names(node)))}"
             gather(node, whole[node], dim, name)
     builder.part = "main"
-    env = clone(builder, roots, substitution, _checked_before)
+    env = clone(builder, roots, substitution, checked_before)
     builder.env.update({old: new for old, new in env.items() if old not in builder.env})
     outputs = [env.get(out, builder.env.get(out)) if isinstance(out, fx.Node) else out for out in program.outputs]
     builder.output(tuple(outputs))
     return builder.finish("gather_rows", routing=builder.routing(gathered=tuple(gathered)))
-
-
-def _checked_before(builder: Builder[Analysed], node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """The kept rows' labels in place of a check: those of the whole batch passed it before any row was selected."""
-    checks = node.target == torch.ops.cggr.checked_target.default
-    return env[node.args[0]] if checks else None
 
 
 def _whole(builder: Builder[Analysed], flow: RowFlow, roots: list[fx.Node]) -> dict[fx.Node, fx.Node]:

@@ -120,7 +120,7 @@ def _is_scaled(program: Analysed, config: RoutingConfig, weighted: bool) -> bool
         CannotOptimize: rows are weighted, and the model divides by what it counts in them.
     """
     routing = program.routing
-    selects = routing.rows is not None or routing.loss_rows is not None
+    selects = bool(routing.gathered) or routing.loss_rows is not None
     if program.head.reduction != "sum" or not selects:
         return False
     unbiased = weighted and rule_of(config.selection).weighting == "inverse"

@@ -169,3 +169,9 @@ def fresh_size(program: Analysed, name: str, total: int | torch.SymInt) -> torch
     hints = {size.node.hint for size in sizes if isinstance(size, torch.SymInt)}
     near = next(size for size in chain(range(hint(total) - 1, 1, -1), count(2)) if size not in hints)
     return symbols.new_size(program.shape_env, name, near)
+
+
+def checked_before(builder: Builder[Analysed], node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """The kept labels in place of a check: those of the whole batch passed it before any were selected."""
+    checks = node.target == torch.ops.cggr.checked_target.default
+    return env[node.args[0]] if checks else None

@@ -1,0 +1,124 @@
+"""Makes documents of packed sequences independent of each other, or refuses: what is selected of them is then exact.
+
+A document of a packed sequence begins where `position_ids` do not go up by 1. What one computes must not depend on the
+others. That is proved: every operator through which tokens meet (`token_mixing`) is an attention whose mask asks for
+query and key of the same document. transformers makes such masks from `position_ids` where it gets no attention mask.
+
+A causal model predicts the first token of a document from the last of the document before; where the documents are
+batched one a row, nothing predicts it. So its label is ignored. `position_ids` that would let two documents become one
+where those between them are left out raise (`cggr::checked_positions`).
+
+Before::
+
+    main    %target = … a view of %labels, shifted
+
+After::
+
+    select  %documents = cggr.checked_positions(%position_ids)
+    main    %first = aten.eq(%position_ids, 0)
+    main    %target = … a view of aten.masked_fill(%labels, %first, -100), shifted
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize, Refusal
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.dataflow import ancestors
+from cggr_compile.ir.index_functions import IndexFunctions, axis, element_of
+from cggr_compile.ir.program import Analysed, Region, value
+from cggr_compile.ir.roles import is_by_token, quiet_region
+from cggr_compile.ir.token_mixing import BATCH, KEY, QUERY, Attention, attentions
+
+aten = torch.ops.aten
+_POSITIONS, _DOCUMENTS = "position_ids", "documents"
+_HINT = "pass position_ids that restart at every document and no attention_mask, as TRL's padding_free=True does"
+
+
+def separate_documents(program: Analysed, config: RoutingConfig) -> Analysed:
+    """Has the labels read through the documents; sets `routing.documents` to the checked `position_ids` [B, S].
+
+    Raises:
+        CannotOptimize: the capture fixed the sequence length, there are no `position_ids` [B, S] of int64, or documents
+            are not proved to be independent.
+    """
+    if not isinstance(program.sequence, torch.SymInt):
+        raise CannotOptimize(
+            f"the model fixes the sequence length to {program.sequence} while it is traced",
+            hint="the segment route needs it as a symbol; use route='sequence'",
+        )
+    positions = _argument(program, _POSITIONS)
+    if positions is None or value(positions).dtype != torch.int64:
+        raise CannotOptimize("route='segment' and no position_ids [batch, sequence] of int64", hint=_HINT)
+    refusal = _dependence(program, positions)
+    if refusal is not None:
+        raise refusal.error()
+    (labels,) = (node for node in ancestors([program.head.target]) if is_argument(program, node))
+    builder = Builder(program)
+    builder.copy_inputs()
+    builder.part, builder.region = "select", quiet_region(program)
+    checked = builder.call(torch.ops.cggr.checked_positions.default, builder.env[positions])
+    builder.part, builder.region = "main", Region()
+    if program.head.shift:
+        first = builder.call(aten.eq.Scalar, builder.env[positions], 0)
+        ignored = program.head.ignore_index
+        builder.env[labels] = builder.call(aten.masked_fill.Scalar, builder.env[labels], first, ignored)
+    builder.copy_rest()
+    return builder.finish("separate_documents", routing=builder.routing(documents=checked))
+
+
+def is_argument(program: Analysed, node: fx.Node) -> bool:
+    """Whether a node is an argument of the call, integers [B, S]."""
+    return node.op == "placeholder" and program.kind(node) == "batch" and is_by_token(program, value(node))
+
+
+def _argument(program: Analysed, path: str) -> fx.Node | None:
+    found = (node for node in program.placeholders if program.path(node) == path)
+    return next((node for node in found if is_argument(program, node)), None)
+
+
+def _dependence(program: Analysed, positions: fx.Node) -> Refusal | None:
+    """Why a document may depend on another."""
+    functions = IndexFunctions(program.shape_env, {_POSITIONS: positions})
+    for node in program.graph.find_nodes(op="call_function", target=aten.cumsum.default):
+        if _numbers_documents(node, functions):
+            functions.name(node, _DOCUMENTS)
+    found = attentions(program, functions)
+    if isinstance(found, Refusal):
+        return Refusal(
+            f"documents of a packed sequence are not proved to be independent: {found.reason}",
+            found.node,
+            "use route='sequence', or 'token' or 'loss' on a batch of one row",
+        )
+    lets_through = next((attention.node for attention in found if not _within_documents(attention)), None)
+    if lets_through is None:
+        return None
+    return Refusal("the mask of an attention is not proved to keep documents apart", lets_through, _HINT)
+
+
+def _numbers_documents(node: fx.Node, functions: IndexFunctions) -> bool:
+    """Whether a node is `(diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)`."""
+    unequal = node.args[0]
+    if node.args[1] not in (1, -1) or getattr(unequal, "target", None) != aten.ne.Scalar or unequal.args[1] != 1:
+        return False
+    difference = unequal.args[0]
+    if difference.target != aten.diff.default or difference.args[1:3] not in ((1, 1), (1, -1)):
+        return False
+    counted, before = (functions.of(operand) for operand in (difference.args[0], difference.args[3]))
+    own = element_of(_POSITIONS, axis(0), axis(1))
+    ahead = element_of(_POSITIONS, axis(0), sympy.Integer(0)) - 1
+    return (
+        counted is not None
+        and before is not None
+        and counted.element == own
+        and before.element.subs(axis(1), 0) == ahead
+    )
+
+
+def _within_documents(attention: Attention) -> bool:
+    query, key = (element_of(_DOCUMENTS, BATCH, place) for place in (QUERY, KEY))
+    return any(condition in (sympy.Eq(query, key), sympy.Eq(key, query)) for condition in attention.seen)
