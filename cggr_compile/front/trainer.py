@@ -133,8 +133,9 @@ def _refuse_one_row(config: RoutingConfig) -> None:
     if "sequence" in config.routes and config.ratio < 1 and config.selection != "auto":
         raise CannotOptimize(
             "padding_free batches (which packing makes too) are one row, so there are no rows to choose from",
-            hint="leave ratio and selection out, which keeps every row; or route='loss' or 'token'; or pass "
-            "padding_free=False, and packing_strategy='wrapped' where packing is wanted",
+            hint="leave ratio and selection out, which keeps every row; or pass route='segment', which selects "
+            "documents, or 'loss' or 'token'; or padding_free=False, and packing_strategy='wrapped' where packing is "
+            "wanted",
         )
 
 

@@ -118,17 +118,22 @@ class Diff:
         for path, dim in routing.gathered:
             by_dim[dim].append(path)
         for dim, paths in by_dim.items():
-            yield f"inputs gathered: {', '.join(paths)} (dim {dim}: B → k)"
+            yield f"inputs gathered: {', '.join(paths)} (dim {dim}: {self._size} → k)"
         for entry in routing.shortened:
             yield f"S → k: {entry}"
+
+    @property
+    def _size(self) -> str:
+        """What becomes k where inputs are gathered."""
+        return "B" if self.plan.program.routing.rows is not None else "S"
 
     def _changed(self) -> Iterator[str]:
         lines = self._text.lines(self.plan.program.graph)
         config = self.plan.owner.config
         if self.plan.program.routing.gathered:
             resized = sum(line.text != line.key for line in lines if line.part == "main")
-            yield f"~ main pass: B → k in {resized:,} nodes"
-        if self.plan.program.routing.positions is not None:
+            yield f"~ main pass: {self._size} → k in {resized:,} nodes"
+        if self.plan.program.routing.shortened:
             resized = sum(line.text != line.key for line in lines if line.part == "middle")
             layers = middle_text(config.first_layers, config.last_layers, len(self.plan.analysed.stack))
             yield f"~ {layers}: S → k in {resized:,} nodes; the other tokens pass on the residual"

@@ -161,7 +161,8 @@ class GraphText:
             if node.op == "output":
                 continue
             operation = operator_of(node)
-            if _is_dropout(node) or operation.startswith("cggr.gather"):
+            filled = node.meta[PART] == "gather" and operation.startswith("aten.masked_fill")
+            if _is_dropout(node) or operation.startswith("cggr.gather") or filled:
                 numbers[node] = read[node.args[0]]
             elif (parameter := gathered_of(node)) is not None:
                 numbers[node] = read[parameter]

@@ -58,7 +58,7 @@ def attentions(program: Analysed, functions: IndexFunctions) -> list[Attention] 
             found.append(Attention(node, _seen_by(node, functions)))
         elif node.target == aten.softmax.int and _is_sequence(program, node.args[0], node.args[1]):
             found.append(Attention(node, _seen(node.args[0], functions)))
-        else:
+        elif not _flattened(program, node):
             refusal = order_dependence(program, node, stream) or _sums(program, node)
             if refusal is not None:
                 return refusal
@@ -134,6 +134,17 @@ def _sums(program: Analysed, node: fx.Node) -> Refusal | None:
         if any(isinstance(dim, int) and _is_sequence(program, node.args[0], dim) for dim in dims):
             return Refusal(f"{packet} adds up tokens, and is no attention", node)
     return None
+
+
+def _flattened(program: Analysed, node: fx.Node) -> bool:
+    """Whether a call of a batch of one row sees tokens without their batch in front; of several rows, the size of such
+    a dimension is not the sequence's."""
+    if program.batch != 1:
+        return False
+    tensors = [value(each) for each in (node, *node.all_input_nodes) if is_tensor(each)]
+    return all(
+        dim == 0 for val in tensors for dim, size in enumerate(val.shape) if program.mentions(size, program.sequence)
+    )
 
 
 def _of_softmax(node: Any) -> bool:

@@ -1,0 +1,247 @@
+"""The segment route against eager on the kept documents: packed anew bitwise, each by itself within rounding."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import plans
+import pytest
+import segment_oracle
+import torch
+from architectures import ARCHITECTURES, COMMON, VOCABULARY, build, eager_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from segment_oracle import packed
+from torch import nn
+from toys import Toy
+
+import cggr_compile as cggr
+from cggr_compile.inspection.explanation import Diff, Report
+from cggr_compile.ir.program import Program
+
+LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "long"
+EXAMPLES = 200 if LONG else 12
+LLAMA = ARCHITECTURES["llama"]
+SEVERAL = [[3, 2, 4, 1, 3], [1, 1, 5, 2, 4], [6, 1, 1, 5], [2, 2, 2, 2, 2, 3]]
+LONGER = [[2, 5, 1, 7, 3]]
+# A product of the widths and the longest sum over tokens, forward and backward.
+ROUNDING = oracle.rounding(COMMON["hidden_size"], COMMON["intermediate_size"], VOCABULARY, 64)
+
+FAMILIES = ["llama", "mistral", "gemma3", "qwen3", "gpt2", "mixtral"]
+OTHERS = ["phi3", "gpt_neox", "olmo2", "qwen3_moe", "cohere", "gemma2"]
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[nn.Module, Program]:
+    model = eager_of(LLAMA)
+    return model, plans.captured(model, packed(SEVERAL))
+
+
+@pytest.fixture(scope="module")
+def routed(llama: tuple[nn.Module, Program]) -> dict[str, plans.Routed]:
+    return {
+        selection: plans.Routed(*llama, route="segment", selection=selection, seed=1)
+        for selection in ("topk", "random", "trimmed")
+    }
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Documents of one token and more, labels ignored at random, those of first tokens too or not."""
+    total = draw(st.integers(4, 16))
+    rows = []
+    for _ in range(draw(st.integers(2, 4))):
+        row, left = [], total
+        while left:
+            row.append(draw(st.integers(1, min(left, draw(st.sampled_from([1, 3, 8]))))))
+            left -= row[-1]
+        rows.append(row)
+    ignored = draw(st.sampled_from([0.0, 0.3, 0.9]))
+    return packed(rows, draw(st.integers(0, 2**16)), ignored, first_ignored=draw(st.booleans()))
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    batch=batches(),
+    ratio=st.sampled_from([0.1, 0.3, 0.5, 0.9]),
+    selection=st.sampled_from(["topk", "random", "trimmed"]),
+)
+def test_contract(
+    routed: dict[str, plans.Routed], batch: dict[str, torch.Tensor], ratio: float, selection: str
+) -> None:
+    """Whole documents with counted labels train, as they do by themselves; where none fits, the loss is 0."""
+    step = routed[selection].at(ratio)
+    eager = copy.deepcopy(step.model)
+    actual = step.step(batch)
+    rows, length = batch["input_ids"].shape
+    k = step.runtime.config.kept_rows(length, 0)
+    if k == length:  # the plain step
+        assert torch.equal(step.selected, torch.arange(length).expand(rows, -1))
+        if oracle.counted(batch["labels"], causal=True).any():
+            oracle.assert_same_step(*actual, *oracle.step(eager, batch))
+        return
+    known = {(d.row, place): d for d in segment_oracle.documents_of(batch) for place in d.places}
+    at = [(row, place) for row, places in enumerate(step.selected.tolist()) for place in places if place >= 0]
+    taken = sorted({known[place] for place in at})
+    assert torch.equal(step.selected, segment_oracle.places_of(taken, rows, k))
+    assert all(document.counted for document in taken)
+    if selection == "topk":
+        assert taken == segment_oracle.expected_documents(eager, LLAMA, batch, k, 2)
+    if not taken:
+        assert all(not d.counted or len(d.places) > k for d in known.values())
+        assert actual[0] == 0  # where eager says 0 / 0
+        assert all(gradient is not None and not gradient.any() for gradient in actual[1].values())
+        return
+    oracle.assert_same_step(*actual, *oracle.step(eager, segment_oracle.repacked(batch, step.selected)))
+    oracle.assert_step_within(ROUNDING, *actual, *segment_oracle.step_alone(eager, batch, taken))
+
+
+def test_a_loss_over_num_items_in_batch_stands_for_the_whole_batch() -> None:
+    """The kept tokens' mean, times the counted tokens of the batch over the number it is divided by."""
+    batch = packed(SEVERAL)
+    mean, total = [], (batch["labels"] != -100).sum()
+    for extra in ({}, {"num_items_in_batch": 2 * total}):
+        model = cggr.optimize(build("llama"), route="segment", ratio=0.5, inner="eager")
+        mean.append(model(**batch, **extra).loss)
+    assert model.cggr.metrics()["tokens_total"] == total
+    torch.testing.assert_close(mean[1], mean[0] / 2, rtol=ROUNDING, atol=0.0)
+
+
+def test_depth_and_documents(llama: tuple[nn.Module, Program]) -> None:
+    """While two layers train, the kept documents train them."""
+    eager = copy.deepcopy(llama[0])
+    model = cggr.optimize(
+        copy.deepcopy(eager), route=("depth", "segment"), depth_layers=2, router_layers=1, ratio=0.5, inner="eager"
+    )
+    batch = packed(SEVERAL)
+    loss, _ = oracle.step(model, batch)
+    expected, _ = oracle.step(oracle.truncated(eager, LLAMA, 2), segment_oracle.repacked(batch, model.cggr.selected))
+    assert torch.equal(loss, expected)
+    assert (model.cggr.selected >= 0).any()
+
+
+def test_report_diff_and_metrics(llama: tuple[nn.Module, Program]) -> None:
+    step = plans.Routed(*llama, route="segment", ratio=0.25, prediction_metrics=True)
+    batch = packed([[5, 3, 2, 3], [1, 4, 4, 4]])
+    step.step(batch)
+    text, diff = str(Report.of(step.runtime)), Diff.of(step.runtime)
+    assert "topk, k = ceil(0.25 · S) = 4 of 13 tokens of each sequence, in whole documents" in text
+    assert "mean over a document's counted tokens" in text
+    assert "input_ids (dim 1), position_ids (dim 1), labels (dim 1)" in text
+    summary = diff.summary()
+    assert "+ select: topk, k = ceil(0.25 · S) tokens of each sequence, in whole documents" in summary
+    assert "inputs gathered: input_ids, position_ids, labels (dim 1: S → k)" in summary
+    assert "~ main pass: S → k in " in summary
+    added = [row.text for row in diff.rows() if row.mark == "+" and "aten.linear" in row.text]
+    assert not [text for text in added if not text.lstrip().startswith("%router.")], added
+    assert "pass on the residual" not in summary
+    assert "k = 4 tokens" in diff.to_html()
+    # Everything on 4 of 13 tokens: a fourth of the linear parts, less of attention.
+    assert (4 / 13) ** 2 < Report.of(step.runtime).cost.random_ratio < 4 / 13
+    found = plans.metrics(step) | cggr.run.metrics.token_metrics(("segment",), step.runtime.last)
+    kept = segment_oracle.places_of(segment_oracle.expected_documents(step.model, LLAMA, batch, 4, 2), 2, 4)
+    assert {name: found[name].item() for name in ("documents_total", "documents_selected", "documents_too_long")} == {
+        "documents_total": 7,
+        "documents_selected": 2,
+        "documents_too_long": 1,
+    }
+    assert found["token_kept_ratio"] == (kept >= 0).sum() / 26
+    assert found["tokens_total"] == 26 - 8
+    assert found["tokens_selected"] == (segment_oracle.repacked(batch, kept)["labels"] != -100).sum()
+    assert {"entropy", "mean_token_accuracy"} <= found.keys()
+    assert not {"rows_nan_score", "score_mean", "selection_rate_long"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"position_ids": None}, r"no position_ids \[batch, sequence\] of int64.*position_ids that restart"),
+        ("llama", {"attention_mask": torch.ones(4, 13, dtype=torch.int64)}, "keep documents apart.*no attention_mask"),
+        ("bert", {}, "the mask of an attention is not proved to keep documents apart"),
+    ],
+)
+def test_what_lets_documents_meet_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    batch = {key: x for key, x in (packed(SEVERAL) | changes).items() if x is not None}
+    model = cggr.optimize(build(name), route="segment", ratio=0.5, inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=message):
+        model(**batch)
+
+
+def test_positions_that_would_join_documents_raise() -> None:
+    batch = packed(SEVERAL)
+    batch["position_ids"][1, 7:] += 3
+    model = cggr.optimize(build("llama"), route="segment", ratio=0.5, inner="eager")
+    with pytest.raises(ValueError, match="at place 7 of sequence 1 they go from 4 to 3; let every document"):
+        model(**batch)
+
+
+class Meeting(Toy):
+    """Tokens meet otherwise than in attention."""
+
+    def __init__(self, meet: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.meet = meet
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> tuple:
+        hidden = self.middle(self.meet(self.embed(input_ids) + position_ids.unsqueeze(-1)))
+        return self.loss(self.logits(hidden), labels), None
+
+
+@pytest.mark.parametrize(
+    ("meet", "reason"),
+    [
+        (lambda hidden: hidden + hidden.roll(1, 1), "roll runs along the sequence"),
+        (lambda hidden: hidden + hidden.mean(1, keepdim=True), "mean adds up tokens, and is no attention"),
+        (lambda hidden: hidden + hidden.sum(), "sum adds up tokens, and is no attention"),
+        (lambda hidden: hidden @ hidden.mT @ hidden, "matmul adds up tokens, and is no attention"),
+        (lambda hidden: (hidden @ hidden.mT).softmax(-1) @ hidden, "the mask of an attention is not proved"),
+        (lambda hidden: hidden * hidden.softmax(1), "softmax adds up tokens, and is no attention"),
+    ],
+)
+def test_meetings_outside_of_attention_are_refused(meet: Callable[[torch.Tensor], torch.Tensor], reason: str) -> None:
+    model = cggr.optimize(Meeting(meet), route="segment", ratio=0.5, selection="random", inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=reason):
+        model(**packed(SEVERAL))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "importance"}, "what fits into k says which documents are taken.*valid selections: topk, fixed"),
+        ({"dynamic_threshold": True}, "is for whole sequences and route='segment' selects documents"),
+        ({"route": ("segment", "loss")}, "is not a combination of routes"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(cggr.ConfigError, match=message):
+        cggr.RoutingConfig(**{"route": "segment", "ratio": 0.5, **options})
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", FAMILIES + (OTHERS if LONG else []))
+def test_families(name: str, rows: int) -> None:
+    """Selection, loss and every gradient, for other lengths by the same capture; while everything is kept the model is
+    the plain one."""
+    architecture = ARCHITECTURES[name]
+    eager = build(name)
+    eager.set_attn_implementation("eager")
+    if name == "mixtral":
+        eager.config.output_router_logits = False
+    options = {"route": "segment", "ratio": 0.5, "router_layers": 2, "inner": "eager", "warmup_steps": 1}
+    model = cggr.optimize(copy.deepcopy(eager), **options)
+    batches = [packed(SEVERAL[:rows], seed=1), packed((LONGER * 4)[:rows], seed=2, ignored=0.3)]
+    oracle.assert_same_step(*oracle.step(model, batches[0]), *oracle.step(eager, batches[0]))
+    assert torch.equal(model.cggr.selected, torch.arange(13).expand(rows, -1))
+    model.cggr.step()
+    for batch in batches:
+        actual, k = oracle.step(model, batch), -(-batch["input_ids"].shape[1] // 2)
+        documents = segment_oracle.expected_documents(eager, architecture, batch, k, 2)
+        positions = segment_oracle.places_of(documents, rows, k)
+        assert torch.equal(model.cggr.selected, positions)
+        oracle.assert_same_step(*actual, *oracle.step(eager, segment_oracle.repacked(batch, positions)))
+        oracle.assert_step_within(ROUNDING, *actual, *segment_oracle.step_alone(eager, batch, documents))
+    assert model.cggr.captures == 1
