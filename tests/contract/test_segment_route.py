@@ -111,6 +111,30 @@ def test_a_loss_over_num_items_in_batch_stands_for_the_whole_batch() -> None:
     torch.testing.assert_close(mean[1], mean[0] / 2, rtol=ROUNDING, atol=0.0)
 
 
+def test_two_compilations_for_any_lengths(llama: tuple[nn.Module, Program]) -> None:
+    options = {"route": "segment", "selection": "trimmed", "seed": 0}
+    compiled, plain = (plans.Routed(*llama, inner=inner, **options) for inner in ("aot_eager", "eager"))
+    for seed, lengths in enumerate((SEVERAL, [[2, 5, 1, 7, 3], [9, 9]], [[1, 2, 1, 3], [3, 4], [7]])):
+        batch = packed(lengths, seed)
+        oracle.assert_step_within(ROUNDING, *compiled.step(batch), *plain.step(batch))
+        assert torch.equal(compiled.selected, plain.selected)
+    assert [route.variant.compilations for route in compiled.plan.routes.values()] == [2]
+
+
+def test_the_balance_of_experts_counts_empty_places() -> None:
+    eager = build("mixtral")
+    eager.set_attn_implementation("eager")
+    model = cggr.optimize(copy.deepcopy(eager), route="segment", ratio=0.5, router_layers=2, inner="eager")
+    batch = packed([[5, 5, 3], [3, 5, 5]])
+    actual = oracle.step(model, batch)
+    repacked = segment_oracle.repacked(batch, model.cggr.selected)
+    oracle.assert_same_step(*actual, *oracle.step(eager, repacked))
+    filled = [int((places >= 0).sum()) for places in model.cggr.selected]
+    assert max(filled) < 7
+    shorter = {name: tensor[:, : max(filled)] for name, tensor in repacked.items()}
+    assert eager(**repacked).aux_loss != eager(**shorter).aux_loss
+
+
 def test_depth_and_documents(llama: tuple[nn.Module, Program]) -> None:
     """While two layers train, the kept documents train them."""
     eager = copy.deepcopy(llama[0])
@@ -221,6 +245,7 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
         cggr.RoutingConfig(**{"route": "segment", "ratio": 0.5, **options})
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", FAMILIES + (OTHERS if LONG else []))
 def test_families(name: str, rows: int) -> None:

@@ -176,6 +176,33 @@ def test_sft_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert [entry["cggr/rows_selected"] for entry in training_logs(whole)] == [6, 6, 5, 3]
 
 
+@pytest.mark.parametrize("options", [{"packing": True, "max_length": 24}, {"padding_free": True, "max_length": None}])
+def test_documents_of_packed_batches_are_selected_by_one_line(options: dict[str, Any], tmp_path: Path) -> None:
+    """The documentation's example. Packing fills rows of `max_length`, and TRL puts them behind one another; losses
+    fall, and a run that is resumed is the whole one."""
+    fields = {**options, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole, resumed = (
+        examples(PAGE, "routed_documents")["routed_documents"](sft(two_layers(), tmp_path, **fields)) for _ in range(2)
+    )
+    whole.train()
+    logs = training_logs(whole)
+    assert whole.model.cggr.captures == 1
+    assert whole.model.cggr.metrics()["rows_total"] == 1
+    for entry in logs:
+        assert 1 <= entry["cggr/documents_selected"] < entry["cggr/documents_total"]
+        assert 0 < entry["cggr/token_kept_ratio"] < 0.52  # k is rounded up
+        assert 0 < entry["cggr/tokens_selected"] < entry["cggr/tokens_total"]
+        assert entry["entropy"] > 0
+        assert 0 <= entry["mean_token_accuracy"] <= 1
+    assert logs[-1]["loss"] < 0.7 * logs[0]["loss"]
+    assert logs[-1]["num_tokens"] > logs[0]["num_tokens"] > 0
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [entry["loss"] for entry in training_logs(resumed)] == [entry["loss"] for entry in logs]
+    evaluated = whole.evaluate()
+    cggr.restore(whole.model)
+    assert whole.evaluate()["eval_loss"] == evaluated["eval_loss"]
+
+
 def preferences(row: dict[str, str]) -> dict[str, Any]:
     return {**row, "chosen": row["completion"], "rejected": row["prompt"]}
 
@@ -220,7 +247,7 @@ class Watched(trl.SFTTrainer):
     ("options", "message"),
     [
         ({"loss_type": "dft"}, r"loss_type='dft' is a loss of SFTTrainer's own.*'chunked_nll'"),
-        ({"packing": True, "max_length": 16}, r"padding_free batches .* are one row.*leave ratio and selection out"),
+        ({"packing": True, "max_length": 16}, r"padding_free batches .* are one row.*route='segment', which selects"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0\.1 is a loss of SFTTrainer's own.*leave it at 0"),
         ({"compute_loss_func": no_reward}, "compute_loss_func is a loss of SFTTrainer's own.*in the model's forward"),
     ],

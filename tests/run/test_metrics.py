@@ -18,7 +18,10 @@ from cggr_compile.run.metrics import METRICS, LastStep, metrics_of
 
 WITHOUT_ROUTER = {"score_mean", "score_selected_mean", "score_cv", "rows_nan_score", "mean_confidence"}
 OF_TOKENS = {"tokens_total", "tokens_selected", "selection_rate_short", "selection_rate_long"}
-OF_TOKEN_ROUTES = {"token_kept_ratio", "loss_kept_ratio"}
+OF_TOKEN_ROUTES = {
+    *("token_kept_ratio", "loss_kept_ratio"),
+    *("documents_total", "documents_selected", "documents_too_long"),
+}
 OF_AUTO = {"auto_selects", "auto_tail"}
 
 
