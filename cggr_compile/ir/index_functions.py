@@ -216,6 +216,10 @@ def _slice(
     return x.at([axis(place) + (start if place == dim else 0) for place in range(len(x.sizes))])
 
 
+def _view(call: _Call, x: IndexFunction, *_: Any, **__: Any) -> Expression | None:
+    return x.element if call.sizes == x.sizes else None
+
+
 def _expand(call: _Call, x: IndexFunction, *_: Any, **__: Any) -> Expression:
     return call.broadcast(x)
 
@@ -308,6 +312,8 @@ def _rules() -> dict[Any, Callable[..., Expression | None]]:
         aten.select.int: _select,
         aten.slice.Tensor: _slice,
         aten.expand.default: _expand,
+        aten.view.default: _view,
+        aten.reshape.default: _view,
         aten.permute.default: _permute,
         aten.transpose.int: _transpose,
         aten.add.Tensor: _elementwise(lambda x, y: x + y),

@@ -51,7 +51,7 @@ def attentions(program: Analysed, functions: IndexFunctions) -> list[Attention] 
 
     The sequence length must be a symbol.
     """
-    stream = descendants([node for node in program.placeholders if is_state(program, node)], carries_activations)
+    stream = activations(program)
     found: list[Attention] = []
     for node in sorted(ancestors([program.head.hidden]) & stream):
         if node.target == ATTENTION:
@@ -63,6 +63,11 @@ def attentions(program: Analysed, functions: IndexFunctions) -> list[Attention] 
             if refusal is not None:
                 return refusal
     return found
+
+
+def activations(program: Analysed) -> set[fx.Node]:
+    """What is computed of parameters and buffers, and so of what tokens become."""
+    return descendants([node for node in program.placeholders if is_state(program, node)], carries_activations)
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -4,7 +4,15 @@ A mask that was built in the graph rules out the flash-attention kernels. It is 
 causal mask for every size: its element, as a function of its indices (`index_functions`), is true exactly where
 key <= query. A window at least as long as the captured sequences hides nothing; such a mask is dropped too, and the
 capture guarded to such lengths. A mask that depends on an input, such as padding or packing, stays, and so does one of
-a shorter window. With the mask gone, keys and values that were repeated for grouped queries are passed unrepeated, as
+a shorter window.
+
+Padding behind the tokens is what nobody sees who sees nothing ahead. With `padding="right"` a mask that is causal and
+asks for keys that are no padding is dropped too, where it is proved that tokens meet in causal attention alone
+(`token_mixing`) and that nothing but the loss reads what they become: real tokens then compute what they computed, and
+what padding computes reaches the loss only by a label. `cggr::checked_padding` raises where padding has a label, or is
+not on the right.
+
+With the mask gone, keys and values that were repeated for grouped queries are passed unrepeated, as
 transformers does wherever it passes no mask itself.
 
 This is what transformers itself calls in eager mode without padding, so the results are those of that call; where it
@@ -22,6 +30,7 @@ After::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -29,12 +38,16 @@ import torch
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import Refusal
 from cggr_compile.ir.builder import Builder
-from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis
-from cggr_compile.ir.program import Analysed, hint, value
+from cggr_compile.ir.dataflow import ancestors
+from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis, element_of
+from cggr_compile.ir.program import Analysed, hint, is_tensor, value
+from cggr_compile.ir.roles import changes_of, is_by_token
+from cggr_compile.ir.token_mixing import ATTENTION, KEY, QUERY, activations, argument, attentions
 
 aten = torch.ops.aten
-_ATTENTION = aten.scaled_dot_product_attention.default
+_PADDING = "attention_mask"
 # Beyond this width SDPA takes grouped queries only by its plain kernel (`use_gqa_in_sdpa` in transformers).
 _WIDEST_GROUPED_HEAD = 256
 
@@ -44,50 +57,97 @@ def elide_causal_masks(program: Analysed, config: RoutingConfig) -> Analysed:
 
     Masks, and what only they were computed from, go with the next pass that copies what is needed.
     """
-    functions = IndexFunctions(program.shape_env)
-    attentions = program.graph.find_nodes(op="call_function", target=_ATTENTION)
-    causal = [node for node in attentions if _causal(node, functions)]
+    padding = _padding(program) if config.padding == "right" else None
+    functions = IndexFunctions(program.shape_env, {} if padding is None else {_PADDING: padding})
+    promised = padding is not None and _only_real_tokens_count(program, functions, config)
+    nodes = program.graph.find_nodes(op="call_function", target=ATTENTION)
+    causal = {node: mask for node in nodes if (mask := _causal(node, functions, promised)) is not None}
     if not causal:
         return program
     builder = Builder(program)
-    chosen = set(causal)
+    builder.copy_inputs()
+    if any(padded for padded in causal.values()):
+        assert padding is not None
+        labels = _labels(program)
+        operator = torch.ops.cggr.checked_padding.default
+        arguments = (builder.env[labels], builder.env[padding], program.head.shift, program.head.ignore_index)
+        builder.env[labels] = builder.call(operator, *arguments)
     for node in program.graph.nodes:
-        if node in chosen:
+        if node in causal:
             builder.env[node] = _without_mask(builder, program, node)
-        elif node.op != "output":
+        elif node.op not in ("placeholder", "output"):
             builder.copy(node)
     builder.output(fx.map_arg(program.output.args[0], lambda old: builder.env[old]))
     routing = builder.routing(causal_attentions=len(causal))
     return builder.finish("elide_causal_masks", routing=routing)
 
 
-def argument(node: fx.Node, name: str) -> Any:
-    """An argument of an attention node by its name in the schema, its default where it is not given."""
-    for place, parameter in enumerate(_ATTENTION._schema.arguments):
-        if parameter.name == name:
-            if name in node.kwargs:
-                return node.kwargs[name]
-            return node.args[place] if place < len(node.args) else parameter.default_value
-    raise KeyError(name)
+def _labels(program: Analysed) -> fx.Node:
+    """The labels [B, S] that the loss's target is made of."""
+    return next(
+        node for node in ancestors([program.head.target]) if node.op == "placeholder" and _is_by_token(program, node)
+    )
 
 
-def _causal(node: fx.Node, functions: IndexFunctions) -> bool:
+def _padding(program: Analysed) -> fx.Node | None:
+    """The argument that is 0 at padding, integers or booleans [B, S]."""
+    found = (node for node in program.placeholders if program.path(node) == _PADDING)
+    return next((node for node in found if _is_by_token(program, node)), None)
+
+
+def _is_by_token(program: Analysed, node: fx.Node) -> bool:
+    return program.kind(node) == "batch" and is_by_token(program, value(node))
+
+
+def _only_real_tokens_count(program: Analysed, functions: IndexFunctions, config: RoutingConfig) -> bool:
+    """Whether no token depends on those behind it, and nothing but the loss on what the tokens become."""
+    if config.keep_logits or not isinstance(program.sequence, torch.SymInt):
+        return False
+    meetings = attentions(program, functions)
+    if isinstance(meetings, Refusal):
+        return False
+    for meeting in meetings:
+        if not any((bound := _bound(condition, KEY, QUERY)) is not None and bound <= 0 for condition in meeting.seen):
+            return False
+    inside = ancestors([program.head.hidden]) & activations(program)
+    # Other outputs than these are logits and activations, which a step does not return.
+    outputs = [out for i, out in enumerate(program.outputs) if i in program.stored or _is_scalar(out)]
+    calls = (node for node in program.graph.nodes if node.op == "call_function")
+    effects = [node for node in calls if node.is_impure() and not node.users]
+    roots = [*outputs, *effects, *changes_of(program)]
+    return not ancestors(roots, stop=[program.head.loss]) & inside
+
+
+def _is_scalar(out: Any) -> bool:
+    return is_tensor(out) and not value(out).dim()
+
+
+def _causal(node: fx.Node, functions: IndexFunctions, promised: bool) -> bool | None:
+    """None for an attention whose mask stays; else whether the mask also hid padding, which it may where `promised`."""
     mask = argument(node, "attn_mask")
     if not isinstance(mask, fx.Node) or argument(node, "is_causal"):
-        return False
+        return None
     function = functions.of(mask)
     if function is None or len(function.sizes) < 2:
-        return False
+        return None
+    whole, function = function, _without_padding(function) if promised else function
     # `is_causal` aligns queries and keys at their beginnings.
     length = value(argument(node, "query")).shape[-2]
     query, key = (functions.size(size) for size in (length, value(argument(node, "key")).shape[-2]))
     if query != key or function.sizes[-2:] != (query, key):
-        return False
+        return None
     seen = reach(function)
-    if seen is None or seen is sympy.oo:
-        return seen is not None
     # The hint first: asked of longer sequences, the comparison would keep shorter ones out of this capture.
-    return bool(hint(length) <= seen + 1) and bool(length <= seen + 1)
+    if seen is None or (seen is not sympy.oo and not (hint(length) <= seen + 1 and bool(length <= seen + 1))):
+        return None
+    return whole != function
+
+
+def _without_padding(mask: IndexFunction) -> IndexFunction:
+    """A mask [B, H, Q, K] without the condition that the key is no padding."""
+    conditions: Sequence[Expression] = mask.element.args if isinstance(mask.element, sympy.And) else (mask.element,)
+    real = sympy.Ne(element_of(_PADDING, axis(0), axis(len(mask.sizes) - 1)), 0)
+    return mask._replace(element=sympy.And(*(condition for condition in conditions if condition != real)))
 
 
 def reach(mask: IndexFunction) -> int | sympy.Expr | None:
@@ -117,13 +177,13 @@ def _bound(condition: Expression, later: sympy.Symbol, earlier: sympy.Symbol) ->
 
 
 def _without_mask(builder: Builder, program: Analysed, node: fx.Node) -> fx.Node:
-    given = {parameter.name: argument(node, parameter.name) for parameter in _ATTENTION._schema.arguments}
+    given = {parameter.name: argument(node, parameter.name) for parameter in ATTENTION._schema.arguments}
     key, held = _unrepeated(program, given["key"]), _unrepeated(program, given["value"])
     if key is not None and held is not None and _may_be_grouped(program, node, key, held):
         given.update(key=key, value=held, enable_gqa=True)
     given.update(attn_mask=None, is_causal=True)
     mapped = dict(fx.map_arg(given, lambda old: builder.env[old]))
-    positional = [parameter.name for parameter in _ATTENTION._schema.arguments if not parameter.kwarg_only]
+    positional = [parameter.name for parameter in ATTENTION._schema.arguments if not parameter.kwarg_only]
     args = tuple(mapped.pop(name) for name in positional)
     return builder.copy_call(node, builder.env, args=args, kwargs=mapped)
 

@@ -173,5 +173,5 @@ def fresh_size(program: Analysed, name: str, total: int | torch.SymInt) -> torch
 
 def checked_before(builder: Builder[Analysed], node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """The kept labels in place of a check: those of the whole batch passed it before any were selected."""
-    checks = node.target == torch.ops.cggr.checked_target.default
+    checks = node.target in (torch.ops.cggr.checked_target.default, torch.ops.cggr.checked_padding.default)
     return env[node.args[0]] if checks else None
