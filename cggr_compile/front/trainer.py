@@ -29,8 +29,9 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
         cggr.route(trl.SFTTrainer(model, args, train_dataset=rows), ratio=0.25).train()
 
     Optimises `trainer.model`, adds `CGGRCallback` in front of the other callbacks, and gives TRL's SFTTrainer the
-    model's own loss in training, with `prediction_metrics`. Masks, padding, accumulation, adapters, checkpoints and
-    evaluation are the trainer's. `cggr.restore(trainer.model)` undoes all of it.
+    model's own loss in training, with `prediction_metrics` and, as its collator pads, `padding="right"`. Masks,
+    padding, accumulation, adapters, checkpoints and evaluation are the trainer's. `cggr.restore(trainer.model)` undoes
+    all of it.
 
     Args:
         trainer: transformers' Trainer or TRL's SFTTrainer, or one that derives from them and leaves the loss to them.
@@ -57,12 +58,20 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
             f"the trainer's model is optimized already ({type(part).__name__})",
             hint="give the options to cggr.route alone; cggr.restore(model) undoes what was done before",
         )
-    optimize(model, dataclasses.replace(resolved, prediction_metrics=True) if fuses else resolved)
+    optimize(model, _of_trl(trainer, resolved) if fuses else resolved)
     CGGRCallback.first_in(trainer)
     if fuses:
         trainer.compute_loss = types.MethodType(_compute_loss, trainer)
     handle(model).undo["hooks"] += (_Patches(trainer),)
     return trainer
+
+
+def _of_trl(trainer: Any, config: RoutingConfig) -> RoutingConfig:
+    """The options as SFTTrainer's metrics and batches have them: TRL's own collator pads on the right, labels too."""
+    collator = type(trainer.data_collator)
+    pads_right = collator.__module__.startswith("trl.") and collator.__name__ == "DataCollatorForLanguageModeling"
+    padding = "right" if pads_right else config.padding
+    return dataclasses.replace(config, prediction_metrics=True, padding=padding)
 
 
 class _Patches:

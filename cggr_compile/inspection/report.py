@@ -235,7 +235,9 @@ class Report:
     def _causal_masks(self) -> str:
         if not self.causal_attentions:
             return "none dropped: none was proved to be key <= query for the captured lengths"
-        return f"{self.causal_attentions} dropped: proved to be key <= query for the captured lengths"
+        padding = any(name.startswith("cggr.checked_padding") for name in self.inserted)
+        besides = ", and otherwise to hide padding on the right" if padding else ""
+        return f"{self.causal_attentions} dropped: proved to be key <= query for the captured lengths{besides}"
 
     def _inserted(self) -> str:
         own = {name: count for name, count in self.inserted.items() if name.startswith("cggr.")}

@@ -133,9 +133,9 @@ def _sums(program: Analysed, node: fx.Node) -> Refusal | None:
             return Refusal(f"{packet} adds up tokens, and is no attention", node)
     if packet in (*_REDUCTIONS, aten.softmax) and is_tensor(node.args[0]):
         given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        dims = given if isinstance(given, (list, tuple)) else [given]
-        whole = not dims or None in dims
-        dims = range(value(node.args[0]).dim()) if whole else dims
+        dims = list(given) if isinstance(given, (list, tuple)) else [given]
+        if not dims or None in dims:
+            dims = list(range(value(node.args[0]).dim()))
         if any(isinstance(dim, int) and _is_sequence(program, node.args[0], dim) for dim in dims):
             return Refusal(f"{packet} adds up tokens, and is no attention", node)
     return None

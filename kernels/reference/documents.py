@@ -89,7 +89,8 @@ def _places(
         return selection.topk_places(means, valid)
     if rule == "trimmed" and means is not None and noise is not None:
         known = {**selection.options_of(rule), **options}
-        return selection.trimmed_places(means, valid, noise, k, known["tau"], known["epsilon"], length)
+        tau, epsilon = (float(known[name] or 0) for name in ("tau", "epsilon"))
+        return selection.trimmed_places(means, valid, noise, k, tau, epsilon, length)
     raise ValueError(f"rule: {rule!r} selects no documents, or its scores or noise are None")
 
 

@@ -216,3 +216,41 @@ def test_a_window_that_hides_nothing_needs_no_mask() -> None:
         assert (len(plans), plans[-1].program.routing.causal_attentions) == (captures, causal), length
         rows = oracle.rows_of(batch, model.cggr.selected)
         oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows), rtol=1e-4, atol=1e-6)
+
+
+def padding_mask(ids: Tensor, mask: Tensor) -> Tensor:
+    """Causal and no padding, as transformers writes it, and a model that flattens the mask first."""
+    batch, query, key = indices(ids)
+    return (key <= query) & mask.view(ids.shape[0], -1).to(torch.bool)[batch, key]
+
+
+def packing_mask(ids: Tensor, positions: Tensor) -> Tensor:
+    batch, query, key = indices(ids)
+    placed = positions.expand(ids.shape[0], -1)
+    return (placed[batch, key] <= placed[batch, query]) & (placed[batch, query] < placed[batch, key] + 2)
+
+
+@pytest.mark.parametrize("mask", [padding_mask, packing_mask])
+def test_what_is_computed_of_named_inputs_is_an_expression_of_their_elements(
+    mask: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    ids, given = torch.zeros(4, 6, dtype=torch.int64), torch.ones(4, 6, dtype=torch.int64)
+    traced = make_fx(lambda x, y: whole(lambda x: mask(x, y))(x), tracing_mode="symbolic", pre_dispatch=True)(
+        ids, given
+    )
+    first, second = traced.graph.find_nodes(op="placeholder", sort=True)
+    (result,) = next(iter(traced.graph.find_nodes(op="output"))).all_input_nodes
+    shape_env = first.meta["val"].shape[0].node.shape_env
+    assert IndexFunctions(shape_env).of(result) is None
+    function = IndexFunctions(shape_env, {"given": second}).of(result)
+    assert function is not None
+    for rows, length in ((4, 6), (2, 9)):
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        given = torch.randint(0, 4, (rows, length), generator=torch.Generator().manual_seed(0))
+        actual = mask(ids, given).expand(rows, 1, length, length)
+        element = sympy.lambdify(
+            [axis(dim) for dim in range(4)],
+            function.element,
+            [{"given": lambda *at, given=given: given[at].numpy()}, "numpy"],
+        )
+        assert torch.equal(torch.from_numpy(element(*numpy.indices(actual.shape))), actual)

@@ -11,6 +11,7 @@ import plans
 import pytest
 import torch
 from architectures import ARCHITECTURES, COMMON, VOCABULARY, build
+from documents import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -61,7 +62,9 @@ def test_routes_keep_what_they_keep_with_the_mask(llama: tuple[nn.Module, Progra
     promised, plain = (plans.Routed(*llama, seed=0, **options, padding=side) for side in ("right", "any"))
     oracle.assert_step_within(ROUNDING, *promised.step(batch), *plain.step(batch))
     assert torch.equal(promised.selected, plain.selected)
-    assert [Report.of(step.runtime).causal_attentions for step in (promised, plain)] == [3, 0]
+    reports = [Report.of(step.runtime) for step in (promised, plain)]
+    assert [report.causal_attentions for report in reports] == [3, 0]
+    assert ["to hide padding on the right" in " ".join(str(report).split()) for report in reports] == [True, False]
     operators = [node.target for node in promised.plan.program.graph.nodes]
     assert torch.ops.cggr.checked_padding.default in operators
 
@@ -111,6 +114,12 @@ def test_a_broken_promise_raises(options: dict[str, Any]) -> None:
             broken[name][row, place] = value
         with pytest.raises(ValueError, match=message):
             model(**broken)
+
+
+def test_the_example_of_the_documentation() -> None:
+    model = examples("integrations.md", "padded_behind")["padded_behind"](build("llama"))
+    model(**padded([7, 4, 9]))
+    assert model.cggr.report().causal_attentions == 3
 
 
 def test_padding_is_any_or_right() -> None:
