@@ -1,16 +1,16 @@
-"""`check`: whether routed training of one model equals eager training on the rows or tokens it selects.
+"""`check`: whether routed training of one model equals eager training on the rows, documents or tokens it selects.
 
 The eager side shares nothing with the compiler. It finds the layer stack by watching which modules run and exchanging
 their outputs (`eager_layers`), makes the router by putting the output of layer n in the place of the last layer's,
-selects by loss, and trains the untouched model on the selected rows, or with its middle layers on the selected tokens
-(`eager_tokens`).
+selects by loss, and trains the untouched model on the selected rows, on the selected documents packed anew
+(`eager_documents`), or with its middle layers on the selected tokens (`eager_tokens`).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cggr_compile.checking.eager_documents import first_ignored, hardest_documents, packed_anew
 from cggr_compile.checking.eager_layers import Batch, inputs_of, layer_calls, outputs_replaced
 from cggr_compile.checking.eager_tokens import TokensNotTold, on_tokens
 from cggr_compile.config import RoutingConfig
 from cggr_compile.front.api import optimize, restore
 
 Step = tuple[torch.Tensor, dict[str, torch.Tensor | None]]
+
+Judge = Callable[[nn.Module, Batch, torch.Tensor, int], tuple[torch.Tensor, Step]]
+"""Of a model, a batch, what was selected and the router's layers: what an eager router selects, and eager's step."""
 
 IGNORED = -100
 # Difference, relative to the largest entry of the gradient, that reordered fp32 sums explain.
@@ -40,8 +44,8 @@ class Check:
         difference: largest difference of the loss or a gradient entry to eager's, relative to the largest entry of that
             tensor where this is above 1; 0.0 is bitwise equality, infinity a gradient that only one side has.
         where: the tensor of that difference ("loss" or a parameter's name), empty without one.
-        selected: for each batch, the rows that the compiled router selected, sorted; on the token route the positions,
-            sequence by sequence.
+        selected: for each batch, the rows that the compiled router selected, sorted; on the segment and the token route
+            the positions, sequence by sequence.
         expected: for each batch, what the eager router selects.
         layers: how many layers the compiler found, `path` where and `proof` how.
     """
@@ -75,7 +79,7 @@ class Check:
 def check(
     model: nn.Module, *batches: Batch, ratio: float = 0.5, router_layers: int = 1, route: str = "sequence"
 ) -> Check:
-    """Compares routed training steps of `model` with eager training on the rows or tokens that an eager router selects.
+    """Compares routed training steps of `model` with eager training on what an eager router selects.
 
     For each batch two steps are compared: one while everything is kept, and one routed. On the token route the layers
     that the compiler finds, but for the first, run on the selected tokens. The model is copied, not changed. Both sides
@@ -85,10 +89,11 @@ def check(
     Args:
         model: a language model on the CPU in fp32; whether it is optimised makes no difference.
         batches: `input_ids` [B, S] int64, `labels` [B, S] int64, and whatever else its forward takes, one entry for
-            each row, or n for each, row by row (images).
+            each row, or n for each, row by row (images); on the segment route `position_ids` [B, S] that restart, and
+            else one entry for each token.
         ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1).
         router_layers: layers of the router.
-        route: "sequence" or "token".
+        route: "sequence", "segment" or "token".
 
     Raises:
         ValueError: no batch was given, or another route.
@@ -97,8 +102,8 @@ def check(
         TokensNotTold: the eager side cannot tell how something that a layer is given holds tokens, or a layer numbers
             its tokens itself and the results differ.
     """
-    if route not in ("sequence", "token"):
-        raise ValueError(f"check: route={route!r} is neither 'sequence' nor 'token', which are those it can judge")
+    if route not in ("sequence", "segment", "token"):
+        raise ValueError(f"check: route={route!r} is none of 'sequence', 'segment' and 'token', which it can judge")
     if not batches:
         raise ValueError("check: no batch was given; pass at least one, check(model, {'input_ids': …, 'labels': …})")
     eager, routed = (restore(copy.deepcopy(model)).train() for _ in range(2))
@@ -120,11 +125,12 @@ def check(
     selected, expected = [], []
     counting: set[str] = set()
     stack = routed.cggr.runtime.plans[-1].program.layers
-    judged = _on_rows if route == "sequence" else partial(_on_tokens, middle=len(stack) - 1, counting=counting)
+    short = partial(_on_tokens, middle=len(stack) - 1, counting=counting)
+    judges: dict[str, Judge] = {"sequence": _on_rows, "segment": _on_documents, "token": short}
     for batch in batches:
         actual = eager_step(routed, batch)
         chosen = routed.cggr.selected
-        wanted, step = judged(eager, batch, chosen, router_layers)
+        wanted, step = judges[route](eager, batch, chosen, router_layers)
         selected.append(_nested(chosen))
         expected.append(_nested(wanted))
         differences.append(_difference(actual, step))
@@ -154,6 +160,15 @@ def _on_rows(model: nn.Module, batch: Batch, rows: torch.Tensor, layers: int) ->
     total = len(batch["input_ids"])
     step = eager_step(model, {name: _of_rows(tensor, rows, total) for name, tensor in batch.items()})
     return torch.tensor(_expected_rows(model, batch, len(rows), layers), dtype=torch.int64), step
+
+
+def _on_documents(model: nn.Module, batch: Batch, positions: torch.Tensor, layers: int) -> tuple[torch.Tensor, Step]:
+    """The positions [B, k] of the documents that the eager router selects, and eager's step on those at `positions`."""
+    shift, places = _label_shift(model, batch), batch["position_ids"]
+    labels = first_ignored(batch["labels"], places, shift, IGNORED)
+    losses, counted = _token_losses(_router_logits(model, batch, layers), labels, shift)
+    step = eager_step(model, packed_anew(batch, positions, shift, IGNORED))
+    return hardest_documents(losses, counted, places, positions.shape[1]), step
 
 
 def _of_rows(tensor: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:

@@ -148,6 +148,14 @@ def test_depth_and_documents(llama: tuple[nn.Module, Program]) -> None:
     assert (model.cggr.selected >= 0).any()
 
 
+def test_check_judges_it_by_an_oracle_of_its_own() -> None:
+    eager = build("llama")
+    eager.set_attn_implementation("eager")
+    found = cggr.check(eager, packed(SEVERAL), packed([[2, 5, 1, 7, 3], [9, 9]]), route="segment")
+    assert found.exact, found
+    assert any(place >= 0 for row in found.selected[1] for place in row)
+
+
 def test_report_diff_and_metrics(llama: tuple[nn.Module, Program]) -> None:
     step = plans.Routed(*llama, route="segment", ratio=0.25, prediction_metrics=True)
     batch = packed([[5, 3, 2, 3], [1, 4, 4, 4]])

@@ -51,7 +51,7 @@ ROOMS[PACKAGE] = ("checking", "config", "data", "front", "original", "run", "val
 NAMED_BY_TORCH = ("torch.utils._pytree", "torch.utils._python_dispatch")
 OF_OPERATORS = ("torch._ops", "torch._library.custom_ops", "torch._subclasses.fake_tensor")
 # The eager side of `cggr.check` shares nothing with the compiler.
-INDEPENDENT = ("checking.eager_layers", "checking.eager_tokens")
+INDEPENDENT = ("checking.eager_documents", "checking.eager_layers", "checking.eager_tokens")
 
 
 def modules(root: Path) -> dict[str, Path]:

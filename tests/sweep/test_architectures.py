@@ -157,7 +157,7 @@ def test_a_class_without_an_eager_router_is_neither_a_failure_nor_exact(
 def test_check_needs_a_batch_and_a_route_that_it_can_judge() -> None:
     with pytest.raises(ValueError, match=r"^check: no batch was given; pass at least one"):
         cggr.check(RandomModel(SPEC))
-    with pytest.raises(ValueError, match=r"^check: route='loss' is neither 'sequence' nor 'token'"):
+    with pytest.raises(ValueError, match=r"^check: route='loss' is none of 'sequence', 'segment' and 'token'"):
         cggr.check(RandomModel(SPEC), random_ids(), route="loss")
 
 
