@@ -65,7 +65,8 @@ class Handle:
 
         Sequence route: sorted row indices [k], int64; where fewer than k rows were selectable, the rest repeats a
         selected row and counts for nothing. Segment route: sorted positions [B, k], int64, of the kept documents, -1
-        behind the last. Token route: sorted positions [B, k], int64, or [layers, B, k] with `resample="layer"`. Loss route: bool [B, S], the positions whose logits entered the loss. Two routes: a tuple.
+        behind the last. Token route: sorted positions [B, k], int64, or [layers, B, k] with `resample="layer"`. Loss
+        route: bool [B, S], the positions whose logits entered the loss. Two routes: a tuple.
         """
         return selected(self.config.routes, self.runtime.last)
 

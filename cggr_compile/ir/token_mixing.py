@@ -2,8 +2,9 @@
 
 `attentions` finds every attention: the operator, and softmax over keys where attention is written out. What hides keys
 from queries in each is a mask, whose element is known as a function of its indices (`index_functions`) where it is
-computed of sizes and of inputs that the caller named. Whatever else would let a token read another one is a refusal:
-operators that go by place (`sequence_order`), sums and products along the sequence.
+computed of sizes and of inputs that the caller named. All else that is computed of tokens must be known to compute each
+by itself; operators that go by place (`sequence_order`), sums and choices along the sequence, and operators that are
+not listed here are refusals.
 
 Flattened tokens (a mixture-of-experts) are taken to be what each makes of itself.
 """
@@ -11,6 +12,8 @@ Flattened tokens (a mixture-of-experts) are taken to be what each makes of itsel
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import sympy
@@ -22,47 +25,108 @@ from cggr_compile.ir.dataflow import ancestors, carries_activations, descendants
 from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis
 from cggr_compile.ir.program import Analysed, is_tensor, value
 from cggr_compile.ir.roles import is_state
-from cggr_compile.ir.sequence_order import order_dependence, packet_of
+from cggr_compile.ir.sequence_order import is_pointwise, order_dependence, packet_of
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 BATCH, QUERY, KEY = sympy.symbols("batch query key", integer=True, nonnegative=True)
 
-_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm, aten.einsum}
-_REDUCTIONS = {
-    *(aten.sum, aten.mean, aten.prod, aten.amax, aten.amin, aten.max, aten.min, aten.logsumexp, aten.norm),
-    *(aten.std, aten.var, aten.linalg_vector_norm, aten.log_softmax),
+_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}
+# Operators that take a dimension, or several, as their second argument, and meet along it alone.
+_ALONG = {
+    *(aten.sum, aten.mean, aten.prod, aten.amax, aten.amin, aten.logsumexp, aten.softmax, aten.log_softmax),
+    *(aten.std, aten.var, aten.max, aten.min),
 }
 _SAME_ENTRIES = {
     *(aten.to, aten._to_copy, aten.dropout, aten.clone, aten.contiguous, aten.alias, aten.view, aten.reshape),
-    *(aten._unsafe_view, aten.expand, aten.type_as),
+    *(aten._unsafe_view, aten.expand, aten.type_as, aten.detach),
+}
+# Operators whose result at a token is of that token, where `order_dependence` has nothing against them.
+_BY_TOKEN = {
+    *_SAME_ENTRIES,
+    *(aten.linear, aten.layer_norm, aten.rms_norm, aten.embedding, aten.where, aten.masked_fill),
+    *(
+        aten.transpose,
+        aten.permute,
+        aten.unsqueeze,
+        aten.squeeze,
+        aten.expand_as,
+        aten.t,
+        aten.mT,
+        aten.slice,
+        aten.select,
+    ),
+    *(
+        aten.split,
+        aten.split_with_sizes,
+        aten.chunk,
+        aten.unbind,
+        aten.flatten,
+        aten.unflatten,
+        aten.cat,
+        aten.stack,
+        aten.index,
+        aten.gather,
+    ),
+    *(aten.repeat, aten.repeat_interleave),
 }
 
 
 class Attention(NamedTuple):
-    """Where queries see keys: the node, and conditions over BATCH, QUERY and KEY that hold wherever one does."""
+    """Where queries see keys: the node, conditions over BATCH, QUERY and KEY that hold wherever one does, and the masks
+    that they were read off."""
 
     node: fx.Node
     seen: tuple[Expression, ...]
+    masks: tuple[fx.Node, ...]
 
 
-def attentions(program: Analysed, functions: IndexFunctions) -> list[Attention] | Refusal:
+def attentions(
+    program: Analysed, functions: IndexFunctions, given: Iterable[fx.Node] = ()
+) -> list[Attention] | Refusal:
     """The attentions between the embedding and the head, or what else lets tokens meet there.
 
-    The sequence length must be a symbol.
+    Of the arguments of the call, `given` may be read by any token of any other: what is computed of them alone is not
+    looked at. The sequence length must be a symbol.
     """
-    stream = activations(program)
-    found: list[Attention] = []
-    for node in sorted(ancestors([program.head.hidden]) & stream):
-        if node.target == ATTENTION:
-            found.append(Attention(node, _seen_by(node, functions)))
-        elif node.target == aten.softmax.int and _is_sequence(program, node.args[0], node.args[1]):
-            found.append(Attention(node, _seen(node.args[0], functions)))
-        elif not _flattened(program, node):
-            refusal = order_dependence(program, node, stream) or _sums(program, node)
-            if refusal is not None:
-                return refusal
+    arguments = [node for node in program.placeholders if program.kind(node) == "batch" and node not in given]
+    stream = activations(program) | descendants(arguments, carries_activations)
+    between = ancestors([program.head.hidden])
+    found = [_attention(program, node, functions) for node in sorted(between) if _is_attention(program, node)]
+    masks = {mask for attention in found for mask in attention.masks}
+    kept = {attention.node for attention in found}
+    for node in sorted(ancestors([program.head.hidden], stop=masks) & stream - kept):
+        refusal = None if _flattened(program, node) else _meeting(program, node, stream, kept)
+        if refusal is not None:
+            return refusal
     return found
+
+
+def _is_attention(program: Analysed, node: fx.Node) -> bool:
+    if node.target == aten.softmax.int:
+        scores, dim = node.args[:2]
+        last = dim in (-1, value(scores).dim() - 1)
+        return (
+            last and value(scores).dim() > 2 and _is_sequence(program, scores, -1) and _is_sequence(program, scores, -2)
+        )
+    if node.target != ATTENTION:
+        return False
+    return all(_is_sequence(program, argument(node, name), -2) for name in ("query", "key"))
+
+
+def _attention(program: Analysed, node: fx.Node, functions: IndexFunctions) -> Attention:
+    masks: list[fx.Node] = []
+    if node.target == ATTENTION:
+        mask = argument(node, "attn_mask")
+        seen = (sympy.Le(KEY, QUERY),) if argument(node, "is_causal") else ()
+        if isinstance(mask, fx.Node):
+            seen += (
+                _letting(mask, functions, masks) if value(mask).dtype == torch.bool else _seen(mask, functions, masks)
+            )
+            masks.append(mask)
+    else:
+        seen = _seen(node.args[0], functions, masks)
+    return Attention(node, seen, tuple(masks))
 
 
 def activations(program: Analysed) -> set[fx.Node]:
@@ -80,33 +144,28 @@ def argument(node: fx.Node, name: str) -> Any:
     raise KeyError(name)
 
 
-def _seen_by(node: fx.Node, functions: IndexFunctions) -> tuple[Expression, ...]:
-    mask = argument(node, "attn_mask")
-    causal = (sympy.Le(KEY, QUERY),) if argument(node, "is_causal") else ()
-    if not isinstance(mask, fx.Node):
-        return causal
-    if value(mask).dtype == torch.bool:
-        return (*causal, *_conditions(functions.of(mask), negated=False))
-    return (*causal, *_seen(mask, functions))
+def _letting(mask: fx.Node, functions: IndexFunctions, masks: list[fx.Node], negated: bool = False) -> tuple[Any, ...]:
+    """What a boolean mask asks of the places that it lets through; it is added to `masks` if that is known."""
+    conditions = _conditions(functions.of(mask), negated)
+    masks += [mask] if conditions else []
+    return conditions
 
 
-def _seen(scores: fx.Node, functions: IndexFunctions) -> tuple[Expression, ...]:
+def _seen(scores: Any, functions: IndexFunctions, masks: list[fx.Node]) -> tuple[Expression, ...]:
     """What holds wherever an entry of attention's scores is not the lowest number: what was added to it, or filled in,
-    elsewhere. Sums and moves of scores are looked through."""
+    elsewhere. Sums and copies of scores are looked through."""
+    if not isinstance(scores, fx.Node) or not is_tensor(scores):
+        return ()
     packet = packet_of(scores)
-    if scores.target in (aten.where.ScalarOther, aten.where.self) and _is_lowest(scores.args[2]):
-        return _conditions(functions.of(scores.args[0]), negated=False) + _seen_beside(scores.args[1], functions)
+    if scores.target == aten.where.ScalarOther and _is_lowest(scores.args[2]):
+        return _letting(scores.args[0], functions, masks) + _seen(scores.args[1], functions, masks)
     if scores.target == aten.masked_fill.Scalar and _is_lowest(scores.args[2]):
-        return _conditions(functions.of(scores.args[1]), negated=True) + _seen(scores.args[0], functions)
+        return _letting(scores.args[1], functions, masks, negated=True) + _seen(scores.args[0], functions, masks)
     if packet == aten.add and scores.kwargs.get("alpha", 1) == 1:
-        return sum((_seen_beside(operand, functions) for operand in scores.args), ())
+        return tuple(condition for operand in scores.args for condition in _seen(operand, functions, masks))
     if packet in (aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias):
-        return _seen(scores.args[0], functions)
+        return _seen(scores.args[0], functions, masks)
     return ()
-
-
-def _seen_beside(operand: Any, functions: IndexFunctions) -> tuple[Expression, ...]:
-    return _seen(operand, functions) if is_tensor(operand) and isinstance(operand, fx.Node) else ()
 
 
 def _is_lowest(filled: Any) -> bool:
@@ -124,21 +183,28 @@ def _conditions(mask: IndexFunction | None, negated: bool) -> tuple[Expression, 
     return tuple(element.args) if isinstance(element, sympy.And) else (element,)
 
 
-def _sums(program: Analysed, node: fx.Node) -> Refusal | None:
-    """Refuses what adds up tokens elsewhere than behind a softmax over keys."""
-    packet = packet_of(node)
+def _meeting(
+    program: Analysed, node: fx.Node, stream: Collection[fx.Node], weights: Collection[fx.Node]
+) -> Refusal | None:
+    """Why what a node computes of a token may depend on others, outside of attention, which has the `weights`."""
+    if node.op != "call_function" or not any(_has_sequence(program, each) for each in (node, *node.all_input_nodes)):
+        return None
+    refusal = order_dependence(program, node, stream)
+    if refusal is not None:
+        return refusal
+    packet, adds = packet_of(node), f"{packet_of(node)} adds up tokens, and is no attention"
     if packet in _PRODUCTS:
         left = node.args[1] if packet == aten.baddbmm else node.args[0]
-        if packet == aten.einsum or (_is_sequence(program, left, -1) and not _of_softmax(left)):
-            return Refusal(f"{packet} adds up tokens, and is no attention", node)
-    if packet in (*_REDUCTIONS, aten.softmax) and is_tensor(node.args[0]):
-        given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        dims = list(given) if isinstance(given, (list, tuple)) else [given]
-        if not dims or None in dims:
-            dims = list(range(value(node.args[0]).dim()))
-        if any(isinstance(dim, int) and _is_sequence(program, node.args[0], dim) for dim in dims):
-            return Refusal(f"{packet} adds up tokens, and is no attention", node)
-    return None
+        return Refusal(adds, node) if _is_sequence(program, left, -1) and _weights(left) not in weights else None
+    if packet in _BY_TOKEN or is_pointwise(node) or node.target is operator.getitem:
+        return None
+    if packet in _ALONG:
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        along = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+        if not along or None in along:
+            along = list(range(value(node.args[0]).dim()))
+        return Refusal(adds, node) if any(_is_sequence(program, node.args[0], dim) for dim in along) else None
+    return Refusal(f"whether {node.target} computes each token by itself is not known", node)
 
 
 def _flattened(program: Analysed, node: fx.Node) -> bool:
@@ -152,14 +218,21 @@ def _flattened(program: Analysed, node: fx.Node) -> bool:
     )
 
 
-def _of_softmax(node: Any) -> bool:
-    """Whether a value holds attention's weights."""
+def _weights(node: fx.Node) -> fx.Node:
+    """What a value has the entries of."""
     while packet_of(node) in _SAME_ENTRIES:
         node = node.args[0]
-    return bool(node.target == aten.softmax.int)
+    return node
 
 
 def _is_sequence(program: Analysed, node: Any, dim: Any) -> bool:
     """Whether a dimension of a tensor is the sequence's, or keys with others."""
     shape = value(node).shape
-    return bool(len(shape)) and program.same_size(shape[dim], program.sequence)
+    return -len(shape) <= dim < len(shape) and program.same_size(shape[dim], program.sequence)
+
+
+def _has_sequence(program: Analysed, node: fx.Node) -> bool:
+    """Whether a dimension is the sequence's, of a tensor or of one of several."""
+    val = value(node)
+    tensors = [item for item in (val if isinstance(val, (list, tuple)) else [val]) if isinstance(item, torch.Tensor)]
+    return any(program.same_size(size, program.sequence) for item in tensors for size in item.shape)

@@ -59,7 +59,7 @@ def elide_causal_masks(program: Analysed, config: RoutingConfig) -> Analysed:
     """
     padding = _padding(program) if config.padding == "right" else None
     functions = IndexFunctions(program.shape_env, {} if padding is None else {_PADDING: padding})
-    promised = padding is not None and _only_real_tokens_count(program, functions, config)
+    promised = padding is not None and _only_real_tokens_count(program, functions, padding, config)
     nodes = program.graph.find_nodes(op="call_function", target=ATTENTION)
     causal = {node: mask for node in nodes if (mask := _causal(node, functions, promised)) is not None}
     if not causal:
@@ -99,11 +99,13 @@ def _is_by_token(program: Analysed, node: fx.Node) -> bool:
     return program.kind(node) == "batch" and is_by_token(program, value(node))
 
 
-def _only_real_tokens_count(program: Analysed, functions: IndexFunctions, config: RoutingConfig) -> bool:
+def _only_real_tokens_count(
+    program: Analysed, functions: IndexFunctions, padding: fx.Node, config: RoutingConfig
+) -> bool:
     """Whether no token depends on those behind it, and nothing but the loss on what the tokens become."""
     if config.keep_logits or not isinstance(program.sequence, torch.SymInt):
         return False
-    meetings = attentions(program, functions)
+    meetings = attentions(program, functions, [padding])
     if isinstance(meetings, Refusal):
         return False
     for meeting in meetings:

@@ -120,5 +120,7 @@ def _numbers_documents(node: fx.Node, functions: IndexFunctions) -> bool:
 
 
 def _within_documents(attention: Attention) -> bool:
+    """Whether a query sees itself, so that the mask decides, and none of another document."""
     query, key = (element_of(_DOCUMENTS, BATCH, place) for place in (QUERY, KEY))
-    return any(condition in (sympy.Eq(query, key), sympy.Eq(key, query)) for condition in attention.seen)
+    apart = any(condition in (sympy.Eq(query, key), sympy.Eq(key, query)) for condition in attention.seen)
+    return apart and all(condition.subs(KEY, QUERY) == sympy.true for condition in attention.seen)

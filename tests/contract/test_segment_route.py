@@ -211,33 +211,66 @@ def test_positions_that_would_join_documents_raise() -> None:
         model(**batch)
 
 
-class Meeting(Toy):
-    """Tokens meet otherwise than in attention."""
+Meet = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-    def __init__(self, meet: Callable[[torch.Tensor], torch.Tensor]) -> None:
+
+class Meeting(Toy):
+    """Tokens meet as `meet` makes of hidden states, ids and positions."""
+
+    def __init__(self, meet: Meet) -> None:
         super().__init__()
         self.meet = meet
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> tuple:
-        hidden = self.middle(self.meet(self.embed(input_ids) + position_ids.unsqueeze(-1)))
-        return self.loss(self.logits(hidden), labels), None
+        hidden = self.embed(input_ids % 11) + position_ids.unsqueeze(-1) / 8
+        hidden = self.middle(self.meet(hidden, input_ids, position_ids))
+        return self.loss(self.logits(hidden), labels % 11), None
+
+
+def attention(sees_itself: bool, dim: int = -1, fill: float = -torch.inf) -> Meet:
+    """Attention of a head inside of documents, written out."""
+
+    def meet(hidden: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        documents = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+        places = torch.arange(ids.shape[1])
+        seen = places[None, None, None, :] <= places[None, None, :, None] - int(not sees_itself)
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+        heads = hidden.unsqueeze(1)
+        weights = (heads @ heads.mT).masked_fill(~seen, fill).softmax(dim)
+        return hidden + (weights @ heads).squeeze(1)
+
+    return meet
 
 
 @pytest.mark.parametrize(
     ("meet", "reason"),
     [
-        (lambda hidden: hidden + hidden.roll(1, 1), "roll runs along the sequence"),
-        (lambda hidden: hidden + hidden.mean(1, keepdim=True), "mean adds up tokens, and is no attention"),
-        (lambda hidden: hidden + hidden.sum(), "sum adds up tokens, and is no attention"),
-        (lambda hidden: hidden @ hidden.mT @ hidden, "matmul adds up tokens, and is no attention"),
-        (lambda hidden: (hidden @ hidden.mT).softmax(-1) @ hidden, "the mask of an attention is not proved"),
-        (lambda hidden: hidden * hidden.softmax(1), "softmax adds up tokens, and is no attention"),
+        (lambda hidden, ids, positions: hidden + hidden.roll(1, 1), "roll runs along the sequence"),
+        (lambda hidden, ids, positions: hidden + ids.roll(1, 1).unsqueeze(-1), "roll runs along the sequence"),
+        (lambda hidden, ids, positions: hidden + hidden.mean(1, keepdim=True), "mean adds up tokens, and is no"),
+        (lambda hidden, ids, positions: hidden + hidden.sum(), "sum adds up tokens, and is no attention"),
+        (lambda hidden, ids, positions: hidden * positions.max(), "max adds up tokens, and is no attention"),
+        (lambda hidden, ids, positions: hidden @ hidden.mT @ hidden, "matmul adds up tokens, and is no attention"),
+        (lambda hidden, ids, positions: hidden + hidden.sort(1).values, "whether aten.sort.default computes each"),
+        (lambda hidden, ids, positions: hidden * hidden.softmax(1), "softmax adds up tokens, and is no attention"),
+        (attention(sees_itself=False), "the mask of an attention is not proved"),
+        (attention(sees_itself=True, fill=-5.0), "documents of a packed sequence are not proved to be independent"),
+        (attention(sees_itself=True, dim=-2), "documents of a packed sequence are not proved to be independent"),
     ],
 )
-def test_meetings_outside_of_attention_are_refused(meet: Callable[[torch.Tensor], torch.Tensor], reason: str) -> None:
+def test_meetings_of_documents_are_refused(meet: Meet, reason: str) -> None:
     model = cggr.optimize(Meeting(meet), route="segment", ratio=0.5, selection="random", inner="eager")
     with pytest.raises(cggr.CannotOptimize, match=reason):
         model(**packed(SEVERAL))
+
+
+def test_attention_written_out_inside_of_documents_is_not() -> None:
+    batch = packed(SEVERAL)
+    model = cggr.optimize(Meeting(attention(True)), route="segment", ratio=0.5, selection="random", inner="eager")
+    actual = oracle.step(model, batch)
+    positions = model.cggr.selected
+    cggr.restore(model)
+    oracle.assert_same_step(*actual, *oracle.step(model, segment_oracle.repacked(batch, positions)))
 
 
 @pytest.mark.parametrize(

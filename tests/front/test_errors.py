@@ -260,7 +260,7 @@ def test_models_refused_at_once_stay_untouched() -> None:
             {"selection": "best"},
             "selection='best'; valid values: topk, fixed_quota, random, .* or a function",
         ),
-        ({"route": "tokens"}, "route='tokens', did you mean 'token'\\? valid values: sequence, token, loss"),
+        ({"route": "tokens"}, "route='tokens', did you mean 'token'\\? valid values: sequence, segment, token, loss"),
         ({"foo": 9}, "unknown option 'foo'; valid options: route, ratio"),
         ({"router_layers": 0}, "router_layers=0 is neither 'auto' nor a positive integer"),
         ({"warmup_steps": -1}, "warmup_steps=-1 is not a non-negative integer"),
