@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from segment_oracle import packed
 from torch import nn
-from toys import Toy
+from toys import WORDS, Toy
 
 import cggr_compile as cggr
 from cggr_compile.inspection.explanation import Diff, Report
@@ -222,9 +222,9 @@ class Meeting(Toy):
         self.meet = meet
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> tuple:
-        hidden = self.embed(input_ids % 11) + position_ids.unsqueeze(-1) / 8
+        hidden = self.embed(input_ids % WORDS) + position_ids.unsqueeze(-1) / 8
         hidden = self.middle(self.meet(hidden, input_ids, position_ids))
-        return self.loss(self.logits(hidden), labels % 11), None
+        return self.loss(self.logits(hidden), torch.where(labels < 0, labels, labels % WORDS)), None
 
 
 def attention(sees_itself: bool, dim: int = -1, fill: float = -torch.inf) -> Meet:
@@ -264,6 +264,22 @@ def test_meetings_of_documents_are_refused(meet: Meet, reason: str) -> None:
         model(**packed(SEVERAL))
 
 
+class Told(Toy):
+    """Reads something of the documents besides."""
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor
+    ) -> tuple:
+        hidden = self.embed(input_ids % WORDS) + position_ids.unsqueeze(-1) / 8 + lengths.float().mean()
+        return self.loss(self.logits(self.middle(hidden)), torch.where(labels < 0, labels, labels % WORDS)), None
+
+
+def test_what_has_no_entry_for_each_token_is_refused() -> None:
+    model = cggr.optimize(Told(), route="segment", ratio=0.5, selection="random", inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=r"the model reads lengths of shape \(5,\), and it cannot be told"):
+        model(**packed(SEVERAL), lengths=torch.tensor(SEVERAL[0]))
+
+
 def test_attention_written_out_inside_of_documents_is_not() -> None:
     batch = packed(SEVERAL)
     model = cggr.optimize(Meeting(attention(True)), route="segment", ratio=0.5, selection="random", inner="eager")
@@ -295,8 +311,7 @@ def test_families(name: str, rows: int) -> None:
     architecture = ARCHITECTURES[name]
     eager = build(name)
     eager.set_attn_implementation("eager")
-    if name == "mixtral":
-        eager.config.output_router_logits = False
+    eager.config.output_router_logits = False
     options = {"route": "segment", "ratio": 0.5, "router_layers": 2, "inner": "eager", "warmup_steps": 1}
     model = cggr.optimize(copy.deepcopy(eager), **options)
     batches = [packed(SEVERAL[:rows], seed=1), packed((LONGER * 4)[:rows], seed=2, ignored=0.3)]
