@@ -19,8 +19,8 @@ def compiling(
     """What an inner backend compiles in: with the fake tensors of `mode`.
 
     `functions` are those that the graph names, each with the fingerprint that stands for it in keys of inductor's
-    cache. `recompute` is `RoutingConfig.recompute_elementwise`. `in_order` keeps inductor from ordering operators by the
-    memory that it expects, by which it would gather all sharded parameters at the beginning.
+    cache. `recompute` is `RoutingConfig.recompute_elementwise`. `in_order` keeps inductor from ordering operators by
+    the memory that it expects, by which it would gather all sharded parameters at the beginning.
     """
     cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=dict(functions))
     # torch forbids it by default, because it is slower, if little.

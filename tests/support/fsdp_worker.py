@@ -44,6 +44,7 @@ from torch.profiler import ProfilerActivity, profile
 from toys import Toy, noisy
 
 import cggr_compile as cggr
+from cggr_compile.run import auto
 
 LAYERS = 2
 
@@ -202,7 +203,8 @@ def ranks_that_differ() -> None:
 
 def deciding_together() -> None:
     """With selection="auto" both ranks begin to select in the same step, though one has no noise in its rows."""
-    model = routed(shard(Toy().train()), ratio=None, router_layers=2, probe_every=2)
+    auto.EVERY = 2
+    model = routed(shard(Toy().train()), ratio=None, router_layers=2, selection="auto")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     cggr.attach(model, optimizer)
     selects = []
