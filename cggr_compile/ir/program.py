@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
 from cggr_compile.errors import Refusal, VerificationError
+from cggr_compile.ir.shards import Shard
 from cggr_compile.torch_internals.fake_tensors import FakeTensorMode
 
 REGION = "cggr_region"
@@ -78,33 +79,6 @@ class Input:
     name: str
     path: str
     kind: str
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Parameters that FSDP2 gathers at once, those of one module that was given to `fully_shard`.
-
-    `group` is the ranks' process group, by the name that functional collectives know it by; parameters arrive in
-    `dtype`, gradients are summed in `reduce_dtype` and divided by `divisor`. Where the unit `reshards`, its parameters
-    are not kept for the backward.
-    """
-
-    name: str
-    group: str
-    ranks: int
-    dtype: torch.dtype
-    reduce_dtype: torch.dtype
-    divisor: float
-    reshards: bool
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one rank holds of a parameter: `rows` of those that the captured value has, in `dtype`."""
-
-    unit: Unit
-    rows: int
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import nn
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
-from cggr_compile.ir.program import Input, Shard, Unit
+from cggr_compile.ir.program import Input
+from cggr_compile.ir.shards import Shard, Unit
 from cggr_compile.torch_internals import fsdp
 
 Routes = Callable[[tuple[Any, ...], dict[str, Any]], bool]

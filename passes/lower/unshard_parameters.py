@@ -35,7 +35,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 from cggr_compile.config import RoutingConfig
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors
-from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Analysed, Unit, is_tensor, value
+from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Analysed, is_tensor, value
+from cggr_compile.ir.shards import Unit
 
 # Of all regions that are computed again the last: a gathering that one of the others reads stays one of its own.
 _REGION = 1_000_000
