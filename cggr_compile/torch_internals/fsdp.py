@@ -129,9 +129,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter of a group: its path, the shape of the whole, and the dtype that it is gathered in."""
+    """One parameter of a group: the shape of the whole, and the dtype that it is gathered in."""
 
-    path: str
     shape: torch.Size
     dtype: torch.dtype
 
@@ -227,9 +226,7 @@ class Root:
 
 def _described(group: Any) -> Group:
     mesh = group.mesh_info
-    members = tuple(
-        Member(each._param_fqn, each._orig_size, each.param_dtype or each.orig_dtype) for each in group.fsdp_params
-    )
+    members = tuple(Member(each._orig_size, each.param_dtype or each.orig_dtype) for each in group.fsdp_params)
     return Group(
         name=group._module_fqn or "",
         process_group=mesh.shard_process_group.group_name,
