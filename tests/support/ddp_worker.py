@@ -71,6 +71,7 @@ def trainer_rank(rank: int, ranks: int, folder: str) -> None:
     model when it is routed and keeps every row, or where a routed run that is resumed is not the whole one."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # Accelerate wants them, though the ranks have met
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     try:
         plain, losses = _trained(folder, "plain")
