@@ -406,6 +406,7 @@ def test_a_depth_arm_grows_at_its_share(quality: None, tokens: Path, monkeypatch
     assert "in_use" not in handle.asked[places[1] :]
 
 
+@pytest.mark.long
 def test_an_oracle_scores_by_the_whole_model_off_the_clock(
     quality: None, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import option_sets
 import pytest
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") != "ci"
-NUMBER = int(os.environ.get("OPTION_SETS", 200 if LONG else 8))
+NUMBER = int(os.environ.get("OPTION_SETS", 200 if LONG else 5))
 SETS = list(option_sets.option_sets(NUMBER, int(os.environ.get("OPTION_SEED", 0))))
 
 

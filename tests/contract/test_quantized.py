@@ -38,8 +38,9 @@ def quantised(folder: Path, options: dict[str, Any]) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("ratio", [0.5, 1.0])
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_adapters_over_quantised_weights(bits: str, ratio: float, tmp_path: Path) -> None:
     eager = quantised(tmp_path, BITS[bits])
     kinds = {type(module).__name__ for module in eager.modules()}

@@ -111,6 +111,7 @@ def test_a_loss_over_num_items_in_batch_stands_for_the_whole_batch() -> None:
     torch.testing.assert_close(mean[1], mean[0] / 2, rtol=ROUNDING, atol=0.0)
 
 
+@pytest.mark.long
 def test_two_compilations_for_any_lengths(llama: tuple[nn.Module, Program]) -> None:
     options = {"route": "segment", "selection": "trimmed", "seed": 0}
     compiled, plain = (plans.Routed(*llama, inner=inner, **options) for inner in ("aot_eager", "eager"))
@@ -121,6 +122,7 @@ def test_two_compilations_for_any_lengths(llama: tuple[nn.Module, Program]) -> N
     assert [route.variant.compilations for route in compiled.plan.routes.values()] == [2]
 
 
+@pytest.mark.long
 def test_the_balance_of_experts_counts_empty_places() -> None:
     eager = build("mixtral")
     eager.set_attn_implementation("eager")
@@ -302,7 +304,7 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
         cggr.RoutingConfig(**{"route": "segment", "ratio": 0.5, **options})
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", FAMILIES + (OTHERS if LONG else []))
 def test_families(name: str, rows: int) -> None:

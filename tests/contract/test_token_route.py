@@ -192,6 +192,7 @@ def packed_batch(rows: int, length: int, seed: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone(), "position_ids": places - begun}
 
 
+@pytest.mark.long
 @settings(max_examples=EXAMPLES)
 @given(
     window=st.sampled_from(WINDOWS),

@@ -261,6 +261,7 @@ def test_accelerate_accumulates_in_bfloat16() -> None:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.long
 def test_accelerates_wrapper_comes_off_a_routed_model() -> None:
     """The model trains routed, generates, is copied, pickled and restored as before the wrapper."""
     model = cggr.optimize(two_layers(), **OPTIONS)

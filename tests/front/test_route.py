@@ -179,6 +179,7 @@ def test_sft_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert [entry["cggr/rows_selected"] for entry in training_logs(whole)] == [6, 6, 5, 3]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [{"packing": True, "max_length": 24}, {"padding_free": True, "max_length": None}])
 def test_documents_of_packed_batches_are_selected_by_one_line(options: dict[str, Any], tmp_path: Path) -> None:
     """The documentation's example. Packing fills rows of `max_length`, and TRL puts them behind one another; losses

@@ -69,6 +69,7 @@ def test_routes_keep_what_they_keep_with_the_mask(llama: tuple[nn.Module, Progra
     assert torch.ops.cggr.checked_padding.default in operators
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "options", "dropped"),
     [
@@ -88,6 +89,7 @@ def test_other_models(name: str, options: dict[str, Any], dropped: int) -> None:
     assert model.cggr.report().causal_attentions == dropped
 
 
+@pytest.mark.long
 def test_a_balance_of_experts_that_is_off_reads_nothing() -> None:
     eager, batch = build("mixtral"), padded([7, 4, 9])
     eager.config.output_router_logits = False

@@ -86,7 +86,7 @@ def assert_two_compilations(model: nn.Module, program: Program, count: int, opti
     assert [variant.compilations for variant in variants(compiled.runtime)] == [2, 2]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ROUTES)
 def test_two_compilations_for_any_sizes(toy: tuple[nn.Module, Program], name: str) -> None:
     assert_two_compilations(*toy, 14, ROUTES[name])

@@ -16,6 +16,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import oracle
 import peft
@@ -40,11 +41,12 @@ from fsdp_training import on_one_rank, on_two_ranks_again, training
 from small import small
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Toy, noisy
 
 import cggr_compile as cggr
 from cggr_compile.run import auto
+from cggr_compile.run.variant import Variant
 
 LAYERS = 2
 
@@ -87,13 +89,38 @@ def mixed_precision() -> None:
     assert all(gradient.dtype == torch.float32 for gradient in whole_gradients(model).values())
 
 
+class Watch(TorchDispatchMode):
+    """The names of the operators that run. Not torch's profiler, which a collective outlives that ends behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__.removesuffix("_out"))
+        return func(*args, **(kwargs or {}))
+
+
+def watched(call: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What a call gives, and the operators of a routed step or of its backward that run in it."""
+    watch, run = Watch(), Variant.__call__
+
+    def watched_run(variant: Variant, *inputs: Any) -> Any:
+        with watch:  # around the step's code alone: Dynamo leaves calls in a mode alone
+            return run(variant, *inputs)
+
+    with patch.object(Variant, "__call__", watched_run):
+        if getattr(call, "__name__", "") != "backward":
+            return call(), watch.names
+        with watch:
+            return call(), watch.names
+
+
 def collectives(call: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
-    """What a call gives, and the collectives of the graph that ran in it."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        given = call()
+    """What a call gives, and how many collectives ran in it."""
+    given, found = watched(call)
     names = {"gathers": "all_gather_into_tensor", "scatters": "reduce_scatter_tensor"}
-    counts = {event.key.rpartition("::")[2]: event.count for event in profiled.key_averages()}
-    return given, {name: counts.get(operator, 0) for name, operator in names.items()}
+    return given, {name: found.count(operator) for name, operator in names.items()}
 
 
 def gathered_twice() -> None:
@@ -122,10 +149,7 @@ def one_unit_ahead() -> None:
     signs = {"all_gather_into_tensor": "G", "reduce_scatter_tensor": "R", "wait_tensor": "w", "mm": ".", "addmm": "."}
 
     def order(call: Callable[[], Any]) -> tuple[Any, str]:
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            given = call()
-        events = sorted(profiled.events(), key=lambda event: event.time_range.start)
-        names = (event.name.split("::")[-1] for event in events if event.name.startswith(("aten", "_c10d")))
+        given, names = watched(call)
         return given, re.sub(r"\.+", ".", "".join(signs.get(name, "") for name in names))
 
     for inner in ("aot_eager", "inductor"):
@@ -254,11 +278,7 @@ USUAL: dict[str, Callable[..., None]] = {
     "gpt2, sequence": partial(gradients, "gpt2", "sequence"),
     "llama, token": partial(gradients, "llama", "token"),
     "training": training,
-    "mixed precision": mixed_precision,
-    "gathered twice": gathered_twice,
-    "adapters": adapters,
     "other calls": other_calls,
-    "ranks that differ": ranks_that_differ,
 }
 LONG: dict[str, Callable[..., None]] = {
     **{
@@ -267,6 +287,10 @@ LONG: dict[str, Callable[..., None]] = {
         for route in ("sequence", "token")
         if f"{name}, {route}" not in USUAL
     },
+    "mixed precision": mixed_precision,
+    "adapters": adapters,
+    "ranks that differ": ranks_that_differ,
+    "gathered twice": gathered_twice,
     "gathered once": gathered_once,
     "one unit ahead": one_unit_ahead,
     "checkpointed layers": checkpointed_layers,
