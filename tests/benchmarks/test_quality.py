@@ -298,6 +298,7 @@ def test_quick(quality: None, capsys: pytest.CaptureFixture) -> None:
     assert "wsd, tiny, 400 rows of 16 tokens" in page
 
 
+@pytest.mark.long
 def test_a_run_trains(quality: None, tokens: Path) -> None:
     import quality
     import torch

@@ -184,6 +184,7 @@ def test_a_row_with_nan_scores_is_not_selected() -> None:
     assert loss.isfinite()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def quantised(folder: Path, options: dict[str, Any]) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_adapters_over_quantised_weights(bits: str, ratio: float, tmp_path: Path) -> None:

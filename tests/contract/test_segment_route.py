@@ -190,6 +190,7 @@ def test_report_diff_and_metrics(llama: tuple[nn.Module, Program]) -> None:
     assert not {"rows_nan_score", "score_mean", "selection_rate_long"} & found.keys()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -244,6 +245,7 @@ def attention(sees_itself: bool, dim: int = -1, fill: float = -torch.inf) -> Mee
     return meet
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("meet", "reason"),
     [

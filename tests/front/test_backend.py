@@ -15,6 +15,7 @@ import cggr_compile as cggr
 OPTIONS = {"ratio": 0.4, "router_layers": 2, "inner": "eager"}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dynamic", [None, True, False])
 @pytest.mark.parametrize("sizes", [((6, 12), (9, 14)), ((8, 8), (5, 11))], ids=["different", "equal"])
 def test_static_or_dynamic_the_backend_routes_exactly(dynamic: bool | None, sizes: tuple) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing
 from fsdp_worker import LONG, USUAL, run
+from ranks import on_two_ranks
 
 
 def outcomes_of(checks: Sequence[str], folder: Path) -> dict[str, str]:
     """What came of checks that two processes make, one after the other."""
-    torch.multiprocessing.spawn(run, (2, str(folder), list(checks)), nprocs=2)
+    on_two_ranks(run, str(folder), list(checks))
     return json.loads(Path(folder, "outcomes.json").read_text(encoding="utf-8"))
 
 

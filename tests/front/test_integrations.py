@@ -19,6 +19,7 @@ import transformers
 from architectures import ARCHITECTURES, build, token_batch
 from ddp_worker import routed_rank, trainer_rank
 from documents import examples
+from ranks import on_two_ranks
 
 import cggr_compile as cggr
 
@@ -287,9 +288,9 @@ def test_accelerates_wrapper_comes_off_a_routed_model() -> None:
 
 @pytest.mark.long
 def test_distributed_data_parallel_averages_the_routed_gradients(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(routed_rank, args=(2, str(tmp_path)), nprocs=2)
+    on_two_ranks(routed_rank, str(tmp_path))
 
 
 @pytest.mark.long
 def test_trainers_of_two_ranks_count_their_tokens_together_and_resume(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(trainer_rank, args=(2, str(tmp_path)), nprocs=2)
+    on_two_ranks(trainer_rank, str(tmp_path))

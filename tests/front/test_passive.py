@@ -189,6 +189,7 @@ def test_explain_neither_patches_nor_runs() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.long
 def test_an_optimised_model_is_explained_by_its_own_options_and_checked_as_it_was_before() -> None:
     model = cggr.optimize(build("llama"), ratio=0.25, router_layers=1, selection="random")
     batch = token_batch()

@@ -137,6 +137,7 @@ def test_one_line_trains_adapters_on_completions_evaluates_as_ever_and_comes_off
     assert "cggr/rows_selected" not in training_logs(trainer)[-1]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -116,6 +116,7 @@ def trained_and_restored(model: nn.Module, batch: dict[str, torch.Tensor]) -> No
 USES = (explained, refused, optimised_and_restored, trained_and_restored)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("kind", "use"), [*((Marked, use) for use in USES), (composite, trained_and_restored)])
 def test_nothing_is_left(kind: Callable[[], nn.Module], use: Callable[..., None]) -> None:
     model = kind()

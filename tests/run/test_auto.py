@@ -19,6 +19,7 @@ from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
 from hypothesis import given
 from hypothesis import strategies as st
 from logs import logged_warnings
+from ranks import on_two_ranks
 from torch import Tensor
 from toys import Toy, noisy, toy_batch
 
@@ -247,7 +248,7 @@ def test_ranks_go_on_deciding_together_when_a_model_is_optimised_anew(monkeypatc
 
 @pytest.mark.parametrize("case", ["one", pytest.param("none", marks=pytest.mark.long)])
 def test_ranks_decide_together_by_what_all_have_seen(case: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(deciding_rank, args=(2, str(tmp_path), case), nprocs=2)
+    on_two_ranks(deciding_rank, str(tmp_path), case)
 
 
 # State

@@ -276,9 +276,7 @@ def policies_that_change() -> None:
 
 USUAL: dict[str, Callable[..., None]] = {
     "gpt2, sequence": partial(gradients, "gpt2", "sequence"),
-    "llama, token": partial(gradients, "llama", "token"),
     "training": training,
-    "other calls": other_calls,
 }
 LONG: dict[str, Callable[..., None]] = {
     **{
@@ -288,6 +286,7 @@ LONG: dict[str, Callable[..., None]] = {
         if f"{name}, {route}" not in USUAL
     },
     "mixed precision": mixed_precision,
+    "other calls": other_calls,
     "adapters": adapters,
     "ranks that differ": ranks_that_differ,
     "gathered twice": gathered_twice,

@@ -1,0 +1,23 @@
+"""Two processes that train together over gloo, on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing
+
+RANKS = 2
+
+
+def on_two_ranks(worker: Callable[..., None], *args: Any) -> None:
+    """`worker(rank, RANKS, *args)` in two processes; raises what one of them raised."""
+    torch.multiprocessing.spawn(_run, (worker, args), nprocs=RANKS)
+
+
+def _run(rank: int, worker: Callable[..., None], args: tuple[Any, ...]) -> None:
+    worker(rank, RANKS, *args)
+    # Without destructors: that of a process group, called with the GIL, waits for a thread of gloo's, which needs the
+    # GIL to let go of the tensors of its last collective.
+    os._exit(0)
