@@ -114,9 +114,10 @@ class RoutingConfig(Schedule):
             `{"masked_loss": "triton_recompute"}`. One that cannot run raises `CannotOptimize`.
         disable_passes: passes to leave out, to find out what one does: of `"join_loss"`, `"join_head"` (a loss or head
             in other operators is then refused) and `"elide_causal_masks"`.
-        padding: `"any"`, or `"right"`, a promise: padding (`attention_mask` 0) is behind the tokens of each row, and
+        padding: `"any"`; or `"right"`, a promise: padding (`attention_mask` 0) is behind the tokens of each row, and
             predicts no label. Causal attention then needs no mask to hide it (`elide_causal_masks.py`). A batch that
-            breaks the promise raises; on CUDA an assertion fails on the device.
+            breaks the promise raises; on CUDA an assertion fails on the device. None is `"any"`, and `"right"` where
+            `cggr.route` finds TRL's own collator, which pads so.
         keep_logits: return the logits of the kept rows, which a step does not compute otherwise.
         prediction_metrics: measure, with the loss, the metrics `entropy` and `mean_token_accuracy` of the kept tokens.
         fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.
@@ -152,7 +153,7 @@ class RoutingConfig(Schedule):
     # What a dict or a callable object may lack is a hash; equal configs have equal hashes without them.
     kernels: str | Mapping[str, str] = field(default="auto", hash=False)
     disable_passes: tuple[str, ...] = ()
-    padding: str = "any"
+    padding: str | None = None
     keep_logits: bool = False
     prediction_metrics: bool = False
     fallback: str = "raise"
@@ -168,7 +169,8 @@ class RoutingConfig(Schedule):
         choice("router_body", self.router_body, ROUTER_BODIES)
         choice("router_head", self.router_head, ROUTER_HEADS)
         self._check_selection()
-        choice("padding", self.padding, PADDINGS)
+        if self.padding is not None:
+            choice("padding", self.padding, PADDINGS)
         choice("fallback", self.fallback, FALLBACKS)
         if not isinstance(self.disable_passes, tuple):
             raise ConfigError(f"disable_passes={self.disable_passes!r} is not a tuple of names, e.g. ('join_head',)")

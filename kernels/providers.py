@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cggr_compile.kernels.op import documents, fp8_linear
+from cggr_compile.kernels.op import fp8_linear
 from cggr_compile.kernels.op import selection as selection_ops
 from cggr_compile.kernels.op import tokens as token_ops
-from cggr_compile.kernels.reference import router_heads
+from cggr_compile.kernels.reference import documents, router_heads
 from cggr_compile.kernels.reference import rows as reference
 
 LONGEST_SELECT = 2**17
@@ -194,7 +194,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     "masked_loss": _losses("masked_loss", reference.masked_loss),
     "measured_loss": _losses("measured_loss", reference.measured_loss),
     "draw": _reference(selection_ops.opaquely_drawn),
-    "select_documents": _reference(documents.selected),
+    "select_documents": _reference(documents.select_documents),
     "sample_columns": _reference(router_heads.sample_columns),
     "sampled_score": {
         "triton": Provider("triton", _without_head_kernels, _triton("sampled_score"), _interpreted),

@@ -29,9 +29,9 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
         cggr.route(trl.SFTTrainer(model, args, train_dataset=rows), ratio=0.25).train()
 
     Optimises `trainer.model`, adds `CGGRCallback` in front of the other callbacks, and gives TRL's SFTTrainer the
-    model's own loss in training, with `prediction_metrics` and, as its collator pads, `padding="right"`. Masks,
-    padding, accumulation, adapters, checkpoints and evaluation are the trainer's. `cggr.restore(trainer.model)` undoes
-    all of it.
+    model's own loss in training, with `prediction_metrics` and, unless `padding` says otherwise, as its collator pads,
+    `padding="right"`. Masks, padding, accumulation, adapters, checkpoints and evaluation are the trainer's.
+    `cggr.restore(trainer.model)` undoes all of it.
 
     Args:
         trainer: transformers' Trainer or TRL's SFTTrainer, or one that derives from them and leaves the loss to them.
@@ -69,8 +69,8 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
 def _of_trl(trainer: Any, config: RoutingConfig) -> RoutingConfig:
     """The options as SFTTrainer's metrics and batches have them: TRL's own collator pads on the right, labels too."""
     collator = type(trainer.data_collator)
-    pads_right = collator.__module__.startswith("trl.") and collator.__name__ == "DataCollatorForLanguageModeling"
-    padding = "right" if pads_right else config.padding
+    pads_right = _is_of_trl(collator) and collator.__name__ == "DataCollatorForLanguageModeling"
+    padding = "right" if pads_right and config.padding is None else config.padding
     return dataclasses.replace(config, prediction_metrics=True, padding=padding)
 
 

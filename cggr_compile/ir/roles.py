@@ -45,9 +45,18 @@ def middle_layers(program: Analysed, config: RoutingConfig) -> range:
 
 def token_ids(program: Program) -> fx.Node:
     """The placeholder of the token ids [B, S]."""
-    return next(
-        node for node in program.placeholders if program.kind(node) == "batch" and is_by_token(program, value(node))
-    )
+    return next(node for node in program.placeholders if is_token_argument(program, node))
+
+
+def token_argument(program: Program, path: str) -> fx.Node | None:
+    """The placeholder of an argument of that name, integers or booleans [B, S]; None where there is no such one."""
+    found = (node for node in program.placeholders if program.path(node) == path)
+    return next((node for node in found if is_token_argument(program, node)), None)
+
+
+def is_token_argument(program: Program, node: fx.Node) -> bool:
+    """Whether a node is an argument of the call, integers or booleans [B, S]."""
+    return node.op == "placeholder" and program.kind(node) == "batch" and is_by_token(program, value(node))
 
 
 def is_by_token(program: Program, val: Any) -> bool:

@@ -45,30 +45,9 @@ _SAME_ENTRIES = {
 _BY_TOKEN = {
     *_SAME_ENTRIES,
     *(aten.linear, aten.layer_norm, aten.rms_norm, aten.embedding, aten.where, aten.masked_fill),
-    *(
-        aten.transpose,
-        aten.permute,
-        aten.unsqueeze,
-        aten.squeeze,
-        aten.expand_as,
-        aten.t,
-        aten.mT,
-        aten.slice,
-        aten.select,
-    ),
-    *(
-        aten.split,
-        aten.split_with_sizes,
-        aten.chunk,
-        aten.unbind,
-        aten.flatten,
-        aten.unflatten,
-        aten.cat,
-        aten.stack,
-        aten.index,
-        aten.gather,
-    ),
-    *(aten.repeat, aten.repeat_interleave),
+    *(aten.transpose, aten.permute, aten.t, aten.mT, aten.unsqueeze, aten.squeeze, aten.expand_as, aten.repeat),
+    *(aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.flatten, aten.unflatten, aten.cat, aten.stack),
+    *(aten.slice, aten.select, aten.index, aten.gather, aten.repeat_interleave),
 }
 
 

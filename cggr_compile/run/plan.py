@@ -151,6 +151,10 @@ class Plan:
                     raise
                 self.unscorable = error
                 _log.warning("every row goes on training: %s", error)
+        return self._whole()
+
+    def _whole(self) -> Route:
+        """The program without router and selection; of `"auto"`, the one that puts out the rows' losses."""
         return self._derived("unrouted", self.owner.choices[0], passes_unrouted(), trains=True)
 
     def with_scores(self, config: RoutingConfig) -> Route:
@@ -179,7 +183,7 @@ class Plan:
     @property
     def unrouted(self) -> Variant:
         """The program without router and selection, built when a step first keeps every row."""
-        return self._derived("unrouted", self.owner.choices[0], passes_unrouted(), trains=True).variant
+        return self._whole().variant
 
     @property
     def variants(self) -> dict[str, Variant]:

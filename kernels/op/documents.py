@@ -5,82 +5,46 @@ Registered as `cggr::select` is (`ops`); the semantics are those of `reference/d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from cggr_compile.kernels.op.checks import check_dtype, check_shape, no_gradient, no_gradient_backward
-from cggr_compile.kernels.op.define import operator
+from cggr_compile.kernels.op.define import by_fields, operator
 from cggr_compile.kernels.reference import documents, selection
+from cggr_compile.kernels.reference.documents import DocumentArguments
 from torch import Tensor
 
 RULES = tuple(name for name, rule in selection.RULES.items() if rule.weighting == "none")
 """The rules that select documents: those that weigh nothing."""
 
 
-def selected(
-    position_ids: Tensor,
-    counted: Tensor,
-    scores: Tensor | None,
-    k: int,
-    rule: str,
-    noise: Tensor | None,
-    names: Sequence[str],
-    values: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """`documents.select_documents`, with options `names` of `values`."""
-    options = dict(zip(names, values, strict=True))
-    return documents.select_documents(position_ids, counted, scores, k, rule, noise, options)
-
-
-def _check(
-    position_ids: Tensor, counted: Tensor, scores: Tensor | None, k: int, rule: str, noise: Tensor | None
-) -> None:
+def _check(given: DocumentArguments) -> None:
+    op, counted, rule = "select_documents", given.counted, given.rule
     torch._check_value(
-        counted.dim() == 2, lambda: f"cggr::select_documents: counted has shape {tuple(counted.shape)}, expected [B, S]"
+        counted.dim() == 2, lambda: f"cggr::{op}: counted has shape {tuple(counted.shape)}, expected [B, S]"
     )
-    check_dtype("select_documents", "counted", counted, (torch.bool,))
-    check_shape("select_documents", "position_ids", position_ids, counted.shape, "[B, S]")
-    check_dtype("select_documents", "position_ids", position_ids, (torch.int64,))
-    for name, x in (("scores", scores), ("noise", noise)):
-        if x is not None:
-            check_shape("select_documents", name, x, counted.shape, "[B, S]")
-            check_dtype("select_documents", name, x, (torch.float32,))
-    torch._check_value(k >= 1, lambda: f"cggr::select_documents: k is {k}, expected at least 1")
-    torch._check_value(
-        rule in RULES, lambda: f"cggr::select_documents: rule is {rule!r}, expected one of {list(RULES)}"
-    )
+    check_dtype(op, "counted", counted, (torch.bool,))
+    check_shape(op, "position_ids", given.position_ids, counted.shape, "[B, S]")
+    check_dtype(op, "position_ids", given.position_ids, (torch.int64,))
+    for name in ("scores", "noise"):
+        if (x := getattr(given, name)) is not None:
+            check_shape(op, name, x, counted.shape, "[B, S]")
+            check_dtype(op, name, x, (torch.float32,))
+    torch._check_value(given.k >= 1, lambda: f"cggr::{op}: k is {given.k}, expected at least 1")
+    torch._check_value(rule in RULES, lambda: f"cggr::{op}: rule is {rule!r}, expected one of {list(RULES)}")
 
 
 @operator("cggr::select_documents")
-def select_documents(
-    position_ids: Tensor,
-    counted: Tensor,
-    scores: Tensor | None,
-    k: int,
-    rule: str,
-    noise: Tensor | None,
-    names: Sequence[str],
-    values: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """`selected`, not differentiable."""
-    _check(position_ids, counted, scores, k, rule, noise)
-    return selected(position_ids, counted, scores, k, rule, noise, names, values)
+def select_documents(given: DocumentArguments) -> tuple[Tensor, Tensor]:
+    """`documents.select_documents`, not differentiable."""
+    _check(given)
+    return documents.select_documents(*given)
 
 
 @select_documents.register_fake
-def _select_documents_fake(
-    position_ids: Tensor,
-    counted: Tensor,
-    scores: Tensor | None,
-    k: int,
-    rule: str,
-    noise: Tensor | None,
-    names: Sequence[str],
-    values: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    _check(position_ids, counted, scores, k, rule, noise)
-    rows = counted.shape[0]
-    return position_ids.new_empty((rows, k)), position_ids.new_empty((rows, len(documents.FIGURES)))
+@by_fields
+def _select_documents_fake(given: DocumentArguments) -> tuple[Tensor, Tensor]:
+    _check(given)
+    rows, new = given.counted.shape[0], given.position_ids.new_empty
+    return new((rows, given.k)), new((rows, len(documents.FIGURES)))
 
 
 select_documents.register_autograd(no_gradient_backward, setup_context=no_gradient)

@@ -51,16 +51,15 @@ def checked_padding(labels: Tensor, attention_mask: Tensor, shift: int, ignore_i
     real = attention_mask != 0
     right = real[:, :-1] | ~real[:, 1:]
     silent = real[:, : real.shape[1] - shift] | (labels[:, shift:] == ignore_index)
-    instead = (
-        "which padding='right' promises; leave it out, or pad behind the tokens with labels of the loss's ignore_index"
-    )
+    instead = "not what padding='right' promises; leave it out, or pad behind the tokens with ignored labels"
     if labels.device.type == "cuda":
-        torch._assert_async(right.all() & silent.all(), f"padding is not on the right or has labels, {instead}")
+        what = "attention_mask: padding is in front of tokens or predicts a label"
+        torch._assert_async(right.all() & silent.all(), f"{what}; {instead}")
     elif labels.device.type == "cpu":
         for problem, holds in (("is in front of tokens", right), ("predicts a label", silent)):
             if not holds.all():
                 row, place = (~holds).nonzero()[0].tolist()
-                raise ValueError(f"attention_mask: padding at place {place} of row {row} {problem}; not {instead}")
+                raise ValueError(f"attention_mask: padding at place {place} of row {row} {problem}; {instead}")
     return labels.clone()
 
 

@@ -9,7 +9,8 @@ Shapes are static, everything is computed on the device, and nothing is read bac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from cggr_compile.kernels.reference import selection
@@ -28,31 +29,44 @@ def document_ids(position_ids: Tensor) -> Tensor:
     return (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
 
 
-def select_documents(
-    position_ids: Tensor,
-    counted: Tensor,
-    scores: Tensor | None,
-    k: int,
-    rule: str,
-    noise: Tensor | None,
-    options: Mapping[str, float],
-) -> tuple[Tensor, Tensor]:
-    """The tokens of the documents that train, at most k of each sequence: int64 [B, k], ascending, -1 behind the last;
-    and int64 [B, 4], the FIGURES.
+class DocumentArguments(NamedTuple):
+    """The arguments of `select_documents`, in their order: those of the operator and of all that computes it.
 
-    A document's score is the mean of `scores` (float32 [B, S], or None for a rule without) over its tokens that are
-    `counted` (bool [B, S]), computed in float64. Documents are taken whole, in the rule's order of preference; one
-    that does not fit into what is left of k is passed over. Never taken are those without a counted token and those of
-    more than k tokens. After SEARCHES searches the rest is left empty. `noise` is uniform float32 [B, S], one number
-    for each document; `options` are the rule's.
-
-    The rules are those that weigh nothing: `topk`, `fixed_quota`, `random`, and `trimmed`, whose shares are of the
-    documents that can be taken, and of k. Raises ValueError for any other.
+    Attributes:
+        position_ids: int64 [B, S].
+        counted: bool [B, S].
+        scores: float32 [B, S], None for a rule without.
+        k: the most tokens of a sequence.
+        rule: one that weighs nothing: `topk`, `fixed_quota`, `random`, or `trimmed`, whose shares are of the documents
+            that can be taken, and of k.
+        noise: uniform float32 [B, S], one number for each document; None for a rule without.
+        names, values: the rule's options.
     """
-    ids = document_ids(position_ids)
-    length, count = (_of_documents(ids, x) for x in (torch.ones_like(ids), counted.long()))
+
+    position_ids: Tensor
+    counted: Tensor
+    scores: Tensor | None
+    k: int
+    rule: str
+    noise: Tensor | None
+    names: Sequence[str]
+    values: Sequence[float]
+
+
+def select_documents(*args: Any) -> tuple[Tensor, Tensor]:
+    """The tokens of the documents that train, at most k of each sequence: int64 [B, k], ascending, -1 behind the last;
+    and int64 [B, 4], the FIGURES. `args` are `DocumentArguments`.
+
+    A document's score is the mean of the scores of its counted tokens, computed in float64. Documents are taken whole,
+    in the rule's order of preference; one that does not fit into what is left of k is passed over. Never taken are
+    those without a counted token and those of more than k tokens. After SEARCHES searches the rest is left empty.
+    Raises ValueError for a rule that has weights.
+    """
+    given = DocumentArguments(*args)
+    ids, k = document_ids(given.position_ids), given.k
+    length, count = (_of_documents(ids, x) for x in (torch.ones_like(ids), given.counted.long()))
     valid = (count > 0) & (length <= k)
-    taken = _filled(_places(_means(ids, scores, count), valid, length, k, rule, noise, options), valid, length, k)
+    taken = _filled(_places(given, _means(ids, given.scores, count), valid, length), valid, length, k)
     kept = taken.gather(1, ids)
     place = torch.where(kept, kept.cumsum(1) - 1, k)
     tokens = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -73,24 +87,17 @@ def _means(ids: Tensor, scores: Tensor | None, count: Tensor) -> Tensor | None:
     return (_of_documents(ids, scores.double()) / count.clamp(min=1)).float()
 
 
-def _places(
-    means: Tensor | None,
-    valid: Tensor,
-    length: Tensor,
-    k: int,
-    rule: str,
-    noise: Tensor | None,
-    options: Mapping[str, float],
-) -> Tensor:
+def _places(given: DocumentArguments, means: Tensor | None, valid: Tensor, length: Tensor) -> Tensor:
     """int64 [B, S]: each document's place in the rule's order of preference, invalid ones last."""
+    rule, noise = given.rule, given.noise
     if rule == "random" and noise is not None:
         return selection.topk_places(noise, valid)
     if rule in ("topk", "fixed_quota") and means is not None:
         return selection.topk_places(means, valid)
     if rule == "trimmed" and means is not None and noise is not None:
-        known = {**selection.options_of(rule), **options}
+        known = {**selection.options_of(rule), **dict(zip(given.names, given.values, strict=True))}
         tau, epsilon = (float(known[name] or 0) for name in ("tau", "epsilon"))
-        return selection.trimmed_places(means, valid, noise, k, tau, epsilon, length)
+        return selection.trimmed_places(means, valid, noise, given.k, tau, epsilon, length)
     raise ValueError(f"rule: {rule!r} selects no documents, or its scores or noise are None")
 
 

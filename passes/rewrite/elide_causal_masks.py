@@ -43,11 +43,11 @@ from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis, element_of
 from cggr_compile.ir.program import Analysed, hint, is_tensor, value
-from cggr_compile.ir.roles import changes_of, is_by_token
+from cggr_compile.ir.roles import changes_of, is_token_argument, token_argument
 from cggr_compile.ir.token_mixing import ATTENTION, KEY, QUERY, activations, argument, attentions
 
 aten = torch.ops.aten
-_PADDING = "attention_mask"
+_PADDING = "attention_mask"  # 0 at padding
 # Beyond this width SDPA takes grouped queries only by its plain kernel (`use_gqa_in_sdpa` in transformers).
 _WIDEST_GROUPED_HEAD = 256
 
@@ -57,7 +57,7 @@ def elide_causal_masks(program: Analysed, config: RoutingConfig) -> Analysed:
 
     Masks, and what only they were computed from, go with the next pass that copies what is needed.
     """
-    padding = _padding(program) if config.padding == "right" else None
+    padding = token_argument(program, _PADDING) if config.padding == "right" else None
     functions = IndexFunctions(program.shape_env, {} if padding is None else {_PADDING: padding})
     promised = padding is not None and _only_real_tokens_count(program, functions, padding, config)
     nodes = program.graph.find_nodes(op="call_function", target=ATTENTION)
@@ -84,19 +84,7 @@ def elide_causal_masks(program: Analysed, config: RoutingConfig) -> Analysed:
 
 def _labels(program: Analysed) -> fx.Node:
     """The labels [B, S] that the loss's target is made of."""
-    return next(
-        node for node in ancestors([program.head.target]) if node.op == "placeholder" and _is_by_token(program, node)
-    )
-
-
-def _padding(program: Analysed) -> fx.Node | None:
-    """The argument that is 0 at padding, integers or booleans [B, S]."""
-    found = (node for node in program.placeholders if program.path(node) == _PADDING)
-    return next((node for node in found if _is_by_token(program, node)), None)
-
-
-def _is_by_token(program: Analysed, node: fx.Node) -> bool:
-    return program.kind(node) == "batch" and is_by_token(program, value(node))
+    return next(node for node in ancestors([program.head.target]) if is_token_argument(program, node))
 
 
 def _only_real_tokens_count(

@@ -20,13 +20,13 @@ After::
 from __future__ import annotations
 
 import torch
-from cggr_compile.passes.rewrite.shared import checked_before
+from cggr_compile.passes.rewrite.shared import write_main_pass
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.builder import Builder
-from cggr_compile.ir.dataflow import ancestors, clone
+from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.program import Analysed, is_tensor, value
 from cggr_compile.ir.roles import main_roots
 
@@ -69,11 +69,7 @@ def gather_documents(program: Analysed, config: RoutingConfig) -> Analysed:
             taken = builder.call(aten.masked_fill.Scalar, taken, empty, program.head.ignore_index)
         substitution[node] = taken
         gathered += [(name, dim) for dim in dims]
-    builder.part = "main"
-    env = clone(builder, roots, substitution, checked_before)
-    builder.env.update({old: new for old, new in env.items() if old not in builder.env})
-    outputs = [env.get(out, builder.env.get(out)) if isinstance(out, fx.Node) else out for out in program.outputs]
-    builder.output(tuple(outputs))
+    write_main_pass(builder, roots, substitution)
     return builder.finish("gather_documents", routing=builder.routing(gathered=tuple(gathered)))
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 from cggr_compile.passes.analyse.row_flow import RowFlow
-from cggr_compile.passes.rewrite.shared import checked_before
+from cggr_compile.passes.rewrite.shared import write_main_pass
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -68,11 +68,7 @@ def gather_rows(program: Analysed, config: RoutingConfig) -> Analysed:
         if node in whole:
             name = f"{node.meta.get(ORIGIN, node.name)} made of all {' and '.join(sorted(flow.names(node)))}"
             gather(node, whole[node], dim, name)
-    builder.part = "main"
-    env = clone(builder, roots, substitution, checked_before)
-    builder.env.update({old: new for old, new in env.items() if old not in builder.env})
-    outputs = [env.get(out, builder.env.get(out)) if isinstance(out, fx.Node) else out for out in program.outputs]
-    builder.output(tuple(outputs))
+    write_main_pass(builder, roots, substitution)
     return builder.finish("gather_rows", routing=builder.routing(gathered=tuple(gathered)))
 
 

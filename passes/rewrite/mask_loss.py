@@ -81,8 +81,8 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     )
     of_rows = figures = None
     if _is_measured(config):
-        found = builder.call(torch.ops.cggr.measured_loss.default, *operands, config.prediction_metrics)
-        loss, of_rows, figures = (builder.call(getitem, found, index) for index in range(3))
+        measured = builder.call(torch.ops.cggr.measured_loss.default, *operands, config.prediction_metrics)
+        loss, of_rows, figures = (builder.call(getitem, measured, index) for index in range(3))
     else:
         loss = builder.call(torch.ops.cggr.masked_loss.default, *operands)
     if _is_scaled(program, config, row_weight is not None):
@@ -92,16 +92,15 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
         loss = builder.call(aten.to.dtype, loss, dtype)
     builder.part, builder.region = "select", Region(grad=False)
     mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
-    scores = mean_by_row(builder, head, of_rows, target) if config.selection == "auto" else (None, None)
+    found = {name: getattr(routing, name) for name in StepOutputs._fields if name not in ("loss_mask", "figures")}
+    extra = {name: None if node is None else builder.env[node] for name, node in found.items()}
+    if config.selection == "auto":
+        extra["scores"], extra["counts"] = mean_by_row(builder, head, of_rows, target)
     builder.region, builder.part = Region(), "main"
     outputs = [out if _survives(program, i, config) else None for i, out in enumerate(program.outputs)]
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
     env = clone(builder, roots, {**env, head.loss: loss})
     builder.env.update(env)
-    found = {name: getattr(routing, name) for name in StepOutputs._fields if name not in ("loss_mask", "figures")}
-    extra = {name: None if node is None else builder.env[node] for name, node in found.items()}
-    if config.selection == "auto":
-        extra["scores"], extra["counts"] = scores
     own = tuple(None if out is None else builder.env[out] for out in outputs)
     builder.output(own + StepOutputs(**extra, loss_mask=mask, figures=figures if config.prediction_metrics else None))
     return builder.finish("mask_loss")

@@ -31,7 +31,7 @@ from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.index_functions import IndexFunctions, axis, element_of
 from cggr_compile.ir.program import Analysed, Region, value
-from cggr_compile.ir.roles import is_by_token, quiet_region
+from cggr_compile.ir.roles import is_token_argument, quiet_region, token_argument
 from cggr_compile.ir.token_mixing import BATCH, KEY, QUERY, Attention, attentions
 
 aten = torch.ops.aten
@@ -43,21 +43,21 @@ def separate_documents(program: Analysed, config: RoutingConfig) -> Analysed:
     """Has the labels read through the documents; sets `routing.documents` to the checked `position_ids` [B, S].
 
     Raises:
-        CannotOptimize: the capture fixed the sequence length, there are no `position_ids` [B, S] of int64, or documents
-            are not proved to be independent.
+        CannotOptimize: the capture fixed the sequence length, there are no `position_ids` [B, S] of int64, documents
+            are not proved to be independent, or the labels are no argument of their own.
     """
     if not isinstance(program.sequence, torch.SymInt):
         raise CannotOptimize(
             f"the model fixes the sequence length to {program.sequence} while it is traced",
             hint="the segment route needs it as a symbol; use route='sequence'",
         )
-    positions = _argument(program, _POSITIONS)
+    positions = token_argument(program, _POSITIONS)
     if positions is None or value(positions).dtype != torch.int64:
         raise CannotOptimize("route='segment' and no position_ids [batch, sequence] of int64", hint=_HINT)
     refusal = _dependence(program, positions)
     if refusal is not None:
         raise refusal.error()
-    (labels,) = (node for node in ancestors([program.head.target]) if is_argument(program, node))
+    labels = _labels(program)
     builder = Builder(program)
     builder.copy_inputs()
     builder.part, builder.region = "select", quiet_region(program)
@@ -71,14 +71,21 @@ def separate_documents(program: Analysed, config: RoutingConfig) -> Analysed:
     return builder.finish("separate_documents", routing=builder.routing(documents=checked))
 
 
-def is_argument(program: Analysed, node: fx.Node) -> bool:
-    """Whether a node is an argument of the call, integers [B, S]."""
-    return node.op == "placeholder" and program.kind(node) == "batch" and is_by_token(program, value(node))
+def _labels(program: Analysed) -> fx.Node:
+    """The argument [B, S] that the loss's target is made of.
 
-
-def _argument(program: Analysed, path: str) -> fx.Node | None:
-    found = (node for node in program.placeholders if program.path(node) == path)
-    return next((node for node in found if is_argument(program, node)), None)
+    Raises:
+        CannotOptimize: it is read by the model too, or there are several.
+    """
+    found = [node for node in ancestors([program.head.target]) if is_token_argument(program, node)]
+    if len(found) == 1 and found[0] not in ancestors([program.head.hidden]):
+        return found[0]
+    raise CannotOptimize(
+        f"the labels are made of {', '.join(program.path(node) for node in found) or 'no argument [batch, sequence]'}, "
+        "and route='segment' needs an argument of their own to ignore those of first tokens in",
+        node=program.head.target,
+        hint="pass labels as a tensor of their own, e.g. labels=input_ids.clone()",
+    )
 
 
 def _dependence(program: Analysed, positions: fx.Node) -> Refusal | None:

@@ -171,7 +171,16 @@ def fresh_size(program: Analysed, name: str, total: int | torch.SymInt) -> torch
     return symbols.new_size(program.shape_env, name, near)
 
 
-def checked_before(builder: Builder[Analysed], node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
+def write_main_pass(builder: Builder[Analysed], roots: list[fx.Node], substitution: dict[fx.Node, fx.Node]) -> None:
+    """Copies what the roots need onto what stands in for inputs, and writes the outputs of it."""
+    builder.part = "main"
+    env = clone(builder, roots, substitution, _checked_before)
+    builder.env.update({old: new for old, new in env.items() if old not in builder.env})
+    outputs = builder.program.outputs
+    builder.output(tuple(env.get(out, builder.env.get(out)) if isinstance(out, fx.Node) else out for out in outputs))
+
+
+def _checked_before(builder: Builder[Analysed], node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """The kept labels in place of a check: those of the whole batch passed it before any were selected."""
     checks = node.target in (torch.ops.cggr.checked_target.default, torch.ops.cggr.checked_padding.default)
     return env[node.args[0]] if checks else None

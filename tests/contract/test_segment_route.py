@@ -206,6 +206,15 @@ def test_what_lets_documents_meet_is_refused(name: str, changes: dict[str, Any],
         model(**batch)
 
 
+def test_labels_that_are_the_ids_themselves_are_refused() -> None:
+    """One tensor is one input of the graph: what is ignored as a label would be gone as a token."""
+    batch = packed(SEVERAL)
+    model = cggr.optimize(build("llama"), route="segment", ratio=0.5, inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=r"made of input_ids, .*labels=input_ids\.clone\(\)"):
+        model(**{**batch, "labels": batch["input_ids"]})
+    assert model(**{**batch, "labels": batch["input_ids"].clone()}).loss.isfinite()
+
+
 def test_positions_that_would_join_documents_raise() -> None:
     batch = packed(SEVERAL)
     batch["position_ids"][1, 7:] += 3

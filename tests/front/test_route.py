@@ -167,6 +167,12 @@ def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any]
     assert all(type(value) in (int, float) for entry in routed.state.log_history for value in entry.values())
 
 
+@pytest.mark.parametrize(("given", "padding"), [({}, "right"), ({"padding": "any"}, "any")])
+def test_padding_is_as_trls_collator_pads_unless_it_is_given(given: dict, padding: str, tmp_path: Path) -> None:
+    trainer = cggr.route(sft(two_layers(), tmp_path), ratio=0.5, **given)
+    assert trainer.model.cggr.config.padding == padding
+
+
 def test_sft_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Random selection and a warm-up in progress: the generator and the step have to come back."""
     options = {**OPTIONS, "selection": "random", "warmup_steps": 3}

@@ -108,7 +108,12 @@ def test_a_broken_promise_raises(options: dict[str, Any]) -> None:
     batch["labels"][1, 4] = 5
     model(**batch)
     for row, place, changed, message in (
-        (1, 0, {"attention_mask": 0}, "padding at place 0 of row 1 is in front of tokens; not which padding='right'"),
+        (
+            1,
+            0,
+            {"attention_mask": 0},
+            "padding at place 0 of row 1 is in front of tokens; not what padding='right'",
+        ),
         (2, 4, {"attention_mask": 0}, "padding at place 4 of row 2 is in front of tokens"),
         (1, 6, {"labels": 5}, "padding at place 5 of row 1 predicts a label"),
     ):
