@@ -339,3 +339,25 @@ def test_families(name: str, rows: int) -> None:
         oracle.assert_same_step(*actual, *oracle.step(eager, segment_oracle.repacked(batch, positions)))
         oracle.assert_step_within(ROUNDING, *actual, *segment_oracle.step_alone(eager, batch, documents))
     assert model.cggr.captures == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{"inner": "eager"}, {"inner": "inductor"}, {"inner": "inductor", "cuda_graphs": True}]
+)
+def test_a_steady_step_on_a_gpu_never_synchronises(options: dict[str, Any]) -> None:
+    eager = eager_of(LLAMA).cuda()
+    model = cggr.optimize(copy.deepcopy(eager), route="segment", ratio=0.5, router_layers=2, **options)
+    batches = [{name: tensor.cuda() for name, tensor in packed(SEVERAL, seed).items()} for seed in range(4)]
+    for batch in batches[:3]:
+        oracle.step(model, batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = oracle.step(model, batches[3])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    documents = segment_oracle.expected_documents(eager, LLAMA, batches[3], 7, 2)
+    assert torch.equal(model.cggr.selected.cpu(), segment_oracle.places_of(documents, 4, 7))
+    expected = oracle.step(eager, segment_oracle.repacked(batches[3], model.cggr.selected))
+    oracle.assert_step_within(ROUNDING, *actual, *expected)

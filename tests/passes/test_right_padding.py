@@ -133,3 +133,23 @@ def test_the_example_of_the_documentation() -> None:
 def test_padding_is_any_or_right() -> None:
     with pytest.raises(cggr.ConfigError, match="padding='left'"):
         cggr.RoutingConfig(padding="left")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"ratio": 1.0}, {"ratio": 0.5}, {"ratio": 0.5, "route": "token"}])
+def test_on_a_gpu_it_is_the_step_with_the_mask_and_never_synchronises(options: dict[str, Any]) -> None:
+    eager = build("llama").cuda()
+    promised, plain = (
+        cggr.optimize(copy.deepcopy(eager), padding=side, cuda_graphs=True, **options) for side in ("right", "any")
+    )
+    batches = [{name: tensor.cuda() for name, tensor in padded([7, 4, 9, 6], seed).items()} for seed in range(4)]
+    for batch in batches[:3]:
+        oracle.step(promised, batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = oracle.step(promised, batches[3])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    oracle.assert_step_within(ROUNDING, *actual, *oracle.step(plain, batches[3]))
+    assert promised.cggr.report().causal_attentions == 3
