@@ -8,10 +8,10 @@ Each measurement is a torchrun of its own (`--only` is what its ranks run). Forw
 fp32, and on CUDA a step runs in bf16: by autocast, or under FSDP2 by its MixedPrecisionPolicy, which reduces gradients
 in fp32. Every round runs each arm once, one after another; its first step compiles.
 
-Arms are WRAP:ARM[@RATIO]. WRAP is `none` (one rank), `ddp` or `fsdp2` (layers and root; `fsdp2_kept` with
-reshard_after_forward=False). ARM is `eager`, `compile` (torch.compile of the wrapped model, under FSDP2 of each layer),
-`all` (this package, ratio=1) or `sampled` (scored rows, the sampled head). `…+graphs` is `cuda_graphs=True`,
-`…+outlined` is `outline_layers=True`.
+Arms are WRAP:ARM[@RATIO]. WRAP is `none` (on one rank, where no other runs), `ddp` or `fsdp2` (layers and root;
+`fsdp2_kept` with reshard_after_forward=False). ARM is `eager`, `compile` (torch.compile of the wrapped model, under FSDP2
+of each layer), `all` (this package, ratio=1) or `sampled` (scored rows, the sampled head). `…+graphs` is
+`cuda_graphs=True`, `…+outlined` is `outline_layers=True`.
 
 Per arm and number of ranks: seconds of each step on rank 0, the largest peak of memory of any rank, and of one step on
 CUDA the milliseconds in kernels and in NCCL's among them.
@@ -180,7 +180,7 @@ def main(
         run_rank(only, shape, device, ratio, steps)
         return
     counts, arms = ranks or [1, 2], arm or DEFAULT_ARMS
-    wanted = [(name, n) for n in counts for name in arms if (n == 1) or parse(name, ratio)[0] != "none"]
+    wanted = [(name, n) for n in counts for name in arms if (n == 1) == (parse(name, ratio)[0] == "none")]
     samples: dict[str, list[dict[str, Any]]] = {f"{name} ×{n}": [] for name, n in wanted}
     report = {
         **environment(torch.device(device), commit),
