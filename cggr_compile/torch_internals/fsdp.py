@@ -195,11 +195,13 @@ class Root:
 
     def inputs_cast(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the root in the dtype of its policy."""
-        return self.state._cast_forward_inputs((), kwargs)[1]
+        policy = self.state._mp_policy
+        return _to(policy.param_dtype, kwargs) if policy.cast_forward_inputs and policy.param_dtype else kwargs
 
     def output_cast(self, output: Any) -> Any:
         """The root's output in the dtype of its policy."""
-        return self.state._cast_output_dtype(output)
+        dtype = self.state._mp_policy.output_dtype
+        return output if dtype is None else _to(dtype, output)
 
     def _states(self) -> list[Any]:
         return [state for state in self.state._state_ctx.all_states if state is not self.state]
