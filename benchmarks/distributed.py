@@ -9,8 +9,8 @@ fp32, and on CUDA a step runs in bf16: by autocast, or under FSDP2 by its MixedP
 in fp32. Every round runs each arm once, one after another; its first step compiles.
 
 Arms are WRAP:ARM[@RATIO]. WRAP is `none` (on one rank, where no other runs), `ddp` or `fsdp2` (layers and root;
-`fsdp2_kept` with reshard_after_forward=False). ARM is `eager`, `compile` (torch.compile of the wrapped model, under FSDP2
-of each layer), `all` (this package, ratio=1) or `sampled` (scored rows, the sampled head). `…+graphs` is
+`fsdp2_kept` with reshard_after_forward=False). ARM is `eager`, `compile` (torch.compile of the wrapped model, under
+FSDP2 of each layer), `all` (this package, ratio=1) or `sampled` (scored rows, the sampled head). `…+graphs` is
 `cuda_graphs=True`, `…+outlined` is `outline_layers=True`.
 
 Per arm and number of ranks: seconds of each step on rank 0, the largest peak of memory of any rank, and of one step on
