@@ -118,6 +118,12 @@ class RoutingConfig(Schedule):
             predicts no label. Causal attention then needs no mask to hide it (`elide_causal_masks.py`). A batch that
             breaks the promise raises; on CUDA an assertion fails on the device. None is `"any"`, and `"right"` where
             `cggr.route` finds TRL's own collator, which pads so.
+        unpad: train a padded batch on its real tokens alone, one row behind the other, where every row is kept
+            (`unpad_rows.py`): the same loss and gradients, and no work on padding. The host reads two numbers back
+            first. `"auto"`: where attention of variable lengths can run (CUDA, bf16 or fp16), the model is proved to
+            allow it and at most 0.9 of a batch are left; True: wherever there is padding, and a model that does not
+            allow it raises `CannotOptimize`. A batch whose padding predicts labels, or is between tokens, trains as it
+            is.
         keep_logits: return the logits of the kept rows, which a step does not compute otherwise.
         prediction_metrics: measure, with the loss, the metrics `entropy` and `mean_token_accuracy` of the kept tokens.
         fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.
@@ -154,6 +160,7 @@ class RoutingConfig(Schedule):
     kernels: str | Mapping[str, str] = field(default="auto", hash=False)
     disable_passes: tuple[str, ...] = ()
     padding: str | None = None
+    unpad: bool | str = False
     keep_logits: bool = False
     prediction_metrics: bool = False
     fallback: str = "raise"
@@ -184,6 +191,7 @@ class RoutingConfig(Schedule):
                 "give the number of layers the router runs"
             )
         self._check_router_head()
+        self._check_unpad()
         if not is_int(self.warmup_steps, 0):
             raise ConfigError(f"warmup_steps={self.warmup_steps!r} is not a non-negative integer")
         self._check_threshold()
@@ -317,6 +325,14 @@ class RoutingConfig(Schedule):
             raise ConfigError(
                 f"selection={rule_name(rule)} cannot be called as (scores, valid, k, noise, **options): {error}"
             ) from error
+
+    def _check_unpad(self) -> None:
+        if not isinstance(self.unpad, bool) and self.unpad != "auto":
+            raise ConfigError(f"unpad={self.unpad!r} is neither a bool nor 'auto'")
+        if self.unpad is True and (self.ratio < 1 or self.selection == "auto" or "loss" in self.routes):
+            raise ConfigError(
+                "unpad=True is for steps on every row and every token; leave ratio, selection and route out, or unpad"
+            )
 
     def _check_kernels(self) -> None:
         names = sorted({name for providers in PROVIDERS.values() for name in providers})

@@ -36,6 +36,7 @@ from cggr_compile.passes.rewrite.select_tokens import select_tokens
 from cggr_compile.passes.rewrite.separate_documents import separate_documents
 from cggr_compile.passes.rewrite.take_scores import take_scores
 from cggr_compile.passes.rewrite.truncate_layers import truncate_layers
+from cggr_compile.passes.rewrite.unpad_rows import unpad_rows
 from cggr_compile.passes.verify import verify
 
 from cggr_compile.config import RoutingConfig
@@ -91,6 +92,11 @@ def passes_scores(config: RoutingConfig) -> tuple[Pass, ...]:
 def passes_unrouted() -> tuple[Pass, ...]:
     """The passes of a step on everything."""
     return (check_labels, *_LOWERED)
+
+
+def passes_unpadded() -> tuple[Pass, ...]:
+    """The passes of a step on the real tokens of a padded batch."""
+    return (unpad_rows, *passes_unrouted())
 
 
 def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass, ...]:

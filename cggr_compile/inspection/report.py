@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.inspection.facts import (
     HeadFacts,
     Router,
@@ -74,6 +74,7 @@ class Report:
         passes: in order of execution.
         captures: training graphs captured so far.
         causal_attentions: attentions whose mask was proved causal and dropped.
+        unpadded: with `unpad`, what the last step left out of a padded batch, or why nothing is; None without.
         outlined: "off", or into how many pieces steps were divided, how many of them were compiled, and why others
             could not be divided.
         cuda_graphs: "off", or how many steps were recorded, whether their gradients are copied out, and why others
@@ -104,6 +105,7 @@ class Report:
     passes: tuple[str, ...]
     captures: int
     causal_attentions: int
+    unpadded: str | None
     outlined: str
     cuda_graphs: str
     compilations: dict[str, int]
@@ -148,6 +150,7 @@ class Report:
             passes=tuple(snapshot.name for snapshot in program.snapshots[1:]),
             captures=len(runtime.plans),
             causal_attentions=program.routing.causal_attentions,
+            unpadded=_unpadded(plan),
             outlined=outlined_of(plan),
             cuda_graphs=cuda_graphs_of(plan, runtime.pool),
             compilations=compilations_of(plan),
@@ -218,6 +221,7 @@ class Report:
             pairs += [("read S → k", str(entry)) for entry in self.shortened]
         pairs += [
             ("causal masks", self._causal_masks()),
+            *([("padding", self.unpadded)] if self.unpadded is not None else []),
             ("inserted", self._inserted()),
             ("nodes", ", ".join(f"{part} {count}" for part, count in self.parts.items())),
             ("providers", ", ".join(f"{name}: {provider}" for name, provider in self.providers.items()) or "none"),
@@ -341,6 +345,19 @@ def _auto(runtime: Runtime, plan: Plan) -> str | None:
     if plan.unscorable is not None:
         return f"every row trains; there are no scores: {plan.unscorable.reason}"
     return str(runtime.auto)
+
+
+def _unpadded(plan: Plan) -> str | None:
+    if not plan.owner.config.unpad:
+        return None
+    found = plan.unpadded
+    if isinstance(found, Refusal):
+        return f"kept: {found.reason}"
+    if found.unpadding.last is None:
+        return "no step yet"
+    tokens, places = found.unpadding.last
+    attention = f"{found.varlen} attentions of variable lengths" if found.varlen else "attention under a mask"
+    return f"the last step computed {tokens} of {places} places; {attention}"
 
 
 def _depth(runtime: Runtime) -> str | None:

@@ -11,6 +11,7 @@ Flattened tokens (a mixture-of-experts) are taken to be what each makes of itsel
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Collection, Iterable
@@ -24,7 +25,7 @@ from cggr_compile.errors import Refusal
 from cggr_compile.ir.dataflow import ancestors, carries_activations, descendants
 from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis
 from cggr_compile.ir.program import Analysed, is_tensor, value
-from cggr_compile.ir.roles import is_state
+from cggr_compile.ir.roles import changes_of, is_state
 from cggr_compile.ir.sequence_order import is_pointwise, order_dependence, packet_of
 
 aten = torch.ops.aten
@@ -81,6 +82,18 @@ def attentions(
     return found
 
 
+def rows_meet(program: Analysed, found: Collection[Attention], given: Iterable[fx.Node] = ()) -> Refusal | None:
+    """What lets tokens of different rows meet between the embedding and the head, where `attentions` found those of one
+    row to meet; None where nothing does."""
+    transposed = dataclasses.replace(program, batch=program.sequence, sequence=program.batch)
+    arguments = [node for node in program.placeholders if program.kind(node) == "batch" and node not in given]
+    stream = activations(program) | descendants(arguments, carries_activations)
+    masks = {mask for attention in found for mask in attention.masks}
+    between = ancestors([program.head.hidden], stop=masks) & stream - {attention.node for attention in found}
+    refusals = (_meeting(transposed, node, stream, ()) for node in sorted(between))
+    return next((refusal for refusal in refusals if refusal is not None), None)
+
+
 def _is_attention(program: Analysed, node: fx.Node) -> bool:
     if node.target == aten.softmax.int:
         scores, dim = node.args[:2]
@@ -113,6 +126,21 @@ def activations(program: Analysed) -> set[fx.Node]:
     return descendants([node for node in program.placeholders if is_state(program, node)], carries_activations)
 
 
+def only_the_loss_reads(program: Analysed) -> bool:
+    """Whether nothing that a step returns or changes, but the loss, depends on what the tokens become."""
+    inside = ancestors([program.head.hidden]) & activations(program)
+    # Other outputs than these are logits and activations, which a step does not return.
+    outputs = [out for i, out in enumerate(program.outputs) if i in program.stored or _is_scalar(out)]
+    calls = (node for node in program.graph.nodes if node.op == "call_function")
+    effects = [node for node in calls if node.is_impure() and not node.users]
+    roots = [*outputs, *effects, *changes_of(program)]
+    return not ancestors(roots, stop=[program.head.loss]) & inside
+
+
+def _is_scalar(out: Any) -> bool:
+    return is_tensor(out) and not value(out).dim()
+
+
 def argument(node: fx.Node, name: str) -> Any:
     """An argument of an attention node by its name in the schema, its default where it is not given."""
     for place, parameter in enumerate(ATTENTION._schema.arguments):
@@ -123,11 +151,22 @@ def argument(node: fx.Node, name: str) -> Any:
     raise KeyError(name)
 
 
+def bound(condition: Expression, later: sympy.Symbol, earlier: sympy.Symbol) -> int | None:
+    """The c of a condition that says later - earlier <= c, or None for any other condition."""
+    if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        return None
+    # gts and lts are the greater and the lesser side, whichever way the relation was written.
+    rest = sympy.expand(condition.gts - condition.lts - (earlier - later))
+    if not rest.is_Integer:
+        return None
+    return int(rest) - isinstance(condition, (sympy.Lt, sympy.Gt))
+
+
 def _letting(mask: fx.Node, functions: IndexFunctions, masks: list[fx.Node], negated: bool = False) -> tuple[Any, ...]:
     """What a boolean mask asks of the places that it lets through; it is added to `masks` if that is known."""
-    conditions = _conditions(functions.of(mask), negated)
-    masks += [mask] if conditions else []
-    return conditions
+    found = conditions(functions.of(mask), negated)
+    masks += [mask] if found else []
+    return found
 
 
 def _seen(scores: Any, functions: IndexFunctions, masks: list[fx.Node]) -> tuple[Expression, ...]:
@@ -152,7 +191,7 @@ def _is_lowest(filled: Any) -> bool:
     return isinstance(filled, float) and filled in lowest
 
 
-def _conditions(mask: IndexFunction | None, negated: bool) -> tuple[Expression, ...]:
+def conditions(mask: IndexFunction | None, negated: bool = False) -> tuple[Expression, ...]:
     """What a mask [..., Q, K], whose first of four dimensions is the batch, asks of the places that it lets through."""
     if mask is None or len(mask.sizes) not in (2, 4):
         return ()

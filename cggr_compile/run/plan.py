@@ -6,13 +6,13 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from cggr_compile.capture.branches import Branches
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
 from cggr_compile.ir.program import Analysed, Program, callers_region, is_tensor, value
@@ -24,6 +24,7 @@ from cggr_compile.passes.pipeline import (
     keeps_less,
     passes_for,
     passes_scores,
+    passes_unpadded,
     passes_unrouted,
     routable,
     run,
@@ -33,6 +34,7 @@ from cggr_compile.passes.rewrite.take_scores import GIVEN_SCORES
 from cggr_compile.run.graph_memory import Pool
 from cggr_compile.run.growth import Copies
 from cggr_compile.run.inner import resolve_inner
+from cggr_compile.run.unpadding import MOST, Unpadding
 from cggr_compile.run.variant import Variant
 
 _log = logging.getLogger("cggr_compile")
@@ -185,6 +187,29 @@ class Plan:
         """The program without router and selection, built when a step first keeps every row."""
         return self._whole().variant
 
+    @cached_property
+    def unpadded(self) -> Unpadded | Refusal:
+        """The program of the real tokens of padded batches, and where these are; or why there is none."""
+        config = self.owner.config
+        if not config.unpad:
+            return Refusal("off")
+        if keeps_less(config) or len(self.owner.choices) > 1 or "loss" in config.routes:
+            return Refusal("for steps on every row and every token only")
+        if config.unpad == "auto" and self.device.type != "cuda":
+            return Refusal("attention of variable lengths needs CUDA")
+        try:
+            route = self._derived("unpadded", config, passes_unpadded(), trains=True)
+        except CannotOptimize as error:
+            if config.unpad is True:
+                raise
+            return Refusal(error.reason)
+        varlen = route.program.graph.find_nodes(
+            op="call_function", target=torch.ops.aten._flash_attention_forward.default
+        )
+        if config.unpad == "auto" and not varlen:
+            return Refusal("no attention of variable lengths: it needs bfloat16 or float16")
+        return Unpadded(route, Unpadding(self.analysed, MOST if config.unpad == "auto" else 1.0), len(varlen))
+
     @property
     def variants(self) -> dict[str, Variant]:
         """Everything that was lowered so far, by the name of its selection; `unrouted` where nothing is selected."""
@@ -201,6 +226,14 @@ class Plan:
         """Batch size and sequence length of a call."""
         rows, length = inputs[self._ids].shape
         return rows, length
+
+
+class Unpadded(NamedTuple):
+    """The program of a padded batch's real tokens, where those are, and how many attentions are of variable lengths."""
+
+    route: Route
+    unpadding: Unpadding
+    varlen: int
 
 
 class Route:

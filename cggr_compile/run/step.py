@@ -20,7 +20,7 @@ from cggr_compile.ir.roles import changes_of
 from cggr_compile.run.given_scores import ScoresReady
 from cggr_compile.run.metrics import LastStep
 from cggr_compile.run.not_computed import NOT_COMPUTED
-from cggr_compile.run.plan import Plan
+from cggr_compile.run.plan import Plan, Unpadded
 from cggr_compile.run.prepare import run_aside
 from cggr_compile.run.recomputed import Given
 from cggr_compile.run.runtime import Runtime
@@ -160,11 +160,19 @@ class Step:
         """The code that runs a step that keeps `amounts`, and what it is given beside the batch; everything is kept
         where `planned` says so."""
         if not plan.selects or all(amount.kept >= amount.total for amount in planned.values()):
-            return Given(self.plan, plan.unrouted, ())
+            return self._whole(plan, inputs)
         route = plan.route if scores is None else plan.with_scores(self.runtime.in_force)
         sizes = sizes_of(route.program, *plan.sizes(inputs), amounts)
         plan.branches.refuse_other_side(route.program.layers, plan.symbols.of(inputs), amounts)
         return Given(self.plan, route.variant, tuple(route.added_inputs(sizes, amounts, generator, scores)))
+
+    def _whole(self, plan: Plan, inputs: Sequence[Any]) -> Given:
+        """The code that runs a step on everything, or on the real tokens of a padded batch."""
+        unpadded = plan.unpadded
+        places = unpadded.unpadding.places(inputs) if isinstance(unpadded, Unpadded) else None
+        if places is None or not isinstance(unpadded, Unpadded):
+            return Given(self.plan, plan.unrouted, ())
+        return Given(self.plan, unpadded.route.variant, (places,))
 
     def _outputs(self, given: Given, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         with autograd.modes_kept(self.plan.device.type):

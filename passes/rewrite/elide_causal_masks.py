@@ -31,7 +31,6 @@ After::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import sympy
 import torch
@@ -42,9 +41,18 @@ from cggr_compile.errors import Refusal
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis, element_of
-from cggr_compile.ir.program import Analysed, hint, is_tensor, value
-from cggr_compile.ir.roles import changes_of, is_token_argument, token_argument
-from cggr_compile.ir.token_mixing import ATTENTION, KEY, QUERY, activations, argument, attentions
+from cggr_compile.ir.program import Analysed, hint, value
+from cggr_compile.ir.repeated_heads import unrepeated
+from cggr_compile.ir.roles import is_token_argument, token_argument
+from cggr_compile.ir.token_mixing import (
+    ATTENTION,
+    KEY,
+    QUERY,
+    argument,
+    attentions,
+    bound,
+    only_the_loss_reads,
+)
 
 aten = torch.ops.aten
 _PADDING = "attention_mask"  # 0 at padding
@@ -97,19 +105,9 @@ def _only_real_tokens_count(
     if isinstance(meetings, Refusal):
         return False
     for meeting in meetings:
-        if not any((bound := _bound(condition, KEY, QUERY)) is not None and bound <= 0 for condition in meeting.seen):
+        if not any((most := bound(condition, KEY, QUERY)) is not None and most <= 0 for condition in meeting.seen):
             return False
-    inside = ancestors([program.head.hidden]) & activations(program)
-    # Other outputs than these are logits and activations, which a step does not return.
-    outputs = [out for i, out in enumerate(program.outputs) if i in program.stored or _is_scalar(out)]
-    calls = (node for node in program.graph.nodes if node.op == "call_function")
-    effects = [node for node in calls if node.is_impure() and not node.users]
-    roots = [*outputs, *effects, *changes_of(program)]
-    return not ancestors(roots, stop=[program.head.loss]) & inside
-
-
-def _is_scalar(out: Any) -> bool:
-    return is_tensor(out) and not value(out).dim()
+    return only_the_loss_reads(program)
 
 
 def _causal(node: fx.Node, functions: IndexFunctions, promised: bool) -> bool | None:
@@ -146,29 +144,18 @@ def reach(mask: IndexFunction) -> int | sympy.Expr | None:
     rank = len(mask.sizes)
     query, key = axis(rank - 2), axis(rank - 1)
     conditions = mask.element.args if isinstance(mask.element, sympy.And) else (mask.element,)
-    ahead = [_bound(condition, key, query) for condition in conditions]
-    behind = [_bound(condition, query, key) for condition in conditions]
+    ahead = [bound(condition, key, query) for condition in conditions]
+    behind = [bound(condition, query, key) for condition in conditions]
     if any(left is None and right is None for left, right in zip(ahead, behind, strict=True)):
         return None
-    if min((bound for bound in ahead if bound is not None), default=None) != 0:
+    if min((most for most in ahead if most is not None), default=None) != 0:
         return None
-    return min((bound for bound in behind if bound is not None), default=sympy.oo)
-
-
-def _bound(condition: Expression, later: sympy.Symbol, earlier: sympy.Symbol) -> int | None:
-    """The c of a condition that says later - earlier <= c, or None for any other condition."""
-    if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
-        return None
-    # gts and lts are the greater and the lesser side, whichever way the relation was written.
-    rest = sympy.expand(condition.gts - condition.lts - (earlier - later))
-    if not rest.is_Integer:
-        return None
-    return int(rest) - isinstance(condition, (sympy.Lt, sympy.Gt))
+    return min((most for most in behind if most is not None), default=sympy.oo)
 
 
 def _without_mask(builder: Builder, program: Analysed, node: fx.Node) -> fx.Node:
     given = {parameter.name: argument(node, parameter.name) for parameter in ATTENTION._schema.arguments}
-    key, held = _unrepeated(program, given["key"]), _unrepeated(program, given["value"])
+    key, held = unrepeated(program, given["key"]), unrepeated(program, given["value"])
     if key is not None and held is not None and _may_be_grouped(program, node, key, held):
         given.update(key=key, value=held, enable_gqa=True)
     given.update(attn_mask=None, is_causal=True)
@@ -182,42 +169,3 @@ def _may_be_grouped(program: Analysed, node: fx.Node, key: fx.Node, held: fx.Nod
     width = value(key).shape[-1]
     same = program.same_size(value(key).shape[1], value(held).shape[1])
     return bool(same and width == value(held).shape[-1] and width <= _WIDEST_GROUPED_HEAD)
-
-
-def _unrepeated(program: Analysed, node: fx.Node) -> fx.Node | None:
-    """The heads [B, H, S, D] that `node` [B, H·n, S, D] repeats n times each, next to each other, or None."""
-    joined = _through_copies(program, node)
-    if joined.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
-        return None
-    expanded = _through_copies(program, joined.args[0])
-    if expanded.target != aten.expand.default:
-        return None
-    lifted = _through_copies(program, expanded.args[0])
-    if lifted.target != aten.unsqueeze.default or lifted.args[1] not in (2, -3):
-        return None
-    heads = _through_copies(program, lifted.args[0])
-    if len(value(heads).shape) != 4:
-        return None
-    batch, count, length, width = value(heads).shape
-    times = value(expanded).shape[2]
-    wanted = ((batch, count, times, length, width), (batch, count * times, length, width))
-    return (
-        heads
-        if all(_same_sizes(program, x, sizes) for x, sizes in zip((expanded, node), wanted, strict=True))
-        else None
-    )
-
-
-def _through_copies(program: Analysed, node: fx.Node) -> fx.Node:
-    """What a node's elements are, before copies of them and slices of everything."""
-    while True:
-        source = node.args[0] if node.args else None
-        whole = node.target == aten.slice.Tensor and _same_sizes(program, node, value(source).shape)
-        if not whole and node.target not in (aten.clone.default, aten.contiguous.default, aten.alias.default):
-            return node
-        node = source
-
-
-def _same_sizes(program: Analysed, node: fx.Node, sizes: Any) -> bool:
-    shape = value(node).shape
-    return len(shape) == len(sizes) and all(program.same_size(a, b) for a, b in zip(shape, sizes, strict=True))

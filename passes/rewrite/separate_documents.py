@@ -23,15 +23,15 @@ from __future__ import annotations
 
 import sympy
 import torch
+from cggr_compile.passes.rewrite.shared import own_labels
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.ir.builder import Builder
-from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.index_functions import IndexFunctions, axis, element_of
 from cggr_compile.ir.program import Analysed, Region, value
-from cggr_compile.ir.roles import is_token_argument, quiet_region, token_argument
+from cggr_compile.ir.roles import quiet_region, token_argument
 from cggr_compile.ir.token_mixing import BATCH, KEY, QUERY, Attention, attentions
 
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ def separate_documents(program: Analysed, config: RoutingConfig) -> Analysed:
     refusal = _dependence(program, positions)
     if refusal is not None:
         raise refusal.error()
-    labels = _labels(program)
+    labels = own_labels(program)
     builder = Builder(program)
     builder.copy_inputs()
     builder.part, builder.region = "select", quiet_region(program)
@@ -69,23 +69,6 @@ def separate_documents(program: Analysed, config: RoutingConfig) -> Analysed:
         builder.env[labels] = builder.call(aten.masked_fill.Scalar, builder.env[labels], first, ignored)
     builder.copy_rest()
     return builder.finish("separate_documents", routing=builder.routing(documents=checked))
-
-
-def _labels(program: Analysed) -> fx.Node:
-    """The argument [B, S] that the loss's target is made of.
-
-    Raises:
-        CannotOptimize: it is read by the model too, or there are several.
-    """
-    found = [node for node in ancestors([program.head.target]) if is_token_argument(program, node)]
-    if len(found) == 1 and found[0] not in ancestors([program.head.hidden]):
-        return found[0]
-    raise CannotOptimize(
-        f"the labels are made of {', '.join(program.path(node) for node in found) or 'no argument [batch, sequence]'}, "
-        "and route='segment' needs an argument of their own to ignore those of first tokens in",
-        node=program.head.target,
-        hint="pass labels as a tensor of their own, e.g. labels=input_ids.clone()",
-    )
 
 
 def _dependence(program: Analysed, positions: fx.Node) -> Refusal | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Collection
 from itertools import chain, count
 from operator import getitem
 from typing import Any
@@ -16,7 +17,7 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors, clone
 from cggr_compile.ir.program import Analysed, Head, hint, is_tensor, value
-from cggr_compile.ir.roles import token_ids
+from cggr_compile.ir.roles import is_token_argument, token_ids
 from cggr_compile.torch_internals import symbols
 
 aten = torch.ops.aten
@@ -162,6 +163,24 @@ def first(builder: Builder[Analysed], scores: fx.Node, preferred: fx.Node, kept:
     return builder.call(getitem, chosen, 0)
 
 
+def own_labels(program: Analysed, besides: Collection[fx.Node] = ()) -> fx.Node:
+    """The argument [B, S] that the loss's target is made of, `besides` not counted.
+
+    Raises:
+        CannotOptimize: it is read by the model too, or there are several.
+    """
+    made_of = ancestors([program.head.target], stop=besides)
+    found = [node for node in made_of if is_token_argument(program, node)]
+    if len(found) == 1 and found[0] not in ancestors([program.head.hidden]):
+        return found[0]
+    raise CannotOptimize(
+        f"the labels are made of {', '.join(program.path(node) for node in found) or 'no argument [batch, sequence]'}, "
+        "and labels of first tokens are to be ignored in an argument of their own",
+        node=program.head.target,
+        hint="pass labels as a tensor of their own, e.g. labels=input_ids.clone()",
+    )
+
+
 def fresh_size(program: Analysed, name: str, total: int | torch.SymInt) -> torch.SymInt:
     """A fresh symbol for a number of rows or tokens, whose size hint is equal to no other size of the graph: close to
     that of `total`, so that the graph fits it as it was captured."""
@@ -171,10 +190,19 @@ def fresh_size(program: Analysed, name: str, total: int | torch.SymInt) -> torch
     return symbols.new_size(program.shape_env, name, near)
 
 
-def write_main_pass(builder: Builder[Analysed], roots: list[fx.Node], substitution: dict[fx.Node, fx.Node]) -> None:
-    """Copies what the roots need onto what stands in for inputs, and writes the outputs of it."""
+Rewrite = Callable[[Builder, fx.Node, dict[fx.Node, fx.Node]], "fx.Node | None"]
+
+
+def write_main_pass(
+    builder: Builder[Analysed],
+    roots: list[fx.Node],
+    substitution: dict[fx.Node, fx.Node],
+    rewrite: Rewrite = lambda builder, node, env: None,
+) -> None:
+    """Copies what the roots need onto what stands in for inputs, and writes the outputs of it; `rewrite` may return
+    another node for an old one."""
     builder.part = "main"
-    env = clone(builder, roots, substitution, _checked_before)
+    env = clone(builder, roots, substitution, lambda *call: _checked_before(*call) or rewrite(*call))
     builder.env.update({old: new for old, new in env.items() if old not in builder.env})
     outputs = builder.program.outputs
     builder.output(tuple(env.get(out, builder.env.get(out)) if isinstance(out, fx.Node) else out for out in outputs))

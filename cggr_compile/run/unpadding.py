@@ -1,0 +1,65 @@
+"""Which padded batches train on their real tokens alone, and where these are.
+
+How many tokens are real decides the sizes of a step, so the host has to know before it starts one: two numbers are read
+back. Where the batch before was not worth it, nothing waits: a batch's numbers are read in the step that follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cggr_compile.ir.program import Analysed
+from cggr_compile.ir.roles import token_argument
+from cggr_compile.passes.rewrite.shared import own_labels
+from cggr_compile.passes.rewrite.unpad_rows import PADDING
+from cggr_compile.run.arriving import Arriving
+
+RUNGS = 32
+"""A step is of a multiple of this part of the batch, so that code and CUDA graphs serve many batches."""
+MOST = 0.9
+"""The share of a batch up to which `unpad="auto"` leaves padding out."""
+
+
+class Unpadding:
+    """Reads the attention mask [B, S] and the labels [B, S] among the inputs of an analysed program."""
+
+    def __init__(self, program: Analysed, most: float) -> None:
+        padding = token_argument(program, PADDING)
+        assert padding is not None
+        labels = own_labels(program, [padding])
+        inputs = program.placeholders
+        self._padding, self._labels = inputs.index(padding), inputs.index(labels)
+        self._shift, self._ignored = program.head.shift, program.head.ignore_index
+        self._most = most
+        self._before: Arriving | None = None
+        self.last: tuple[int, int] | None = None
+
+    def places(self, inputs: Sequence[Any]) -> Tensor | None:
+        """Where the real tokens of a batch are, flattened, then some padding up to a rung: int64 [T]. None where there
+        is too little padding, or it predicts a label or is between tokens."""
+        mask = inputs[self._padding] != 0
+        before, self._before = self._before, Arriving(self._figures(mask, inputs[self._labels]))
+        found = None
+        if before is None or self._tokens(before, mask) is not None:
+            found = self._tokens(self._before, mask)
+        self.last = (mask.numel() if found is None else found, mask.numel())
+        return None if found is None else torch.argsort(mask.flatten().logical_not(), stable=True)[:found]
+
+    def _figures(self, mask: Tensor, labels: Tensor) -> Tensor:
+        """How many tokens are real, and how many things are wrong with the padding."""
+        length = mask.shape[1]
+        predicted = labels[:, self._shift :] != self._ignored
+        predicting = predicted & ~mask[:, : length - self._shift]
+        begins = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+        return torch.stack([mask.sum(), predicting.sum() + (begins > 1).sum()])
+
+    def _tokens(self, figures: Arriving, mask: Tensor) -> int | None:
+        real, wrong = figures.there().tolist()
+        rung = max(1, mask.numel() // RUNGS)
+        # One more than the real ones: what the last of them predicts is ignored there.
+        tokens = -(-(real + 1) // rung) * rung
+        return None if wrong or tokens > self._most * mask.numel() or tokens >= mask.numel() else tokens

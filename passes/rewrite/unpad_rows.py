@@ -1,0 +1,379 @@
+"""Rebuilds the step of a padded batch [B, S] on its real tokens, one row behind the other in one sequence [1, T].
+
+What is done token by token then runs on T tokens, and on no padding. Attention stays within the rows: it is made by
+flash attention of variable lengths where that can run (`_runs_varlen`), and else under a mask [T, T]. Behind the real
+tokens come a few of the padding, so that T takes few values; nobody sees them, and their labels are ignored.
+
+That this is the step of the padded batch is proved, or the pass refuses: tokens meet in attention alone
+(`token_mixing`), also those of different rows; its masks ask for nothing but real tokens, at most so far behind; and
+nothing but the loss reads what tokens become. Values that go by place, or by the attention mask alone (positions), are
+made for the padded batch and read at the real tokens' places. So every token computes what it did, and the loss has the
+same terms. The caller sees to it that no place of padding predicts a label (`run/unpadding.py`).
+
+Before::
+
+    main    %hidden = aten.embedding(embed.weight, %input_ids)    # [B, S, D]
+    main    %attention = aten.scaled_dot_product_attention(%q, %k, %v, %mask)
+
+After::
+
+    gather  %ids = aten.index_select(aten.flatten(%input_ids), 0, %places)    # [1, T]
+    main    %hidden = aten.embedding(embed.weight, %ids)    # [1, T, D]
+    main    %attention = aten._flash_attention_forward(%q, %k, %v, %ends, %ends, S, S, …)
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from cggr_compile.passes.rewrite.shared import Rewrite, fresh_size, own_labels, write_main_pass
+from torch import fx
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize, Refusal
+from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.dataflow import ancestors, carries_activations, clone, descendants
+from cggr_compile.ir.index_functions import IndexFunctions, element_of
+from cggr_compile.ir.program import Analysed, is_tensor, value
+from cggr_compile.ir.repeated_heads import unrepeated
+from cggr_compile.ir.roles import main_roots, token_argument
+from cggr_compile.ir.sequence_order import is_pointwise, packet_of
+from cggr_compile.ir.token_mixing import (
+    ATTENTION,
+    BATCH,
+    KEY,
+    QUERY,
+    Attention,
+    argument,
+    attentions,
+    bound,
+    conditions,
+    only_the_loss_reads,
+    rows_meet,
+)
+
+aten = torch.ops.aten
+PLACES = "places"
+PADDING = "attention_mask"  # 0 at padding
+_WIDEST_HEAD = 256
+_CONSTANTS = {aten.zeros.default, aten.ones.default, aten.full.default}
+_REAL = [sympy.Ne(element_of(PADDING, BATCH, place), 0) for place in (KEY, QUERY)]
+
+
+class Reach(NamedTuple):
+    """What a mask asks besides real tokens: whether the key is not ahead, how far behind it may be (None: any)."""
+
+    causal: bool
+    behind: int | None
+
+
+def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
+    """Adds the input `places` int64 [T]: the real tokens' places in the flattened batch, in order, then some padding's;
+    copies the step onto the tokens there.
+
+    Raises:
+        CannotOptimize: why the step of the real tokens is not proved to be that of the padded batch.
+    """
+    padding = token_argument(program, PADDING)
+    if padding is None:
+        raise CannotOptimize("there is no attention_mask [batch, sequence]")
+    functions = IndexFunctions(program.shape_env, {PADDING: padding})
+    found = _proved(program, functions, padding, config)
+    labels = own_labels(program, [padding])
+    builder = Builder(program)
+    builder.copy_inputs()
+    builder.part = "gather"
+    with program.fake_mode:
+        total = program.batch * program.sequence
+        tokens = fresh_size(program, "tokens", total)
+        places = torch.empty((tokens,), dtype=torch.int64, device=value(padding).device)
+    batch = _Batch(builder, padding, builder.placeholder(PLACES, places))
+    roots = main_roots(program)
+    masks = {mask: batch.mask(mask, functions) for attention in found for mask in attention.masks}
+    substitution = {node: builder.env[node] for node in program.placeholders} | masks
+    substitution |= _by_place(builder, batch, roots, masks, padding)
+    ignored, shift = program.head.ignore_index, program.head.shift
+    for node in program.placeholders:
+        if node is labels:
+            target = builder.call(aten.constant_pad_nd.default, builder.env[node], [-shift, shift], ignored)
+            target = builder.call(aten.constant_pad_nd.default, batch.taken(target), [shift, -shift], ignored)
+            substitution[node] = target
+        elif program.kind(node) == "batch" and is_tensor(node) and node is not padding:
+            substitution[node] = _of_tokens(program, batch, node)
+    for node in program.placeholders:
+        if program.kind(node) == "size":
+            substitution[node] = batch.size(value(node), builder.env[node])
+    lengths = {attention.node: _reach(attention.seen) for attention in found}
+    write_main_pass(builder, roots, substitution, _attended(program, batch, lengths))
+    return builder.finish("unpad_rows", routing=builder.routing(places=batch.places))
+
+
+def _proved(program: Analysed, functions: IndexFunctions, padding: fx.Node, config: RoutingConfig) -> list[Attention]:
+    """The attentions, in which alone tokens meet."""
+    if config.keep_logits:
+        raise CannotOptimize("keep_logits=True wants the logits of padding too")
+    if not isinstance(program.sequence, torch.SymInt) or not isinstance(program.batch, torch.SymInt):
+        raise CannotOptimize("the model fixes the batch size or the sequence length while it is traced")
+    found = attentions(program, functions, [padding])
+    refusal = found if isinstance(found, Refusal) else rows_meet(program, found, [padding])
+    if refusal is not None:
+        raise refusal.error()
+    assert not isinstance(found, Refusal)
+    for attention in found:
+        reach = _reach(attention.seen)
+        if reach is None or not reach.causal:
+            raise CannotOptimize(
+                "an attention is not proved to see real tokens alone, and none ahead", node=attention.node
+            )
+    if not only_the_loss_reads(program):
+        raise CannotOptimize("more than the loss depends on what the tokens become, padding included")
+    return found
+
+
+def _reach(asked: tuple[Any, ...]) -> Reach | None:
+    """What conditions over BATCH, QUERY and KEY come to; None where they ask for anything else."""
+    causal, behind = False, None
+    for condition in asked:
+        if condition == sympy.true or condition in _REAL:
+            continue
+        ahead, back = bound(condition, KEY, QUERY), bound(condition, QUERY, KEY)
+        if ahead == 0:
+            causal = True
+        elif back is not None and back >= 0:
+            behind = back if behind is None else min(behind, back)
+        else:
+            return None
+    return Reach(causal, behind)
+
+
+class _Batch:
+    """The padded batch and the places that are read of it, as nodes of the graph that is built."""
+
+    def __init__(self, builder: Builder[Analysed], padding: fx.Node, places: fx.Node) -> None:
+        self.builder = builder
+        self.program = builder.program
+        self.places = places
+        self._tokens = value(places).shape[0]
+        self._padding = builder.env[padding]
+        call = builder.call
+        self.rows_of_batch, self.length = (call(aten.sym_size.int, self._padding, dim) for dim in (0, 1))
+        self.columns = call(aten.remainder.Scalar, places, self.length)
+        self._masks: dict[Any, fx.Node] = {}
+        self._one = call(aten.sym_size.int, call(aten.unsqueeze.default, places, 0), 0)
+        self._count = call(aten.sym_size.int, places, 0)
+
+    def taken(self, node: fx.Node) -> fx.Node:
+        """Of a value [B, S, …] the entries of the tokens, [1, T, …]."""
+        call = self.builder.call
+        flat = call(aten.flatten.using_ints, node, 0, 1)
+        return call(aten.unsqueeze.default, call(aten.index_select.default, flat, 0, self.places), 0)
+
+    def size(self, size: Any, node: fx.Node) -> fx.Node:
+        """What stands for a size of the padded batch."""
+        if self.program.same_size(size, self.program.batch):
+            return self._one
+        return self._count if self.program.same_size(size, self.program.sequence) else node
+
+    def mask(self, node: fx.Node, functions: IndexFunctions) -> fx.Node:
+        """The mask [T, T], with dimensions of 1 in front as there were, that asks what a mask asks, and for keys of the
+        query's row; its negation for the negation of one."""
+        function = functions.of(node)
+        assert function is not None
+        negated = _reach(conditions(function)) is None
+        reach = _reach(conditions(function, negated))
+        if reach is None:
+            raise CannotOptimize("a mask is not proved to ask for real tokens alone", node=node)
+        key = (reach, negated, len(function.sizes))
+        if key not in self._masks:
+            self._masks[key] = self._written(*key)
+        return self._masks[key]
+
+    def within(self, reach: Reach) -> fx.Node:
+        """The mask [1, 1, T, T] of an attention that has none."""
+        key = (reach, False, 4)
+        if key not in self._masks:
+            self._masks[key] = self._written(*key)
+        return self._masks[key]
+
+    def _written(self, reach: Reach, negated: bool, dims: int) -> fx.Node:
+        call = self.builder.call
+
+        def apart(of_tokens: fx.Node) -> tuple[fx.Node, fx.Node]:
+            return call(aten.unsqueeze.default, of_tokens, 1), call(aten.unsqueeze.default, of_tokens, 0)
+
+        query, key = apart(self._rows())
+        mask = call(aten.eq.Tensor, query, key)
+        behind = call(aten.sub.Tensor, *apart(self.columns))
+        if reach.causal:
+            mask = call(aten.__and__.Tensor, mask, call(aten.ge.Scalar, behind, 0))
+        if reach.behind is not None:
+            mask = call(aten.__and__.Tensor, mask, call(aten.le.Scalar, behind, reach.behind))
+        if negated:
+            mask = call(aten.logical_not.default, mask)
+        for _ in range(dims - 2):
+            mask = call(aten.unsqueeze.default, mask, 0)
+        return mask
+
+    def _rows(self) -> fx.Node:
+        """The row of each token [T]; each place of padding is a row of its own, which no other sees."""
+        call = self.builder.call
+        rows = call(aten.div.Tensor_mode, self.places, self.length, rounding_mode="floor")
+        flat = call(aten.flatten.using_ints, self._padding, 0, 1)
+        padded = call(aten.eq.Scalar, call(aten.index_select.default, flat, 0, self.places), 0)
+        own = call(aten.arange.default, self._count, device=value(self.places).device)
+        return call(aten.where.self, padded, call(aten.bitwise_not.default, own), rows)
+
+    def ends(self) -> fx.Node:
+        """Where each row begins and the last ends, and the end of the padding behind them: int32 [B + 2]."""
+        call = self.builder.call
+        real = call(aten.ne.Scalar, self._padding, 0)
+        ends = call(aten.cumsum.default, call(aten.sum.dim_IntList, real, [1]), 0)
+        ends = call(aten.constant_pad_nd.default, ends, [1, 0], 0)
+        last = call(aten.full.default, [1], self._count, dtype=torch.int64, device=value(self.places).device)
+        return call(aten.to.dtype, call(aten.cat.default, [ends, last], 0), torch.int32)
+
+
+def _of_tokens(program: Analysed, batch: _Batch, node: fx.Node) -> fx.Node:
+    """An argument of the call, of the tokens at the places."""
+    shape = value(node).shape
+    if len(shape) > 1 and program.same_size(shape[0], program.batch) and program.same_size(shape[1], program.sequence):
+        others = shape[2:]
+        if not any(program.mentions(size, each) for size in others for each in (program.batch, program.sequence)):
+            return batch.taken(batch.builder.env[node])
+    if any(isinstance(size, torch.SymInt) for size in shape):
+        raise CannotOptimize(f"it cannot be told what each token has of {program.path(node)} of shape {tuple(shape)}")
+    return batch.builder.env[node]
+
+
+def _by_place(
+    builder: Builder[Analysed],
+    batch: _Batch,
+    roots: list[fx.Node],
+    masks: dict[fx.Node, fx.Node],
+    padding: fx.Node,
+) -> dict[fx.Node, fx.Node]:
+    """Values that are made of sizes and the attention mask, where something made of tokens reads them: made for the
+    padded batch, and read at the places of the tokens."""
+    program = builder.program
+    arguments = [node for node in program.placeholders if program.kind(node) == "batch" and node is not padding]
+    stream = descendants([*arguments, *masks], carries_activations)
+    needed = ancestors(roots, stop=masks)
+    of_sizes = [padding, *(node for node in program.placeholders if program.kind(node) == "size")]
+    sized = descendants([*of_sizes, *(n for n in needed if n.target == aten.sym_size.int)]) - stream
+    read = [node for node in sorted(needed & stream) if node.op == "call_function"]
+    for node in read:
+        numbers = [
+            source for source in node.all_input_nodes if isinstance(value(source), (torch.SymInt, torch.SymFloat))
+        ]
+        if is_pointwise(node) and any(_grows(program, value(number)) for number in numbers):
+            raise CannotOptimize("a value depends on the batch size or the sequence length", node=node)
+    frontier = {s for node in read for s in node.all_input_nodes if s in sized and is_tensor(s) and s not in masks}
+    frontier = {node for node in frontier if not _is_constant(node)}
+    copies = clone(builder, sorted(frontier), {node: builder.env[node] for node in program.placeholders})
+    return {node: _at_places(program, batch, node, copies[node]) for node in sorted(frontier)}
+
+
+def _grows(program: Analysed, number: Any) -> bool:
+    return any(program.mentions(number, size) for size in (program.batch, program.sequence))
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether all entries of a value are one number."""
+    if node.target in _CONSTANTS:
+        return True
+    tensors = [source for source in node.all_input_nodes if is_tensor(source)]
+    spread = is_pointwise(node) or packet_of(node) in (aten.expand, aten.view, aten.reshape, aten.to, aten.unsqueeze)
+    return bool(tensors) and spread and all(map(_is_constant, tensors))
+
+
+def _at_places(program: Analysed, batch: _Batch, node: fx.Node, made: fx.Node) -> fx.Node:
+    shape = value(node).shape
+    dims = [dim for dim, size in enumerate(shape) if program.same_size(size, program.sequence)]
+    growing = [dim for dim, size in enumerate(shape) if _grows(program, size)]
+    if not growing:
+        return made
+    if dims == growing and len(dims) == 1:
+        return batch.builder.call(aten.index_select.default, made, dims[0], batch.columns)
+    if growing == [0, 1] and dims == [1] and program.same_size(shape[0], program.batch):
+        return batch.taken(made)
+    raise CannotOptimize(f"a value of shape {tuple(shape)} goes by the places of tokens in the padded batch", node=node)
+
+
+def _attended(program: Analysed, batch: _Batch, lengths: dict[fx.Node, Reach | None]) -> Rewrite:
+    """Attention of the tokens of each row, in the place of that of the padded rows."""
+    ends: list[fx.Node] = []
+
+    def rewrite(builder: Builder, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
+        reach = lengths.get(node)
+        if reach is None or node.target != ATTENTION:
+            return None
+        if _runs_varlen(node):
+            if not ends:
+                builder.part = "gather"
+                ends.append(batch.ends())
+                builder.part = "main"
+            return _varlen(builder, program, batch, node, env, reach, ends[0])
+        if isinstance(argument(node, "attn_mask"), fx.Node):
+            return None  # a substitute stands for the mask
+        given = {parameter.name: argument(node, parameter.name) for parameter in ATTENTION._schema.arguments}
+        given.update(attn_mask=batch.within(reach), is_causal=False)
+        mapped = dict(fx.map_arg(given, lambda old: env.get(old, old)))
+        positional = [parameter.name for parameter in ATTENTION._schema.arguments if not parameter.kwarg_only]
+        args = tuple(mapped.pop(name) for name in positional)
+        return builder.copy_call(node, env, args=args, kwargs=mapped)
+
+    return rewrite
+
+
+def _runs_varlen(node: fx.Node) -> bool:
+    """Whether torch's flash attention of variable lengths can run in the place of an attention [B, H, S, D]."""
+    found = value(node)
+    mask = argument(node, "attn_mask")
+    alike = {value(argument(node, name)).shape[-1] for name in ("query", "key", "value")}
+    return (
+        found.device.type == "cuda"
+        and found.dtype in (torch.float16, torch.bfloat16)
+        and found.dim() == 4
+        and len(alike) == 1
+        and next(iter(alike)) <= _WIDEST_HEAD
+        and next(iter(alike)) % 8 == 0
+        and not argument(node, "dropout_p")
+        and (mask is None or value(mask).dtype == torch.bool)
+    )
+
+
+def _varlen(
+    builder: Builder,
+    program: Analysed,
+    batch: _Batch,
+    node: fx.Node,
+    env: dict[fx.Node, fx.Node],
+    reach: Reach,
+    ends: fx.Node,
+) -> fx.Node:
+    """Attention by `aten._flash_attention_forward`, which takes grouped heads as they are: [1, H, T, D]."""
+    region, builder.region = builder.region, node.meta["cggr_region"]
+    key, held = (unrepeated(program, argument(node, name)) for name in ("key", "value"))
+    if key is None or held is None:
+        key, held = argument(node, "key"), argument(node, "value")
+    operands = []
+    for old in (argument(node, "query"), key, held):
+        new = builder.call(aten.transpose.int, builder.call(aten.select.int, env[old], 0, 0), 0, 1)
+        operands.append(
+            new if value(new).dtype == value(node).dtype else builder.call(aten.to.dtype, new, value(node).dtype)
+        )
+    behind = -1 if reach.behind is None else reach.behind
+    found = builder.call(
+        *(aten._flash_attention_forward.default, *operands, ends, ends, batch.length, batch.length),
+        *(0.0, reach.behind is None, False),
+        scale=argument(node, "scale"),
+        window_size_left=behind,
+        window_size_right=0,
+    )
+    attended = builder.call(operator.getitem, found, 0)
+    attended = builder.call(aten.unsqueeze.default, builder.call(aten.transpose.int, attended, 0, 1), 0)
+    builder.region = region
+    return attended

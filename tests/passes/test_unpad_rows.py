@@ -1,0 +1,229 @@
+"""`unpad=True`: a padded batch trains on its real tokens alone, and the step is eager's on the padded batch."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import oracle
+import plans
+import pytest
+import torch
+from architectures import ARCHITECTURES, COMMON, VOCABULARY, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from toys import WORDS, Toy
+
+import cggr_compile as cggr
+from cggr_compile.inspection.explanation import Report
+from cggr_compile.ir.program import Program
+
+LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "long"
+LLAMA = ARCHITECTURES["llama"]
+# Products in other blocks, attention over other lengths: the widths, and the longest sum over tokens.
+ROUNDING = oracle.rounding(COMMON["hidden_size"], COMMON["intermediate_size"], VOCABULARY, 128)
+FAMILIES = ["llama", "mistral", "gemma3", "qwen3", "gpt2", "opt", "mixtral"]
+OTHERS = ["phi3", "gpt_neox", "olmo2", "qwen3_moe", "cohere", "gemma2"]
+
+
+def padded(
+    lengths: list[int], seed: int = 0, side: str = "right", ignored: float = 0.0, longest: int = 0
+) -> dict[str, torch.Tensor]:
+    """Rows of these lengths, padded behind or in front of their tokens; labels ignored with a probability, those of
+    padding always, and of left padding those that padding predicts."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(*lengths, longest)
+    ids = torch.randint(3, VOCABULARY, (len(lengths), width), generator=generator)
+    mask = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
+    if side == "left":
+        mask = mask.flip(1)
+    labels = ids.masked_fill((mask == 0) | (torch.rand(ids.shape, generator=generator) < ignored), -100)
+    if side == "left":
+        labels[:, 1:] = labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def computed(step: plans.Routed) -> tuple[int, int]:
+    """Of the last step, places that were computed and places of the batch."""
+    return step.plan.unpadded.unpadding.last
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[nn.Module, Program]:
+    model = build("llama")
+    return model, plans.captured(model, padded([7, 4, 9]))
+
+
+@pytest.fixture(scope="module")
+def unpadded(llama: tuple[nn.Module, Program]) -> plans.Routed:
+    return plans.Routed(*llama, ratio=1.0, unpad=True)
+
+
+@settings(max_examples=200 if LONG else 25)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=6),
+    side=st.sampled_from(["right", "left"]),
+    ignored=st.sampled_from([0.0, 0.5, 0.9]),
+    more=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_contract(unpadded: plans.Routed, lengths: list[int], side: str, ignored: float, more: int, seed: int) -> None:
+    batch = padded(lengths, seed, side, ignored, longest=max(lengths) + more)
+    actual = unpadded.step(batch)
+    if not oracle.counted(batch["labels"], causal=True).any():
+        assert actual[0] == 0  # where eager says 0 / 0
+        return
+    oracle.assert_step_within(ROUNDING, *actual, *oracle.step(copy.deepcopy(unpadded.model), batch))
+    done, places = computed(unpadded)
+    assert places == batch["input_ids"].numel()
+    assert done == places or sum(lengths) < done <= sum(lengths) + max(1, places // 32)
+
+
+def test_what_is_left_is_computed_from_the_batch_that_follows(unpadded: plans.Routed) -> None:
+    """A batch's numbers are read at once where the batch before was worth it, and else in the step that follows."""
+    full, short = padded([8, 8]), padded([8, 2])
+    done = []
+    for batch in (short, short, full, short, short):
+        unpadded.step(batch)
+        done.append(computed(unpadded))
+    assert done[0] == done[1] == done[4] == (11, 16)
+    assert done[2] == done[3] == (16, 16)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FAMILIES + (OTHERS if LONG else []))
+@pytest.mark.sample(3)
+def test_families(name: str, implementation: str, side: str) -> None:
+    eager = build(name)
+    eager.set_attn_implementation(implementation)
+    eager.config.output_router_logits = False
+    for module in eager.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager")
+    for seed, lengths in enumerate(([7, 4, 9, 2], [3, 8, 1, 5], [11, 2])):
+        batch = padded(lengths, seed, side)
+        oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+    assert model.cggr.captures == 1
+    assert "the last step computed 14 of 22 places; attention under a mask" in " ".join(
+        str(model.cggr.report()).split()
+    )
+
+
+def test_batches_that_cannot_are_trained_as_they_are(unpadded: plans.Routed) -> None:
+    """Padding that predicts a label, or is between tokens; nothing is lost of either."""
+    predicting, between = padded([7, 4, 9]), padded([7, 4, 9])
+    predicting["labels"][1, 6] = 5
+    between["attention_mask"][2, 3] = 0
+    between["labels"][2, 4] = -100
+    for batch in (predicting, between):
+        unpadded.step(padded([7, 4, 9]))
+        actual = unpadded.step(batch)
+        assert computed(unpadded) == (27, 27)
+        oracle.assert_step_within(ROUNDING, *actual, *oracle.step(copy.deepcopy(unpadded.model), batch))
+
+
+@pytest.mark.parametrize(
+    "options", [{"inner": "aot_eager"}, {"prediction_metrics": True}, {"padding": "right"}, {"outline_layers": True}]
+)
+def test_options(llama: tuple[nn.Module, Program], options: dict[str, Any]) -> None:
+    step = plans.Routed(*llama, **{"ratio": 1.0, "unpad": True, "inner": "eager", **options})
+    for seed, lengths in enumerate(([7, 4, 9], [2, 10, 3], [5, 1, 1, 6])):
+        batch = padded(lengths, seed)
+        actual = step.step(batch)
+        oracle.assert_step_within(ROUNDING, *actual, *oracle.step(copy.deepcopy(step.model), batch))
+    if options.get("inner") == "aot_eager":
+        assert [route.variant.compilations for name, route in step.plan.routes.items() if name == "unpadded"] == [2]
+
+
+class Told(Toy):
+    """Attends causally, and does something besides."""
+
+    def __init__(self, besides: Any) -> None:
+        super().__init__()
+        self.besides = besides
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> tuple:
+        hidden = self.embed(input_ids % WORDS)
+        places = torch.arange(input_ids.shape[1])
+        seen = (places[None, None, None, :] <= places[None, None, :, None]) & (attention_mask[:, None, None, :] != 0)
+        heads = hidden.unsqueeze(1)
+        weights = (heads @ heads.mT).masked_fill(~seen, torch.finfo(torch.float32).min).softmax(-1)
+        hidden = hidden + (weights @ heads).squeeze(1)
+        hidden = self.besides(hidden, attention_mask)
+        return self.loss(self.logits(self.middle(hidden)), torch.where(labels < 0, labels, labels % WORDS)), None
+
+
+@pytest.mark.parametrize(
+    ("besides", "reason"),
+    [
+        (lambda x, mask: x + x.roll(1, 1), "roll runs along the sequence"),
+        (lambda x, mask: x + x.mean(0, keepdim=True), "mean adds up tokens"),
+        (lambda x, mask: x + x.flip(0), "flip runs along"),
+        (lambda x, mask: x + x.mean(), "mean adds up tokens"),
+        (lambda x, mask: x * x.shape[1], "a value depends on the batch size or the sequence length"),
+        (lambda x, mask: x * torch.arange(x.shape[0]).view(-1, 1, 1), "goes by the places of tokens"),
+    ],
+)
+def test_what_is_not_of_each_token_is_refused(besides: Any, reason: str) -> None:
+    model = cggr.optimize(Told(besides), unpad=True, inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=reason):
+        model(**padded([7, 4, 9]))
+
+
+@pytest.mark.parametrize(
+    "besides",
+    [
+        lambda x, mask: x + torch.arange(x.shape[1]).view(1, -1, 1) / 8,
+        lambda x, mask: x + mask.cumsum(1).unsqueeze(-1) / 8,
+        lambda x, mask: x * mask.sum(1).max(),
+        lambda x, mask: x * mask.unsqueeze(-1),
+        lambda x, mask: x + torch.zeros(x.shape[0], x.shape[1], 1),
+    ],
+)
+def test_what_goes_by_the_places_of_the_padded_batch_does(besides: Any) -> None:
+    eager = Told(besides)
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager")
+    for side in ("right", "left"):
+        batch = padded([7, 4, 9], side=side)
+        oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+    assert model.cggr.report().unpadded.startswith("the last step computed 21 of 27")
+
+
+def test_models_without_padding_or_proof(llama: tuple[nn.Module, Program]) -> None:
+    """True asks for it, and raises; "auto" says why not."""
+    for name, reason in (("bert", "not proved to see real tokens alone"), ("mixtral", "more than the loss depends on")):
+        with pytest.raises(cggr.CannotOptimize, match=reason):
+            cggr.optimize(build(name), unpad=True, inner="eager")(**padded([7, 4, 9]))
+    step = plans.Routed(*llama, ratio=1.0, unpad="auto")
+    step.step(padded([7, 4, 9]))
+    assert Report.of(step.runtime).unpadded == "kept: attention of variable lengths needs CUDA"
+
+
+def test_options_that_do_not_go_together() -> None:
+    for options in ({"ratio": 0.5}, {"selection": "auto"}, {"route": "loss", "ratio": 1.0}):
+        with pytest.raises(cggr.ConfigError, match="unpad=True is for steps on every row and every token"):
+            cggr.RoutingConfig(unpad=True, **options)
+    with pytest.raises(cggr.ConfigError, match="unpad='left' is neither a bool nor 'auto'"):
+        cggr.RoutingConfig(unpad="left")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{"inner": "eager"}, {"inner": "inductor"}, {"inner": "inductor", "cuda_graphs": True}]
+)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_on_a_gpu_attention_is_of_variable_lengths(name: str, options: dict[str, Any]) -> None:
+    """No further from fp32 than twice eager's own step in bf16."""
+    truth = build(name).cuda()
+    eager = copy.deepcopy(truth)
+    model = cggr.optimize(copy.deepcopy(truth), unpad="auto", **options)
+    for seed, lengths in enumerate(([7, 4, 9, 2], [3, 8, 1, 5], [3, 8, 1, 5], [3, 8, 1, 5])):
+        batch = {key: tensor.cuda() for key, tensor in padded(lengths, seed, longest=12).items()}
+        with torch.autocast("cuda", torch.bfloat16):
+            actual, same = oracle.step(model, batch), oracle.step(eager, batch)
+        oracle.assert_no_further(actual, same, oracle.step(truth, batch), times=2.0)
+    assert model.cggr.report().unpadded == "the last step computed 18 of 48 places; 3 attentions of variable lengths"
