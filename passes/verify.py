@@ -9,8 +9,13 @@ from torch import fx
 
 from cggr_compile.errors import VerificationError
 from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Analysed, Program, value
+from cggr_compile.ir.roles import draws
+
+aten = torch.ops.aten
 
 _QUIET_PARTS = ("router", "score", "select")
+# Operators that have a side effect, drawing random numbers, only where a dropout is on.
+_DRAW_PERHAPS = (aten.dropout.default, aten.scaled_dot_product_attention.default)
 
 
 def verify(before: Program, after: Program, pass_name: str) -> None:
@@ -75,7 +80,7 @@ def _effects(program: Program) -> Counter:
             return node.is_impure()
         if node.target not in known:  # an operator acts by its schema, whatever its arguments
             known[node.target] = node.is_impure()
-        return known[node.target]
+        return known[node.target] and (draws(node) or node.target not in _DRAW_PERHAPS)
 
     return Counter(
         str(node.target)

@@ -11,6 +11,8 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import PART, TRAINED_PARTS, Analysed, Autocast, Program, Region, value
 
+aten = torch.ops.aten
+
 
 def router_layers(config: RoutingConfig, layers: int) -> int:
     """Layers the router runs: the configured number, or max(2, L // 8), at most L - 1 and at least 1."""
@@ -79,8 +81,17 @@ def is_state(program: Program, node: fx.Node) -> bool:
 
 def changes_of(program: Program) -> list[fx.Node]:
     """The nodes that write into inputs of the graph: what a forward changes in place, as batch norm its statistics."""
-    copies = program.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    copies = program.graph.find_nodes(op="call_function", target=aten.copy_.default)
     return [node for node in copies if node.args[0].op == "placeholder"]
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a call draws random numbers; a dropout that is off or of probability 0 does not."""
+    if node.target == aten.dropout.default:
+        return bool(node.args[1]) and bool(node.args[2])
+    if node.target == aten.scaled_dot_product_attention.default:
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def main_roots(program: Analysed) -> list[fx.Node]:

@@ -271,7 +271,7 @@ def _by_place(
         if is_pointwise(node) and any(_grows(program, value(number)) for number in numbers):
             raise CannotOptimize("a value depends on the batch size or the sequence length", node=node)
     frontier = {s for node in read for s in node.all_input_nodes if s in sized and is_tensor(s) and s not in masks}
-    frontier = {node for node in frontier if not _is_constant(node)}
+    frontier = {node for node in frontier if not _is_constant(node) and not _numbers_tokens(program, node, stream)}
     copies = clone(builder, sorted(frontier), {node: builder.env[node] for node in program.placeholders})
     return {node: _at_places(program, batch, node, copies[node]) for node in sorted(frontier)}
 
@@ -287,6 +287,15 @@ def _is_constant(node: fx.Node) -> bool:
     tensors = [source for source in node.all_input_nodes if is_tensor(source)]
     spread = is_pointwise(node) or packet_of(node) in (aten.expand, aten.view, aten.reshape, aten.to, aten.unsqueeze)
     return bool(tensors) and spread and all(map(_is_constant, tensors))
+
+
+def _numbers_tokens(program: Analysed, node: fx.Node, stream: set[fx.Node]) -> bool:
+    """Whether a value is the numbers of the flattened tokens, or of n choices of each, and says which are meant."""
+    if node.target != aten.arange.default or any(is_pointwise(user) for user in node.users if user in stream):
+        return False
+    sizes = (value(node).shape[0], program.batch, program.sequence)
+    count, rows, length = (sympy.sympify(program.expression(size)) for size in sizes)
+    return bool(sympy.cancel(count / (rows * length)).is_Integer)
 
 
 def _at_places(program: Analysed, batch: _Batch, node: fx.Node, made: fx.Node) -> fx.Node:

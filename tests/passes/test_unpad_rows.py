@@ -11,6 +11,8 @@ import plans
 import pytest
 import torch
 from architectures import ARCHITECTURES, COMMON, VOCABULARY, build
+from cggr_compile.passes.rewrite import unpad_rows
+from flash import flash_on_the_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,14 +20,13 @@ from toys import WORDS, Toy
 
 import cggr_compile as cggr
 from cggr_compile.inspection.explanation import Report
-from cggr_compile.ir.program import Program
+from cggr_compile.ir.program import Program, value
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "long"
 LLAMA = ARCHITECTURES["llama"]
 # Products in other blocks, attention over other lengths: the widths, and the longest sum over tokens.
 ROUNDING = oracle.rounding(COMMON["hidden_size"], COMMON["intermediate_size"], VOCABULARY, 128)
 FAMILIES = ["llama", "mistral", "gemma3", "qwen3", "gpt2", "opt", "mixtral"]
-OTHERS = ["phi3", "gpt_neox", "olmo2", "qwen3_moe", "cohere", "gemma2"]
 
 
 def padded(
@@ -81,8 +82,9 @@ def test_contract(unpadded: plans.Routed, lengths: list[int], side: str, ignored
     assert done == places or sum(lengths) < done <= sum(lengths) + max(1, places // 32)
 
 
-def test_what_is_left_is_computed_from_the_batch_that_follows(unpadded: plans.Routed) -> None:
+def test_nothing_waits_behind_a_batch_that_was_not_worth_it(llama: tuple[nn.Module, Program]) -> None:
     """A batch's numbers are read at once where the batch before was worth it, and else in the step that follows."""
+    unpadded = plans.Routed(*llama, ratio=1.0, unpad=True)
     full, short = padded([8, 8]), padded([8, 2])
     done = []
     for batch in (short, short, full, short, short):
@@ -94,9 +96,19 @@ def test_what_is_left_is_computed_from_the_batch_that_follows(unpadded: plans.Ro
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", FAMILIES + (OTHERS if LONG else []))
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.sample(3)
 def test_families(name: str, implementation: str, side: str) -> None:
+    _assert_is_eagers(name, implementation, side)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "olmo2", "qwen3_moe", "cohere", "gemma2"])
+def test_other_families(name: str) -> None:
+    _assert_is_eagers(name, "eager", "left")
+
+
+def _assert_is_eagers(name: str, implementation: str, side: str) -> None:
     eager = build(name)
     eager.set_attn_implementation(implementation)
     eager.config.output_router_logits = False
@@ -209,6 +221,27 @@ def test_options_that_do_not_go_together() -> None:
             cggr.RoutingConfig(unpad=True, **options)
     with pytest.raises(cggr.ConfigError, match="unpad='left' is neither a bool nor 'auto'"):
         cggr.RoutingConfig(unpad="left")
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_attention_of_variable_lengths(name: str, inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and windows are told to it as the mask says them, and grouped heads are not repeated."""
+    monkeypatch.setattr(unpad_rows, "_runs_varlen", lambda node: True)
+    eager = build(name)
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner=inner)
+    with flash_on_the_cpu():
+        for seed, lengths in enumerate(([7, 4, 9, 2], [3, 8, 1, 5], [12, 2, 1])):
+            for side in ("right", "left"):
+                batch = padded(lengths, seed, side, longest=12)
+                oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+    layers = eager.config.num_hidden_layers
+    attention = f"{layers} attentions of variable lengths"
+    assert model.cggr.report().unpadded == f"the last step computed 16 of 36 places; {attention}"
+    graph = model.cggr.runtime.plans[-1].unpadded.route.program.graph
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.aten._flash_attention_forward.default)
+    assert {value(node.args[1]).shape[1] for node in nodes} == {eager.config.num_key_value_heads}
 
 
 @pytest.mark.gpu
