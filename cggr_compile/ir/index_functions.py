@@ -248,6 +248,19 @@ def _elementwise(function: Callable[..., Expression], of_booleans: bool = False)
     return rule
 
 
+def _related(relation: Callable[..., Expression]) -> Callable[..., Expression]:
+    """A comparison, of which |x| <= y is written as x <= y and -x <= y."""
+
+    def compare(x: Expression, y: Expression) -> Expression:
+        if relation in (sympy.Le, sympy.Lt) and isinstance(x, sympy.Abs):
+            return sympy.And(relation(x.args[0], y), relation(-x.args[0], y))
+        if relation in (sympy.Ge, sympy.Gt) and isinstance(y, sympy.Abs):
+            return sympy.And(relation(x, y.args[0]), relation(x, -y.args[0]))
+        return relation(x, y)
+
+    return compare
+
+
 def _index(call: _Call, x: IndexFunction, places: list[Any]) -> Expression | None:
     """Reading at indices that run over whole dimensions, so that none is out of range or negative."""
     if len(places) != len(x.sizes) or not all(isinstance(place, IndexFunction) for place in places):
@@ -321,6 +334,7 @@ def _rules() -> dict[Any, Callable[..., Expression | None]]:
         aten.sub.Tensor: _elementwise(lambda x, y: x - y),
         aten.sub.Scalar: _elementwise(lambda x, y: x - y),
         aten.mul.Tensor: _elementwise(lambda x, y: x * y),
+        aten.abs.default: _elementwise(sympy.Abs),
         aten.bitwise_not.default: _elementwise(sympy.Not, of_booleans=True),
         aten.logical_not.default: _elementwise(sympy.Not, of_booleans=True),
         aten.index.Tensor: _index,
@@ -334,7 +348,7 @@ def _rules() -> dict[Any, Callable[..., Expression | None]]:
             rules[getattr(aten, name).default] = _full(number)
     for name, relation in _COMPARISONS.items():
         for overload in ("Tensor", "Scalar"):
-            rules[getattr(getattr(aten, name), overload)] = _elementwise(relation)
+            rules[getattr(getattr(aten, name), overload)] = _elementwise(_related(relation))
     for name, connective in _CONNECTIVES.items():
         overload = "default" if name.startswith("logical") else "Tensor"
         rules[getattr(getattr(aten, name), overload)] = _elementwise(connective, of_booleans=True)

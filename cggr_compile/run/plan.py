@@ -203,12 +203,14 @@ class Plan:
             if config.unpad is True:
                 raise
             return Refusal(error.reason)
+        most = MOST if config.unpad == "auto" else 1.0
+        unpadding = Unpadding(self.analysed, most, behind=config.padding == "right")
         varlen = route.program.graph.find_nodes(
             op="call_function", target=torch.ops.aten._flash_attention_forward.default
         )
         if config.unpad == "auto" and not varlen:
             return Refusal("no attention of variable lengths: it needs bfloat16 or float16")
-        return Unpadded(route, Unpadding(self.analysed, MOST if config.unpad == "auto" else 1.0), len(varlen))
+        return Unpadded(route, unpadding, len(varlen))
 
     @property
     def variants(self) -> dict[str, Variant]:

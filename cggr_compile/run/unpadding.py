@@ -25,9 +25,12 @@ MOST = 0.9
 
 
 class Unpadding:
-    """Reads the attention mask [B, S] and the labels [B, S] among the inputs of an analysed program."""
+    """Reads the attention mask [B, S] and the labels [B, S] among the inputs of an analysed program.
 
-    def __init__(self, program: Analysed, most: float) -> None:
+    Up to the share `most` of a batch padding is left out. With `behind` all of it has to be behind the tokens.
+    """
+
+    def __init__(self, program: Analysed, most: float, behind: bool) -> None:
         padding = token_argument(program, PADDING)
         assert padding is not None
         labels = own_labels(program, [padding])
@@ -35,6 +38,7 @@ class Unpadding:
         self._padding, self._labels = inputs.index(padding), inputs.index(labels)
         self._shift, self._ignored = program.head.shift, program.head.ignore_index
         self._most = most
+        self._behind = behind
         self._before: Arriving | None = None
         self.last: tuple[int, int] | None = None
 
@@ -55,7 +59,8 @@ class Unpadding:
         predicted = labels[:, self._shift :] != self._ignored
         predicting = predicted & ~mask[:, : length - self._shift]
         begins = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
-        return torch.stack([mask.sum(), predicting.sum() + (begins > 1).sum()])
+        wrong = predicting.sum() + (begins > 1).sum()
+        return torch.stack([mask.sum(), wrong + (~mask[:, 0]).sum() if self._behind else wrong])
 
     def _tokens(self, figures: Arriving, mask: Tensor) -> int | None:
         real, wrong = figures.there().tolist()

@@ -5,7 +5,7 @@ flash attention of variable lengths where that can run (`_runs_varlen`), and els
 tokens come a few of the padding, so that T takes few values; nobody sees them, and their labels are ignored.
 
 That this is the step of the padded batch is proved, or the pass refuses: tokens meet in attention alone
-(`token_mixing`), also those of different rows; its masks ask for nothing but real tokens, at most so far behind; and
+(`token_mixing`), also those of different rows; its masks ask for real tokens, at most so far ahead and behind; and
 nothing but the loss reads what tokens become. Values that go by place, or by the attention mask alone (positions), are
 made for the padded batch and read at the real tokens' places. So every token computes what it did, and the loss has the
 same terms. The caller sees to it that no place of padding predicts a label (`run/unpadding.py`).
@@ -64,10 +64,12 @@ _REAL = [sympy.Ne(element_of(PADDING, BATCH, place), 0) for place in (KEY, QUERY
 
 
 class Reach(NamedTuple):
-    """What a mask asks besides real tokens: whether the key is not ahead, how far behind it may be (None: any)."""
+    """What a mask asks: how far ahead of the query a key may be and how far behind (None: any), and that it is a real
+    token."""
 
-    causal: bool
+    ahead: int | None
     behind: int | None
+    real: bool
 
 
 def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
@@ -124,10 +126,9 @@ def _proved(program: Analysed, functions: IndexFunctions, padding: fx.Node, conf
     assert not isinstance(found, Refusal)
     for attention in found:
         reach = _reach(attention.seen)
-        if reach is None or not reach.causal:
-            raise CannotOptimize(
-                "an attention is not proved to see real tokens alone, and none ahead", node=attention.node
-            )
+        # Where padding is promised to be behind, causal attention sees none.
+        if reach is None or not (reach.real or (config.padding == "right" and reach.ahead == 0)):
+            raise CannotOptimize("an attention is not proved to see real tokens alone", node=attention.node)
     if not only_the_loss_reads(program):
         raise CannotOptimize("more than the loss depends on what the tokens become, padding included")
     return found
@@ -135,18 +136,18 @@ def _proved(program: Analysed, functions: IndexFunctions, padding: fx.Node, conf
 
 def _reach(asked: tuple[Any, ...]) -> Reach | None:
     """What conditions over BATCH, QUERY and KEY come to; None where they ask for anything else."""
-    causal, behind = False, None
+    ahead, behind = sympy.oo, sympy.oo
     for condition in asked:
         if condition == sympy.true or condition in _REAL:
             continue
-        ahead, back = bound(condition, KEY, QUERY), bound(condition, QUERY, KEY)
-        if ahead == 0:
-            causal = True
+        further, back = bound(condition, KEY, QUERY), bound(condition, QUERY, KEY)
+        if further is not None and further >= 0:
+            ahead = min(ahead, further)
         elif back is not None and back >= 0:
-            behind = back if behind is None else min(behind, back)
+            behind = min(behind, back)
         else:
             return None
-    return Reach(causal, behind)
+    return Reach(*(None if side is sympy.oo else side for side in (ahead, behind)), real=_REAL[0] in asked)
 
 
 class _Batch:
@@ -207,8 +208,8 @@ class _Batch:
         query, key = apart(self._rows())
         mask = call(aten.eq.Tensor, query, key)
         behind = call(aten.sub.Tensor, *apart(self.columns))
-        if reach.causal:
-            mask = call(aten.__and__.Tensor, mask, call(aten.ge.Scalar, behind, 0))
+        if reach.ahead is not None:
+            mask = call(aten.__and__.Tensor, mask, call(aten.ge.Scalar, behind, -reach.ahead))
         if reach.behind is not None:
             mask = call(aten.__and__.Tensor, mask, call(aten.le.Scalar, behind, reach.behind))
         if negated:
@@ -374,13 +375,13 @@ def _varlen(
         operands.append(
             new if value(new).dtype == value(node).dtype else builder.call(aten.to.dtype, new, value(node).dtype)
         )
-    behind = -1 if reach.behind is None else reach.behind
+    behind, ahead = (-1 if side is None else side for side in (reach.behind, reach.ahead))
     found = builder.call(
         *(aten._flash_attention_forward.default, *operands, ends, ends, batch.length, batch.length),
-        *(0.0, reach.behind is None, False),
+        *(0.0, (behind, ahead) == (-1, 0), False),
         scale=argument(node, "scale"),
         window_size_left=behind,
-        window_size_right=0,
+        window_size_right=ahead,
     )
     attended = builder.call(operator.getitem, found, 0)
     attended = builder.call(aten.unsqueeze.default, builder.call(aten.transpose.int, attended, 0, 1), 0)

@@ -206,6 +206,20 @@ def test_what_lets_documents_meet_is_refused(name: str, changes: dict[str, Any],
         model(**batch)
 
 
+def test_boundaries_for_flash_attention_may_come_along() -> None:
+    """The model's masks are made of the positions, whatever else says where documents end."""
+    batch, ends = packed([SEVERAL[0]]), torch.tensor([0, 3, 5, 9, 10, 13], dtype=torch.int32)
+    told = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 4, "max_length_k": 4}
+    eager = build("llama")
+    model = cggr.optimize(copy.deepcopy(eager), route="segment", ratio=0.5, router_layers=2, inner="eager")
+    actual = oracle.step(model, batch | told)
+    oracle.assert_same_step(*actual, *oracle.step(eager, segment_oracle.repacked(batch, model.cggr.selected)))
+    assert (model.cggr.selected >= 0).any()
+    del batch["position_ids"]
+    with pytest.raises(cggr.CannotOptimize, match="no position_ids"):
+        cggr.optimize(copy.deepcopy(eager), route="segment", ratio=0.5, inner="eager")(**batch | told)
+
+
 def test_labels_that_are_the_ids_themselves_are_refused() -> None:
     """One tensor is one input of the graph: what is ignored as a label would be gone as a token."""
     batch = packed(SEVERAL)

@@ -51,7 +51,7 @@ def indices(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def numbers(draw: st.DrawFn, depth: int = 2) -> Mask:
     """A tensor of integers that depends on indices."""
     kind = draw(
-        st.sampled_from(["leaf", "leaf", "add", "sub", "scale", "diff", "read", "cumsum"] if depth else ["leaf"])
+        st.sampled_from(["leaf", "leaf", "add", "sub", "abs", "scale", "diff", "read", "cumsum"] if depth else ["leaf"])
     )
     if kind == "leaf":
         which = draw(st.integers(0, 2))
@@ -63,18 +63,14 @@ def numbers(draw: st.DrawFn, depth: int = 2) -> Mask:
     if kind == "sub":
         other = draw(numbers(depth - 1))
         return lambda x: inner(x) - other(x)
+    if kind == "abs":
+        return lambda x: inner(x).abs()
     if kind == "scale":
         return lambda x: c * inner(x)
     if kind == "diff":
-        step = draw(st.sampled_from([1, 1, 2]))
-        return lambda x: (
-            torch.diff(positions(x), prepend=positions(x)[:, :1] - step, dim=-1)[:, None, None, :] + inner(x)
-        )
+        return lambda x: steps(x)[:, None, None, :] + inner(x)
     if kind == "cumsum":
-        wanted = draw(st.sampled_from([1, 1, 2]))
-        return lambda x: (torch.diff(positions(x), prepend=positions(x)[:, :1] - 1) != wanted).cumsum(-1)[
-            :, None, None, :
-        ]
+        return lambda x: (steps(x) != 1).cumsum(-1)[:, None, None, :]
     along = draw(st.integers(1, 2))
     return lambda x: positions(x)[indices(x)[0], indices(x)[along]] + inner(x)
 
@@ -82,6 +78,11 @@ def numbers(draw: st.DrawFn, depth: int = 2) -> Mask:
 def positions(x: Tensor) -> Tensor:
     """Position ids [B, S] as transformers makes them where none are given."""
     return (torch.arange(x.shape[1]) + 0).unsqueeze(0).expand(x.shape[0], -1)
+
+
+def steps(x: Tensor, first: int = 1) -> Tensor:
+    """How far the positions go from one to the next, [B, S]."""
+    return torch.diff(positions(x), prepend=positions(x)[:, :1] - first, dim=-1)
 
 
 @st.composite
@@ -162,7 +163,13 @@ def test_what_is_not_known_stays_unknown() -> None:
     def out_of_range(x: Tensor) -> Tensor:
         return positions(x)[indices(x)[0], indices(x)[2] - 1] <= indices(x)[1]
 
-    for mask in (of_data, chunked, out_of_range):
+    def jumping(x: Tensor) -> Tensor:
+        return steps(x, first=2)[:, None, None, :] <= indices(x)[1]
+
+    def counted(x: Tensor) -> Tensor:
+        return (steps(x) != 2).cumsum(-1)[:, None, None, :] <= indices(x)[1]
+
+    for mask in (of_data, chunked, out_of_range, jumping, counted):
         assert index_function(whole(mask)) is None
 
 

@@ -66,11 +66,10 @@ def _weights(query: Tensor, key: Tensor, ends: Tensor, causal: bool, options: di
     assert ends.dtype == torch.int32
     assert (int(ends[0]), int(ends[-1])) == (0, len(query))
     left, right = options["window_size_left"], options["window_size_right"]
-    assert right == 0
-    assert causal == (left == -1)
+    assert causal == ((left, right) == (-1, 0))
     places = torch.arange(len(query))
     row, behind = torch.searchsorted(ends.long(), places, right=True), places[:, None] - places[None, :]
-    seen = (row[:, None] == row[None, :]) & (behind >= 0) & ((behind <= left) | (left == -1))
+    seen = (row[:, None] == row[None, :]) & ((-behind <= right) | (right == -1)) & ((behind <= left) | (left == -1))
     scores = torch.einsum("qhd,khd->hqk", query, _grouped(key, query)) * _scale(query, options)
     scores = scores.masked_fill(~seen, -torch.inf)
     return scores.softmax(-1), scores.logsumexp(-1)
