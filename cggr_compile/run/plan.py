@@ -31,6 +31,7 @@ from cggr_compile.passes.pipeline import (
     truncated,
 )
 from cggr_compile.passes.rewrite.take_scores import GIVEN_SCORES
+from cggr_compile.passes.rewrite.unpad_rows import PADDING
 from cggr_compile.run.graph_memory import Pool
 from cggr_compile.run.growth import Copies
 from cggr_compile.run.inner import resolve_inner
@@ -195,6 +196,10 @@ class Plan:
             return Refusal("off")
         if keeps_less(config) or len(self.owner.choices) > 1 or "loss" in config.routes:
             return Refusal("for steps on every row and every token only")
+        if not isinstance(self.captured.batch, torch.SymInt):
+            return Refusal("the captured batch has one row")
+        if not any(entry.path == PADDING for entry in self.captured.inputs):
+            return Refusal("there is no attention_mask")
         if config.unpad == "auto" and self.device.type != "cuda":
             return Refusal("attention of variable lengths needs CUDA")
         try:

@@ -81,7 +81,7 @@ def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     """
     padding = token_argument(program, PADDING)
     if padding is None:
-        raise CannotOptimize("there is no attention_mask [batch, sequence]")
+        raise CannotOptimize("attention_mask is no integers or booleans [batch, sequence]")
     functions = IndexFunctions(program.shape_env, {PADDING: padding})
     found = _proved(program, functions, padding, config)
     labels = own_labels(program, [padding])
@@ -117,8 +117,8 @@ def _proved(program: Analysed, functions: IndexFunctions, padding: fx.Node, conf
     """The attentions, in which alone tokens meet."""
     if config.keep_logits:
         raise CannotOptimize("keep_logits=True wants the logits of padding too")
-    if not isinstance(program.sequence, torch.SymInt) or not isinstance(program.batch, torch.SymInt):
-        raise CannotOptimize("the model fixes the batch size or the sequence length while it is traced")
+    if not isinstance(program.sequence, torch.SymInt):
+        raise CannotOptimize("the model fixes the sequence length while it is traced")
     found = attentions(program, functions, [padding])
     refusal = found if isinstance(found, Refusal) else rows_meet(program, found, [padding])
     if refusal is not None:

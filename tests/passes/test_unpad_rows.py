@@ -217,6 +217,25 @@ def test_models_without_padding_or_proof(llama: tuple[nn.Module, Program]) -> No
     assert Report.of(step.runtime).unpadded == "kept: attention of variable lengths needs CUDA"
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"attention_mask": None}, "there is no attention_mask"), ({}, "the captured batch has one row")],
+)
+def test_batches_with_nothing_to_leave_out(changes: dict[str, Any], reason: str) -> None:
+    eager = build("llama")
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager")
+    batch = {key: x for key, x in (padded([7, 9] if changes else [7], longest=9) | changes).items() if x is not None}
+    oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+    assert model.cggr.report().unpadded == f"kept: {reason}"
+
+
+def test_masks_of_other_shapes_are_refused() -> None:
+    batch = padded([7, 4, 9])
+    batch["attention_mask"] = batch["attention_mask"][:, None, None, :].bool().expand(-1, 1, 9, -1)
+    with pytest.raises(cggr.CannotOptimize, match=r"attention_mask is no integers or booleans \[batch, sequence\]"):
+        cggr.optimize(build("llama"), unpad=True, inner="eager")(**batch)
+
+
 def test_attention_that_sees_padding_is_refused() -> None:
     """Behind the tokens causal attention sees none, where that is promised."""
     eager = Told(lambda x, mask: x * mask.unsqueeze(-1), hides_padding=False)
