@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: Python need not search it for garbage each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _beyond_samples(items: list[pytest.Item]) -> list[pytest.Item]:

@@ -19,7 +19,6 @@ from typing import Any
 from unittest.mock import patch
 
 import oracle
-import peft
 import token_oracle
 import torch
 import torch.distributed as dist
@@ -162,6 +161,7 @@ def one_unit_ahead() -> None:
 
 def adapters() -> None:
     """LoRA: what is frozen has no gradient, and none is scattered; thawed, it has one in the next step."""
+    import peft  # takes seconds, in every rank
 
     def adapted() -> nn.Module:
         torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import torch.multiprocessing
 
 RANKS = 2
+IMPORTED = ("transformers.models.llama.modeling_llama", "torch._dynamo", "cggr_compile")
+"""What a rank would wait for: the server that it is forked from has it."""
 
 
 def on_two_ranks(worker: Callable[..., None], *args: Any) -> None:
     """`worker(rank, RANKS, *args)` in two processes; raises what one of them raised."""
-    torch.multiprocessing.spawn(_run, (worker, args), nprocs=RANKS)
+    multiprocessing.set_forkserver_preload([*IMPORTED])
+    torch.multiprocessing.start_processes(_run, (worker, args), nprocs=RANKS, start_method="forkserver")
 
 
 def _run(rank: int, worker: Callable[..., None], args: tuple[Any, ...]) -> None:
