@@ -11,6 +11,7 @@ from torch import fx
 
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import PART, REGION, Analysed, Input, Program, Region, Routing, Snapshot, describe, value
+from cggr_compile.ir.renaming import Renaming
 from cggr_compile.torch_internals import symbols, tracing
 
 P = TypeVar("P", bound=Program)
@@ -43,6 +44,7 @@ class Builder(Generic[P]):
         self.inputs = list(program.inputs)
         self.region = Region()
         self.part = "main"
+        self.renaming = Renaming(program)
         self._values: dict[Any, Any] = {}
 
     def copy_inputs(self) -> None:
@@ -93,7 +95,7 @@ class Builder(Generic[P]):
         new.meta[PART] = node.meta[PART] if self.part == "main" else self.part
         unchanged = all(value(env[source]) is value(source) for source in node.all_input_nodes)
         if new.op == "call_function" and not (unchanged and args is None and kwargs is None):
-            self.evaluate(new)
+            self.evaluate(new, node)
             symbols.inherit_range(value(node), value(new))
         return new
 
@@ -133,8 +135,9 @@ class Builder(Generic[P]):
     def _value(self, node: fx.Node) -> Any:
         return getattr(self.program.root, str(node.target)) if node.op == "get_attr" else value(node)
 
-    def evaluate(self, node: fx.Node) -> None:
-        """Computes `meta["val"]` by running the node on its arguments' fake values under its region.
+    def evaluate(self, node: fx.Node, original: fx.Node | None = None) -> None:
+        """Computes `meta["val"]`: from that of the original, if the node is a copy and it tells (`Renaming`), or by
+        running the node on its arguments' fake values under its region.
 
         The layers of a stack are alike, and a fake run with symbols is slow: calls of one operator on values of the
         same description share one result, unless it has a size that depends on data.
@@ -144,7 +147,11 @@ class Builder(Generic[P]):
         if key in self._values:
             node.meta["val"] = self._values[key]
             return
-        node.meta["val"] = self._run(node, args, kwargs)
+        known = None
+        if original is not None:
+            before = fx.map_arg((original.args, original.kwargs), self._value)
+            known = self.renaming.result(original, node, before, (args, kwargs))
+        node.meta["val"] = self._run(node, args, kwargs) if known is None else known
         if not symbols.data_symbols(node.meta["val"]) - symbols.data_symbols((args, kwargs)):
             self._values[key] = node.meta["val"]
 

@@ -69,6 +69,7 @@ def gather_documents(program: Analysed, config: RoutingConfig) -> Analysed:
             taken = builder.call(aten.masked_fill.Scalar, taken, empty, program.head.ignore_index)
         substitution[node] = taken
         gathered += [(name, dim) for dim in dims]
+    builder.renaming.put(value(routing.kept_tokens), program.sequence)
     write_main_pass(builder, roots, substitution)
     return builder.finish("gather_documents", routing=builder.routing(gathered=tuple(gathered)))
 

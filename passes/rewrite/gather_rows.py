@@ -68,6 +68,7 @@ def gather_rows(program: Analysed, config: RoutingConfig) -> Analysed:
         if node in whole:
             name = f"{node.meta.get(ORIGIN, node.name)} made of all {' and '.join(sorted(flow.names(node)))}"
             gather(node, whole[node], dim, name)
+    builder.renaming.put(value(routing.kept), program.batch)
     write_main_pass(builder, roots, substitution)
     return builder.finish("gather_rows", routing=builder.routing(gathered=tuple(gathered)))
 

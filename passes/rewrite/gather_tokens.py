@@ -82,10 +82,12 @@ def gather_tokens(program: Analysed, config: RoutingConfig) -> Analysed:
 class _Rewrite:
     def __init__(self, program: Analysed, config: RoutingConfig) -> None:
         assert program.routing.positions is not None
+        assert program.routing.kept_tokens is not None
         self.program = program
         self.config = config
         self.shapes = TokenShapes(program)
         self.builder = Builder(program)
+        self.builder.renaming.put(value(program.routing.kept_tokens), program.sequence)
         self.spans = _spans(program, config)
         self.span_of = {node: span for span in self.spans for node in span.members}
         self.entries = {span.entry: span for span in self.spans}
