@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40, suppress_health_check=_SLOW)
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=24, suppress_health_check=_SLOW)
 settings.register_profile("long", deadline=None, max_examples=1000, suppress_health_check=_SLOW)
 settings.register_profile("fuzz", deadline=None, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+import plans  # noqa: E402  behind Triton's interpreter
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -55,6 +58,12 @@ def _beyond_samples(items: list[pytest.Item]) -> list[pytest.Item]:
         kept = {len(those) * i // number for i in range(number)}
         beyond += [item for place, item in enumerate(those) if place not in kept]
     return beyond
+
+
+@pytest.fixture(scope="session")
+def llama() -> tuple[torch.nn.Module, Any]:
+    """A model and its captured step, which every test leaves as it finds them."""
+    return plans.llama()
 
 
 @pytest.fixture(autouse=True)

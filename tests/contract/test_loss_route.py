@@ -12,20 +12,13 @@ import pytest
 import token_oracle
 import torch
 import torch.nn.functional as F
-import transformers as T
-from architectures import GROUPED, Architecture, eager_of, token_batch
+from architectures import ARCHITECTURES, token_batch
 from torch import nn
 
 import cggr_compile as cggr
 from cggr_compile.ir.program import Program
 
-LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED)), "model.layers")
-
-
-@pytest.fixture(scope="module")
-def llama() -> tuple[nn.Module, Program]:
-    model = eager_of(LLAMA)
-    return model, plans.captured(model, token_batch())
+LLAMA = ARCHITECTURES["llama"]
 
 
 def labels_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -22,12 +22,6 @@ from cggr_compile.ir.program import Program
 LLAMA = ARCHITECTURES["llama"]
 
 
-@pytest.fixture(scope="module")
-def llama() -> tuple[nn.Module, Program]:
-    model = build("llama")
-    return model, plans.captured(model, token_batch())
-
-
 def routed(llama: tuple[nn.Module, Program], **options: Any) -> plans.Routed:
     """The captured step under the same options as `optimized`."""
     return plans.Routed(*llama, **{"ratio": 0.4, **options})

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import cggr_compile as cggr
 
 # Each example captures a new model, which takes seconds.
-EXAMPLES = 3 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 200
+EXAMPLES = 2 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 200
 
 
 @st.composite

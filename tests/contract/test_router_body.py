@@ -32,12 +32,6 @@ Batch = dict[str, torch.Tensor]
 CLOSE = oracle.rounding(14, VOCABULARY, COMMON["hidden_size"])
 
 
-@pytest.fixture(scope="module")
-def llama() -> tuple[nn.Module, Program]:
-    model = build("llama")
-    return model, plans.captured(model, token_batch())
-
-
 def rounded(x: torch.Tensor) -> torch.Tensor:
     scale = (x.abs().amax(-1, keepdim=True).float() / 448).clamp(min=1e-30)  # a padding token's embedding is zero
     return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()

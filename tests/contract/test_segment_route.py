@@ -31,8 +31,8 @@ LONGER = [[2, 5, 1, 7, 3]]
 # A product of the widths and the longest sum over tokens, forward and backward.
 ROUNDING = oracle.rounding(COMMON["hidden_size"], COMMON["intermediate_size"], VOCABULARY, 64)
 
-FAMILIES = ["llama", "mistral", "gemma3", "qwen3", "gpt2", "mixtral"]
-OTHERS = ["phi3", "gpt_neox", "olmo2", "qwen3_moe", "cohere", "gemma2"]
+FAMILIES = ["gemma3", "mistral", "gpt2", "mixtral"]  # Llama is that of the other tests
+OTHERS = ["llama", "qwen3", "phi3", "gpt_neox", "olmo2", "qwen3_moe", "cohere", "gemma2"]
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +100,15 @@ def test_contract(
     oracle.assert_step_within(ROUNDING, *actual, *segment_oracle.step_alone(eager, batch, taken))
 
 
-def test_a_loss_over_num_items_in_batch_stands_for_the_whole_batch() -> None:
+def test_a_loss_over_num_items_in_batch_stands_for_the_whole_batch(routed: dict[str, plans.Routed]) -> None:
     """The kept tokens' mean, times the counted tokens of the batch over the number it is divided by."""
     batch = packed(SEVERAL)
-    mean, total = [], (batch["labels"] != -100).sum()
-    for extra in ({}, {"num_items_in_batch": 2 * total}):
-        model = cggr.optimize(build("llama"), route="segment", ratio=0.5, inner="eager")
-        mean.append(model(**batch, **extra).loss)
+    total = (batch["labels"] != -100).sum()
+    model = cggr.optimize(build("llama"), route="segment", ratio=0.5, router_layers=2, inner="eager")
+    loss = model(**batch, num_items_in_batch=2 * total).loss
     assert model.cggr.metrics()["tokens_total"] == total
-    torch.testing.assert_close(mean[1], mean[0] / 2, rtol=ROUNDING, atol=0.0)
+    mean, _ = routed["topk"].at(0.5).step(batch)
+    torch.testing.assert_close(loss, mean / 2, rtol=ROUNDING, atol=0.0)
 
 
 @pytest.mark.long
@@ -226,15 +226,13 @@ def test_labels_that_are_the_ids_themselves_are_refused() -> None:
     model = cggr.optimize(build("llama"), route="segment", ratio=0.5, inner="eager")
     with pytest.raises(cggr.CannotOptimize, match=r"made of input_ids, .*labels=input_ids\.clone\(\)"):
         model(**{**batch, "labels": batch["input_ids"]})
-    assert model(**{**batch, "labels": batch["input_ids"].clone()}).loss.isfinite()
 
 
-def test_positions_that_would_join_documents_raise() -> None:
+def test_positions_that_would_join_documents_raise(routed: dict[str, plans.Routed]) -> None:
     batch = packed(SEVERAL)
     batch["position_ids"][1, 7:] += 3
-    model = cggr.optimize(build("llama"), route="segment", ratio=0.5, inner="eager")
     with pytest.raises(ValueError, match="at place 7 of sequence 1 they go from 4 to 3; let every document"):
-        model(**batch)
+        routed["topk"].at(0.5).step(batch)
 
 
 Meet = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -329,7 +327,7 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
         cggr.RoutingConfig(**{"route": "segment", "ratio": 0.5, **options})
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", FAMILIES + (OTHERS if LONG else []))
 def test_families(name: str, rows: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, VOCABULARY, build, token_batch
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from logs import logged_warnings
 from oracle import gradients, truncated
@@ -24,7 +24,7 @@ import cggr_compile as cggr
 from cggr_compile.run import step
 
 STEPS = 5
-EXAMPLES = 2 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 18
+PHASES = [Phase.explicit] if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else list(Phase)
 
 
 def llama() -> nn.Module:
@@ -106,7 +106,7 @@ def several(most: int, count: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(1, most), min_size=count, max_size=count, unique=True).map(sorted)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=18, phases=PHASES)
 @given(
     stages=st.integers(1, 3).flatmap(lambda count: st.tuples(several(3, count), several(STEPS - 1, count))),
     grow=st.sampled_from(["copy", "random"]),

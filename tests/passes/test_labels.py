@@ -34,9 +34,10 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module", params=["llama", pytest.param("bert", marks=pytest.mark.long)])
 def captured(request: pytest.FixtureRequest) -> tuple[nn.Module, Program, bool]:
-    architecture = ARCHITECTURES[request.param]
-    model = eager_of(architecture)
-    return model, plans.captured(model, token_batch()), architecture.causal
+    if request.param == "llama":
+        return *request.getfixturevalue("llama"), True
+    model = eager_of(ARCHITECTURES[request.param])
+    return model, plans.captured(model, token_batch()), False
 
 
 @pytest.mark.sample(9)

@@ -10,22 +10,14 @@ import oracle
 import plans
 import pytest
 import torch
-import transformers as T
-from architectures import GROUPED, Architecture, eager_of, token_batch
+from architectures import token_batch
 from cggr_compile.kernels.reference import selection
 from torch import Tensor, nn
 
 from cggr_compile.ir.program import Program
 
-LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED)), "model.layers")
 BATCH = token_batch(8, 10)
 RULES = ("topk", "random", "trimmed", "stratified", "importance")
-
-
-@pytest.fixture(scope="module")
-def llama() -> tuple[nn.Module, Program]:
-    model = eager_of(LLAMA)
-    return model, plans.captured(model, BATCH)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 import token_oracle
 import torch
 import torch.nn.functional as F
-from architectures import ARCHITECTURES, eager_of, token_batch
+from architectures import ARCHITECTURES, token_batch
 from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
 from torch import nn
 from torch._inductor.utils import fresh_inductor_cache
@@ -29,12 +29,6 @@ from cggr_compile.run.variant import Variant
 
 LLAMA = ARCHITECTURES["llama"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-
-
-@pytest.fixture(scope="module")
-def llama() -> tuple[nn.Module, Program]:
-    model = eager_of(LLAMA)
-    return model, plans.captured(model, token_batch())
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -151,25 +152,29 @@ def _llama_shortened(model: nn.Module, kept: Mapping[int, Tensor]) -> nn.Module:
     return model
 
 
-def families() -> dict[str, Family]:
-    """A small model and a Llama, four and three layers."""
-    little, llama = small(layers=4), eager_of(LLAMA)
-    return {
-        "small": Family(
-            little,
-            plans.captured(little, batches(31)[1]),
-            4,
-            lambda model, layers, inputs: model(**inputs, stop=layers).logits,
-            _Kept,
-        ),
-        "llama": Family(
-            llama,
-            plans.captured(llama, batches(97)[1]),
-            3,
-            lambda model, layers, inputs: oracle.truncated(model, LLAMA, layers)(**inputs).logits,
-            _llama_shortened,
-        ),
-    }
+@cache
+def little() -> Family:
+    """A small model of four layers."""
+    model = small(layers=4)
+
+    def router(model: nn.Module, layers: int, inputs: dict[str, Tensor]) -> Tensor:
+        return model(**inputs, stop=layers).logits
+
+    return Family(model, plans.captured(model, batches(31)[1]), 4, router, _Kept)
+
+
+@cache
+def llama() -> Family:
+    """A Llama of three layers."""
+    model = eager_of(LLAMA)
+
+    def router(model: nn.Module, layers: int, inputs: dict[str, Tensor]) -> Tensor:
+        return oracle.truncated(model, LLAMA, layers)(**inputs).logits
+
+    return Family(model, plans.captured(model, batches(97)[1]), 3, router, _llama_shortened)
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {"small": little, "llama": llama}
 
 
 def check(family: Family, options: Mapping[str, Any]) -> str:

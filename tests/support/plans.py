@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from architectures import ARCHITECTURES, eager_of, token_batch
 from oracle import gradients
 from torch import nn
 
@@ -21,6 +22,12 @@ from cggr_compile.run.step import Step
 def captured(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Program:
     """The captured training step."""
     return cggr.explain(model, batch, ratio=1.0, selection="random").captured
+
+
+def llama() -> tuple[nn.Module, Program]:
+    """A Llama, attention written out in torch, and its captured step."""
+    model = eager_of(ARCHITECTURES["llama"])
+    return model, captured(model, token_batch())
 
 
 class Routed:
