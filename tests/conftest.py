@@ -25,6 +25,7 @@ import plans  # noqa: E402  behind Triton's interpreter
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 10, 20)  # a trace makes many objects and little garbage
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: Python need not search it for garbage each time."""
+    """What was imported stays: Python need not search it for garbage."""
     gc.collect()
     gc.freeze()
 

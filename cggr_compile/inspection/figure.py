@@ -6,7 +6,6 @@ Numbers come from a `Report`. Colours follow the reader's light or dark scheme; 
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 
 from cggr_compile.inspection.report import Report
 from cggr_compile.inspection.wording import SIZES, WHAT, layer_range, middle_text
@@ -34,11 +33,6 @@ _ROUTES = {
     "token": ("gather", "positions [B, k]", "S → k = {k}", "middle layers"),
     "loss": ("", "token indices [k]", "", ""),
 }
-
-
-def write_figure(report: Report, path: Path) -> None:
-    """Writes the figure of a report as a standalone SVG file."""
-    path.write_text(figure(report), encoding="utf-8")
 
 
 def figure(report: Report) -> str:

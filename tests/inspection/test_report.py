@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ import cggr_compile as cggr
 from cggr_compile.config import RoutingConfig
 from cggr_compile.inspection.diff import compare
 from cggr_compile.inspection.explanation import Diff, Explanation, Report
-from cggr_compile.inspection.figure import figure, write_figure
+from cggr_compile.inspection.figure import figure
 from cggr_compile.inspection.graph_text import Line
 from cggr_compile.ir.cost import break_even
 from cggr_compile.run.runtime import Runtime
@@ -265,9 +264,8 @@ def test_page_is_whole_and_self_contained(trained: cggr.Handle) -> None:
     assert all(row.text.partition("    # ")[0] in page.text for row in trained.diff().rows())
 
 
-def test_figure_is_drawn_from_the_report(trained: cggr.Handle, at_random: Explanation, tmp_path: Path) -> None:
-    write_figure(trained.report(), tmp_path / "rewrite.svg")
-    drawn = (tmp_path / "rewrite.svg").read_text(encoding="utf-8")
+def test_figure_is_drawn_from_the_report(trained: cggr.Handle, at_random: Explanation) -> None:
+    drawn = figure(trained.report())
     assert drawn.startswith("<svg")
     assert "layers 0–1 of 3" in drawn
     assert f"B = {BATCH} rows" in drawn

@@ -11,8 +11,8 @@ from torch import Tensor
 
 ROWS, KEPT = 300, 64
 """Enough that an index times a unit of the rules' fixed-point numbers is beyond 32 bits."""
-IN_CI = ("importance", "stratified", "columns")
-"""Those that compute with fixed-point numbers, or look for places in sorted ones; a compiler for C++ takes its time."""
+IN_CI = ("importance", "columns")
+"""Those that compute with fixed-point numbers; a compiler for C++ takes its time."""
 
 
 def everything(scores: Tensor, valid: Tensor, noise: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
