@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cggr_compile.kernels.op import fp8_linear
+from cggr_compile.kernels.op import fp8_linear, grouped_mm
 from cggr_compile.kernels.op import selection as selection_ops
 from cggr_compile.kernels.op import tokens as token_ops
-from cggr_compile.kernels.reference import documents, router_heads
+from cggr_compile.kernels.reference import documents, experts, router_heads
 from cggr_compile.kernels.reference import rows as reference
 
 LONGEST_SELECT = 2**17
@@ -120,6 +120,24 @@ def _without_scaled_mm(place: Place) -> str | None:
     return None
 
 
+def _without_grouped_mm(place: Place) -> str | None:
+    """Why torch's grouped products cannot run there, or None."""
+    device = place.device
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"torch's grouped products are for CUDA and the CPU, not {device.type}"
+    if place.dtype != torch.bfloat16:
+        return f"torch's grouped products on CUDA wait for the device in {place.dtype}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "torch's grouped products need compute capability 8.0"
+    if place.length is not None and place.length % 8:
+        return "torch's grouped products need widths that are multiples of 8"
+    return None
+
+
 def _interpreted(place: Place) -> str | None:
     return "the interpreter is for tests" if place.device.type == "cpu" else None
 
@@ -203,6 +221,11 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     "fp8_score": {
         "triton": Provider("triton", _without_fp8, _triton("fp8_score"), _interpreted),
         **_reference(router_heads.fp8_score),
+    },
+    "grouped_mlp": {
+        "triton": Provider("triton", _without_head_kernels, _triton("grouped_mlp"), _interpreted),
+        "torch": Provider("torch", _without_grouped_mm, lambda: grouped_mm.grouped_mlp),
+        **_reference(experts.grouped_mlp),
     },
     "fp8_linear": {
         "scaled_mm": Provider("scaled_mm", _without_scaled_mm, lambda: fp8_linear.scaled_mm),

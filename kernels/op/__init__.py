@@ -2,6 +2,7 @@
 
 from cggr_compile.kernels.op import (
     documents,
+    experts,
     fp8_linear,
     gather,
     labels,
@@ -15,6 +16,7 @@ from cggr_compile.kernels.op import (
 
 __all__ = [
     "documents",
+    "experts",
     "fp8_linear",
     "gather",
     "labels",

@@ -6,13 +6,17 @@ graphs need it, and the function gets the record.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 import torch
+from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+
+Record = TypeVar("Record", bound=tuple)
 
 _EMPTY = inspect.Parameter.empty
 
@@ -48,6 +52,48 @@ def by_fields(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*given)
 
     return call
+
+
+def save(ctx: Any, record: tuple, *outputs: Tensor) -> None:
+    """Saves for a backward a record of arguments, and tensors of the forward's result."""
+    ctx.constants = [None if isinstance(x, Tensor) else x for x in record]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in record), *outputs)
+
+
+def saved(ctx: Any, kind: Callable[..., Record]) -> tuple[Record, tuple[Tensor, ...]]:
+    """What `save` was given, the record being one of `kind`."""
+    size = len(ctx.constants)
+    tensors, outputs = ctx.saved_tensors[:size], ctx.saved_tensors[size:]
+    arguments = (x if constant is None else constant for x, constant in zip(tensors, ctx.constants, strict=True))
+    return kind(*arguments), outputs
+
+
+def gradients_of(ctx: Any, fields: Sequence[str], names: Sequence[str], found: Sequence[Tensor]) -> list[Tensor | None]:
+    """What a backward returns whose forward took `fields`, for the gradients of the wanted of `names`, in order."""
+    gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    sought = (name for name, want in zip(names, wanted_of(ctx, fields, names), strict=True) if want)
+    for name, gradient in zip(sought, found, strict=True):
+        gradients[fields.index(name)] = gradient
+    return gradients
+
+
+def wanted_of(ctx: Any, fields: Sequence[str], names: Sequence[str]) -> list[bool]:
+    """Whether the gradient of each of `names` is wanted of an operator that takes `fields`."""
+    # The dispatcher drops trailing arguments equal to their defaults: these have no place.
+    given = len(ctx.needs_input_grad)
+    places = [fields.index(name) for name in names]
+    return [place < given and ctx.needs_input_grad[place] for place in places]
+
+
+@contextlib.contextmanager
+def autograd_inside_operator() -> Iterator[None]:
+    """Lets an operator's body use autograd, whose keys the dispatcher excludes below the autograd kernel."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
 
 
 def schema_of(function: Callable[..., Any]) -> str:

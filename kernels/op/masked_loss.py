@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from cggr_compile.kernels.op.checks import HEAD_OPERANDS, check_dtype, check_head, check_shape, register_autocast
-from cggr_compile.kernels.op.define import by_fields, operator
+from cggr_compile.kernels.op.define import (
+    autograd_inside_operator,
+    by_fields,
+    gradients_of,
+    operator,
+    save,
+    saved,
+    wanted_of,
+)
 from cggr_compile.kernels.reference import rows as reference
 from cggr_compile.kernels.reference.rows import DIFFERENTIABLE, LossArguments
 from torch import Tensor
@@ -74,22 +81,11 @@ def _measured_loss_fake(loss: LossArguments, figures: bool) -> tuple[Tensor, Ten
     return scalar, of_rows, found
 
 
-@contextlib.contextmanager
-def _autograd_inside_operator() -> Iterator[None]:
-    """Lets an operator's body use autograd, whose keys the dispatcher excludes below the autograd kernel."""
-    keys = torch._C.DispatchKey
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
-        excluded = excluded.remove(key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
-        yield
-
-
 @operator("cggr::masked_loss_backward")
 def masked_loss_backward(grad: Tensor, wanted: Sequence[bool], loss: LossArguments) -> list[Tensor]:
     """`reference.masked_loss_backward`: the gradients of the wanted of DIFFERENTIABLE, in order."""
     check_masked_loss("masked_loss_backward", loss)
-    with _autograd_inside_operator():
+    with autograd_inside_operator():
         return reference.masked_loss_backward(grad, wanted, loss)
 
 
@@ -99,20 +95,6 @@ def _masked_loss_backward_fake(grad: Tensor, wanted: Sequence[bool], loss: LossA
     check_masked_loss("masked_loss_backward", loss)
     inputs = (getattr(loss, name) for name in DIFFERENTIABLE)
     return [x.new_empty(x.shape) for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
-
-
-def save(ctx: Any, loss: LossArguments, *outputs: Tensor) -> None:
-    """Saves for a backward the arguments, and tensors of the forward's result."""
-    ctx.constants = [None if isinstance(x, Tensor) else x for x in loss]
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in loss), *outputs)
-
-
-def saved(ctx: Any) -> tuple[LossArguments, tuple[Tensor, ...]]:
-    """What `save` was given."""
-    size = len(ctx.constants)
-    tensors, outputs = ctx.saved_tensors[:size], ctx.saved_tensors[size:]
-    arguments = (x if constant is None else constant for x, constant in zip(tensors, ctx.constants, strict=True))
-    return LossArguments(*arguments), outputs
 
 
 def place(name: str) -> int:
@@ -127,17 +109,10 @@ def _masked_loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tup
 
 
 def _masked_loss_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    loss = saved(ctx)[0]
-    # The dispatcher drops trailing arguments equal to their defaults: row_weight has no place when it is None.
-    given = len(ctx.needs_input_grad)
-    places = [place(name) for name in DIFFERENTIABLE]
-    wanted = [place < given and ctx.needs_input_grad[place] for place in places]
-    gradients: list[Tensor | None] = [None] * given
+    loss, _outputs = saved(ctx, LossArguments)
+    wanted = wanted_of(ctx, LossArguments._fields, DIFFERENTIABLE)
     found = torch.ops.cggr.masked_loss_backward(grad, wanted, *loss)
-    sought = (place for place, want in zip(places, wanted, strict=True) if want)
-    for at, gradient in zip(sought, found, strict=True):
-        gradients[at] = gradient
-    return tuple(gradients)
+    return tuple(gradients_of(ctx, LossArguments._fields, DIFFERENTIABLE, found))
 
 
 for _op in (masked_loss, measured_loss):

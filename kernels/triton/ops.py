@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from cggr_compile.kernels.op import experts as expert_ops
 from cggr_compile.kernels.op import gather as gather_op
 from cggr_compile.kernels.op import masked_loss as masked_loss_op
 from cggr_compile.kernels.op import router_heads as router_head_ops
 from cggr_compile.kernels.op import score as score_op
 from cggr_compile.kernels.op import select as select_op
 from cggr_compile.kernels.op.checks import HEAD_OPERANDS, register_autocast
-from cggr_compile.kernels.op.define import by_fields, operator
+from cggr_compile.kernels.op.define import by_fields, gradients_of, operator, save, saved, wanted_of
+from cggr_compile.kernels.reference.experts import DIFFERENTIABLE, ExpertArguments
 from cggr_compile.kernels.reference.rows import LossArguments
 from cggr_compile.kernels.triton import blocks
+from cggr_compile.kernels.triton import experts as expert_kernels
 from cggr_compile.kernels.triton import gather as gather_kernels
 from cggr_compile.kernels.triton import loss as loss_kernels
 from cggr_compile.kernels.triton import score as score_kernels
@@ -105,14 +108,14 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     # Otherwise autograd makes zeros of the size of the gradients that came with the loss.
     ctx.set_materialize_grads(False)
     *arguments, ctx.wanted, ctx.algorithm, _ = inputs
-    masked_loss_op.save(ctx, LossArguments(*arguments), *output[:-1])
+    save(ctx, LossArguments(*arguments), *output[:-1])
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad is None:
         return tuple(gradients)
-    loss, (value, row_loss, divisor, log_total, missed, *in_one_pass) = masked_loss_op.saved(ctx)
+    loss, (value, row_loss, divisor, log_total, missed, *in_one_pass) = saved(ctx, LossArguments)
     if ctx.algorithm in loss_kernels.ONE_PASS_BYTES:
         found = [
             torch.ops.cggr_triton.scaled(x, grad, loss.hidden.dtype) if want else None
@@ -196,3 +199,66 @@ def measured_loss_one_pass_small(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def measured_loss_recompute(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`measured_loss` with the algorithm `"recompute"`."""
     return measured_loss(*args, algorithm="recompute")
+
+
+@operator("cggr_triton::grouped_mlp")
+def grouped_mlp_forward(arguments: ExpertArguments, saving: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`experts.forward`."""
+    expert_ops.check_grouped_mlp(arguments)
+    return expert_kernels.forward(arguments, saving)
+
+
+@grouped_mlp_forward.register_fake
+@by_fields
+def _grouped_mlp_fake(arguments: ExpertArguments, saving: bool) -> tuple[Tensor, ...]:
+    expert_ops.check_grouped_mlp(arguments)
+    hidden, gate_up, pairs = arguments.hidden, arguments.gate_up, arguments.experts.numel()
+    per_line = 16 // hidden.element_size()
+    products = hidden.new_empty(0, 0)
+    if saving and hidden.shape[1] > 0:
+        products = hidden.new_empty(pairs, (gate_up.shape[1] + per_line - 1) // per_line * per_line)
+    place, bound = arguments.experts.new_empty(pairs), arguments.experts.new_empty(gate_up.shape[0] + 1)
+    return hidden.new_empty(hidden.shape), products, place, bound.to(torch.int32)
+
+
+@operator("cggr_triton::grouped_mlp_backward")
+def grouped_mlp_backward(
+    grad: Tensor, wanted: Sequence[bool], arguments: ExpertArguments, products: Tensor, place: Tensor, bound: Tensor
+) -> list[Tensor]:
+    """`experts.backward`."""
+    return expert_kernels.backward(grad, wanted, arguments, products, expert_kernels.Order(place, bound))
+
+
+@grouped_mlp_backward.register_fake
+@by_fields
+def _grouped_mlp_backward_fake(
+    grad: Tensor, wanted: Sequence[bool], arguments: ExpertArguments, products: Tensor, place: Tensor, bound: Tensor
+) -> list[Tensor]:
+    inputs = (getattr(arguments, name) for name in DIFFERENTIABLE)
+    return [torch.empty_like(x) for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
+
+
+def _grouped_mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    save(ctx, ExpertArguments(*inputs[:-1]), *output[1:])
+
+
+def _grouped_mlp_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
+    arguments, outputs = saved(ctx, ExpertArguments)
+    wanted = wanted_of(ctx, ExpertArguments._fields, DIFFERENTIABLE)
+    found = torch.ops.cggr_triton.grouped_mlp_backward(grad, wanted, *arguments, *outputs)
+    return tuple(gradients_of(ctx, ExpertArguments._fields, DIFFERENTIABLE, found))
+
+
+grouped_mlp_forward.register_autograd(_grouped_mlp_autograd, setup_context=_grouped_mlp_context)
+
+
+def grouped_mlp(*args: Any) -> Tensor:
+    """`reference.grouped_mlp`, products rounded where they are stored alone."""
+    arguments = ExpertArguments(*args)
+    leaves = (getattr(arguments, name) for name in DIFFERENTIABLE)
+    saving = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    return torch.ops.cggr_triton.grouped_mlp(*arguments, saving)[0]

@@ -1,0 +1,319 @@
+"""Kernels over pairs of tokens and experts, sorted by expert: products with the pair's own expert's tables.
+
+Row r of the S sorted pairs is the pair `place[r]` = t · K + k; those of expert e are the rows from bound[e] to
+bound[e + 1], and those from bound[E] on are dropped: no tile has them. Programs that stay walk tiles of rows, each of
+one expert, times tiles of columns, in the order of the experts (`schedule_kernel`). The rows of tokens are gathered as
+they are loaded; tables [E, N, K] are read through descriptors as [E · N, K], or [E · K, N] where they lie transposed.
+
+Soundness of the tails. A tile's rows behind its expert's last are computed of other rows and not stored. A tile's
+columns behind a table's last are the next expert's, or zeros, and not stored. A depth behind the last reads zeros of
+the rows, and of the tables finite numbers or zeros. Rows of products behind the last pair, as far as a tile reaches,
+are stored as zeros, since `tables_kernel` adds up rows of a tile's depth.
+
+Every element is written once, by the program that owns it, and sums have a fixed order. Offsets of rows are 64 bits
+wide.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from cggr_compile.kernels.triton.head import LOG2_E, place_of
+
+
+@triton.jit
+def schedule_kernel(
+    bound, tile_expert, tile_row, tile_count, experts,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """The expert and the first row of each tile of BLOCK_M rows, in the order of the experts, and how many tiles."""
+    expert = tl.arange(0, BLOCK_E)
+    begin = tl.load(bound + expert, expert < experts, 0)
+    end = tl.load(bound + expert + 1, expert < experts, 0)
+    tiles = tl.where(expert < experts, tl.cdiv(end - begin, BLOCK_M), 0)
+    last = tl.cumsum(tiles, 0)
+    total = tl.sum(tiles, 0)
+    tl.store(tile_count, total)
+    # The row of tile t of an expert is origin + t BLOCK_M.
+    origin = begin - (last - tiles) * BLOCK_M
+    for start in range(0, total, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        owner = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
+        of_owner = tl.sum(tl.where(expert[None, :] == owner[:, None], origin[None, :], 0), 1)
+        tl.store(tile_expert + tile, owner, tile < total)
+        tl.store(tile_row + tile, of_owner + tile * BLOCK_M, tile < total)
+
+
+@triton.jit
+def _block(table, expert, row, depth, rows, width, ROWS_LAST: tl.constexpr):
+    """Rows `row`.. and depths `depth`.. of an expert's table [rows, width], as [BLOCK_K, BLOCK_N]."""
+    if ROWS_LAST:
+        return table.load([expert * width + depth, row])
+    return table.load([expert * rows + row, depth]).T
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def _activated(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate * _sigmoid(gate)
+    if ACTIVATION == "silu_gated":
+        return gate * _sigmoid(gate) * up
+    # Comparisons that keep a NaN, as torch's clamp does.
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return (up + 1) * (gate * _sigmoid(gate * alpha))
+
+
+@triton.jit
+def _slopes(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
+    """The derivatives of `_activated` by gate and up."""
+    if ACTIVATION != "clamped_gated":
+        s = _sigmoid(gate)
+        slope = s * (1 + gate * (1 - s))
+        return slope if ACTIVATION == "silu" else slope * up, gate * s
+    low = tl.where(gate > limit, limit, gate)
+    s = _sigmoid(low * alpha)
+    clamped = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    by_gate = tl.where(gate > limit, 0.0, (clamped + 1) * s * (1 + low * alpha * (1 - s)))
+    return by_gate, tl.where((up > limit) | (up < -limit), 0.0, low * s)
+
+
+@triton.jit
+def up_kernel(
+    hidden, table, bias, place, bound, tile_expert, tile_row, tile_count, products, activations,
+    experts, pairs, choices, features, width, stride_hidden, stride_products, stride_activations, alpha, limit,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS_LAST: tl.constexpr, EVEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The first products of each pair, `products` [S, 2F] where it is no None, and `activations` [S, F] of them."""
+    GATED: tl.constexpr = ACTIVATION != "silu"
+    WIDE: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
+    rows = 2 * features if GATED else features
+    column_tiles = tl.cdiv(features, BLOCK_N)
+    row_tiles = tl.load(tile_count)
+    live = tl.load(bound + experts)
+    for tile in range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS):
+        row_tile, column_tile = place_of(tile, row_tiles, 1, GROUP, column_tiles)
+        column = column_tile * BLOCK_N
+        expert = tl.load(tile_expert + row_tile)
+        offsets = tl.load(tile_row + row_tile) + tl.arange(0, BLOCK_M)
+        inside = offsets < tl.load(bound + expert + 1)
+        depths = tl.arange(0, BLOCK_K)
+        token = tl.load(place + offsets, inside, 0) // choices
+        source = hidden + (token * stride_hidden)[:, None] + depths[None, :]
+        gate = tl.zeros([BLOCK_M, WIDE], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        first = 2 * column if INTERLEAVED else column
+        for k in range(0, width, BLOCK_K):
+            x = tl.load(source + k) if EVEN else tl.load(source + k, (k + depths < width)[None, :], 0.0)
+            w = _block(table, expert, first, k, rows, width, ROWS_LAST)
+            gate = tl.dot(x, w, gate, input_precision=PRECISION)
+            if GATED and not INTERLEAVED:
+                w = _block(table, expert, features + first, k, rows, width, ROWS_LAST)
+                up = tl.dot(x, w, up, input_precision=PRECISION)
+        # Rows behind the last pair are zeros.
+        writable = (inside | (offsets >= live)) & (offsets < pairs)
+        to = offsets.to(tl.int64)
+        columns = column + tl.arange(0, BLOCK_N)
+        mask = writable[:, None] & (columns < features)[None, :]
+        if INTERLEAVED:
+            both = first + tl.arange(0, 2 * BLOCK_N)
+            if bias is not None:
+                gate += tl.load(bias + expert * rows + both, both < rows, 0.0).to(tl.float32)[None, :]
+            gate = tl.where(inside[:, None], gate, 0.0)
+            if products is not None:
+                at = products + (to * stride_products)[:, None] + both[None, :]
+                tl.store(at, gate.to(products.dtype.element_ty), writable[:, None] & (both < rows)[None, :])
+            gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
+        else:
+            if bias is not None:
+                own = bias + expert * rows + columns
+                gate += tl.load(own, columns < features, 0.0).to(tl.float32)[None, :]
+                if GATED:
+                    up += tl.load(own + features, columns < features, 0.0).to(tl.float32)[None, :]
+            gate = tl.where(inside[:, None], gate, 0.0)
+            up = tl.where(inside[:, None], up, 0.0)
+            if products is not None:
+                at = products + (to * stride_products)[:, None] + columns[None, :]
+                tl.store(at, gate.to(products.dtype.element_ty), mask)
+                if GATED:
+                    tl.store(at + features, up.to(products.dtype.element_ty), mask)
+        value = _activated(gate, up, alpha, limit, ACTIVATION)
+        at = activations + (to * stride_activations)[:, None] + columns[None, :]
+        tl.store(at, value.to(activations.dtype.element_ty), mask)
+
+
+@triton.jit
+def down_kernel(
+    x, table, bias, weights, place, bound, tile_expert, tile_row, tile_count, out,
+    columns, width,
+    ROWS_LAST: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[place[r]] = weights[place[r]] (table x[r] + bias) of sorted rows x [S, width], out [S, columns]; without
+    weights the factor is 1."""
+    column_tiles = tl.cdiv(columns, BLOCK_N)
+    row_tiles = tl.load(tile_count)
+    for tile in range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS):
+        row_tile, column_tile = place_of(tile, row_tiles, 1, GROUP, column_tiles)
+        column = column_tile * BLOCK_N
+        expert = tl.load(tile_expert + row_tile)
+        row = tl.load(tile_row + row_tile)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, width, BLOCK_K):
+            w = _block(table, expert, column, k, columns, width, ROWS_LAST)
+            total = tl.dot(x.load([row, k]), w, total, input_precision=PRECISION)
+        offsets = row + tl.arange(0, BLOCK_M)
+        inside = offsets < tl.load(bound + expert + 1)
+        to = tl.load(place + offsets, inside, 0)
+        at = column + tl.arange(0, BLOCK_N)
+        if bias is not None:
+            total += tl.load(bias + expert * columns + at, at < columns, 0.0).to(tl.float32)[None, :]
+        if weights is not None:
+            total *= tl.load(weights + to, inside, 0.0).to(tl.float32)[:, None]
+        mask = inside[:, None] & (at < columns)[None, :]
+        tl.store(out + (to * columns)[:, None] + at[None, :], total.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def down_backward_kernel(
+    grad, table, products, weights, place, bound, tile_expert, tile_row, tile_count, by_products, weighed, by_weight,
+    experts, pairs, choices, features, width, stride_products, stride_weighed, alpha, limit,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS_LAST: tl.constexpr, EVEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """From the result's gradient [T, width], of each pair: `by_products`, the gradient by the first products [S, 2F];
+    `weighed`, its weight times the activations [S, F]; and by_weight [column tiles, S], in the order of the pairs, that
+    by its weight but for the bias, a part of each tile of columns. Those that are None are left out."""
+    GATED: tl.constexpr = ACTIVATION != "silu"
+    column_tiles = tl.cdiv(features, BLOCK_N)
+    row_tiles = tl.load(tile_count)
+    live = tl.load(bound + experts)
+    for tile in range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS):
+        row_tile, column_tile = place_of(tile, row_tiles, 1, GROUP, column_tiles)
+        column = column_tile * BLOCK_N
+        expert = tl.load(tile_expert + row_tile)
+        offsets = tl.load(tile_row + row_tile) + tl.arange(0, BLOCK_M)
+        inside = offsets < tl.load(bound + expert + 1)
+        depths = tl.arange(0, BLOCK_K)
+        pair = tl.load(place + offsets, inside, 0)
+        source = grad + (pair // choices * width)[:, None] + depths[None, :]
+        unweighed = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, width, BLOCK_K):
+            x = tl.load(source + k) if EVEN else tl.load(source + k, (k + depths < width)[None, :], 0.0)
+            w = _block(table, expert, column, k, features, width, ROWS_LAST)
+            unweighed = tl.dot(x, w, unweighed, input_precision=PRECISION)
+        to = offsets.to(tl.int64)
+        columns = column + tl.arange(0, BLOCK_N)
+        mask = inside[:, None] & (columns < features)[None, :]
+        start = products + (to * stride_products)[:, None]
+        both = 2 * column + tl.arange(0, 2 * BLOCK_N)
+        if INTERLEAVED:
+            wide = tl.load(start + both[None, :], inside[:, None] & (both < 2 * features)[None, :], 0.0)
+            gate, up = tl.split(tl.reshape(wide.to(tl.float32), (BLOCK_M, BLOCK_N, 2)))
+        else:
+            gate = tl.load(start + columns[None, :], mask, 0.0).to(tl.float32)
+            up = gate
+            if GATED:
+                up = tl.load(start + features + columns[None, :], mask, 0.0).to(tl.float32)
+        value = _activated(gate, up, alpha, limit, ACTIVATION)
+        weight = tl.load(weights + pair, inside, 0.0).to(tl.float32)[:, None]
+        if by_weight is not None:
+            part = tl.sum(tl.where(mask, unweighed * value, 0.0), 1)
+            tl.store(by_weight + column_tile.to(tl.int64) * pairs + pair, part, inside)
+        writable = (inside | (offsets >= live)) & (offsets < pairs)
+        stored = writable[:, None] & (columns < features)[None, :]
+        if weighed is not None:
+            at = weighed + (to * stride_weighed)[:, None] + columns[None, :]
+            tl.store(at, tl.where(mask, value * weight, 0.0).to(weighed.dtype.element_ty), stored)
+        if by_products is not None:
+            by_gate, by_up = _slopes(gate, up, alpha, limit, ACTIVATION)
+            by_gate = tl.where(mask, by_gate * weight * unweighed, 0.0).to(by_products.dtype.element_ty)
+            by_up = tl.where(mask, by_up * weight * unweighed, 0.0).to(by_products.dtype.element_ty)
+            at = by_products + (to * stride_products)[:, None]
+            if INTERLEAVED:
+                wide = tl.reshape(tl.join(by_gate, by_up), (BLOCK_M, 2 * BLOCK_N))
+                tl.store(at + both[None, :], wide, writable[:, None] & (both < 2 * features)[None, :])
+            else:
+                tl.store(at + columns[None, :], by_gate, stored)
+                if GATED:
+                    tl.store(at + features + columns[None, :], by_up, stored)
+
+
+@triton.jit
+def tables_kernel(
+    x, gathered, place, bound, out,
+    experts, choices, rows, columns, stride_expert, stride_row, stride_column,
+    PROGRAMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[e] = Σ x[r] ⊗ gathered[token of r] over the pairs r of expert e: sorted rows x [S, rows], gathered
+    [T, columns], out [E, rows, columns] of any strides; zeros for an expert without pairs."""
+    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    for tile in range(tl.program_id(0), experts * row_tiles * column_tiles, PROGRAMS):
+        expert, inner = tile // (row_tiles * column_tiles), tile % (row_tiles * column_tiles)
+        row, column = inner // column_tiles * BLOCK_M, inner % column_tiles * BLOCK_N
+        begin, end = tl.load(bound + expert), tl.load(bound + expert + 1)
+        at = column + tl.arange(0, BLOCK_N)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for pair in range(begin, end, BLOCK_K):
+            offsets = pair + tl.arange(0, BLOCK_K)
+            token = tl.load(place + offsets, offsets < end, 0) // choices
+            mask = (offsets < end)[:, None] & (at < columns)[None, :]
+            y = tl.load(gathered + (token * columns)[:, None] + at[None, :], mask, 0.0)
+            total = tl.dot(x.load([pair, row]).T, y, total, input_precision=PRECISION)
+        down = row + tl.arange(0, BLOCK_M)
+        into = out + expert.to(tl.int64) * stride_expert + (down.to(tl.int64) * stride_row)[:, None]
+        into += (at.to(tl.int64) * stride_column)[None, :]
+        tl.store(into, total.to(out.dtype.element_ty), (down < rows)[:, None] & (at < columns)[None, :])
+
+
+@triton.jit
+def column_sums_kernel(
+    x, weights, place, bound, out, choices, columns, stride,
+    GATHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[e] = Σ x[r] over the pairs r of expert e, out [E, columns]; GATHERED, Σ weights[r] x[token of r]."""
+    column_tiles = tl.cdiv(columns, BLOCK_N)
+    expert = tl.program_id(0) // column_tiles
+    at = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin, end = tl.load(bound + expert), tl.load(bound + expert + 1)
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        offsets = start + tl.arange(0, BLOCK_M)
+        row = offsets.to(tl.int64)
+        factor = tl.where(offsets < end, 1.0, 0.0)
+        if GATHERED:
+            pair = tl.load(place + offsets, offsets < end, 0)
+            factor = tl.load(weights + pair, offsets < end, 0.0).to(tl.float32)
+            row = pair // choices
+        mask = (offsets < end)[:, None] & (at < columns)[None, :]
+        values = tl.load(x + (row * stride)[:, None] + at[None, :], mask, 0.0).to(tl.float32)
+        sums += tl.sum(values * factor[:, None], 0)
+    tl.store(out + expert * columns + at, sums.to(out.dtype.element_ty), at < columns)
+
+
+@triton.jit
+def add_pairs_kernel(
+    rows, expert, out, tokens, experts, columns, choices, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """out[t] = Σ_k rows[t K + k] over the pairs whose `expert` is below `experts`, which are not dropped."""
+    column_tiles = tl.cdiv(columns, BLOCK_N)
+    program = tl.program_id(0).to(tl.int64)
+    token = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (token < tokens)[:, None] & (at < columns)[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(choices):
+        pair = token * choices + k
+        counted = tl.load(expert + pair, token < tokens, experts) < experts
+        source = rows + (pair * columns)[:, None] + at[None, :]
+        total += tl.load(source, inside & counted[:, None], 0.0).to(tl.float32)
+    tl.store(out + (token * columns)[:, None] + at[None, :], total.to(out.dtype.element_ty), inside)
