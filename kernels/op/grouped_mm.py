@@ -24,7 +24,8 @@ def grouped_mlp(*args: Any) -> Tensor:
     arguments = ExpertArguments(*args)
     hidden, gate_up, down, weights, experts = arguments[:5]
     count, (_, choices) = gate_up.shape[0], experts.shape
-    expert, place = experts.masked_fill(dropped(arguments), count).reshape(-1).sort(stable=True)
+    # Not a stable sort, whose order within an expert, and so that of sums over its tokens, may be another.
+    expert, place = experts.masked_fill(dropped(arguments), count).reshape(-1).sort()
     none = (expert == count).unsqueeze(-1)
     ends = torch.searchsorted(expert, torch.arange(1, count + 1, device=expert.device), out_int32=True)
 

@@ -229,7 +229,8 @@ class _Launches:
         _, rows, columns = out.shape
         all_tiles = self.count * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
         programs = min(all_tiles, tiles.processors(self.device))
-        options = self.options(tile, programs)
+        # The pipeline spends two stages on where the gathered rows are.
+        options = self.options(tile._replace(stages=tile.stages + 2), programs)
         del options["GROUP"]
         launch(
             grouped.tables_kernel,

@@ -47,9 +47,14 @@ def schedule_kernel(
 @triton.jit
 def _block(table, expert, row, depth, rows, width, ROWS_LAST: tl.constexpr):
     """Rows `row`.. and depths `depth`.. of an expert's table [rows, width], as [BLOCK_K, BLOCK_N]."""
-    if ROWS_LAST:
-        return table.load([expert * width + depth, row])
-    return table.load([expert * rows + row, depth]).T
+    # No return of its own for either: the compiler asks for one type of all.
+    return table.load([expert * width + depth, row]) if ROWS_LAST else table.load([expert * rows + row, depth]).T
+
+
+@triton.jit
+def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The first and the second half of the columns: what an epilogue holds in registers at a time."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -58,29 +63,72 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _clamped(x, limit):
+    # By a comparison, which keeps a NaN as torch's clamp does.
+    return tl.where(x > limit, limit, x)
+
+
+@triton.jit
 def _activated(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return gate * _sigmoid(gate)
-    if ACTIVATION == "silu_gated":
-        return gate * _sigmoid(gate) * up
-    # Comparisons that keep a NaN, as torch's clamp does.
-    gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    return (up + 1) * (gate * _sigmoid(gate * alpha))
+    if ACTIVATION == "clamped_gated":
+        gate = _clamped(gate, limit)
+        value = (1 - _clamped(-_clamped(up, limit), limit)) * (gate * _sigmoid(gate * alpha))
+    else:
+        value = gate * _sigmoid(gate)
+        if ACTIVATION == "silu_gated":
+            value = value * up
+    return value
 
 
 @triton.jit
 def _slopes(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
     """The derivatives of `_activated` by gate and up."""
-    if ACTIVATION != "clamped_gated":
+    if ACTIVATION == "clamped_gated":
+        low = _clamped(gate, limit)
+        s = _sigmoid(low * alpha)
+        by_gate = (1 - _clamped(-_clamped(up, limit), limit)) * s * (1 + low * alpha * (1 - s))
+        by_gate = tl.where(gate > limit, 0.0, by_gate)
+        by_up = tl.where((up > limit) | (up < -limit), 0.0, low * s)
+    else:
         s = _sigmoid(gate)
-        slope = s * (1 + gate * (1 - s))
-        return slope if ACTIVATION == "silu" else slope * up, gate * s
-    low = tl.where(gate > limit, limit, gate)
-    s = _sigmoid(low * alpha)
-    clamped = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    by_gate = tl.where(gate > limit, 0.0, (clamped + 1) * s * (1 + low * alpha * (1 - s)))
-    return by_gate, tl.where((up > limit) | (up < -limit), 0.0, low * s)
+        by_gate = s * (1 + gate * (1 - s))
+        by_up = gate * s
+        if ACTIVATION == "silu_gated":
+            by_gate = by_gate * up
+    return by_gate, by_up
+
+
+@triton.jit
+def _store_activated(
+    gate, up, bias, products, activations, column, inside, writable, features, alpha, limit,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds the bias to first products of BLOCK_N columns from `column` on, stores them and what they are activated to;
+    INTERLEAVED, `gate` has both kinds, 2 BLOCK_N. Pointers are those of the rows."""
+    columns = column + tl.arange(0, BLOCK_N)
+    mask = writable[:, None] & (columns < features)[None, :]
+    if INTERLEAVED:
+        both = 2 * column + tl.arange(0, 2 * BLOCK_N)
+        if bias is not None:
+            gate += tl.load(bias + both, both < 2 * features, 0.0).to(tl.float32)[None, :]
+        gate = tl.where(inside[:, None], gate, 0.0)
+        if products is not None:
+            there = writable[:, None] & (both < 2 * features)[None, :]
+            tl.store(products + both[None, :], gate.to(products.dtype.element_ty), there)
+        gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
+    else:
+        if bias is not None:
+            gate += tl.load(bias + columns, columns < features, 0.0).to(tl.float32)[None, :]
+            if ACTIVATION != "silu":
+                up += tl.load(bias + features + columns, columns < features, 0.0).to(tl.float32)[None, :]
+        gate = tl.where(inside[:, None], gate, 0.0)
+        up = tl.where(inside[:, None], up, 0.0)
+        if products is not None:
+            tl.store(products + columns[None, :], gate.to(products.dtype.element_ty), mask)
+            if ACTIVATION != "silu":
+                tl.store(products + features + columns[None, :], up.to(products.dtype.element_ty), mask)
+    value = _activated(gate, up, alpha, limit, ACTIVATION)
+    tl.store(activations + columns[None, :], value.to(activations.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -119,34 +167,23 @@ def up_kernel(
                 up = tl.dot(x, w, up, input_precision=PRECISION)
         # Rows behind the last pair are zeros.
         writable = (inside | (offsets >= live)) & (offsets < pairs)
-        to = offsets.to(tl.int64)
-        columns = column + tl.arange(0, BLOCK_N)
-        mask = writable[:, None] & (columns < features)[None, :]
-        if INTERLEAVED:
-            both = first + tl.arange(0, 2 * BLOCK_N)
-            if bias is not None:
-                gate += tl.load(bias + expert * rows + both, both < rows, 0.0).to(tl.float32)[None, :]
-            gate = tl.where(inside[:, None], gate, 0.0)
-            if products is not None:
-                at = products + (to * stride_products)[:, None] + both[None, :]
-                tl.store(at, gate.to(products.dtype.element_ty), writable[:, None] & (both < rows)[None, :])
-            gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
-        else:
-            if bias is not None:
-                own = bias + expert * rows + columns
-                gate += tl.load(own, columns < features, 0.0).to(tl.float32)[None, :]
-                if GATED:
-                    up += tl.load(own + features, columns < features, 0.0).to(tl.float32)[None, :]
-            gate = tl.where(inside[:, None], gate, 0.0)
-            up = tl.where(inside[:, None], up, 0.0)
-            if products is not None:
-                at = products + (to * stride_products)[:, None] + columns[None, :]
-                tl.store(at, gate.to(products.dtype.element_ty), mask)
-                if GATED:
-                    tl.store(at + features, up.to(products.dtype.element_ty), mask)
-        value = _activated(gate, up, alpha, limit, ACTIVATION)
-        at = activations + (to * stride_activations)[:, None] + columns[None, :]
-        tl.store(at, value.to(activations.dtype.element_ty), mask)
+        out, at = products, offsets.to(tl.int64)
+        if products is not None:
+            out = products + (at * stride_products)[:, None]
+        own = bias
+        if bias is not None:
+            own = bias + expert * rows
+        value = activations + (at * stride_activations)[:, None]
+        low, high = _halves(gate, BLOCK_M, WIDE)
+        low_up, high_up = _halves(up, BLOCK_M, BLOCK_N)
+        _store_activated(
+            low, low_up, own, out, value, column, inside, writable, features, alpha, limit,
+            ACTIVATION, INTERLEAVED, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        _store_activated(
+            high, high_up, own, out, value, column + BLOCK_N // 2, inside, writable, features, alpha, limit,
+            ACTIVATION, INTERLEAVED, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -160,7 +197,7 @@ def down_kernel(
     weights the factor is 1."""
     column_tiles = tl.cdiv(columns, BLOCK_N)
     row_tiles = tl.load(tile_count)
-    for tile in range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=True):
         row_tile, column_tile = place_of(tile, row_tiles, 1, GROUP, column_tiles)
         column = column_tile * BLOCK_N
         expert = tl.load(tile_expert + row_tile)
@@ -182,6 +219,45 @@ def down_kernel(
 
 
 @triton.jit
+def _store_gradients(
+    unweighed, products, by_products, weighed, weight, column, inside, writable, features, alpha, limit,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What `down_backward_kernel` stores of BLOCK_N columns from `column` on, but for by_weight, of which it gives
+    their part. Pointers are those of the rows."""
+    columns = column + tl.arange(0, BLOCK_N)
+    mask = inside[:, None] & (columns < features)[None, :]
+    stored = writable[:, None] & (columns < features)[None, :]
+    both = 2 * column + tl.arange(0, 2 * BLOCK_N)
+    if INTERLEAVED:
+        wide = tl.load(products + both[None, :], inside[:, None] & (both < 2 * features)[None, :], 0.0)
+        gate, up = tl.split(tl.reshape(wide.to(tl.float32), (BLOCK_M, BLOCK_N, 2)))
+    else:
+        gate = tl.load(products + columns[None, :], mask, 0.0).to(tl.float32)
+        up = gate
+        if ACTIVATION != "silu":
+            up = tl.load(products + features + columns[None, :], mask, 0.0).to(tl.float32)
+    value = _activated(gate, up, alpha, limit, ACTIVATION)
+    part = tl.sum(tl.where(mask, unweighed * value, 0.0), 1)
+    if weighed is not None:
+        value = tl.where(mask, value * weight[:, None], 0.0)
+        tl.store(weighed + columns[None, :], value.to(weighed.dtype.element_ty), stored)
+    if by_products is not None:
+        grad = unweighed * weight[:, None]
+        by_gate, by_up = _slopes(gate, up, alpha, limit, ACTIVATION)
+        by_gate = tl.where(mask, by_gate * grad, 0.0).to(by_products.dtype.element_ty)
+        by_up = tl.where(mask, by_up * grad, 0.0).to(by_products.dtype.element_ty)
+        if INTERLEAVED:
+            wide = tl.reshape(tl.join(by_gate, by_up), (BLOCK_M, 2 * BLOCK_N))
+            tl.store(by_products + both[None, :], wide, writable[:, None] & (both < 2 * features)[None, :])
+        else:
+            tl.store(by_products + columns[None, :], by_gate, stored)
+            if ACTIVATION != "silu":
+                tl.store(by_products + features + columns[None, :], by_up, stored)
+    return part
+
+
+@triton.jit
 def down_backward_kernel(
     grad, table, products, weights, place, bound, tile_expert, tile_row, tile_count, by_products, weighed, by_weight,
     experts, pairs, choices, features, width, stride_products, stride_weighed, alpha, limit,
@@ -192,7 +268,6 @@ def down_backward_kernel(
     """From the result's gradient [T, width], of each pair: `by_products`, the gradient by the first products [S, 2F];
     `weighed`, its weight times the activations [S, F]; and by_weight [column tiles, S], in the order of the pairs, that
     by its weight but for the bias, a part of each tile of columns. Those that are None are left out."""
-    GATED: tl.constexpr = ACTIVATION != "silu"
     column_tiles = tl.cdiv(features, BLOCK_N)
     row_tiles = tl.load(tile_count)
     live = tl.load(bound + experts)
@@ -210,41 +285,26 @@ def down_backward_kernel(
             x = tl.load(source + k) if EVEN else tl.load(source + k, (k + depths < width)[None, :], 0.0)
             w = _block(table, expert, column, k, features, width, ROWS_LAST)
             unweighed = tl.dot(x, w, unweighed, input_precision=PRECISION)
-        to = offsets.to(tl.int64)
-        columns = column + tl.arange(0, BLOCK_N)
-        mask = inside[:, None] & (columns < features)[None, :]
-        start = products + (to * stride_products)[:, None]
-        both = 2 * column + tl.arange(0, 2 * BLOCK_N)
-        if INTERLEAVED:
-            wide = tl.load(start + both[None, :], inside[:, None] & (both < 2 * features)[None, :], 0.0)
-            gate, up = tl.split(tl.reshape(wide.to(tl.float32), (BLOCK_M, BLOCK_N, 2)))
-        else:
-            gate = tl.load(start + columns[None, :], mask, 0.0).to(tl.float32)
-            up = gate
-            if GATED:
-                up = tl.load(start + features + columns[None, :], mask, 0.0).to(tl.float32)
-        value = _activated(gate, up, alpha, limit, ACTIVATION)
-        weight = tl.load(weights + pair, inside, 0.0).to(tl.float32)[:, None]
-        if by_weight is not None:
-            part = tl.sum(tl.where(mask, unweighed * value, 0.0), 1)
-            tl.store(by_weight + column_tile.to(tl.int64) * pairs + pair, part, inside)
         writable = (inside | (offsets >= live)) & (offsets < pairs)
-        stored = writable[:, None] & (columns < features)[None, :]
-        if weighed is not None:
-            at = weighed + (to * stride_weighed)[:, None] + columns[None, :]
-            tl.store(at, tl.where(mask, value * weight, 0.0).to(weighed.dtype.element_ty), stored)
+        weight = tl.load(weights + pair, inside, 0.0).to(tl.float32)
+        at = offsets.to(tl.int64)
+        source = products + (at * stride_products)[:, None]
+        slopes, values = by_products, weighed
         if by_products is not None:
-            by_gate, by_up = _slopes(gate, up, alpha, limit, ACTIVATION)
-            by_gate = tl.where(mask, by_gate * weight * unweighed, 0.0).to(by_products.dtype.element_ty)
-            by_up = tl.where(mask, by_up * weight * unweighed, 0.0).to(by_products.dtype.element_ty)
-            at = by_products + (to * stride_products)[:, None]
-            if INTERLEAVED:
-                wide = tl.reshape(tl.join(by_gate, by_up), (BLOCK_M, 2 * BLOCK_N))
-                tl.store(at + both[None, :], wide, writable[:, None] & (both < 2 * features)[None, :])
-            else:
-                tl.store(at + columns[None, :], by_gate, stored)
-                if GATED:
-                    tl.store(at + features + columns[None, :], by_up, stored)
+            slopes = by_products + (at * stride_products)[:, None]
+        if weighed is not None:
+            values = weighed + (at * stride_weighed)[:, None]
+        low, high = _halves(unweighed, BLOCK_M, BLOCK_N)
+        part = _store_gradients(
+            low, source, slopes, values, weight, column, inside, writable, features, alpha, limit,
+            ACTIVATION, INTERLEAVED, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        part += _store_gradients(
+            high, source, slopes, values, weight, column + BLOCK_N // 2, inside, writable, features, alpha, limit,
+            ACTIVATION, INTERLEAVED, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        if by_weight is not None:
+            tl.store(by_weight + column_tile.to(tl.int64) * pairs + pair, part, inside)
 
 
 @triton.jit
