@@ -32,7 +32,7 @@ ROUTER_BODIES = ("exact", "fp8")
 ROUTER_HEADS = ("exact", "sampled", "fp8")
 PADDINGS = ("any", "right")
 FALLBACKS = ("raise", "eager")
-OPTIONAL_PASSES = ("join_loss", "join_head", "elide_causal_masks")
+OPTIONAL_PASSES = ("join_loss", "join_head", "elide_causal_masks", "fuse_experts")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class RoutingConfig(Schedule):
             operator that has it (`"triton"`, `"reference"`), or a mapping from operators to providers, e.g.
             `{"masked_loss": "triton_recompute"}`. One that cannot run raises `CannotOptimize`.
         disable_passes: passes to leave out, to find out what one does: of `"join_loss"`, `"join_head"` (a loss or head
-            in other operators is then refused) and `"elide_causal_masks"`.
+            in other operators is then refused), `"elide_causal_masks"` and `"fuse_experts"`.
         padding: `"any"`; or `"right"`, a promise: padding (`attention_mask` 0) is behind the tokens of each row, and
             predicts no label. Causal attention then needs no mask to hide it (`elide_causal_masks.py`). A batch that
             breaks the promise raises; on CUDA an assertion fails on the device. None is `"any"`, and `"right"` where

@@ -20,6 +20,7 @@ from cggr_compile.passes.lower.unshard_parameters import unshard_parameters
 from cggr_compile.passes.rewrite.build_router import build_router
 from cggr_compile.passes.rewrite.check_labels import check_labels
 from cggr_compile.passes.rewrite.elide_causal_masks import elide_causal_masks
+from cggr_compile.passes.rewrite.fuse_experts import fuse_experts
 from cggr_compile.passes.rewrite.gather_documents import gather_documents
 from cggr_compile.passes.rewrite.gather_rows import gather_rows
 from cggr_compile.passes.rewrite.gather_tokens import gather_tokens
@@ -54,11 +55,12 @@ ROUTES: dict[str, tuple[Pass, ...]] = {
     "segment": (select_documents, gather_documents),
 }
 
-# Masking before lowering: the loss must exist as one operator before an implementation can be chosen for it.
-_LOWERED: tuple[Pass, ...] = (mask_loss, lower_kernels)
+# Masking and fusing before lowering: what an implementation is chosen for must exist as one operator.
+_CHOSEN: tuple[Pass, ...] = (fuse_experts, lower_kernels)
+_LOWERED: tuple[Pass, ...] = (mask_loss, *_CHOSEN)
 
 
-OPTIONAL = (join_loss, join_head, elide_causal_masks)
+OPTIONAL = (join_loss, join_head, elide_causal_masks, fuse_experts)
 """Passes that `disable_passes` may name."""
 
 
@@ -86,7 +88,7 @@ def _scoring(config: RoutingConfig) -> tuple[Pass, ...]:
 
 def passes_scores(config: RoutingConfig) -> tuple[Pass, ...]:
     """The passes of the rows' scores alone: what `Handle.score` gives, and the router by itself."""
-    return (check_labels, *_scoring(config), keep_scores, lower_kernels)
+    return (check_labels, *_scoring(config), keep_scores, *_CHOSEN)
 
 
 def passes_unrouted() -> tuple[Pass, ...]:
@@ -123,8 +125,8 @@ def keeps_less(config: RoutingConfig) -> bool:
 
 
 def run(program: Analysed, config: RoutingConfig, passes: Sequence[Pass]) -> Analysed:
-    """Applies the passes, and `unshard_parameters` behind them where parameters are sharded; every one leaves a
-    snapshot under its name.
+    """Applies the passes but for disabled ones, and `unshard_parameters` behind them where parameters are sharded;
+    every one leaves a snapshot under its name.
 
     Raises:
         CannotOptimize: a pass found the model or the batch impossible to route.
@@ -132,7 +134,8 @@ def run(program: Analysed, config: RoutingConfig, passes: Sequence[Pass]) -> Ana
     """
     sharded: tuple[Pass, ...] = (unshard_parameters,) if program.shards else ()
     for pass_ in (*passes, *sharded):
-        program = _applied(pass_, program, config)
+        if pass_.__name__ not in config.disable_passes:
+            program = _applied(pass_, program, config)
     return program
 
 

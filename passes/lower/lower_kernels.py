@@ -94,7 +94,10 @@ def _place(node: fx.Node) -> Place:
     first = value(node.args[0])
     length = first.shape[-1] if first.dim() else 1
     hint = length.node.hint if isinstance(length, torch.SymInt) else length
-    return Place(first.device, _computed_in(first, node.meta.get(REGION, Region())), hint)
+    # An operator without a kernel of its own for autocast does not follow it.
+    follows = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.AutocastCPU)
+    dtype = _computed_in(first, node.meta.get(REGION, Region())) if follows else first.dtype
+    return Place(first.device, dtype, hint)
 
 
 def _computed_in(x: torch.Tensor, region: Region) -> torch.dtype:
