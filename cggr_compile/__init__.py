@@ -25,6 +25,12 @@ from cggr_compile.original.dataloader import (
     DifficultyFilteredDataLoader,
     NanoRouter,
 )
+from cggr_compile.original.experts import (
+    PersistentKernelConfig,
+    PersistentTRMLP,
+    create_persistent_tr_mlp,
+    persistent_grouped_gemm,
+)
 from cggr_compile.original.loss import CGGRLoss, CGGRScorer
 from cggr_compile.original.model import CGGRModel
 from cggr_compile.original.prefetching import AsyncCGGRModel, AsyncCGGRScorer, create_prefetching_iterator
@@ -50,6 +56,8 @@ __all__ = [
     "Handle",
     "LayerStackNotFound",
     "NanoRouter",
+    "PersistentKernelConfig",
+    "PersistentTRMLP",
     "RoutingConfig",
     "SelectiveCheckpointWrapper",
     "TokensNotTold",
@@ -59,6 +67,7 @@ __all__ = [
     "attach",
     "benchmark_attention_backends",
     "check",
+    "create_persistent_tr_mlp",
     "create_prefetching_iterator",
     "create_truncated_router",
     "enable_flash_attention",
@@ -67,6 +76,7 @@ __all__ = [
     "handle",
     "load_model_with_flash_attention",
     "optimize",
+    "persistent_grouped_gemm",
     "restore",
     "route",
 ]

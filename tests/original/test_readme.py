@@ -155,6 +155,36 @@ def test_signatures() -> None:
             "warmup_steps": 3,
             "benchmark_steps": 10,
         },
+        "PersistentTRMLP": {
+            "hidden_dim": required,
+            "intermediate_dim": required,
+            "num_experts": 8,
+            "top_k": 2,
+            "config": None,
+        },
+        # `mask` is not the original's.
+        "PersistentTRMLP.forward": {"self": required, "x": required, "use_persistent": True, "mask": None},
+        "create_persistent_tr_mlp": {
+            "hidden_dim": required,
+            "intermediate_dim": None,
+            "num_experts": 8,
+            "top_k": 2,
+            "kwargs": required,
+        },
+        "persistent_grouped_gemm": {"inputs": required, "weights": required, "config": None},
+        "PersistentKernelConfig": {
+            "BLOCK_M": 128,
+            "BLOCK_N": 128,
+            "BLOCK_K": 32,
+            "num_stages": 3,
+            "num_warps": 8,
+            "producer_warps": 2,
+            "consumer_warps": 6,
+            "use_cooperative_groups": True,
+            "grid_sync_frequency": 4,
+            "use_async_copy": True,
+            "prefetch_distance": 2,
+        },
     }
     for name, parameters in expected.items():
         found = inspect.signature(operator.attrgetter(name)(cggr)).parameters
