@@ -217,11 +217,12 @@ def _gate_and_up(gate: fx.Node, up: fx.Node) -> tuple[fx.Node, bool] | None:
     """What the two are the first and the second half of, or every other column; and whether it is the latter."""
     if gate.target == up.target == getitem:
         halves = gate.args[0]
-        if halves is not up.args[0] or (gate.args[1], up.args[1]) != (0, 1) or halves.target != aten.split.Tensor:
+        if halves is not up.args[0] or (gate.args[1], up.args[1]) != (0, 1) or len(halves.args) != 3:
             return None
-        source, size, *dim = halves.args
-        columns = value(source).shape[-1]
-        return (source, False) if dim in ([-1], [1]) and value(source).dim() == 2 and 2 * size == columns else None
+        source, size, dim = halves.args
+        sizes = {aten.split.Tensor: value(gate).shape[-1], aten.chunk.default: 2}
+        halved = dim in (-1, 1) and value(source).dim() == 2 and value(source).shape[-1] == 2 * value(gate).shape[-1]
+        return (source, False) if halved and sizes.get(halves.target) == size else None
     if gate.target == up.target == aten.slice.Tensor and gate.args[0] is up.args[0]:
         source = gate.args[0]
         columns = value(source).shape[-1]

@@ -90,10 +90,10 @@ def _operator(builder: Builder[Analysed], node: fx.Node, experts: Experts) -> fx
 
 def _drop_unused(builder: Builder[Analysed], found: dict[fx.Node, Experts]) -> None:
     """Drops the copies of what only the replaced nodes needed."""
-    inside = ancestors(found) - ancestors({n for experts in found.values() for n in _read(experts)})
+    inside = {node for result, experts in found.items() for node in ancestors([result], stop=_read(experts))}
     copies = {builder.env[node] for node in inside - set(found)}
     for node in reversed(builder.graph.nodes):
-        if node in copies and not node.users:
+        if node in copies and node.op == "call_function" and not node.users:
             builder.graph.erase_node(node)
 
 
