@@ -149,6 +149,10 @@ def _batched(
 
 def _product(node: fx.Node) -> _Product | None:
     """The product that `node` is, with a bias added to it and zeros in place of rows of no expert."""
+    if node.target == aten.squeeze.dim and node.args[0].target == aten.unsqueeze.default:
+        # What was added in place to a squeezed product.
+        lifted = node.args[0]
+        node = lifted.args[0] if lifted.args[1] == node.args[1] else node
     node, masks = _unmasked(node)
     bias, index = None, list(masks)
     if node.target == aten.add.Tensor and not node.kwargs and is_tensor(node.args[1]):
