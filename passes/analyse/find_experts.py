@@ -149,11 +149,7 @@ def _batched(
 
 def _product(node: fx.Node) -> _Product | None:
     """The product that `node` is, with a bias added to it and zeros in place of rows of no expert."""
-    if node.target == aten.squeeze.dim and node.args[0].target == aten.unsqueeze.default:
-        # What was added in place to a squeezed product.
-        lifted = node.args[0]
-        node = lifted.args[0] if lifted.args[1] == node.args[1] else node
-    node, masks = _unmasked(node)
+    node, masks = _unmasked(_written(node))
     bias, index = None, list(masks)
     if node.target == aten.add.Tensor and not node.kwargs and is_tensor(node.args[1]):
         of_expert = _index(node.args[1])
@@ -223,12 +219,12 @@ def _gate_and_up(gate: fx.Node, up: fx.Node) -> tuple[fx.Node, bool] | None:
         halves = gate.args[0]
         if halves is not up.args[0] or (gate.args[1], up.args[1]) != (0, 1) or len(halves.args) != 3:
             return None
-        source, size, dim = halves.args
+        source, size, dim = _written(halves.args[0]), *halves.args[1:]
         sizes = {aten.split.Tensor: value(gate).shape[-1], aten.chunk.default: 2}
         halved = dim in (-1, 1) and value(source).dim() == 2 and value(source).shape[-1] == 2 * value(gate).shape[-1]
         return (source, False) if halved and sizes.get(halves.target) == size else None
-    if gate.target == up.target == aten.slice.Tensor and gate.args[0] is up.args[0]:
-        source = gate.args[0]
+    if gate.target == up.target == aten.slice.Tensor and _written(gate.args[0]) is _written(up.args[0]):
+        source = _written(gate.args[0])
         columns = value(source).shape[-1]
         for cuts, interleaved in ((_alternate(columns), True), (_halved(columns), False)):
             if [_cut(x, columns) for x in (gate, up)] == cuts and value(source).dim() == 2:
@@ -247,6 +243,13 @@ def _alternate(columns: int) -> list[tuple[int, int, int]]:
 
 def _halved(columns: int) -> list[tuple[int, int, int]]:
     return [(0, columns // 2, 1), (columns // 2, columns, 1)]
+
+
+def _written(node: fx.Node) -> fx.Node:
+    """What was written in place into a squeezed product, where the node is that product squeezed again."""
+    lifted = node.args[0] if node.target == aten.squeeze.dim else node
+    same = lifted.target == aten.unsqueeze.default and lifted.args[1] == node.args[1]
+    return lifted.args[0] if same and lifted is not node else node
 
 
 def _unmasked(node: fx.Node) -> tuple[fx.Node, Sequence[fx.Node]]:
