@@ -7,6 +7,8 @@ clock on the CPU; memory is the allocator's peak during a call above what was al
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
 import os
@@ -22,14 +24,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+try:
+    from triton.errors import TritonError
+except ImportError:
+    TritonError = RuntimeError
 QUESTIONS = ("loss", "loss-quarter", "score", "score-four")
 DATA = ("normal", "zipf")
-WARM_UP = 3
-LEAST_STEPS = 5
+WARM_UP, LEAST_STEPS = 3, 5
 SECONDS_PER_MEASUREMENT = 0.5
 LINE_MARK = "RECORD "
 
+FAILURES = (torch.OutOfMemoryError, RuntimeError, ImportError, ValueError, TypeError, AssertionError, TritonError)
+
 Record = dict[str, Any]
+
+
+class AbsentError(Exception):
+    """The arm cannot be run here, for the reason given."""
 
 
 class Shape(NamedTuple):
@@ -183,6 +194,30 @@ def _steps_on_cpu(call: Callable[[], Tensor], clear: Callable[[], None], steps: 
 def first_line(text: str) -> str:
     """The first line of `text` that holds anything."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "no message")
+
+
+def work_off(cases: list[Case], run_case: Callable[[Case], Record], device: torch.device) -> None:
+    """Measures the cases in this process and prints a line for each."""
+    for case in cases:
+        try:
+            record = {"status": "ok", **run_case(case)}
+        except (AbsentError, ModuleNotFoundError) as error:
+            record = {"status": "absent", "reason": first_line(str(error))}
+        except FAILURES as error:
+            record = {"status": "failed", "reason": f"{type(error).__name__}: {first_line(str(error))}"}
+        print(LINE_MARK + json.dumps({**case._asdict(), **record}), flush=True)
+        gc.collect()
+        if device.type == "cuda":
+            if record["status"] == "failed" and not _usable():
+                return
+            torch.cuda.empty_cache()
+
+
+def _usable() -> bool:
+    """Whether the CUDA context survived; one that did not fails every later call, so a new process has to go on."""
+    with contextlib.suppress(RuntimeError):
+        return torch.cuda.synchronize() is None
+    return False
 
 
 def run_cases(command: list[str], cases: list[Case], timeout: float, may_start: Callable[[], bool]) -> list[Record]:

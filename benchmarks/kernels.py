@@ -14,7 +14,6 @@ their rows inside the timed call.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import time
@@ -27,41 +26,31 @@ import torch.nn.functional as F
 import typer
 from harness import (
     DATA,
-    LINE_MARK,
     QUESTIONS,
+    AbsentError,
     Case,
     Problem,
     Record,
     Shape,
-    first_line,
     make_problem,
     measure,
     render,
     run_cases,
     summarise,
+    work_off,
 )
 from torch import Tensor
 
 import cggr_compile as cggr
 from cggr_compile.environment import environment
 
-try:
-    from triton.errors import TritonError
-except ImportError:
-    TritonError = RuntimeError
-
 SHAPES = ("8192x2304x256000", "8192x4096x131072", "32768x576x49152", "16384x896x151936", "16384x2048x128256")
 TRUTH_SHAPE = "512x256x5000"
 QUICK_SHAPES = ("64x32x500", "96x16x300")
 QUANTITIES = {"score": ["nll"], "score-four": ["nll", "entropy", "margin", "confidence"]}
 MOST_LOGIT_BYTES = 40 * 2**30
-FAILURES = (torch.OutOfMemoryError, RuntimeError, ImportError, ValueError, TypeError, AssertionError, TritonError)
 
 Loss = Callable[[Problem], Tensor]
-
-
-class AbsentError(Exception):
-    """The arm cannot be run here, for the reason given."""
 
 
 def gathering(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
@@ -257,32 +246,6 @@ def run_case(arm: str, case: Case, data: str, device: torch.device, most_steps: 
     return record
 
 
-def work_off(arm: str, cases: list[Case], data: str, device: torch.device, most_steps: int) -> None:
-    """Measures the cases in this process and prints a line for each."""
-    for case in cases:
-        try:
-            record = {"status": "ok", **run_case(arm, case, data, device, most_steps)}
-        except (AbsentError, ModuleNotFoundError) as error:
-            record = {"status": "absent", "reason": first_line(str(error))}
-        except FAILURES as error:
-            record = {"status": "failed", "reason": f"{type(error).__name__}: {first_line(str(error))}"}
-        print(LINE_MARK + json.dumps({**case._asdict(), **record}), flush=True)
-        gc.collect()
-        if device.type == "cuda":
-            if record["status"] == "failed" and not usable():
-                return
-            torch.cuda.empty_cache()
-
-
-def usable() -> bool:
-    """Whether the CUDA context survived; one that did not fails every later call, so a new process has to go on."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
 def cases_of(arm: str, answered: tuple[str, ...], shapes: list[str], truth_shape: str | None) -> list[Case]:
     # A router head estimates; how well is the question of benchmarks/router_head.py.
     exact = arm != "matmul" and not arm.startswith(HEADS)
@@ -329,7 +292,8 @@ def main(
     """Measures every arm, writes JSON and a markdown table, and prints the table."""
     place = torch.device(device)
     if worker is not None:
-        work_off(worker, [Case(*case) for case in json.loads(cases)], data, place, steps)
+        todo = [Case(*case) for case in json.loads(cases)]
+        work_off(todo, lambda case: run_case(worker, case, data, place, steps), place)
         return
     if result is not None:
         print(write(json.loads(result.read_text()), result))
