@@ -225,8 +225,8 @@ def errors(call: Call, problem: Problem) -> dict[str, float]:
         return {"out": out, **dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))}
 
     wide = {name: x.detach().double().requires_grad_() for name, x in problem.leaves.items()}
-    exact = step(lambda: grouped_mlp(*problem._replace(**wide)), wide)
-    found = step(call, problem.leaves)
+    exact = {name: x.detach() for name, x in step(lambda: grouped_mlp(*problem._replace(**wide)), wide).items()}
+    found = {name: x.detach() for name, x in step(call, problem.leaves).items()}
     return {name: float((found[name].double() - x).norm() / x.norm()) for name, x in exact.items()}
 
 
