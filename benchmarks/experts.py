@@ -276,12 +276,22 @@ def render(report: Record) -> str:
                 cells.append(f"{median:.2f}{share}, {peaks[name, question, shape] / 2**30:.2f}")
             lines.append(f"| {shape} | {' | '.join(cells)} |")
         lines.append("")
-    reasons = dict.fromkeys(
-        f"* {r['arm']}, {r['question']}, {r['shape']}: {r['status']}: {r['reason']}"
-        for r in report["records"]
-        if r["status"] != "ok"
-    )
-    return "\n".join([*lines, *reasons]) + "\n"
+    lines += ["Relative error by norm against float64, of a step on 256 tokens:\n"]
+    for record in report["records"]:
+        if record["kind"] == "error" and record["status"] == "ok":
+            found = ", ".join(f"{name} {error:.1e}" for name, error in record["errors"].items())
+            lines.append(f"* {record['arm']}, {record['shape'].partition('@')[0]}: {found}")
+    lines += ["", "Not measured:\n"]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for record in report["records"]:
+        if record["status"] != "ok":
+            case = f"{record['question']} of {record['shape']}"
+            reasons[f"{record['arm']}: {record['status']}: {record['reason']}"].append(case)
+    lines += [
+        f"* {reason} ({len(cases)}: {', '.join(cases[:3])}{', …' * (len(cases) > 3)})"
+        for reason, cases in reasons.items()
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main(

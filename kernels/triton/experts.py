@@ -91,7 +91,7 @@ class _Launches:
         self.schedule = (*order.bound.new_empty((2, limit)).unbind(0), order.bound.new_empty(1))
         launch(
             grouped.schedule_kernel,
-            1,
+            triton.cdiv(limit, 32),
             order.bound,
             *self.schedule,
             self.count,

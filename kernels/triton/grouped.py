@@ -26,22 +26,21 @@ def schedule_kernel(
     bound, tile_expert, tile_row, tile_count, experts,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The expert and the first row of each tile of BLOCK_M rows, in the order of the experts, and how many tiles."""
+    """The expert and the first row of BLOCK_T tiles of BLOCK_M rows, in the order of the experts; how many there are."""
     expert = tl.arange(0, BLOCK_E)
     begin = tl.load(bound + expert, expert < experts, 0)
     end = tl.load(bound + expert + 1, expert < experts, 0)
     tiles = tl.where(expert < experts, tl.cdiv(end - begin, BLOCK_M), 0)
     last = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
-    tl.store(tile_count, total)
+    tl.store(tile_count, total)  # the same of every program
     # The row of tile t of an expert is origin + t BLOCK_M.
     origin = begin - (last - tiles) * BLOCK_M
-    for start in range(0, total, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        owner = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
-        of_owner = tl.sum(tl.where(expert[None, :] == owner[:, None], origin[None, :], 0), 1)
-        tl.store(tile_expert + tile, owner, tile < total)
-        tl.store(tile_row + tile, of_owner + tile * BLOCK_M, tile < total)
+    tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    owner = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
+    of_owner = tl.sum(tl.where(expert[None, :] == owner[:, None], origin[None, :], 0), 1)
+    tl.store(tile_expert + tile, owner, tile < total)
+    tl.store(tile_row + tile, of_owner + tile * BLOCK_M, tile < total)
 
 
 @triton.jit
