@@ -26,7 +26,7 @@ def schedule_kernel(
     bound, tile_expert, tile_row, tile_count, experts,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The expert and the first row of BLOCK_T tiles of BLOCK_M rows, in the order of the experts; how many there are."""
+    """The expert and the first row of BLOCK_T tiles of BLOCK_M rows, in the order of the experts; how many tiles."""
     expert = tl.arange(0, BLOCK_E)
     begin = tl.load(bound + expert, expert < experts, 0)
     end = tl.load(bound + expert + 1, expert < experts, 0)
