@@ -45,13 +45,14 @@ class Experts(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """rows × tables[expert] + bias; `index` are the nodes that say which expert a row has, `ends` where they end."""
+    """rows × tables[expert] + bias; `owners` are the nodes that say which expert a row has,
+    `ends` where they end."""
 
     rows: fx.Node
     tables: fx.Node
     transposed: bool
     bias: fx.Node | None
-    index: tuple[fx.Node, ...]
+    owners: tuple[fx.Node, ...]
     ends: fx.Node | None
 
 
@@ -117,7 +118,7 @@ def _grouped(
     if order is None:
         return None
     sort, experts = order
-    if any(_sort_of(index) is not sort for index in (*first.index, *second.index)):
+    if any(_sort_of(index) is not sort for index in (*first.owners, *second.owners)):
         return None
     choices = value(experts).shape[1]
     rows = _unmasked(first.rows)[0]
@@ -135,7 +136,7 @@ def _batched(
     first: _Product, second: _Product, flat: fx.Node, by_token: fx.Node | None
 ) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """Hidden, weights and experts of products with a table a pair."""
-    of_pairs = {_unclamped(index) for index in (*first.index, *second.index)}
+    of_pairs = {_unclamped(index) for index in (*first.owners, *second.owners)}
     repeated = first.rows
     if by_token is None or len(of_pairs) != 1 or repeated.target != aten.repeat_interleave.self_int:
         return None
@@ -219,7 +220,7 @@ def _gate_and_up(gate: fx.Node, up: fx.Node) -> tuple[fx.Node, bool] | None:
         halves = gate.args[0]
         if halves is not up.args[0] or (gate.args[1], up.args[1]) != (0, 1) or len(halves.args) != 3:
             return None
-        source, size, dim = _written(halves.args[0]), *halves.args[1:]
+        source, (size, dim) = _written(halves.args[0]), halves.args[1:]
         sizes = {aten.split.Tensor: value(gate).shape[-1], aten.chunk.default: 2}
         halved = dim in (-1, 1) and value(source).dim() == 2 and value(source).shape[-1] == 2 * value(gate).shape[-1]
         return (source, False) if halved and sizes.get(halves.target) == size else None
