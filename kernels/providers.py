@@ -120,24 +120,6 @@ def _without_scaled_mm(place: Place) -> str | None:
     return None
 
 
-def _without_grouped_mm(place: Place) -> str | None:
-    """Why torch's grouped products cannot run there, or None."""
-    device = place.device
-    if device.type == "cpu":
-        return None
-    if device.type != "cuda":
-        return f"torch's grouped products are for CUDA and the CPU, not {device.type}"
-    if place.dtype != torch.bfloat16:
-        return f"torch's grouped products on CUDA wait for the device in {place.dtype}"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "torch's grouped products need compute capability 8.0"
-    if place.length is not None and place.length % 8:
-        return "torch's grouped products need widths that are multiples of 8"
-    return None
-
-
 def _interpreted(place: Place) -> str | None:
     return "the interpreter is for tests" if place.device.type == "cpu" else None
 
@@ -224,7 +206,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     },
     "grouped_mlp": {
         "triton": Provider("triton", _without_head_kernels, _triton("grouped_mlp"), _interpreted),
-        "torch": Provider("torch", _without_grouped_mm, lambda: grouped_mm.grouped_mlp),
+        "torch": Provider("torch", _never, lambda: grouped_mm.grouped_mlp),
         **_reference(experts.grouped_mlp),
     },
     "fp8_linear": {

@@ -3,8 +3,9 @@
 The steps and their order are those of transformers' `grouped_mm` experts, so that where torch's products are the same,
 so are results and gradients, bit for bit.
 
-`torch.nn.functional.grouped_mm` is for CUDA here. On the CPU it is a loop over the groups that can be traced in
-bfloat16 alone; `cggr::grouped_mm` is the same loop for every dtype.
+On CUDA they are `torch.nn.functional.grouped_mm`'s where that is a kernel: in bfloat16, for widths that fill lines of 16
+bytes. Elsewhere it is a loop over the groups, which reads their sizes on the host and can be traced in bfloat16 alone;
+`cggr::grouped_mm` is the same loop for every dtype.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import torch.nn.functional as F
 from cggr_compile.kernels.op.define import operator
 from cggr_compile.kernels.reference.experts import ExpertArguments, activated, dropped
 from torch import Tensor
+
+LINE = 8
+"""Numbers in bfloat16 in a line of 16 bytes."""
 
 
 def grouped_mlp(*args: Any) -> Tensor:
@@ -47,7 +51,8 @@ def grouped_mlp(*args: Any) -> Tensor:
 def product(rows: Tensor, tables: Tensor, ends: Tensor) -> Tensor:
     """Rows [S, K] of group e, those before ends[e] (int32 [E]) and behind the group before, times tables[e] of
     [E, K, N]: [S, N]. What is behind the last group is anything."""
-    if rows.device.type == "cuda":
+    whole_lines = rows.shape[1] % LINE == 0 and tables.shape[2] % LINE == 0
+    if rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and whole_lines:
         return F.grouped_mm(rows, tables, offs=ends)
     return torch.ops.cggr.grouped_mm(rows, tables, ends)
 

@@ -38,6 +38,7 @@ def test_each_activation(activation: str, interleaved: bool) -> None:
     check(grouped_mlp, draw(activation=activation, interleaved=interleaved, bias=True, transposed=interleaved))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_each_dtype_and_layout(dtype: torch.dtype, transposed: bool) -> None:
