@@ -3,9 +3,9 @@
 The steps and their order are those of transformers' `grouped_mm` experts, so that where torch's products are the same,
 so are results and gradients, bit for bit.
 
-On CUDA they are `torch.nn.functional.grouped_mm`'s where that is a kernel: in bfloat16, for widths that fill lines of 16
-bytes. Elsewhere it is a loop over the groups, which reads their sizes on the host and can be traced in bfloat16 alone;
-`cggr::grouped_mm` is the same loop for every dtype.
+On CUDA they are `torch.nn.functional.grouped_mm`'s where that is a kernel: in bfloat16, for widths that fill lines of
+16 bytes. Elsewhere it is a loop over the groups, which reads their sizes on the host and can be traced in bfloat16
+alone; `cggr::grouped_mm` is the same loop for every dtype.
 """
 
 from __future__ import annotations
