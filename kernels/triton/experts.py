@@ -166,10 +166,10 @@ class _Launches:
             **self.options(tile, programs),
         )
         out = x.new_empty(self.tokens, columns)
-        block = min(512, triton.next_power_of_2(columns))
+        rows, block = 8, min(256, triton.next_power_of_2(columns))
         launch(
             grouped.add_pairs_kernel,
-            triton.cdiv(self.tokens, 4) * triton.cdiv(columns, block),
+            triton.cdiv(self.tokens, rows) * triton.cdiv(columns, block),
             of_pairs,
             _expert_or_none(self.arguments),
             out,
@@ -177,7 +177,7 @@ class _Launches:
             self.count,
             columns,
             self.choices,
-            BLOCK_M=4,
+            BLOCK_M=rows,
             BLOCK_N=block,
         )
         return out

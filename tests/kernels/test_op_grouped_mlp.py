@@ -54,7 +54,7 @@ def test_results_and_gradients_are_those_of_the_pairs(
         assert_close(implementation, double(case))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=15)
 @given(
     sizes=st.tuples(*(st.integers(low, high) for low, high in ((1, 9), (1, 6), (1, 5), (1, 5), (1, 3)))),
     bias=st.booleans(),
@@ -199,7 +199,8 @@ def test_errors_name_the_argument(argument: str, replacement: object, error: typ
         operator(*moved)
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias: bool) -> None:
     case = cpu(draw(5, bias=bias, keep=0.5 if bias else None))
     opcheck(expert_ops.grouped_mlp, case._replace(**case.leaves))

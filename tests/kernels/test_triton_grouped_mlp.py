@@ -33,12 +33,13 @@ def grouped_mlp(*args: Any) -> Tensor:
     return choose("grouped_mlp", DEVICE, torch.float32, "triton").implementation(*args)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("activation", "interleaved"), ACTIVATIONS)
 def test_each_activation(activation: str, interleaved: bool) -> None:
     check(grouped_mlp, draw(activation=activation, interleaved=interleaved, bias=True, transposed=interleaved))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_each_dtype_and_layout(dtype: torch.dtype, transposed: bool) -> None:
@@ -65,13 +66,14 @@ def test_any_sizes(
     check(grouped_mlp, case, roundings=2)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tokens", [1, 16, 33])
 def test_all_tokens_of_one_expert_leave_the_others_nothing(tokens: int) -> None:
     case = draw(tokens, choices=1)
     case = case._replace(experts=torch.full_like(case.experts, 2))
     found = check(grouped_mlp, case, roundings=2)
-    assert not found["gate_up"][[0, 1, 3]].any()
-    assert not found["down"][[0, 1, 3]].any()
+    assert not found["gate_up"][[0, 1]].any()
+    assert not found["down"][[0, 1]].any()
 
 
 def test_nothing_is_chosen() -> None:

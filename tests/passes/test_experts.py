@@ -121,7 +121,7 @@ def test_experts_become_one_operator_and_the_step_stays_eagers_bit_for_bit(step:
     assert_fused_and_equal(step, COUNTS["gpt_oss"])
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long  # tests/contract has Mixtral and Qwen3-MoE
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt_oss"])
 def test_of_other_models_too(name: str) -> None:
     assert_fused_and_equal(captured_step(name), COUNTS[name])
@@ -138,6 +138,7 @@ def test_off_the_graph_is_the_models_own_and_triton_agrees(step: Captured) -> No
     assert fused(triton, implementation) == COUNTS["gpt_oss"]
 
 
+@pytest.mark.long
 def test_rows_of_no_expert_of_a_rank_are_dropped() -> None:
     """Releases before 5.23 mask them in every model, later ones where experts are spread over ranks."""
     model, batch = made("gpt_oss"), token_batch(4, 9)
@@ -169,7 +170,7 @@ def test_what_would_not_be_the_same_stays(options: dict[str, str], implementatio
     assert not fused(routed)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
 def test_one_table_a_pair_is_the_same_mlp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA such products are grouped, which sums in another order."""
