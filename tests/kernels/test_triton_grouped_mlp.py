@@ -175,6 +175,6 @@ def test_rows_beyond_32_bits_on_cuda() -> None:
     grad[-3:] = 1
     found = step(lambda c: grouped_mlp(*c), case, grad)
     expected = step(lambda c: grouped_mlp(*c), last, grad[-3:])
-    assert torch.equal(found["out"][-3:], expected["out"])
-    assert torch.equal(found["hidden"][-3:], expected["hidden"])
-    torch.testing.assert_close(found["gate_up"], expected["gate_up"])
+    # Three tokens are a case for smaller tiles, whose sums may round otherwise.
+    for name, x in (("out", found["out"][-3:]), ("hidden", found["hidden"][-3:]), ("gate_up", found["gate_up"])):
+        torch.testing.assert_close(x, expected[name])
