@@ -150,6 +150,7 @@ def test_rows_of_no_expert_of_a_rank_are_dropped() -> None:
     assert fused(routed) == COUNTS["gpt_oss"]
 
 
+@pytest.mark.long
 def test_bfloat16_and_a_router_of_its_own() -> None:
     model, batch = made("mixtral").bfloat16(), token_batch(4, 9)
     routed = Routed(model, captured(model, batch), router_layers=1)
