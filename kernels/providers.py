@@ -97,6 +97,10 @@ def _without_head_kernels(place: Place) -> str | None:
     return _without_triton(place)
 
 
+def _unmeasured(place: Place) -> str:
+    return "it has not been measured on a GPU"
+
+
 def _without_fp8(place: Place) -> str | None:
     obstacle = _without_head_kernels(place)
     if obstacle is None and place.device.type == "cuda" and torch.cuda.get_device_capability(place.device) < (8, 9):
@@ -205,7 +209,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         **_reference(router_heads.fp8_score),
     },
     "grouped_mlp": {
-        "triton": Provider("triton", _without_head_kernels, _triton("grouped_mlp"), _interpreted),
+        "triton": Provider("triton", _without_head_kernels, _triton("grouped_mlp"), _unmeasured),
         "torch": Provider("torch", _never, lambda: grouped_mm.grouped_mlp),
         **_reference(experts.grouped_mlp),
     },

@@ -147,7 +147,8 @@ def _reach(asked: tuple[Any, ...]) -> Reach | None:
             behind = min(behind, back)
         else:
             return None
-    return Reach(*(None if side is sympy.oo else side for side in (ahead, behind)), real=_REAL[0] in asked)
+    ahead, behind = (None if side is sympy.oo else int(side) for side in (ahead, behind))
+    return Reach(ahead, behind, real=_REAL[0] in asked)
 
 
 class _Batch:
