@@ -6,7 +6,7 @@ computed of sizes and of inputs that the caller named. All else that is computed
 by itself; operators that go by place (`sequence_order`), sums and choices along the sequence, and operators that are
 not listed here are refusals.
 
-Flattened tokens (a mixture-of-experts) are taken to be what each makes of itself.
+What a mixture-of-experts does to flattened tokens, to sort them by expert and back, is taken to compute each by itself.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cggr_compile.ir.dataflow import ancestors, carries_activations, descendants
 from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis
 from cggr_compile.ir.program import Analysed, is_tensor, value
 from cggr_compile.ir.roles import changes_of, is_state
-from cggr_compile.ir.sequence_order import is_pointwise, order_dependence, packet_of
+from cggr_compile.ir.sequence_order import is_pointwise, is_token_count, order_dependence, packet_of
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 BATCH, QUERY, KEY = sympy.symbols("batch query key", integer=True, nonnegative=True)
 
-_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}
+_PRODUCTS = {aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
 # Operators that take a dimension, or several, as their second argument, and meet along it alone.
 _ALONG = {
     *(aten.sum, aten.mean, aten.prod, aten.amax, aten.amin, aten.logsumexp, aten.softmax, aten.log_softmax),
@@ -48,7 +48,13 @@ _BY_TOKEN = {
     *(aten.linear, aten.layer_norm, aten.rms_norm, aten.embedding, aten.where, aten.masked_fill),
     *(aten.transpose, aten.permute, aten.t, aten.mT, aten.unsqueeze, aten.squeeze, aten.expand_as, aten.repeat),
     *(aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.flatten, aten.unflatten, aten.cat, aten.stack),
-    *(aten.slice, aten.select, aten.index, aten.gather, aten.repeat_interleave),
+    *(aten.slice, aten.select, aten.index, aten.gather, aten.repeat_interleave, aten.floor_divide),
+}
+_VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten}
+# What sends flattened tokens to their experts and back.
+_OF_EXPERTS = {
+    *("aten::sort", "aten::histc", "aten::index", "aten::index_put", "aten::index_add", "aten::empty_like"),
+    *("aten::_grouped_mm", "transformers::grouped_mm_fallback"),
 }
 
 
@@ -76,7 +82,7 @@ def attentions(
     masks = {mask for attention in found for mask in attention.masks}
     kept = {attention.node for attention in found}
     for node in sorted(ancestors([program.head.hidden], stop=masks) & stream - kept):
-        refusal = None if _flattened(program, node) else _meeting(program, node, stream, kept)
+        refusal = _meeting(program, node, stream, kept) or _regrouping(program, node)
         if refusal is not None:
             return refusal
     return found
@@ -205,15 +211,17 @@ def _meeting(
     program: Analysed, node: fx.Node, stream: Collection[fx.Node], weights: Collection[fx.Node]
 ) -> Refusal | None:
     """Why what a node computes of a token may depend on others, outside of attention, which has the `weights`."""
-    if node.op != "call_function" or not any(_has_sequence(program, each) for each in (node, *node.all_input_nodes)):
+    if node.op != "call_function" or not any(_has_tokens(program, each) for each in (node, *node.all_input_nodes)):
+        return None
+    if _is_of_experts(program, node):
         return None
     refusal = order_dependence(program, node, stream)
     if refusal is not None:
         return refusal
     packet, adds = packet_of(node), f"{packet_of(node)} adds up tokens, and is no attention"
     if packet in _PRODUCTS:
-        left = node.args[1] if packet == aten.baddbmm else node.args[0]
-        return Refusal(adds, node) if _is_sequence(program, left, -1) and _weights(left) not in weights else None
+        left = node.args[1] if packet in (aten.baddbmm, aten.addmm) else node.args[0]
+        return Refusal(adds, node) if _is_tokens(program, left, -1) and _weights(left) not in weights else None
     if packet in _BY_TOKEN or is_pointwise(node) or node.target is operator.getitem:
         return None
     if packet in _ALONG:
@@ -221,19 +229,46 @@ def _meeting(
         along = list(dims) if isinstance(dims, (list, tuple)) else [dims]
         if not along or None in along:
             along = list(range(value(node.args[0]).dim()))
-        return Refusal(adds, node) if any(_is_sequence(program, node.args[0], dim) for dim in along) else None
+        return Refusal(adds, node) if any(_is_tokens(program, node.args[0], dim) for dim in along) else None
+    if packet == aten.topk:
+        dim = node.args[2] if len(node.args) > 2 else -1
+        return Refusal("aten.topk chooses among tokens", node) if _is_tokens(program, node.args[0], dim) else None
     return Refusal(f"whether {node.target} computes each token by itself is not known", node)
 
 
-def _flattened(program: Analysed, node: fx.Node) -> bool:
-    """Whether a call of a batch of one row sees tokens without their batch in front; of several rows, the size of such
-    a dimension is not the sequence's."""
-    if program.batch != 1:
+def _is_of_experts(program: Analysed, node: fx.Node) -> bool:
+    """Whether a call sends flattened tokens to their experts, or back."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.name not in _OF_EXPERTS:
         return False
-    tensors = [value(each) for each in (node, *node.all_input_nodes) if is_tensor(each)]
-    return all(
-        dim == 0 for val in tensors for dim, size in enumerate(val.shape) if program.mentions(size, program.sequence)
-    )
+    if node.target == aten.sort.default and value(node.args[0]).is_floating_point():
+        return False  # of numbers of experts alone
+    shapes = [val.shape for each in (node, *node.all_input_nodes) for val in _tensors(each)]
+    if program.batch == 1:  # tokens without their batch in front
+        return not any(program.mentions(size, program.sequence) for shape in shapes for size in shape[1:])
+    by_row = (program.batch, program.sequence)
+    return not any(program.same_size(size, each) for shape in shapes for size in shape for each in by_row)
+
+
+def _regrouping(program: Analysed, node: fx.Node) -> Refusal | None:
+    """Why a view takes the entries of several tokens as those of one."""
+    if packet_of(node) not in _VIEWS or _before_tokens(program, node.args[0]) == _before_tokens(program, node):
+        return None
+    return Refusal(f"{packet_of(node)} takes entries of several tokens as one", node)
+
+
+def _before_tokens(program: Analysed, node: fx.Node) -> tuple[list[Any], list[Any]]:
+    """How many entries a value has in front of those of one token, and of one row: flattened tokens are in the order of
+    their rows, and what several dimensions were joined to has the tokens, or rows, outermost."""
+    before, of_tokens, of_rows = sympy.Integer(1), [], []
+    rows, length = (sympy.sympify(program.expression(size)) for size in (program.batch, program.sequence))
+    for size in value(node).shape:
+        rest = sympy.sympify(program.expression(size))
+        flattened = sympy.cancel(rest / (rows * length)).is_Integer
+        if flattened or (rows.free_symbols and rows.free_symbols <= rest.free_symbols):
+            of_rows.append(before)
+        of_tokens += [before * rows if flattened else before] if program.mentions(size, program.sequence) else []
+        before *= rest
+    return of_tokens, of_rows if rows.free_symbols else []
 
 
 def _weights(node: fx.Node) -> fx.Node:
@@ -249,8 +284,21 @@ def _is_sequence(program: Analysed, node: Any, dim: Any) -> bool:
     return -len(shape) <= dim < len(shape) and program.same_size(shape[dim], program.sequence)
 
 
-def _has_sequence(program: Analysed, node: fx.Node) -> bool:
-    """Whether a dimension is the sequence's, of a tensor or of one of several."""
+def _is_tokens(program: Analysed, node: Any, dim: Any) -> bool:
+    """Whether a dimension of a tensor is the sequence's, or flattened tokens."""
+    shape = value(node).shape
+    return -len(shape) <= dim < len(shape) and _counts(program, shape[dim])
+
+
+def _has_tokens(program: Analysed, node: fx.Node) -> bool:
+    """Whether a dimension is the sequence's or flattened tokens, of a tensor or of one of several."""
+    return any(_counts(program, size) for val in _tensors(node) for size in val.shape)
+
+
+def _counts(program: Analysed, size: Any) -> bool:
+    return program.mentions(size, program.sequence) and is_token_count(program, size)
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
     val = value(node)
-    tensors = [item for item in (val if isinstance(val, (list, tuple)) else [val]) if isinstance(item, torch.Tensor)]
-    return any(program.same_size(size, program.sequence) for item in tensors for size in item.shape)
+    return [item for item in (val if isinstance(val, (list, tuple)) else [val]) if isinstance(item, torch.Tensor)]

@@ -270,10 +270,12 @@ def _by_place(
         numbers = [
             source for source in node.all_input_nodes if isinstance(value(source), (torch.SymInt, torch.SymFloat))
         ]
-        if is_pointwise(node) and any(_grows(program, value(number)) for number in numbers):
+        if (is_pointwise(node) or packet_of(node) == aten.where) and any(_grows(program, value(n)) for n in numbers):
             raise CannotOptimize("a value depends on the batch size or the sequence length", node=node)
     frontier = {s for node in read for s in node.all_input_nodes if s in sized and is_tensor(s) and s not in masks}
-    frontier = {node for node in frontier if not _is_constant(node) and not _numbers_tokens(program, node, stream)}
+    frontier = {
+        node for node in frontier if not _is_constant(program, node) and not _numbers_tokens(program, node, stream)
+    }
     copies = clone(builder, sorted(frontier), {node: builder.env[node] for node in program.placeholders})
     return {node: _at_places(program, batch, node, copies[node]) for node in sorted(frontier)}
 
@@ -282,13 +284,16 @@ def _grows(program: Analysed, number: Any) -> bool:
     return any(program.mentions(number, size) for size in (program.batch, program.sequence))
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Whether all entries of a value are one number."""
+def _is_constant(program: Analysed, node: fx.Node) -> bool:
+    """Whether all entries of a value are one number, whatever the sizes of the batch."""
+    numbers = node.args[1:2] if node.target == aten.full.default else node.args if is_pointwise(node) else ()
+    if any(_grows(program, value(number)) for number in numbers):
+        return False
     if node.target in _CONSTANTS:
         return True
     tensors = [source for source in node.all_input_nodes if is_tensor(source)]
     spread = is_pointwise(node) or packet_of(node) in (aten.expand, aten.view, aten.reshape, aten.to, aten.unsqueeze)
-    return bool(tensors) and spread and all(map(_is_constant, tensors))
+    return bool(tensors) and spread and all(_is_constant(program, source) for source in tensors)
 
 
 def _numbers_tokens(program: Analysed, node: fx.Node, stream: set[fx.Node]) -> bool:
