@@ -186,7 +186,23 @@ class Told(Toy):
         (lambda x, mask: x + x.flip(0), "flip runs along"),
         (lambda x, mask: x + x.mean(), "mean adds up tokens"),
         (lambda x, mask: x * x.shape[1], "a value depends on the batch size or the sequence length"),
+        (lambda x, mask: torch.where(x > 0, x, x.shape[1]), "a value depends on the batch size or the sequence length"),
         (lambda x, mask: x * torch.arange(x.shape[0]).view(-1, 1, 1), "goes by the places of tokens"),
+        (lambda x, mask: x + x.mT.reshape(x.shape), "takes entries of several tokens as one"),
+        (lambda x, mask: x + x.unflatten(2, (2, -1)).transpose(1, 2).reshape(x.shape), "takes entries of several"),
+        (lambda x, mask: x + x.reshape(x.shape[1], x.shape[0], -1).transpose(0, 1), "takes entries of several"),
+        (lambda x, mask: x + x.flatten(0, 1).reshape(x.shape[1], x.shape[0], -1).transpose(0, 1), "takes entries of"),
+        (lambda x, mask: x + x.flatten(0, 1).mean(0), "mean adds up tokens"),
+        (lambda x, mask: x + x.view(-1).mean(), "mean adds up tokens"),
+        (lambda x, mask: x * x.flatten(0, 1).softmax(0).view(x.shape), "softmax adds up tokens"),
+        (lambda x, mask: x + x.flatten(0, 1).cumsum(0).view(x.shape), "cumsum runs along"),
+        (lambda x, mask: x + x.flatten(0, 1).topk(2, 0).values.sum(0), "topk chooses among tokens"),
+        (lambda x, mask: x + x.flatten(0, 1).sort(0).values.view(x.shape), "sort.default computes each"),
+        (lambda x, mask: x + x @ (x.flatten(0, 1).t() @ x.flatten(0, 1)), "matmul adds up tokens"),
+        (
+            lambda x, mask: torch.nn.functional.batch_norm(x.flatten(0, 1), None, None, training=True).view(x.shape),
+            "whether aten.batch_norm.default computes each token by itself",
+        ),
     ],
 )
 def test_what_is_not_of_each_token_is_refused(besides: Any, reason: str) -> None:
@@ -201,6 +217,9 @@ def test_what_is_not_of_each_token_is_refused(besides: Any, reason: str) -> None
         lambda x, mask: x + torch.arange(x.shape[1]).view(1, -1, 1) / 8,
         lambda x, mask: x + mask.cumsum(1).unsqueeze(-1) / 8,
         lambda x, mask: x * mask.sum(1).max(),
+        lambda x, mask: x * torch.full((1,), x.shape[1]),
+        lambda x, mask: x * (torch.ones(1) * x.shape[0] * x.shape[1]),
+        lambda x, mask: x + x.flatten(0, 1).softmax(1).topk(2, 1).values.sum(1).view(x.shape[:2]).unsqueeze(-1),
         lambda x, mask: x * mask.unsqueeze(-1),
         lambda x, mask: x + torch.zeros(x.shape[0], x.shape[1], 1),
     ],
@@ -266,6 +285,18 @@ def test_attention_that_sees_padding_is_refused() -> None:
     in_front = padded([7, 4, 9], side="left")
     oracle.assert_step_within(ROUNDING, *oracle.step(model, in_front), *oracle.step(eager, in_front))
     assert model.cggr.report().unpadded.startswith("the last step computed 27 of 27")
+
+
+def test_a_batch_of_one_row_trains_as_it_is(llama: tuple[nn.Module, Program]) -> None:
+    """As the last of an epoch may be; captures are of one row or of several."""
+    eager = llama[0]
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager")
+    for lengths, longest in (([5], 9), ([7, 4, 9], 9), ([5], 9), ([3, 6], 6)):
+        batch = padded(lengths, longest=longest)
+        oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+        if model.cggr.captures == 1:
+            assert model.cggr.report().unpadded == "kept: the captured batch has one row"
+    assert model.cggr.report().unpadded.startswith("the last step computed 10 of 12")
 
 
 def test_options_that_do_not_go_together() -> None:
