@@ -9,13 +9,12 @@ from torch import fx
 
 from cggr_compile.errors import VerificationError
 from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Analysed, Program, value
-from cggr_compile.ir.roles import draws
 
 aten = torch.ops.aten
 
 _QUIET_PARTS = ("router", "score", "select")
-# Operators that have a side effect, drawing random numbers, only where a dropout is on.
-_DRAW_PERHAPS = (aten.dropout.default, aten.scaled_dot_product_attention.default)
+# What may take the place of an operator that may draw random numbers.
+_INSTEAD = {aten._flash_attention_forward.default: aten.scaled_dot_product_attention.default}
 
 
 def verify(before: Program, after: Program, pass_name: str) -> None:
@@ -80,10 +79,10 @@ def _effects(program: Program) -> Counter:
             return node.is_impure()
         if node.target not in known:  # an operator acts by its schema, whatever its arguments
             known[node.target] = node.is_impure()
-        return known[node.target] and (draws(node) or node.target not in _DRAW_PERHAPS)
+        return known[node.target]
 
     return Counter(
-        str(node.target)
+        str(_INSTEAD.get(node.target, node.target))
         for node in program.graph.nodes
         if node.op == "call_function" and node.meta[PART] in TRAINED_PARTS and acts(node)
     )

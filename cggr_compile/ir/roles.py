@@ -85,15 +85,6 @@ def changes_of(program: Program) -> list[fx.Node]:
     return [node for node in copies if node.args[0].op == "placeholder"]
 
 
-def draws(node: fx.Node) -> bool:
-    """Whether a call draws random numbers; a dropout that is off or of probability 0 does not."""
-    if node.target == aten.dropout.default:
-        return bool(node.args[1]) and bool(node.args[2])
-    if node.target == aten.scaled_dot_product_attention.default:
-        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
 def main_roots(program: Analysed) -> list[fx.Node]:
     """What the main pass must compute: the outputs, and nodes that act by side effect."""
     outputs = [out for out in program.outputs if isinstance(out, fx.Node)]

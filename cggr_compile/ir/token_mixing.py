@@ -25,7 +25,7 @@ from cggr_compile.errors import Refusal
 from cggr_compile.ir.dataflow import ancestors, carries_activations, descendants
 from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis
 from cggr_compile.ir.program import Analysed, is_tensor, value
-from cggr_compile.ir.roles import changes_of, is_state
+from cggr_compile.ir.roles import changes_of, is_state, main_roots
 from cggr_compile.ir.sequence_order import is_pointwise, is_token_count, order_dependence, packet_of
 
 aten = torch.ops.aten
@@ -98,6 +98,17 @@ def rows_meet(program: Analysed, found: Collection[Attention], given: Iterable[f
     between = ancestors([program.head.hidden], stop=masks) & stream - {attention.node for attention in found}
     refusals = (_meeting(transposed, node, stream, ()) for node in sorted(between))
     return next((refusal for refusal in refusals if refusal is not None), None)
+
+
+def read_besides(program: Analysed, found: Collection[Attention]) -> Refusal | None:
+    """What reads a mask of attention for anything else than to hide keys, or to make another mask of attention."""
+    masks = {mask for attention in found for mask in attention.masks}
+    hiding = {ATTENTION, aten.masked_fill.Scalar, aten.where.ScalarOther}
+    for node in sorted(ancestors(main_roots(program), stop=masks)):
+        hides = node.target in hiding and (node.target == ATTENTION or _is_lowest(node.args[2]))
+        if not hides and any(source in masks for source in node.all_input_nodes):
+            return Refusal("a mask of attention is read for something else", node)
+    return None
 
 
 def _is_attention(program: Analysed, node: fx.Node) -> bool:
@@ -250,20 +261,30 @@ def _is_of_experts(program: Analysed, node: fx.Node) -> bool:
 
 
 def _regrouping(program: Analysed, node: fx.Node) -> Refusal | None:
-    """Why a view takes the entries of several tokens as those of one."""
-    if packet_of(node) not in _VIEWS or _before_tokens(program, node.args[0]) == _before_tokens(program, node):
+    """Why entries of several tokens are taken as those of one."""
+    packet = packet_of(node)
+    if packet in (aten.cat, aten.repeat) and any(_copies(program, size) > 1 for size in value(node).shape):
+        return Refusal(f"{packet} puts flattened tokens behind each other", node)
+    if packet not in _VIEWS or _before_tokens(program, node.args[0]) == _before_tokens(program, node):
         return None
-    return Refusal(f"{packet_of(node)} takes entries of several tokens as one", node)
+    return Refusal(f"{packet} takes entries of several tokens as one", node)
+
+
+def _copies(program: Analysed, size: Any) -> int:
+    """How many times all tokens of the batch a dimension has; 0 for any other."""
+    every = sympy.sympify(program.expression(program.batch)) * program.expression(program.sequence)
+    times = sympy.cancel(program.expression(size) / every)
+    return int(times) if times.is_Integer else 0
 
 
 def _before_tokens(program: Analysed, node: fx.Node) -> tuple[list[Any], list[Any]]:
     """How many entries a value has in front of those of one token, and of one row: flattened tokens are in the order of
     their rows, and what several dimensions were joined to has the tokens, or rows, outermost."""
     before, of_tokens, of_rows = sympy.Integer(1), [], []
-    rows, length = (sympy.sympify(program.expression(size)) for size in (program.batch, program.sequence))
+    rows = sympy.sympify(program.expression(program.batch))
     for size in value(node).shape:
         rest = sympy.sympify(program.expression(size))
-        flattened = sympy.cancel(rest / (rows * length)).is_Integer
+        flattened = _copies(program, size) > 0
         if flattened or (rows.free_symbols and rows.free_symbols <= rest.free_symbols):
             of_rows.append(before)
         of_tokens += [before * rows if flattened else before] if program.mentions(size, program.sequence) else []

@@ -44,7 +44,7 @@ class Unpadding:
 
     def places(self, inputs: Sequence[Any]) -> Tensor | None:
         """Where the real tokens of a batch are, flattened, then some padding up to a rung: int64 [T]. None where there
-        is too little padding, or it predicts a label or is between tokens."""
+        is too little padding, or it has or predicts a label or is between tokens."""
         mask = inputs[self._padding] != 0
         before, self._before = self._before, Arriving(self._figures(mask, inputs[self._labels]))
         found = None
@@ -57,7 +57,8 @@ class Unpadding:
         """How many tokens are real, and how many things are wrong with the padding."""
         length = mask.shape[1]
         predicted = labels[:, self._shift :] != self._ignored
-        predicting = predicted & ~mask[:, : length - self._shift]
+        # A label at padding would be read where the next row begins, and the model may hide it by its place.
+        predicting = predicted & ~(mask[:, : length - self._shift] & mask[:, self._shift :])
         begins = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
         wrong = predicting.sum() + (begins > 1).sum()
         return torch.stack([mask.sum(), wrong + (~mask[:, 0]).sum() if self._behind else wrong])

@@ -29,7 +29,7 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors, clone
 from cggr_compile.ir.program import ORIGIN, Analysed, value
-from cggr_compile.ir.roles import draws, main_roots
+from cggr_compile.ir.roles import main_roots
 
 aten = torch.ops.aten
 
@@ -81,7 +81,7 @@ def _whole(builder: Builder[Analysed], flow: RowFlow, roots: list[fx.Node]) -> d
     if not wanted:
         return {}
     for node in ancestors(wanted):
-        if draws(node):
+        if _draws(node):
             names = " and ".join(sorted(frozenset().union(*map(flow.names, wanted))))
             raise CannotOptimize(
                 f"the entries of {names} are divided among the rows by the model, behind an operator that draws random "
@@ -91,3 +91,12 @@ def _whole(builder: Builder[Analysed], flow: RowFlow, roots: list[fx.Node]) -> d
             )
     builder.part = "whole"
     return clone(builder, wanted, {node: builder.env[node] for node in builder.program.placeholders})
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a call draws random numbers; a dropout that is off or of probability 0 does not."""
+    if node.target == aten.dropout.default:
+        return bool(node.args[1]) and bool(node.args[2])
+    if node.target == aten.scaled_dot_product_attention.default:
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -52,6 +52,7 @@ from cggr_compile.ir.token_mixing import (
     bound,
     conditions,
     only_the_loss_reads,
+    read_besides,
     rows_meet,
 )
 
@@ -120,7 +121,7 @@ def _proved(program: Analysed, functions: IndexFunctions, padding: fx.Node, conf
     if not isinstance(program.sequence, torch.SymInt):
         raise CannotOptimize("the model fixes the sequence length while it is traced")
     found = attentions(program, functions, [padding])
-    refusal = found if isinstance(found, Refusal) else rows_meet(program, found, [padding])
+    refusal = rows_meet(program, found, [padding]) or read_besides(program, found) if isinstance(found, list) else found
     if refusal is not None:
         raise refusal.error()
     assert not isinstance(found, Refusal)
@@ -129,6 +130,9 @@ def _proved(program: Analysed, functions: IndexFunctions, padding: fx.Node, conf
         # Where padding is promised to be behind, causal attention sees none.
         if reach is None or not (reach.real or (config.padding == "right" and reach.ahead == 0)):
             raise CannotOptimize("an attention is not proved to see real tokens alone", node=attention.node)
+    terms, length = value(program.head.target).numel(), program.sequence
+    if not any(program.same_size(terms, program.batch * size) for size in (length, length - program.head.shift)):
+        raise CannotOptimize("the loss leaves out tokens by their places", node=program.head.target)
     if not only_the_loss_reads(program):
         raise CannotOptimize("more than the loss depends on what the tokens become, padding included")
     return found

@@ -192,6 +192,8 @@ class Told(Toy):
         (lambda x, mask: x + x.unflatten(2, (2, -1)).transpose(1, 2).reshape(x.shape), "takes entries of several"),
         (lambda x, mask: x + x.reshape(x.shape[1], x.shape[0], -1).transpose(0, 1), "takes entries of several"),
         (lambda x, mask: x + x.flatten(0, 1).reshape(x.shape[1], x.shape[0], -1).transpose(0, 1), "takes entries of"),
+        (lambda x, mask: x + torch.cat([x.flatten(0, 1)] * 2).view(*x.shape[:2], 2, -1).sum(2), "behind each other"),
+        (lambda x, mask: x + x.flatten(0, 1).repeat(2, 1).view(*x.shape[:2], 2, -1).sum(2), "behind each other"),
         (lambda x, mask: x + x.flatten(0, 1).mean(0), "mean adds up tokens"),
         (lambda x, mask: x + x.view(-1).mean(), "mean adds up tokens"),
         (lambda x, mask: x * x.flatten(0, 1).softmax(0).view(x.shape), "softmax adds up tokens"),
@@ -231,6 +233,52 @@ def test_what_goes_by_the_places_of_the_padded_batch_does(besides: Any) -> None:
         batch = padded([7, 4, 9], side=side)
         oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
     assert model.cggr.report().unpadded.startswith("the last step computed 21 of 27")
+
+
+class Rereads(Told):
+    """Causal attention whose two masks are read for something else too, with a loss and labels of its own."""
+
+    def __init__(self, gate: Any, first: int = 0, hidden_from: int = 99) -> None:
+        super().__init__(None)
+        self.gate, self.first, self.hidden_from = gate, first, hidden_from
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> tuple:
+        hidden = self.embed(input_ids % WORDS)
+        places = torch.arange(input_ids.shape[1])
+        real = attention_mask[:, None, None, :] != 0
+        causal = (places[None, :] <= places[:, None])[None, None]
+        scores = torch.where(real, hidden.unsqueeze(1) @ hidden.unsqueeze(1).mT, torch.finfo(torch.float32).min)
+        weights = torch.where(causal, scores, torch.finfo(torch.float32).min).softmax(-1)
+        hidden = (hidden + (weights @ hidden.unsqueeze(1)).squeeze(1)) * self.gate(real, causal)
+        logits = self.logits(self.middle(hidden))[:, self.first : -1]
+        labels = torch.where(labels < 0, labels, labels % WORDS).masked_fill(places >= self.hidden_from, -100)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, self.first + 1 :].flatten()), None
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Rereads(lambda real, causal: real[:, 0, 0, :, None]), "a mask of attention is read for something else"),
+        (Rereads(lambda real, causal: causal[0, 0, -1, :, None]), "a mask of attention is read for something else"),
+        (Rereads(lambda real, causal: causal.float().mean()), "a mask of attention is read for something else"),
+        (Rereads(lambda real, causal: 1, first=1), "the loss leaves out tokens by their places"),
+    ],
+)
+def test_masks_and_rows_that_go_by_place_are_refused(model: nn.Module, reason: str) -> None:
+    with pytest.raises(cggr.CannotOptimize, match=reason):
+        cggr.optimize(model, unpad=True, inner="eager")(**padded([7, 4, 9]))
+
+
+def test_labels_that_the_model_hides_by_place() -> None:
+    """Hidden there is the label at its own place, and not the one that is read where the next row begins."""
+    eager = Rereads(lambda real, causal: 1, hidden_from=4)
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager")
+    batch = padded([7, 4, 9])
+    oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+    assert model.cggr.report().unpadded.startswith("the last step computed 21 of 27")
+    batch["labels"][1, 4] = 7
+    oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+    assert model.cggr.report().unpadded.startswith("the last step computed 27 of 27")
 
 
 class Watched(Told):
