@@ -39,17 +39,17 @@ class Unpadding:
         self._shift, self._ignored = program.head.shift, program.head.ignore_index
         self._most = most
         self._behind = behind
-        self._before: Arriving | None = None
+        self._before: tuple[Arriving, int] | None = None
         self.last: tuple[int, int] | None = None
 
     def places(self, inputs: Sequence[Any]) -> Tensor | None:
         """Where the real tokens of a batch are, flattened, then some padding up to a rung: int64 [T]. None where there
         is too little padding, or it has or predicts a label or is between tokens."""
         mask = inputs[self._padding] != 0
-        before, self._before = self._before, Arriving(self._figures(mask, inputs[self._labels]))
+        before, self._before = self._before, (Arriving(self._figures(mask, inputs[self._labels])), mask.numel())
         found = None
-        if before is None or self._tokens(before, mask) is not None:
-            found = self._tokens(self._before, mask)
+        if before is None or self._tokens(*before) is not None:
+            found = self._tokens(*self._before)
         self.last = (mask.numel() if found is None else found, mask.numel())
         return None if found is None else torch.argsort(mask.flatten().logical_not(), stable=True)[:found]
 
@@ -63,9 +63,9 @@ class Unpadding:
         wrong = predicting.sum() + (begins > 1).sum()
         return torch.stack([mask.sum(), wrong + (~mask[:, 0]).sum() if self._behind else wrong])
 
-    def _tokens(self, figures: Arriving, mask: Tensor) -> int | None:
+    def _tokens(self, figures: Arriving, places: int) -> int | None:
         real, wrong = figures.there().tolist()
-        rung = max(1, mask.numel() // RUNGS)
+        rung = max(1, places // RUNGS)
         # One more than the real ones: what the last of them predicts is ignored there.
         tokens = -(-(real + 1) // rung) * rung
-        return None if wrong or tokens > self._most * mask.numel() or tokens >= mask.numel() else tokens
+        return None if wrong or tokens > self._most * places or tokens >= places else tokens

@@ -92,6 +92,9 @@ def test_nothing_waits_behind_a_batch_that_was_not_worth_it(llama: tuple[nn.Modu
         done.append(computed(unpadded))
     assert done[0] == done[1] == done[4] == (11, 16)
     assert done[2] == done[3] == (16, 16)
+    unpadded.step(padded([7, 4, 9]))
+    unpadded.step(padded([3, 5]))  # fewer places than the batch before has tokens
+    assert computed(unpadded) == (9, 10)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
