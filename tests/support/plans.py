@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from oracle import gradients
 from torch import nn
 
 import cggr_compile as cggr
-from cggr_compile.ir.program import Program
+from cggr_compile.ir.program import Input, Program
 from cggr_compile.run.metrics import metrics_of, selected
 from cggr_compile.run.plan import Plan
 from cggr_compile.run.runtime import Runtime
@@ -47,10 +48,16 @@ class Routed:
         named = {"batch": batch_size, "sequence": length}
         state = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
         values = {"size": named, "state": state, "batch": batch}
-        inputs = [values[entry.kind][entry.path] for entry in self.plan.captured.inputs]
+        inputs = [self._input(entry, values.get(entry.kind, {})) for entry in self.plan.captured.inputs]
         loss = self.call(*inputs)[self.plan.program.loss_output]
         loss.backward()
         return loss.detach(), gradients(self.model)
+
+    def _input(self, entry: Input, values: Mapping[str, Any]) -> Any:
+        if entry.path in values:
+            return values[entry.path]
+        # Where models differ in a number that their code reads (an epsilon), Dynamo makes an input of it.
+        return torch.tensor(attrgetter(entry.path)(self.model), dtype=torch.float64)
 
     def at(self, ratio: float) -> Routed:
         """The same plan at another ratio, which is an input of the graph."""
