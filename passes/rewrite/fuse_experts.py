@@ -2,8 +2,8 @@
 
 `find_experts` proves what is replaced: Σ_k w[t, k] · down[e] · act(gate_up[e] · x[t]). On the CPU the provider computes
 grouped products with the operators and in the order of those that are replaced, so results and gradients stay the same
-bit for bit; products with one table a pair, whose sums are of another order, stay there. Under autocast these stay too,
-since it makes the two differ in dtype.
+bit for bit; products with one table a pair, whose sums are of another order, stay there. On CUDA these stay where torch
+has no grouped kernel, and under autocast, which makes the two differ in dtype.
 
 Before::
 
@@ -21,6 +21,7 @@ After::
 from __future__ import annotations
 
 import torch
+from cggr_compile.kernels.op.grouped_mm import LINE
 from cggr_compile.passes.analyse.find_experts import Experts, find_experts
 from torch import fx
 
@@ -37,7 +38,7 @@ def fuse_experts(program: Analysed, config: RoutingConfig) -> Analysed:
     found: dict[fx.Node, Experts] = {}
     for total in program.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList, sort=True):
         experts = find_experts(program, total)
-        if experts is None or (experts.batched and not _may_be_grouped(total)):
+        if experts is None or (experts.batched and not _may_be_grouped(total, experts)):
             continue
         wide = value(total).dtype != value(experts.hidden).dtype
         results = [user for user in total.users if _rounds(user, experts)] if wide else [total]
@@ -56,10 +57,13 @@ def fuse_experts(program: Analysed, config: RoutingConfig) -> Analysed:
     return builder.finish("fuse_experts")
 
 
-def _may_be_grouped(total: fx.Node) -> bool:
-    device = value(total).device
+def _may_be_grouped(total: fx.Node, experts: Experts) -> bool:
+    device, hidden = value(total).device, value(experts.hidden)
     regions = (callers_region(device.type), total.meta.get(REGION, Region()))
-    return device.type == "cuda" and not any(cast.enabled for region in regions for cast in region.autocasts)
+    if device.type != "cuda" or any(cast.enabled for region in regions for cast in region.autocasts):
+        return False
+    widths = (*value(experts.gate_up[0]).shape[1:], *value(experts.down[0]).shape[1:])
+    return hidden.dtype == torch.bfloat16 and not any(width % LINE for width in widths)
 
 
 def _rounds(node: fx.Node, experts: Experts) -> bool:

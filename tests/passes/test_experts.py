@@ -175,7 +175,7 @@ def test_what_would_not_be_the_same_stays(options: dict[str, str], implementatio
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
 def test_one_table_a_pair_is_the_same_mlp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA such products are grouped, which sums in another order."""
-    monkeypatch.setattr(module, "_may_be_grouped", lambda total: True)
+    monkeypatch.setattr(module, "_may_be_grouped", lambda total, experts: True)
     model, batch = made(name), token_batch(4, 9)
     model.set_experts_implementation("batched_mm")
     expected = eager_step(model, batch)
