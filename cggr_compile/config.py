@@ -122,8 +122,8 @@ class RoutingConfig(Schedule):
             (`unpad_rows.py`): the same loss and gradients, and no work on padding. The host reads two numbers back
             first. `"auto"`: where attention of variable lengths can run (CUDA, bf16 or fp16), the model is proved to
             allow it and at most 0.9 of a batch are left; True: wherever there is padding, and a model that does not
-            allow it raises `CannotOptimize`. A batch whose padding predicts labels, or is between tokens, trains as it
-            is.
+            allow it raises `CannotOptimize`. A batch whose padding has or predicts labels, or is between tokens, trains
+            as it is.
         keep_logits: return the logits of the kept rows, which a step does not compute otherwise.
         prediction_metrics: measure, with the loss, the metrics `entropy` and `mean_token_accuracy` of the kept tokens.
         fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.

@@ -167,8 +167,7 @@ class Routing:
 
     `quantized` is None where the router's products are exact.
 
-    `causal_attentions` counts the attentions that lost their mask to `is_causal`. `places` says where real tokens are,
-    of a program that runs on them alone.
+    `causal_attentions` counts the attentions that lost their mask to `is_causal`.
     """
 
     causal_attentions: int = 0
@@ -190,7 +189,6 @@ class Routing:
     kept_loss: fx.Node | None = None
     loss_rows: fx.Node | None = None
     loss_weights: fx.Node | None = None
-    places: fx.Node | None = None
     gathered: tuple[tuple[str, int], ...] = ()
     shortened: tuple[Shortened, ...] = ()
     providers: tuple[tuple[str, str], ...] = ()

@@ -12,6 +12,8 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import PART, TRAINED_PARTS, Analysed, Autocast, Program, Region, value
 
 aten = torch.ops.aten
+PADDING = "attention_mask"
+"""The argument that is 0 at padding."""
 
 
 def router_layers(config: RoutingConfig, layers: int) -> int:

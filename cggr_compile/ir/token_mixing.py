@@ -75,8 +75,7 @@ def attentions(
     Of the arguments of the call, `given` may be read by any token of any other: what is computed of them alone is not
     looked at. The sequence length must be a symbol.
     """
-    arguments = [node for node in program.placeholders if program.kind(node) == "batch" and node not in given]
-    stream = activations(program) | descendants(arguments, carries_activations)
+    stream = _stream(program, given)
     between = ancestors([program.head.hidden])
     found = [_attention(program, node, functions) for node in sorted(between) if _is_attention(program, node)]
     masks = {mask for attention in found for mask in attention.masks}
@@ -88,12 +87,17 @@ def attentions(
     return found
 
 
+def _stream(program: Analysed, given: Iterable[fx.Node]) -> set[fx.Node]:
+    """What is computed of tokens: of parameters, buffers, and arguments of the call but for `given`."""
+    arguments = [node for node in program.placeholders if program.kind(node) == "batch" and node not in given]
+    return activations(program) | descendants(arguments, carries_activations)
+
+
 def rows_meet(program: Analysed, found: Collection[Attention], given: Iterable[fx.Node] = ()) -> Refusal | None:
     """What lets tokens of different rows meet between the embedding and the head, where `attentions` found those of one
     row to meet; None where nothing does."""
     transposed = dataclasses.replace(program, batch=program.sequence, sequence=program.batch)
-    arguments = [node for node in program.placeholders if program.kind(node) == "batch" and node not in given]
-    stream = activations(program) | descendants(arguments, carries_activations)
+    stream = _stream(program, given)
     masks = {mask for attention in found for mask in attention.masks}
     between = ancestors([program.head.hidden], stop=masks) & stream - {attention.node for attention in found}
     refusals = (_meeting(transposed, node, stream, ()) for node in sorted(between))
@@ -263,14 +267,14 @@ def _is_of_experts(program: Analysed, node: fx.Node) -> bool:
 def _regrouping(program: Analysed, node: fx.Node) -> Refusal | None:
     """Why entries of several tokens are taken as those of one."""
     packet = packet_of(node)
-    if packet in (aten.cat, aten.repeat) and any(_copies(program, size) > 1 for size in value(node).shape):
+    if packet in (aten.cat, aten.repeat) and any(copies_of_tokens(program, size) > 1 for size in value(node).shape):
         return Refusal(f"{packet} puts flattened tokens behind each other", node)
     if packet not in _VIEWS or _before_tokens(program, node.args[0]) == _before_tokens(program, node):
         return None
     return Refusal(f"{packet} takes entries of several tokens as one", node)
 
 
-def _copies(program: Analysed, size: Any) -> int:
+def copies_of_tokens(program: Analysed, size: Any) -> int:
     """How many times all tokens of the batch a dimension has; 0 for any other."""
     every = sympy.sympify(program.expression(program.batch)) * program.expression(program.sequence)
     times = sympy.cancel(program.expression(size) / every)
@@ -284,7 +288,7 @@ def _before_tokens(program: Analysed, node: fx.Node) -> tuple[list[Any], list[An
     rows = sympy.sympify(program.expression(program.batch))
     for size in value(node).shape:
         rest = sympy.sympify(program.expression(size))
-        flattened = _copies(program, size) > 0
+        flattened = copies_of_tokens(program, size) > 0
         if flattened or (rows.free_symbols and rows.free_symbols <= rest.free_symbols):
             of_rows.append(before)
         of_tokens += [before * rows if flattened else before] if program.mentions(size, program.sequence) else []

@@ -16,7 +16,7 @@ from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
 from cggr_compile.ir.program import Analysed, Program, callers_region, is_tensor, value
-from cggr_compile.ir.roles import router_layers, token_ids
+from cggr_compile.ir.roles import PADDING, router_layers, token_ids
 from cggr_compile.kernels.reference.selection import rule_name
 from cggr_compile.passes.pipeline import (
     Pass,
@@ -31,7 +31,6 @@ from cggr_compile.passes.pipeline import (
     truncated,
 )
 from cggr_compile.passes.rewrite.take_scores import GIVEN_SCORES
-from cggr_compile.passes.rewrite.unpad_rows import PADDING
 from cggr_compile.run.graph_memory import Pool
 from cggr_compile.run.growth import Copies
 from cggr_compile.run.inner import resolve_inner

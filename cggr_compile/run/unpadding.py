@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from cggr_compile.ir.program import Analysed
-from cggr_compile.ir.roles import token_argument
+from cggr_compile.ir.roles import PADDING, token_argument
 from cggr_compile.passes.rewrite.shared import own_labels
-from cggr_compile.passes.rewrite.unpad_rows import PADDING
 from cggr_compile.run.arriving import Arriving
 
 RUNGS = 32

@@ -31,9 +31,11 @@ After::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import sympy
 import torch
+from cggr_compile.passes.rewrite.shared import attention_with
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -43,7 +45,7 @@ from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis, element_of
 from cggr_compile.ir.program import Analysed, hint, value
 from cggr_compile.ir.repeated_heads import unrepeated
-from cggr_compile.ir.roles import is_token_argument, token_argument
+from cggr_compile.ir.roles import PADDING, is_token_argument, token_argument
 from cggr_compile.ir.token_mixing import (
     ATTENTION,
     KEY,
@@ -55,7 +57,6 @@ from cggr_compile.ir.token_mixing import (
 )
 
 aten = torch.ops.aten
-_PADDING = "attention_mask"  # 0 at padding
 # Beyond this width SDPA takes grouped queries only by its plain kernel (`use_gqa_in_sdpa` in transformers).
 _WIDEST_GROUPED_HEAD = 256
 
@@ -65,8 +66,8 @@ def elide_causal_masks(program: Analysed, config: RoutingConfig) -> Analysed:
 
     Masks, and what only they were computed from, go with the next pass that copies what is needed.
     """
-    padding = token_argument(program, _PADDING) if config.padding == "right" else None
-    functions = IndexFunctions(program.shape_env, {} if padding is None else {_PADDING: padding})
+    padding = token_argument(program, PADDING) if config.padding == "right" else None
+    functions = IndexFunctions(program.shape_env, {} if padding is None else {PADDING: padding})
     promised = padding is not None and _only_real_tokens_count(program, functions, padding, config)
     nodes = program.graph.find_nodes(op="call_function", target=ATTENTION)
     causal = {node: mask for node in nodes if (mask := _causal(node, functions, promised)) is not None}
@@ -134,7 +135,7 @@ def _causal(node: fx.Node, functions: IndexFunctions, promised: bool) -> bool | 
 def _without_padding(mask: IndexFunction) -> IndexFunction:
     """A mask [B, H, Q, K] without the condition that the key is no padding."""
     conditions: Sequence[Expression] = mask.element.args if isinstance(mask.element, sympy.And) else (mask.element,)
-    real = sympy.Ne(element_of(_PADDING, axis(0), axis(len(mask.sizes) - 1)), 0)
+    real = sympy.Ne(element_of(PADDING, axis(0), axis(len(mask.sizes) - 1)), 0)
     return mask._replace(element=sympy.And(*(condition for condition in conditions if condition != real)))
 
 
@@ -154,15 +155,11 @@ def reach(mask: IndexFunction) -> int | sympy.Expr | None:
 
 
 def _without_mask(builder: Builder, program: Analysed, node: fx.Node) -> fx.Node:
-    given = {parameter.name: argument(node, parameter.name) for parameter in ATTENTION._schema.arguments}
-    key, held = unrepeated(program, given["key"]), unrepeated(program, given["value"])
+    changes: dict[str, Any] = {"attn_mask": None, "is_causal": True}
+    key, held = (unrepeated(program, argument(node, name)) for name in ("key", "value"))
     if key is not None and held is not None and _may_be_grouped(program, node, key, held):
-        given.update(key=key, value=held, enable_gqa=True)
-    given.update(attn_mask=None, is_causal=True)
-    mapped = dict(fx.map_arg(given, lambda old: builder.env[old]))
-    positional = [parameter.name for parameter in ATTENTION._schema.arguments if not parameter.kwarg_only]
-    args = tuple(mapped.pop(name) for name in positional)
-    return builder.copy_call(node, builder.env, args=args, kwargs=mapped)
+        changes |= {"key": builder.env[key], "value": builder.env[held], "enable_gqa": True}
+    return attention_with(builder, node, builder.env, changes)
 
 
 def _may_be_grouped(program: Analysed, node: fx.Node, key: fx.Node, held: fx.Node) -> bool:

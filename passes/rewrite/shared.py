@@ -18,6 +18,7 @@ from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors, clone
 from cggr_compile.ir.program import Analysed, Head, hint, is_tensor, value
 from cggr_compile.ir.roles import is_token_argument, token_ids
+from cggr_compile.ir.token_mixing import ATTENTION, argument
 from cggr_compile.torch_internals import symbols
 
 aten = torch.ops.aten
@@ -188,6 +189,17 @@ def fresh_size(program: Analysed, name: str, total: int | torch.SymInt) -> torch
     hints = {size.node.hint for size in sizes if isinstance(size, torch.SymInt)}
     near = next(size for size in chain(range(hint(total) - 1, 1, -1), count(2)) if size not in hints)
     return symbols.new_size(program.shape_env, name, near)
+
+
+def attention_with(
+    builder: Builder[Analysed], node: fx.Node, env: dict[fx.Node, fx.Node], changes: dict[str, Any]
+) -> fx.Node:
+    """A copy of an attention node with some arguments, by their names in the schema, replaced."""
+    schema = ATTENTION._schema.arguments
+    given = {parameter.name: argument(node, parameter.name) for parameter in schema if parameter.name not in changes}
+    mapped = {**fx.map_arg(given, lambda old: env[old]), **changes}
+    args = tuple(mapped.pop(parameter.name) for parameter in schema if not parameter.kwarg_only)
+    return builder.copy_call(node, env, args=args, kwargs=mapped)
 
 
 Rewrite = Callable[[Builder, fx.Node, dict[fx.Node, fx.Node]], "fx.Node | None"]

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import sympy
 import torch
-from cggr_compile.passes.rewrite.shared import Rewrite, fresh_size, own_labels, write_main_pass
+from cggr_compile.passes.rewrite.shared import Rewrite, attention_with, fresh_size, own_labels, write_main_pass
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -39,7 +39,7 @@ from cggr_compile.ir.dataflow import ancestors, carries_activations, clone, desc
 from cggr_compile.ir.index_functions import IndexFunctions, element_of
 from cggr_compile.ir.program import Analysed, is_tensor, value
 from cggr_compile.ir.repeated_heads import unrepeated
-from cggr_compile.ir.roles import main_roots, token_argument
+from cggr_compile.ir.roles import PADDING, main_roots, token_argument
 from cggr_compile.ir.sequence_order import is_pointwise, packet_of
 from cggr_compile.ir.token_mixing import (
     ATTENTION,
@@ -51,6 +51,7 @@ from cggr_compile.ir.token_mixing import (
     attentions,
     bound,
     conditions,
+    copies_of_tokens,
     only_the_loss_reads,
     read_besides,
     rows_meet,
@@ -58,7 +59,6 @@ from cggr_compile.ir.token_mixing import (
 
 aten = torch.ops.aten
 PLACES = "places"
-PADDING = "attention_mask"  # 0 at padding
 _WIDEST_HEAD = 256
 _CONSTANTS = {aten.zeros.default, aten.ones.default, aten.full.default}
 _REAL = [sympy.Ne(element_of(PADDING, BATCH, place), 0) for place in (KEY, QUERY)]
@@ -73,6 +73,11 @@ class Reach(NamedTuple):
     real: bool
 
 
+def _refusal(reason: str, node: fx.Node | None = None) -> CannotOptimize:
+    hint = "leave unpad out, or give unpad='auto', to compute padding"
+    return CannotOptimize(f"padding is not left out: {reason}", node=node, hint=hint)
+
+
 def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     """Adds the input `places` int64 [T]: the real tokens' places in the flattened batch, in order, then some padding's;
     copies the step onto the tokens there.
@@ -82,7 +87,7 @@ def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     """
     padding = token_argument(program, PADDING)
     if padding is None:
-        raise CannotOptimize("attention_mask is no integers or booleans [batch, sequence]")
+        raise _refusal("attention_mask is no integers or booleans [batch, sequence]")
     functions = IndexFunctions(program.shape_env, {PADDING: padding})
     found = _proved(program, functions, padding, config)
     labels = own_labels(program, [padding])
@@ -109,33 +114,37 @@ def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     for node in program.placeholders:
         if program.kind(node) == "size":
             substitution[node] = batch.size(value(node), builder.env[node])
-    lengths = {attention.node: _reach(attention.seen) for attention in found}
+    lengths = {attention.node: reach for attention, reach in found.items()}
     write_main_pass(builder, roots, substitution, _attended(program, batch, lengths))
-    return builder.finish("unpad_rows", routing=builder.routing(places=batch.places))
+    return builder.finish("unpad_rows")
 
 
-def _proved(program: Analysed, functions: IndexFunctions, padding: fx.Node, config: RoutingConfig) -> list[Attention]:
-    """The attentions, in which alone tokens meet."""
+def _proved(
+    program: Analysed, functions: IndexFunctions, padding: fx.Node, config: RoutingConfig
+) -> dict[Attention, Reach]:
+    """The attentions, in which alone tokens meet, and what each asks."""
     if config.keep_logits:
-        raise CannotOptimize("keep_logits=True wants the logits of padding too")
+        raise _refusal("keep_logits=True wants the logits of padding too")
     if not isinstance(program.sequence, torch.SymInt):
-        raise CannotOptimize("the model fixes the sequence length while it is traced")
+        raise _refusal("the model fixes the sequence length while it is traced")
     found = attentions(program, functions, [padding])
     refusal = rows_meet(program, found, [padding]) or read_besides(program, found) if isinstance(found, list) else found
     if refusal is not None:
-        raise refusal.error()
+        raise _refusal(refusal.reason, refusal.node)
     assert not isinstance(found, Refusal)
+    reaches: dict[Attention, Reach] = {}
     for attention in found:
         reach = _reach(attention.seen)
         # Where padding is promised to be behind, causal attention sees none.
         if reach is None or not (reach.real or (config.padding == "right" and reach.ahead == 0)):
-            raise CannotOptimize("an attention is not proved to see real tokens alone", node=attention.node)
+            raise _refusal("an attention is not proved to see real tokens alone", attention.node)
+        reaches[attention] = reach
     terms, length = value(program.head.target).numel(), program.sequence
     if not any(program.same_size(terms, program.batch * size) for size in (length, length - program.head.shift)):
-        raise CannotOptimize("the loss leaves out tokens by their places", node=program.head.target)
+        raise _refusal("the loss leaves out tokens by their places", program.head.target)
     if not only_the_loss_reads(program):
-        raise CannotOptimize("more than the loss depends on what the tokens become, padding included")
-    return found
+        raise _refusal("more than the loss depends on what the tokens become, padding included")
+    return reaches
 
 
 def _reach(asked: tuple[Any, ...]) -> Reach | None:
@@ -162,10 +171,9 @@ class _Batch:
         self.builder = builder
         self.program = builder.program
         self.places = places
-        self._tokens = value(places).shape[0]
         self._padding = builder.env[padding]
         call = builder.call
-        self.rows_of_batch, self.length = (call(aten.sym_size.int, self._padding, dim) for dim in (0, 1))
+        self.length = call(aten.sym_size.int, self._padding, 1)
         self.columns = call(aten.remainder.Scalar, places, self.length)
         self._masks: dict[Any, fx.Node] = {}
         self._one = call(aten.sym_size.int, call(aten.unsqueeze.default, places, 0), 0)
@@ -191,15 +199,14 @@ class _Batch:
         negated = _reach(conditions(function)) is None
         reach = _reach(conditions(function, negated))
         if reach is None:
-            raise CannotOptimize("a mask is not proved to ask for real tokens alone", node=node)
-        key = (reach, negated, len(function.sizes))
-        if key not in self._masks:
-            self._masks[key] = self._written(*key)
-        return self._masks[key]
+            raise _refusal("a mask is not proved to ask for real tokens alone", node)
+        return self._once(reach, negated, len(function.sizes))
 
     def within(self, reach: Reach) -> fx.Node:
         """The mask [1, 1, T, T] of an attention that has none."""
-        key = (reach, False, 4)
+        return self._once(reach, False, 4)
+
+    def _once(self, *key: Any) -> fx.Node:
         if key not in self._masks:
             self._masks[key] = self._written(*key)
         return self._masks[key]
@@ -250,7 +257,7 @@ def _of_tokens(program: Analysed, batch: _Batch, node: fx.Node) -> fx.Node:
         if not any(program.mentions(size, each) for size in others for each in (program.batch, program.sequence)):
             return batch.taken(batch.builder.env[node])
     if any(isinstance(size, torch.SymInt) for size in shape):
-        raise CannotOptimize(f"it cannot be told what each token has of {program.path(node)} of shape {tuple(shape)}")
+        raise _refusal(f"it cannot be told what each token has of {program.path(node)} of shape {tuple(shape)}")
     return batch.builder.env[node]
 
 
@@ -271,11 +278,9 @@ def _by_place(
     sized = descendants([*of_sizes, *(n for n in needed if n.target == aten.sym_size.int)]) - stream
     read = [node for node in sorted(needed & stream) if node.op == "call_function"]
     for node in read:
-        numbers = [
-            source for source in node.all_input_nodes if isinstance(value(source), (torch.SymInt, torch.SymFloat))
-        ]
+        numbers = [n for n in node.all_input_nodes if isinstance(value(n), (torch.SymInt, torch.SymFloat))]
         if (is_pointwise(node) or packet_of(node) == aten.where) and any(_grows(program, value(n)) for n in numbers):
-            raise CannotOptimize("a value depends on the batch size or the sequence length", node=node)
+            raise _refusal("a value depends on the batch size or the sequence length", node)
     frontier = {s for node in read for s in node.all_input_nodes if s in sized and is_tensor(s) and s not in masks}
     frontier = {
         node for node in frontier if not _is_constant(program, node) and not _numbers_tokens(program, node, stream)
@@ -304,9 +309,7 @@ def _numbers_tokens(program: Analysed, node: fx.Node, stream: set[fx.Node]) -> b
     """Whether a value is the numbers of the flattened tokens, or of n choices of each, and says which are meant."""
     if node.target != aten.arange.default or any(is_pointwise(user) for user in node.users if user in stream):
         return False
-    sizes = (value(node).shape[0], program.batch, program.sequence)
-    count, rows, length = (sympy.sympify(program.expression(size)) for size in sizes)
-    return bool(sympy.cancel(count / (rows * length)).is_Integer)
+    return copies_of_tokens(program, value(node).shape[0]) > 0
 
 
 def _at_places(program: Analysed, batch: _Batch, node: fx.Node, made: fx.Node) -> fx.Node:
@@ -319,10 +322,10 @@ def _at_places(program: Analysed, batch: _Batch, node: fx.Node, made: fx.Node) -
         return batch.builder.call(aten.index_select.default, made, dims[0], batch.columns)
     if growing == [0, 1] and dims == [1] and program.same_size(shape[0], program.batch):
         return batch.taken(made)
-    raise CannotOptimize(f"a value of shape {tuple(shape)} goes by the places of tokens in the padded batch", node=node)
+    raise _refusal(f"a value of shape {tuple(shape)} goes by the places of tokens in the padded batch", node)
 
 
-def _attended(program: Analysed, batch: _Batch, lengths: dict[fx.Node, Reach | None]) -> Rewrite:
+def _attended(program: Analysed, batch: _Batch, lengths: dict[fx.Node, Reach]) -> Rewrite:
     """Attention of the tokens of each row, in the place of that of the padded rows."""
     ends: list[fx.Node] = []
 
@@ -338,12 +341,7 @@ def _attended(program: Analysed, batch: _Batch, lengths: dict[fx.Node, Reach | N
             return _varlen(builder, program, batch, node, env, reach, ends[0])
         if isinstance(argument(node, "attn_mask"), fx.Node):
             return None  # a substitute stands for the mask
-        given = {parameter.name: argument(node, parameter.name) for parameter in ATTENTION._schema.arguments}
-        given.update(attn_mask=batch.within(reach), is_causal=False)
-        mapped = dict(fx.map_arg(given, lambda old: env.get(old, old)))
-        positional = [parameter.name for parameter in ATTENTION._schema.arguments if not parameter.kwarg_only]
-        args = tuple(mapped.pop(name) for name in positional)
-        return builder.copy_call(node, env, args=args, kwargs=mapped)
+        return attention_with(builder, node, env, {"attn_mask": batch.within(reach), "is_causal": False})
 
     return rewrite
 
