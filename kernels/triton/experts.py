@@ -127,21 +127,13 @@ class _Launches:
             *self.schedule,
             products,
             activations,
-            self.count,
-            self.pairs,
-            self.choices,
-            self.features,
-            self.width,
+            *self.sizes,
             hidden.stride(0),
             0 if products is None else products.stride(0),
             activations.stride(0),
             a.alpha,
             a.limit,
-            ACTIVATION=a.activation,
-            INTERLEAVED=a.interleaved and self.gated,
-            ROWS_LAST=tables.rows_last,
-            EVEN=self.width % tile.depth == 0,
-            **self.options(tile, programs),
+            **self.activating(tables, tile, programs),
         )
         return activations
 
@@ -205,20 +197,12 @@ class _Launches:
             by_products,
             weighed,
             parts,
-            self.count,
-            self.pairs,
-            self.choices,
-            self.features,
-            self.width,
+            *self.sizes,
             products.stride(0),
             0 if weighed is None else weighed.stride(0),
             a.alpha,
             a.limit,
-            ACTIVATION=a.activation,
-            INTERLEAVED=a.interleaved and self.gated,
-            ROWS_LAST=tables.rows_last,
-            EVEN=self.width % tile.depth == 0,
-            **self.options(tile, programs),
+            **self.activating(tables, tile, programs),
         )
         return None if parts is None else parts.sum(0).view(self.tokens, self.choices)
 
@@ -267,6 +251,21 @@ class _Launches:
             BLOCK_N=block,
         )
         return out
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """E, S, K, F and D, as the kernels that activate take them."""
+        return self.count, self.pairs, self.choices, self.features, self.width
+
+    def activating(self, tables: Tables, tile: Tile, programs: int) -> dict[str, int | str | bool]:
+        """`options`, with those of kernels that activate."""
+        return {
+            "ACTIVATION": self.arguments.activation,
+            "INTERLEAVED": self.arguments.interleaved and self.gated,
+            "ROWS_LAST": tables.rows_last,
+            "EVEN": self.width % tile.depth == 0,
+            **self.options(tile, programs),
+        }
 
     def options(self, tile: Tile, programs: int) -> dict[str, int | str]:
         return {

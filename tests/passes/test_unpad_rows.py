@@ -16,6 +16,7 @@ from documents import examples
 from flash import flash_on_the_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from padded import padded
 from torch import nn
 from toys import WORDS, Toy
 
@@ -28,23 +29,6 @@ LLAMA = ARCHITECTURES["llama"]
 # Products in other blocks, attention over other lengths: the widths, and the longest sum over tokens.
 ROUNDING = oracle.rounding(COMMON["hidden_size"], COMMON["intermediate_size"], VOCABULARY, 128)
 FAMILIES = ["llama", "mistral", "gemma3", "qwen3", "gpt2", "opt", "mixtral", "bert", "modernbert"]
-
-
-def padded(
-    lengths: list[int], seed: int = 0, side: str = "right", ignored: float = 0.0, longest: int = 0
-) -> dict[str, torch.Tensor]:
-    """Rows of these lengths, padded behind or in front of their tokens; labels ignored with a probability, those of
-    padding always, and of left padding those that padding predicts."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(*lengths, longest)
-    ids = torch.randint(3, VOCABULARY, (len(lengths), width), generator=generator)
-    mask = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
-    if side == "left":
-        mask = mask.flip(1)
-    labels = ids.masked_fill((mask == 0) | (torch.rand(ids.shape, generator=generator) < ignored), -100)
-    if side == "left":
-        labels[:, 1:] = labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def computed(step: plans.Routed) -> tuple[int, int]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,16 @@ def step(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.
     loss = model(**batch)[0]
     loss.backward()
     return loss.detach(), gradients(model)
+
+
+@contextmanager
+def without_sync() -> Iterator[None]:
+    """Raises where the host waits for a GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def rounding(*lengths: int, dtype: torch.dtype = torch.float32) -> float:
