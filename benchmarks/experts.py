@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import typer
 from harness import AbsentError, Case, Record, measure, run_cases, work_off
 from torch import Tensor
@@ -178,6 +179,28 @@ def transformers_experts(p: Problem, implementation: str) -> Call:
     return lambda: module(p.hidden[:half], p.experts[:half], p.weights[:half])
 
 
+def scattermoe(p: Problem) -> Call:
+    """ScatterMoE's products (github.com/shawntan/scattermoe, 0.3.0), with weights in bfloat16 as its modules have."""
+    try:
+        from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+    except ImportError as error:
+        raise AbsentError(str(error)) from error
+    if p.activation == "clamped_gated":
+        raise AbsentError("scattermoe's modules have no clamped gate")
+    count, choices = len(p.down), p.experts.shape[1]
+    half = len(p.hidden) // 2 if p.keep is not None else len(p.hidden)
+
+    def call() -> Tensor:
+        order = flatten_sort_count(p.experts[:half], num_experts=count)
+        products = parallel_linear(p.hidden[:half], p.gate_up.transpose(1, 2), choices, *order, grouped_out=True)
+        gate, *up = products.chunk(1 if p.activation == "silu" else 2, dim=-1)
+        activations = F.silu(gate) * up[0] if up else F.silu(gate)
+        weights = p.weights[:half].to(p.hidden.dtype)
+        return parallel_linear(activations, p.down.transpose(1, 2), 1, *order, gates=weights, grouped_in=True)
+
+    return call
+
+
 def original(p: Problem, path: str | None) -> Call:
     """The original's module; it has parameters, a router and a balance of its own."""
     if path is None:
@@ -210,6 +233,7 @@ def arms(original_path: str | None) -> dict[str, Arm]:
         "transformers:grouped_mm compiled": compiled(grouped),
         "ours:torch": torchs,
         "ours:torch compiled": compiled(torchs),
+        "scattermoe": scattermoe,
         "transformers:sonicmoe": partial(transformers_experts, implementation="sonicmoe"),
         "original": partial(original, path=original_path),
     }

@@ -82,7 +82,8 @@ class _Launches:
         dtype, self.device = arguments.hidden.dtype, arguments.hidden.device
         few = self.pairs < self.count * 64
         self.tile: Tile = tiles.HALF[-1] if few and dtype.itemsize == 2 else tile_for(dtype, self.device)
-        self.half = self.tile._replace(columns=max(16, self.tile.columns // 2))
+        # Two accumulators, or an epilogue that takes as many registers.
+        self.half = self.tile._replace(columns=max(16, self.tile.columns // 2), stages=self.tile.stages + 1)
         self.precision = precision(dtype)
         self.weights = arguments.weights.contiguous()
         self.gated = arguments.activation != "silu"
@@ -106,6 +107,28 @@ class _Launches:
         stride = triton.cdiv(columns, per_line) * per_line
         return torch.empty(self.pairs, stride, dtype=dtype, device=self.device)[:, :columns]
 
+    def rows_of_pairs(self, x: Tensor) -> Tensor:
+        """The tokens' rows of x [T, columns] in the order of the pairs, [S, columns]; those of dropped pairs are not
+        written."""
+        x = x if x.stride(1) == 1 else x.contiguous()
+        out = self.sorted_rows(x.shape[1], x.dtype)
+        block = min(1024, triton.next_power_of_2(x.shape[1]))
+        launch(
+            grouped.rows_kernel,
+            triton.cdiv(self.pairs, 4) * triton.cdiv(x.shape[1], block),
+            x,
+            *self.order,
+            out,
+            self.count,
+            self.choices,
+            x.shape[1],
+            x.stride(0),
+            out.stride(0),
+            BLOCK_M=4,
+            BLOCK_N=block,
+        )
+        return out
+
     def programs(self, tile: Tile, columns: int) -> int:
         """One program a processor, unless there are fewer tiles."""
         most = self.schedule[0].shape[0] * triton.cdiv(columns, tile.columns)
@@ -114,21 +137,21 @@ class _Launches:
     def up(self, products: Tensor | None) -> Tensor:
         """The activations [S, F]; fills the first products where they are wanted."""
         a, tile = self.arguments, self.half
-        hidden, tables = _rows(a.hidden), Tables.of(a.gate_up)
-        activations = self.sorted_rows(self.features, hidden.dtype)
+        tables, x = Tables.of(a.gate_up), self.rows_of_pairs(a.hidden)
+        activations = self.sorted_rows(self.features, x.dtype)
         programs = self.programs(tile, self.features)
         launch(
             grouped.up_kernel,
             programs,
-            hidden,
+            TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
             tables.descriptor((2 if a.interleaved and self.gated else 1) * tile.columns, tile.depth),
             _contiguous(a.gate_up_bias),
-            *self.order,
+            self.order.bound,
             *self.schedule,
             products,
             activations,
-            *self.sizes,
-            hidden.stride(0),
+            self.features,
+            self.width,
             0 if products is None else products.stride(0),
             activations.stride(0),
             a.alpha,
@@ -177,7 +200,8 @@ class _Launches:
     def down_backward(
         self, grad: Tensor, products: Tensor, by_products: Tensor | None, weighed: Tensor | None, by_weight: bool
     ) -> Tensor | None:
-        """Fills those that are wanted, and gives the gradient by the weights but for the bias, fp32 [T, K]."""
+        """From sorted rows of the result's gradient fills those that are wanted, and gives the gradient by the weights
+        but for the bias, fp32 [T, K]."""
         a, tile = self.arguments, self.half
         # The depths are the tables' rows: they are read the other way.
         tables = Tables.of(a.down).transposed
@@ -188,7 +212,7 @@ class _Launches:
         launch(
             grouped.down_backward_kernel,
             programs,
-            grad,
+            TensorDescriptor.from_tensor(grad, [tile.rows, tile.depth]),
             tables.descriptor(tile.columns, tile.depth),
             products,
             self.weights,
@@ -197,7 +221,9 @@ class _Launches:
             by_products,
             weighed,
             parts,
-            *self.sizes,
+            self.pairs,
+            self.features,
+            self.width,
             products.stride(0),
             0 if weighed is None else weighed.stride(0),
             a.alpha,
@@ -206,25 +232,22 @@ class _Launches:
         )
         return None if parts is None else parts.sum(0).view(self.tokens, self.choices)
 
-    def by_tables(self, x: Tensor, gathered: Tensor, out: Tensor) -> Tensor:
-        """Fills out [E, ...] with each expert's Σ x[r] ⊗ gathered[token of r]; x has out's rows, gathered its
-        columns."""
+    def by_tables(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        """Fills out [E, rows, columns] with each expert's Σ x[r] ⊗ y[r] of sorted rows [S, rows] and [S, columns]."""
         tile = self.tile
         _, rows, columns = out.shape
         all_tiles = self.count * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
         programs = min(all_tiles, tiles.processors(self.device))
-        # The pipeline spends two stages on where the gathered rows are.
-        options = self.options(tile._replace(stages=tile.stages + 2), programs)
+        options = self.options(tile, programs)
         del options["GROUP"]
         launch(
             grouped.tables_kernel,
             programs,
             TensorDescriptor.from_tensor(x, [tile.depth, tile.rows]),
-            gathered,
-            *self.order,
+            TensorDescriptor.from_tensor(y, [tile.depth, tile.columns]),
+            self.order.bound,
             out,
             self.count,
-            self.choices,
             rows,
             columns,
             *out.stride(),
@@ -252,18 +275,12 @@ class _Launches:
         )
         return out
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """E, S, K, F and D, as the kernels that activate take them."""
-        return self.count, self.pairs, self.choices, self.features, self.width
-
     def activating(self, tables: Tables, tile: Tile, programs: int) -> dict[str, int | str | bool]:
         """`options`, with those of kernels that activate."""
         return {
             "ACTIVATION": self.arguments.activation,
             "INTERLEAVED": self.arguments.interleaved and self.gated,
             "ROWS_LAST": tables.rows_last,
-            "EVEN": self.width % tile.depth == 0,
             **self.options(tile, programs),
         }
 
@@ -313,18 +330,19 @@ def backward(
     weighed = launches.sorted_rows(launches.features, grad.dtype) if asked["down"] else None
     by_weight = None
     if of_products or asked["down"] or asked["weights"]:
-        by_weight = launches.down_backward(grad, products, by_products, weighed, asked["weights"])
+        rows = launches.rows_of_pairs(grad)
+        by_weight = launches.down_backward(rows, products, by_products, weighed, asked["weights"])
     found: dict[str, Tensor] = {}
     if by_products is not None and asked["hidden"]:
         tables = Tables.of(arguments.gate_up).transposed
         found["hidden"] = launches.down(by_products, tables, None, None, launches.width)
-    if by_products is not None and asked["gate_up"]:
-        hidden = arguments.hidden.contiguous()
-        found["gate_up"] = launches.by_tables(by_products, hidden, torch.empty_like(arguments.gate_up))
     if weighed is not None:
         by_down = torch.empty_like(arguments.down)
-        launches.by_tables(weighed, grad, by_down.transpose(1, 2))
+        launches.by_tables(weighed, rows, by_down.transpose(1, 2))
         found["down"] = by_down
+    if by_products is not None and asked["gate_up"]:
+        rows = launches.rows_of_pairs(arguments.hidden)
+        found["gate_up"] = launches.by_tables(by_products, rows, torch.empty_like(arguments.gate_up))
     if by_weight is not None:
         if arguments.down_bias is not None:
             of_experts = F.pad(product(grad, arguments.down_bias.T), (0, 1))
@@ -340,10 +358,6 @@ def backward(
 def _whole(x: Tensor) -> Tensor:
     """A `sorted_rows` with what fills up its lines."""
     return x.as_strided((x.shape[0], x.stride(0)), x.stride())
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

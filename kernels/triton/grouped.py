@@ -2,13 +2,14 @@
 
 Row r of the S sorted pairs is the pair `place[r]` = t · K + k; those of expert e are the rows from bound[e] to
 bound[e + 1], and those from bound[E] on are dropped: no tile has them. Programs that stay walk tiles of rows, each of
-one expert, times tiles of columns, in the order of the experts (`schedule_kernel`). The rows of tokens are gathered as
-they are loaded; tables [E, N, K] are read through descriptors as [E · N, K], or [E · K, N] where they lie transposed.
+one expert, times tiles of columns, in the order of the experts (`schedule_kernel`). Sorted rows and tables are read
+through descriptors, tables [E, N, K] as [E · N, K], or [E · K, N] where they lie transposed. The tokens' rows are
+copied into the order of the pairs first (`rows_kernel`): gathering them in the loads of the products took longer, most
+of all in `tables_kernel` (benchmarks/results/runs.md).
 
-Soundness of the tails. A tile's rows behind its expert's last are computed of other rows and not stored. A tile's
-columns behind a table's last are the next expert's, or zeros, and not stored. A depth behind the last reads zeros of
-the rows, and of the tables finite numbers or zeros. Rows of products behind the last pair, as far as a tile reaches,
-are stored as zeros, since `tables_kernel` adds up rows of a tile's depth.
+Soundness of the tails. A tile's rows behind its expert's last are computed of other rows, or of what was never
+written, and not stored; sums over rows leave them out. A tile's columns behind a table's last are the next expert's, or
+zeros, and not stored. A depth behind the last reads zeros of the rows, and of the tables finite numbers or zeros.
 
 Every element is written once, by the program that owns it, and sums have a fixed order. Offsets of rows are 64 bits
 wide.
@@ -41,6 +42,22 @@ def schedule_kernel(
     of_owner = tl.sum(tl.where(expert[None, :] == owner[:, None], origin[None, :], 0), 1)
     tl.store(tile_expert + tile, owner, tile < total)
     tl.store(tile_row + tile, of_owner + tile * BLOCK_M, tile < total)
+
+
+@triton.jit
+def rows_kernel(
+    x, place, bound, out, experts, choices, columns, stride_x, stride_out,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[r] = x[token of r] of the pairs that are not dropped: x [T, columns], out [S, columns]."""
+    column_tiles = tl.cdiv(columns, BLOCK_N)
+    offsets = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = offsets < tl.load(bound + experts)
+    token = tl.load(place + offsets, inside, 0) // choices
+    mask = inside[:, None] & (at < columns)[None, :]
+    row = tl.load(x + (token * stride_x)[:, None] + at[None, :], mask)
+    tl.store(out + (offsets.to(tl.int64) * stride_out)[:, None] + at[None, :], row, mask)
 
 
 @triton.jit
@@ -99,20 +116,19 @@ def _slopes(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _store_activated(
-    gate, up, bias, products, activations, column, inside, writable, features, alpha, limit,
+    gate, up, bias, products, activations, column, inside, features, alpha, limit,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the bias to first products of BLOCK_N columns from `column` on, stores them and what they are activated to;
     INTERLEAVED, `gate` has both kinds, 2 BLOCK_N. Pointers are those of the rows."""
     columns = column + tl.arange(0, BLOCK_N)
-    mask = writable[:, None] & (columns < features)[None, :]
+    mask = inside[:, None] & (columns < features)[None, :]
     if INTERLEAVED:
         both = 2 * column + tl.arange(0, 2 * BLOCK_N)
         if bias is not None:
             gate += tl.load(bias + both, both < 2 * features, 0.0).to(tl.float32)[None, :]
-        gate = tl.where(inside[:, None], gate, 0.0)
         if products is not None:
-            there = writable[:, None] & (both < 2 * features)[None, :]
+            there = inside[:, None] & (both < 2 * features)[None, :]
             tl.store(products + both[None, :], gate.to(products.dtype.element_ty), there)
         gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
     else:
@@ -120,8 +136,6 @@ def _store_activated(
             gate += tl.load(bias + columns, columns < features, 0.0).to(tl.float32)[None, :]
             if ACTIVATION != "silu":
                 up += tl.load(bias + features + columns, columns < features, 0.0).to(tl.float32)[None, :]
-        gate = tl.where(inside[:, None], gate, 0.0)
-        up = tl.where(inside[:, None], up, 0.0)
         if products is not None:
             tl.store(products + columns[None, :], gate.to(products.dtype.element_ty), mask)
             if ACTIVATION != "silu":
@@ -132,40 +146,36 @@ def _store_activated(
 
 @triton.jit
 def up_kernel(
-    hidden, table, bias, place, bound, tile_expert, tile_row, tile_count, products, activations,
-    experts, pairs, choices, features, width, stride_hidden, stride_products, stride_activations, alpha, limit,
-    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS_LAST: tl.constexpr, EVEN: tl.constexpr,
+    x, table, bias, bound, tile_expert, tile_row, tile_count, products, activations,
+    features, width, stride_products, stride_activations, alpha, limit,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS_LAST: tl.constexpr,
     PROGRAMS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The first products of each pair, `products` [S, 2F] where it is no None, and `activations` [S, F] of them."""
+    """The first products of sorted rows x [S, width], `products` [S, 2F] where it is no None, and `activations` [S, F]
+    of them."""
     GATED: tl.constexpr = ACTIVATION != "silu"
     WIDE: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
     rows = 2 * features if GATED else features
     column_tiles = tl.cdiv(features, BLOCK_N)
     row_tiles = tl.load(tile_count)
-    live = tl.load(bound + experts)
     for tile in range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS):
         row_tile, column_tile = place_of(tile, row_tiles, 1, GROUP, column_tiles)
         column = column_tile * BLOCK_N
         expert = tl.load(tile_expert + row_tile)
-        offsets = tl.load(tile_row + row_tile) + tl.arange(0, BLOCK_M)
-        inside = offsets < tl.load(bound + expert + 1)
-        depths = tl.arange(0, BLOCK_K)
-        token = tl.load(place + offsets, inside, 0) // choices
-        source = hidden + (token * stride_hidden)[:, None] + depths[None, :]
+        row = tl.load(tile_row + row_tile)
         gate = tl.zeros([BLOCK_M, WIDE], tl.float32)
         up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         first = 2 * column if INTERLEAVED else column
         for k in range(0, width, BLOCK_K):
-            x = tl.load(source + k) if EVEN else tl.load(source + k, (k + depths < width)[None, :], 0.0)
+            token = x.load([row, k])
             w = _block(table, expert, first, k, rows, width, ROWS_LAST)
-            gate = tl.dot(x, w, gate, input_precision=PRECISION)
+            gate = tl.dot(token, w, gate, input_precision=PRECISION)
             if GATED and not INTERLEAVED:
                 w = _block(table, expert, features + first, k, rows, width, ROWS_LAST)
-                up = tl.dot(x, w, up, input_precision=PRECISION)
-        # Rows behind the last pair are zeros.
-        writable = (inside | (offsets >= live)) & (offsets < pairs)
+                up = tl.dot(token, w, up, input_precision=PRECISION)
+        offsets = row + tl.arange(0, BLOCK_M)
+        inside = offsets < tl.load(bound + expert + 1)
         out, at = products, offsets.to(tl.int64)
         if products is not None:
             out = products + (at * stride_products)[:, None]
@@ -176,11 +186,11 @@ def up_kernel(
         low, high = _halves(gate, BLOCK_M, WIDE)
         low_up, high_up = _halves(up, BLOCK_M, BLOCK_N)
         _store_activated(
-            low, low_up, own, out, value, column, inside, writable, features, alpha, limit,
+            low, low_up, own, out, value, column, inside, features, alpha, limit,
             ACTIVATION, INTERLEAVED, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         _store_activated(
-            high, high_up, own, out, value, column + BLOCK_N // 2, inside, writable, features, alpha, limit,
+            high, high_up, own, out, value, column + BLOCK_N // 2, inside, features, alpha, limit,
             ACTIVATION, INTERLEAVED, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
 
@@ -219,14 +229,13 @@ def down_kernel(
 
 @triton.jit
 def _store_gradients(
-    unweighed, products, by_products, weighed, weight, column, inside, writable, features, alpha, limit,
+    unweighed, products, by_products, weighed, weight, column, inside, features, alpha, limit,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What `down_backward_kernel` stores of BLOCK_N columns from `column` on, but for by_weight, of which it gives
     their part. Pointers are those of the rows."""
     columns = column + tl.arange(0, BLOCK_N)
     mask = inside[:, None] & (columns < features)[None, :]
-    stored = writable[:, None] & (columns < features)[None, :]
     both = 2 * column + tl.arange(0, 2 * BLOCK_N)
     if INTERLEAVED:
         wide = tl.load(products + both[None, :], inside[:, None] & (both < 2 * features)[None, :], 0.0)
@@ -239,52 +248,47 @@ def _store_gradients(
     value = _activated(gate, up, alpha, limit, ACTIVATION)
     part = tl.sum(tl.where(mask, unweighed * value, 0.0), 1)
     if weighed is not None:
-        value = tl.where(mask, value * weight[:, None], 0.0)
-        tl.store(weighed + columns[None, :], value.to(weighed.dtype.element_ty), stored)
+        tl.store(weighed + columns[None, :], (value * weight[:, None]).to(weighed.dtype.element_ty), mask)
     if by_products is not None:
         grad = unweighed * weight[:, None]
         by_gate, by_up = _slopes(gate, up, alpha, limit, ACTIVATION)
-        by_gate = tl.where(mask, by_gate * grad, 0.0).to(by_products.dtype.element_ty)
-        by_up = tl.where(mask, by_up * grad, 0.0).to(by_products.dtype.element_ty)
+        by_gate = (by_gate * grad).to(by_products.dtype.element_ty)
+        by_up = (by_up * grad).to(by_products.dtype.element_ty)
         if INTERLEAVED:
             wide = tl.reshape(tl.join(by_gate, by_up), (BLOCK_M, 2 * BLOCK_N))
-            tl.store(by_products + both[None, :], wide, writable[:, None] & (both < 2 * features)[None, :])
+            tl.store(by_products + both[None, :], wide, inside[:, None] & (both < 2 * features)[None, :])
         else:
-            tl.store(by_products + columns[None, :], by_gate, stored)
+            tl.store(by_products + columns[None, :], by_gate, mask)
             if ACTIVATION != "silu":
-                tl.store(by_products + features + columns[None, :], by_up, stored)
+                tl.store(by_products + features + columns[None, :], by_up, mask)
     return part
 
 
 @triton.jit
 def down_backward_kernel(
     grad, table, products, weights, place, bound, tile_expert, tile_row, tile_count, by_products, weighed, by_weight,
-    experts, pairs, choices, features, width, stride_products, stride_weighed, alpha, limit,
-    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS_LAST: tl.constexpr, EVEN: tl.constexpr,
+    pairs, features, width, stride_products, stride_weighed, alpha, limit,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS_LAST: tl.constexpr,
     PROGRAMS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """From the result's gradient [T, width], of each pair: `by_products`, the gradient by the first products [S, 2F];
-    `weighed`, its weight times the activations [S, F]; and by_weight [column tiles, S], in the order of the pairs, that
-    by its weight but for the bias, a part of each tile of columns. Those that are None are left out."""
+    """From sorted rows of the result's gradient [S, width]: `by_products`, that by the first products [S, 2F];
+    `weighed`, each pair's weight times the activations [S, F]; and by_weight [column tiles, S], in the order of the
+    pairs, that by its weight but for the bias, a part of each tile of columns. Those that are None are left out."""
     column_tiles = tl.cdiv(features, BLOCK_N)
     row_tiles = tl.load(tile_count)
-    live = tl.load(bound + experts)
     for tile in range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS):
         row_tile, column_tile = place_of(tile, row_tiles, 1, GROUP, column_tiles)
         column = column_tile * BLOCK_N
         expert = tl.load(tile_expert + row_tile)
-        offsets = tl.load(tile_row + row_tile) + tl.arange(0, BLOCK_M)
-        inside = offsets < tl.load(bound + expert + 1)
-        depths = tl.arange(0, BLOCK_K)
-        pair = tl.load(place + offsets, inside, 0)
-        source = grad + (pair // choices * width)[:, None] + depths[None, :]
+        row = tl.load(tile_row + row_tile)
         unweighed = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, width, BLOCK_K):
-            x = tl.load(source + k) if EVEN else tl.load(source + k, (k + depths < width)[None, :], 0.0)
             w = _block(table, expert, column, k, features, width, ROWS_LAST)
-            unweighed = tl.dot(x, w, unweighed, input_precision=PRECISION)
-        writable = (inside | (offsets >= live)) & (offsets < pairs)
+            unweighed = tl.dot(grad.load([row, k]), w, unweighed, input_precision=PRECISION)
+        offsets = row + tl.arange(0, BLOCK_M)
+        inside = offsets < tl.load(bound + expert + 1)
+        pair = tl.load(place + offsets, inside, 0)
         weight = tl.load(weights + pair, inside, 0.0).to(tl.float32)
         at = offsets.to(tl.int64)
         source = products + (at * stride_products)[:, None]
@@ -295,11 +299,11 @@ def down_backward_kernel(
             values = weighed + (at * stride_weighed)[:, None]
         low, high = _halves(unweighed, BLOCK_M, BLOCK_N)
         part = _store_gradients(
-            low, source, slopes, values, weight, column, inside, writable, features, alpha, limit,
+            low, source, slopes, values, weight, column, inside, features, alpha, limit,
             ACTIVATION, INTERLEAVED, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         part += _store_gradients(
-            high, source, slopes, values, weight, column + BLOCK_N // 2, inside, writable, features, alpha, limit,
+            high, source, slopes, values, weight, column + BLOCK_N // 2, inside, features, alpha, limit,
             ACTIVATION, INTERLEAVED, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         if by_weight is not None:
@@ -308,26 +312,26 @@ def down_backward_kernel(
 
 @triton.jit
 def tables_kernel(
-    x, gathered, place, bound, out,
-    experts, choices, rows, columns, stride_expert, stride_row, stride_column,
+    x, y, bound, out, experts, rows, columns, stride_expert, stride_row, stride_column,
     PROGRAMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = Σ x[r] ⊗ gathered[token of r] over the pairs r of expert e: sorted rows x [S, rows], gathered
-    [T, columns], out [E, rows, columns] of any strides; zeros for an expert without pairs."""
+    """out[e] = Σ x[r] ⊗ y[r] over the pairs r of expert e: sorted rows x [S, rows] and y [S, columns], out
+    [E, rows, columns] of any strides; zeros for an expert without pairs."""
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     for tile in range(tl.program_id(0), experts * row_tiles * column_tiles, PROGRAMS):
         expert, inner = tile // (row_tiles * column_tiles), tile % (row_tiles * column_tiles)
         row, column = inner // column_tiles * BLOCK_M, inner % column_tiles * BLOCK_N
         begin, end = tl.load(bound + expert), tl.load(bound + expert + 1)
-        at = column + tl.arange(0, BLOCK_N)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for pair in range(begin, end, BLOCK_K):
-            offsets = pair + tl.arange(0, BLOCK_K)
-            token = tl.load(place + offsets, offsets < end, 0) // choices
-            mask = (offsets < end)[:, None] & (at < columns)[None, :]
-            y = tl.load(gathered + (token * columns)[:, None] + at[None, :], mask, 0.0)
-            total = tl.dot(x.load([pair, row]).T, y, total, input_precision=PRECISION)
+        last = begin + (end - begin) // BLOCK_K * BLOCK_K
+        for pair in range(begin, last, BLOCK_K):
+            total = tl.dot(x.load([pair, row]).T, y.load([pair, column]), total, input_precision=PRECISION)
+        if last < end:
+            inside = (last + tl.arange(0, BLOCK_K) < end)[:, None]
+            left, right = tl.where(inside, x.load([last, row]), 0.0), tl.where(inside, y.load([last, column]), 0.0)
+            total = tl.dot(left.T, right, total, input_precision=PRECISION)
+        at = column + tl.arange(0, BLOCK_N)
         down = row + tl.arange(0, BLOCK_M)
         into = out + expert.to(tl.int64) * stride_expert + (down.to(tl.int64) * stride_row)[:, None]
         into += (at.to(tl.int64) * stride_column)[None, :]

@@ -76,7 +76,9 @@ def test_an_expert_that_is_chosen_twice_counts_twice(implementation: Callable[..
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_dtypes_are_no_worse_than_models(implementation: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    check(lambda *args: implementation(*args), cpu(draw(dtype=dtype, bias=True, keep=0.7)), roundings=2)
+    # Few tokens: torch adds up a bias's gradients in the half dtype, one after the other, on the CPU.
+    case = cpu(draw(25, 20, 3, 18, 2, dtype, bias=True, keep=0.7))
+    check(lambda *args: implementation(*args), case, roundings=2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -113,7 +115,9 @@ def test_the_provider_torch_is_transformers_grouped_experts_bit_for_bit(clamped:
         parameters = {n: x.transpose(1, 2).contiguous() for n, x in parameters.items()}
         parameters |= {"gate_up_proj_bias": case.gate_up_bias, "down_proj_bias": case.down_bias}
         case = case._replace(
-            gate_up=parameters["gate_up_proj"].transpose(1, 2), down=parameters["down_proj"].transpose(1, 2), limit=1.5
+            gate_up=parameters["gate_up_proj"].transpose(1, 2),
+            down=parameters["down_proj"].transpose(1, 2),
+            limit=module.limit,
         )
     module.load_state_dict(parameters)
     grad = torch.randn(case.hidden.shape, generator=torch.Generator().manual_seed(2))

@@ -26,6 +26,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
+ROUNDINGS = 2 if DEVICE.type == "cpu" else 10
+"""What a case of few elements may differ by: a product and a sum, and a GPU's exponential and division, which are
+within two units in the last place, four roundings each."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -63,7 +66,7 @@ def test_any_sizes(
     sizes: tuple[int, ...], kind: tuple[str, bool], bias: bool, keep: float | None, transposed: bool, seed: int
 ) -> None:
     case = draw(*sizes, activation=kind[0], interleaved=kind[1], bias=bias, keep=keep, transposed=transposed, seed=seed)
-    check(grouped_mlp, case, roundings=2)
+    check(grouped_mlp, case, ROUNDINGS)
 
 
 @pytest.mark.sample(2)
@@ -71,7 +74,7 @@ def test_any_sizes(
 def test_all_tokens_of_one_expert_leave_the_others_nothing(tokens: int) -> None:
     case = draw(tokens, choices=1)
     case = case._replace(experts=torch.full_like(case.experts, 2))
-    found = check(grouped_mlp, case, roundings=2)
+    found = check(grouped_mlp, case, ROUNDINGS)
     assert not found["gate_up"][[0, 1]].any()
     assert not found["down"][[0, 1]].any()
 

