@@ -273,18 +273,20 @@ def run_case(arm: Arm, case: Case, device: torch.device, steps: int) -> Record:
 
 
 def render(report: Record) -> str:
-    """The tables: median milliseconds, the rate as a share of the dense one, and the peak memory of a call."""
+    """The tables: median milliseconds, those in kernels, the rate as a share of the dense one, a call's peak memory."""
     times: dict[tuple, list[float]] = defaultdict(list)
+    kernels: dict[tuple, list[float]] = defaultdict(list)
     peaks: dict[tuple, int] = {}
     for record in report["records"]:
         if record["kind"] == "time" and record["status"] == "ok":
             key = record["arm"], record["question"], record["shape"]
             times[key] += record["milliseconds"]
+            kernels[key] += [record["kernel_milliseconds"]] if "kernel_milliseconds" in record else []
             peaks[key] = max([peaks.get(key, 0), *record["peak_bytes"]])
     names = list(dict.fromkeys(record["arm"] for record in report["records"]))
     lines = [
-        f"{report['device']}, commit {report['commit']}, torch {report['versions']['torch']}; median ms of a call, "
-        "its share of the dense rate, peak GiB above what was there.\n"
+        f"{report['device']}, commit {report['commit']}, torch {report['versions']['torch']}; median ms of a call "
+        "(in kernels), its share of the dense rate, peak GiB above what was there.\n"
     ]
     for question in report["options"]["questions"]:
         lines += [f"| {question} | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
@@ -297,7 +299,9 @@ def render(report: Record) -> str:
                     continue
                 median = statistics.median(found)
                 share = f", {statistics.median(yardstick) / median:.0%}" if yardstick else ""
-                cells.append(f"{median:.2f}{share}, {peaks[name, question, shape] / 2**30:.2f}")
+                key = name, question, shape
+                of_kernels = f" ({statistics.median(kernels[key]):.2f})" if kernels[key] else ""
+                cells.append(f"{median:.2f}{of_kernels}{share}, {peaks[key] / 2**30:.2f}")
             lines.append(f"| {shape} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["Relative error by norm against float64, of a step on 256 tokens:\n"]

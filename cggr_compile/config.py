@@ -123,7 +123,7 @@ class RoutingConfig(Schedule):
             first. `"auto"`: where attention of variable lengths can run (CUDA, bf16 or fp16), the model is proved to
             allow it and at most 0.9 of a batch are left; True: wherever there is padding, and a model that does not
             allow it raises `CannotOptimize`. A batch whose padding has or predicts labels, or is between tokens, trains
-            as it is.
+            as it is. None is False, and `"auto"` where `cggr.route` trains by a trainer.
         keep_logits: return the logits of the kept rows, which a step does not compute otherwise.
         prediction_metrics: measure, with the loss, the metrics `entropy` and `mean_token_accuracy` of the kept tokens.
         fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.
@@ -160,7 +160,7 @@ class RoutingConfig(Schedule):
     kernels: str | Mapping[str, str] = field(default="auto", hash=False)
     disable_passes: tuple[str, ...] = ()
     padding: str | None = None
-    unpad: bool | str = False
+    unpad: bool | str | None = None
     keep_logits: bool = False
     prediction_metrics: bool = False
     fallback: str = "raise"
@@ -327,7 +327,7 @@ class RoutingConfig(Schedule):
             ) from error
 
     def _check_unpad(self) -> None:
-        if not isinstance(self.unpad, bool) and self.unpad != "auto":
+        if self.unpad is not None and not isinstance(self.unpad, bool) and self.unpad != "auto":
             raise ConfigError(f"unpad={self.unpad!r} is neither a bool nor 'auto'")
         if self.unpad is True and (self.ratio < 1 or self.selection == "auto" or "loss" in self.routes):
             raise ConfigError(

@@ -51,7 +51,8 @@ CAUSES = (
     ),
     Cause(
         "/transformers/masking_utils.py",
-        "the model's attn_implementation makes masks that no graph holds, as 'flex_attention' does",
+        "the model's attn_implementation makes masks that no graph holds, as 'flex_attention' does, and "
+        "'flash_attention_2' of an attention_mask",
         "load the model with attn_implementation='sdpa'",
     ),
     Cause(

@@ -28,9 +28,10 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
 
         cggr.route(trl.SFTTrainer(model, args, train_dataset=rows), ratio=0.25).train()
 
-    Optimises `trainer.model`, adds `CGGRCallback` in front of the other callbacks, and gives TRL's SFTTrainer the
-    model's own loss in training, with `prediction_metrics` and, unless `padding` says otherwise, as its collator pads,
-    `padding="right"`. Masks, padding, accumulation, adapters, checkpoints and evaluation are the trainer's.
+    Optimises `trainer.model`, with `unpad="auto"` unless it is given, and adds `CGGRCallback` in front of the other
+    callbacks. Gives TRL's SFTTrainer the model's own loss in training, with `prediction_metrics` and, unless `padding`
+    says otherwise, as its collator pads, `padding="right"`. Masks, padding, accumulation, adapters, checkpoints and
+    evaluation are the trainer's.
     `cggr.restore(trainer.model)` undoes all of it.
 
     Args:
@@ -48,6 +49,8 @@ def route(trainer: T, config: RoutingConfig | None = None, **options: Any) -> T:
             f"trainer is a {type(trainer).__name__}, expected a transformers.Trainer; route a model by optimize"
         )
     resolved = resolve_config(config, options)
+    if resolved.unpad is None:
+        resolved = dataclasses.replace(resolved, unpad="auto")
     _refuse_loss(trainer)
     fuses = _is_sft(trainer)
     if getattr(trainer, "padding_free", False):

@@ -144,14 +144,17 @@ def test_one_line_trains_adapters_on_completions_evaluates_as_ever_and_comes_off
         ("llama", {"loss_type": "chunked_nll", "assistant_only_loss": True, "rows": conversations()}),
         ("mixtral", {"router_aux_loss_coef": 0.5}),  # the model's own is another
         ("llama", {"packing": True, "max_length": 24, "per_device_train_batch_size": 2}),
+        ("llama", {"unpad": True}),
     ],
 )
 def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Loss, gradients and the metrics of both are alike within rounding: TRL computes the same in other operators."""
     eager = oracle.truncated(build(name), ARCHITECTURES[name], 1)
+    unpad = {"unpad": True} if options.get("unpad") else {}
+    options = {name: value for name, value in options.items() if name not in unpad}
     plain = sft(copy.deepcopy(eager), tmp_path, **options)
     packed = {"inner": "eager"} if options.get("packing") else {**OPTIONS, "ratio": 1.0}
-    routed = cggr.route(sft(copy.deepcopy(eager), tmp_path, **options), **packed)
+    routed = cggr.route(sft(copy.deepcopy(eager), tmp_path, **options), **packed, **unpad)
     for trainer in (plain, routed):
         trainer.train()
     for entry, expected in zip(training_logs(routed), training_logs(plain), strict=True):
@@ -164,6 +167,8 @@ def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any]
     # TRL pads on the right; packed batches have a mask of documents, and Mixtral's balance reads what padding becomes.
     expected = 0 if options.get("packing") or name == "mixtral" else 1
     assert routed.model.cggr.report().causal_attentions == expected
+    if unpad:
+        assert "computed 50 of 54 places" in routed.model.cggr.report().unpadded
     assert all(type(value) in (int, float) for entry in routed.state.log_history for value in entry.values())
 
 
@@ -171,6 +176,11 @@ def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any]
 def test_padding_is_as_trls_collator_pads_unless_it_is_given(given: dict, padding: str, tmp_path: Path) -> None:
     trainer = cggr.route(sft(two_layers(), tmp_path), ratio=0.5, **given)
     assert trainer.model.cggr.config.padding == padding
+
+
+@pytest.mark.parametrize(("given", "unpad"), [({}, "auto"), ({"unpad": False}, False)])
+def test_padding_is_left_out_unless_unpad_is_given(given: dict, unpad: bool | str, tmp_path: Path) -> None:
+    assert cggr.route(sft(two_layers(), tmp_path), **given).model.cggr.config.unpad == unpad
 
 
 def test_sft_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def test_compiles_with_dynamic_tokens() -> None:
 
 def test_opcheck() -> None:
     case = draw(3, 16, 2, 8, 1, bias=True, activation="clamped_gated", interleaved=True)
+    choose("grouped_mlp", DEVICE, torch.float32, "triton").load()
     opcheck(torch.ops.cggr_triton.grouped_mlp.default, (*case._replace(**case.leaves), True))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import oracle
 import pytest
 import torch
 import transformers as T
@@ -184,6 +186,23 @@ def test_one_table_a_pair_is_the_same_mlp(name: str, monkeypatch: pytest.MonkeyP
     loss.backward()
     assert_close((loss.detach(), gradients(model)), expected)
     assert ("grouped_mlp", "torch") in model.cggr.runtime.plans[-1].program.routing.providers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"inner": "eager"}, {"inner": "inductor", "cuda_graphs": True}])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_on_a_gpu_triton_is_no_further_from_fp32_than_the_model(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPERTS, "num_experts_per_tok", 4)  # all of them: another rounding chooses no other expert
+    eager = made(name).cuda().bfloat16()
+    truth = copy.deepcopy(eager).float()
+    model = cggr.optimize(copy.deepcopy(eager), **options)
+    batch = {key: tensor.cuda() for key, tensor in token_batch(4, 9).items()}
+    for _ in range(3):
+        found = oracle.step(model, batch)
+        oracle.assert_no_further(found, oracle.step(eager, batch), oracle.step(truth, batch), times=2.0)
+    assert model.cggr.report().providers["grouped_mlp"] == "triton"
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import oracle
 import plans
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES, COMMON, VOCABULARY, build
 from cggr_compile.passes.rewrite import unpad_rows
 from documents import examples
@@ -381,3 +383,34 @@ def test_on_a_gpu_attention_is_of_variable_lengths(name: str, options: dict[str,
             actual, same = oracle.step(model, batch), oracle.step(eager, batch)
         oracle.assert_no_further(actual, same, oracle.step(truth, batch), times=2.0)
     assert model.cggr.report().unpadded == "the last step computed 18 of 48 places; 3 attentions of variable lengths"
+
+
+@pytest.mark.gpu
+def test_a_trainer_on_a_gpu_leaves_padding_out_by_itself(tmp_path: Path) -> None:
+    """`cggr.route` alone; losses are the plain trainer's within the precision of bfloat16's products."""
+    batch = padded([7, 4, 9, 2] * 4, longest=12)
+    rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+    plain = build("llama")
+    losses = []
+    for model, routed in ((copy.deepcopy(plain), True), (plain, False)):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            bf16=True,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=1,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        if routed:
+            cggr.route(trainer)
+        trainer.train()
+        if routed:
+            assert "attentions of variable lengths" in model.cggr.report().unpadded
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)

@@ -16,22 +16,22 @@ Result = tuple[Tensor, ...]
 def flash_on_the_cpu() -> Iterator[None]:
     """Gives `aten._flash_attention_forward` and its backward an implementation on the CPU, in any dtype."""
     library = torch.library.Library("aten", "IMPL")
-    library.impl("_flash_attention_forward", _forward, "CPU")
-    library.impl("_flash_attention_backward", _backward, "CPU")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
     try:
         yield
     finally:
         library._destroy()
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *rest: Any, **options: Any) -> Result:
+def forward(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *rest: Any, **options: Any) -> Result:
     weights, sums = _weights(query, key, ends, rest[4], options)
     nothing = torch.zeros(2, dtype=torch.uint64)
     out = _as_laid_out(_apply(weights, value, query), query)
     return out, sums, nothing, nothing[0].clone(), query.new_empty(0)
 
 
-def _backward(
+def backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, ends: Tensor, *rest: Any,
     **options: Any,
 ) -> Result:  # fmt: skip
