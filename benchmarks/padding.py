@@ -9,8 +9,9 @@ the same lengths. Every arm is a process of its own; each round runs all of them
 
 Arms, `…+graphs` with CUDA graphs: `compile` is torch.compile on padded rows; `full` is this package with every row on
 rows without padding or mask, `mask`, `right` and `unpad` the same on padded rows with the option of that name.
-`packed` is every document of packed rows, `segment` a quarter of the tokens in whole documents (sampled head), `floor`
-every document of packed rows of a quarter of the length.
+`packed` is every document of packed rows, `documents` the same with `unpad`, `compile_packed` torch.compile; `segment`
+a quarter of the tokens in whole documents (sampled head), `floor` every document of packed rows of a quarter of the
+length.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ OURS: dict[str, dict[str, Any]] = {
     "right": {"padding": "right"},
     "unpad": {"unpad": True},
     "packed": {},
+    "documents": {"unpad": True},
     "segment": {"route": "segment", "ratio": RATIO, "router_head": "sampled"},
     "floor": {},
 }
-ARMS = ("compile", *OURS)
+ARMS = ("compile", "compile_packed", *OURS)
 
 
 def padded(shape: Shape, random: torch.Generator) -> dict[str, torch.Tensor]:
@@ -72,7 +74,7 @@ def packed(shape: Shape, length: int, random: torch.Generator) -> dict[str, torc
 
 def batch_of(arm: str, shape: Shape, random: torch.Generator) -> dict[str, torch.Tensor]:
     """A batch of an arm; packed rows are four times as long as padded ones, and a quarter as many."""
-    if arm in ("packed", "segment", "floor"):
+    if arm in ("packed", "documents", "compile_packed", "segment", "floor"):
         rows = Shape(**{**asdict(shape), "batch": max(1, shape.batch // 4)})
         return packed(rows, int((RATIO if arm == "floor" else 1) * 4 * shape.sequence), random)
     batch = padded(shape, random)
@@ -89,7 +91,7 @@ def measure(arm: str, shape: Shape, device: str, steps: int) -> dict[str, Any]:
     batches = [{key: tensor.to(device) for key, tensor in batch.items()} for batch in batches]
     marks = [mark(torch.device(device))]
     options = {**OURS.get(name, {}), "cuda_graphs": switch == "graphs"}
-    step: Any = torch.compile(model) if name == "compile" else cggr.optimize(model, **options)
+    step: Any = torch.compile(model) if name.startswith("compile") else cggr.optimize(model, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
     warm_up = max(WARM_UP, 2 * BATCHES)
     for index in range(steps + warm_up):
@@ -106,7 +108,7 @@ def measure(arm: str, shape: Shape, device: str, steps: int) -> dict[str, Any]:
     seconds = [seconds_between(*pair) for pair in pairwise(marks)]
     record: dict[str, Any] = {"first": seconds[0], "steps": seconds[warm_up:]}
     record["counted"] = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
-    if name == "unpad":
+    if "unpad" in options:
         record["report"] = model.cggr.report().unpadded
     if device == "cuda":
         record["peak_bytes"] = torch.cuda.max_memory_reserved()

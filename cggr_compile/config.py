@@ -118,12 +118,13 @@ class RoutingConfig(Schedule):
             predicts no label. Causal attention then needs no mask to hide it (`elide_causal_masks.py`). A batch that
             breaks the promise raises; on CUDA an assertion fails on the device. None is `"any"`, and `"right"` where
             `cggr.route` finds TRL's own collator, which pads so.
-        unpad: train a padded batch on its real tokens alone, one row behind the other, where every row is kept
-            (`unpad_rows.py`): the same loss and gradients, and no work on padding. The host reads two numbers back
-            first. `"auto"`: where attention of variable lengths can run (CUDA, bf16 or fp16), the model is proved to
-            allow it and at most 0.9 of a batch are left; True: wherever there is padding, and a model that does not
-            allow it raises `CannotOptimize`. A batch whose padding has or predicts labels, or is between tokens, trains
-            as it is. None is False, and `"auto"` where `cggr.route` trains by a trainer.
+        unpad: leave out what no token sees, where every row is kept: the same loss and gradients. A padded batch trains
+            on its real tokens alone, one row behind the other (`unpad_rows.py`); in a packed one, whose `position_ids`
+            restart, attention runs within documents (`attend_documents.py`). The host reads two numbers back first, or
+            how many documents there are. `"auto"`: where attention of variable lengths can run (CUDA, bf16 or fp16),
+            the model is proved to allow it and at most 0.9 of a padded batch are left; True: wherever there is padding,
+            and a model that does not allow it raises `CannotOptimize`. A batch whose padding has or predicts labels, or
+            is between tokens, trains as it is. None is False, and `"auto"` where `cggr.route` trains by a trainer.
         keep_logits: return the logits of the kept rows, which a step does not compute otherwise.
         prediction_metrics: measure, with the loss, the metrics `entropy` and `mean_token_accuracy` of the kept tokens.
         fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.

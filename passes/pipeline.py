@@ -17,6 +17,7 @@ from cggr_compile.passes.analyse.find_layers import find_layers
 from cggr_compile.passes.analyse.find_loss import find_loss
 from cggr_compile.passes.lower.lower_kernels import lower_kernels
 from cggr_compile.passes.lower.unshard_parameters import unshard_parameters
+from cggr_compile.passes.rewrite.attend_documents import attend_documents
 from cggr_compile.passes.rewrite.build_router import build_router
 from cggr_compile.passes.rewrite.check_labels import check_labels
 from cggr_compile.passes.rewrite.elide_causal_masks import elide_causal_masks
@@ -96,9 +97,9 @@ def passes_unrouted() -> tuple[Pass, ...]:
     return (check_labels, *_LOWERED)
 
 
-def passes_unpadded() -> tuple[Pass, ...]:
-    """The passes of a step on the real tokens of a padded batch."""
-    return (unpad_rows, *passes_unrouted())
+def passes_unpadded(padded: bool) -> tuple[Pass, ...]:
+    """The passes of a step on the real tokens of a padded batch, or of one within the documents of a packed one."""
+    return (unpad_rows if padded else attend_documents, *passes_unrouted())
 
 
 def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass, ...]:

@@ -221,7 +221,7 @@ class Report:
             pairs += [("read S → k", str(entry)) for entry in self.shortened]
         pairs += [
             ("causal masks", self._causal_masks()),
-            *([("padding", self.unpadded)] if self.unpadded is not None else []),
+            *([("left out", self.unpadded)] if self.unpadded is not None else []),
             ("inserted", self._inserted()),
             ("nodes", ", ".join(f"{part} {count}" for part, count in self.parts.items())),
             ("providers", ", ".join(f"{name}: {provider}" for name, provider in self.providers.items()) or "none"),
@@ -353,11 +353,8 @@ def _unpadded(plan: Plan) -> str | None:
     found = plan.unpadded
     if isinstance(found, Refusal):
         return f"kept: {found.reason}"
-    if found.unpadding.last is None:
-        return "no step yet"
-    tokens, places = found.unpadding.last
     attention = f"{found.varlen} attentions of variable lengths" if found.varlen else "attention under a mask"
-    return f"the last step computed {tokens} of {places} places; {attention}"
+    return f"{found.batch}; {attention}"
 
 
 def _depth(runtime: Runtime) -> str | None:

@@ -77,7 +77,7 @@ def attentions(
     """
     stream = _stream(program, given)
     between = ancestors([program.head.hidden])
-    found = [_attention(program, node, functions) for node in sorted(between) if _is_attention(program, node)]
+    found = [attention_of(node, functions) for node in sorted(between) if _is_attention(program, node)]
     masks = {mask for attention in found for mask in attention.masks}
     kept = {attention.node for attention in found}
     for node in sorted(ancestors([program.head.hidden], stop=masks) & stream - kept):
@@ -127,7 +127,8 @@ def _is_attention(program: Analysed, node: fx.Node) -> bool:
     return all(_is_sequence(program, argument(node, name), -2) for name in ("query", "key"))
 
 
-def _attention(program: Analysed, node: fx.Node, functions: IndexFunctions) -> Attention:
+def attention_of(node: fx.Node, functions: IndexFunctions) -> Attention:
+    """What an attention node asks of the keys that its queries see."""
     masks: list[fx.Node] = []
     if node.target == ATTENTION:
         mask = argument(node, "attn_mask")

@@ -15,6 +15,7 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
+from cggr_compile.ir.documents import POSITIONS
 from cggr_compile.ir.program import Analysed, Program, callers_region, is_tensor, value
 from cggr_compile.ir.roles import PADDING, router_layers, token_ids
 from cggr_compile.kernels.reference.selection import rule_name
@@ -31,9 +32,11 @@ from cggr_compile.passes.pipeline import (
     truncated,
 )
 from cggr_compile.passes.rewrite.take_scores import GIVEN_SCORES
+from cggr_compile.passes.rewrite.varlen import VARLEN
 from cggr_compile.run.graph_memory import Pool
 from cggr_compile.run.growth import Copies
 from cggr_compile.run.inner import resolve_inner
+from cggr_compile.run.packing import Packing
 from cggr_compile.run.unpadding import MOST, Unpadding
 from cggr_compile.run.variant import Variant
 
@@ -189,32 +192,34 @@ class Plan:
 
     @cached_property
     def unpadded(self) -> Unpadded | Refusal:
-        """The program of the real tokens of padded batches, and where these are; or why there is none."""
+        """The program that leaves out what no token sees: padding, or attention between documents; or why there is
+        none."""
         config = self.owner.config
         if not config.unpad:
             return Refusal("off")
         if keeps_less(config) or len(self.owner.choices) > 1 or "loss" in config.routes:
             return Refusal("for steps on every row and every token only")
-        if not isinstance(self.captured.batch, torch.SymInt):
+        paths = {entry.path for entry in self.captured.inputs}
+        padded = PADDING in paths
+        if not padded and POSITIONS not in paths:
+            return Refusal("there is no attention_mask, and no position_ids")
+        if padded and not isinstance(self.captured.batch, torch.SymInt):
             return Refusal("the captured batch has one row")
-        if not any(entry.path == PADDING for entry in self.captured.inputs):
-            return Refusal("there is no attention_mask")
         if config.unpad == "auto" and self.device.type != "cuda":
             return Refusal("attention of variable lengths needs CUDA")
         try:
-            route = self._derived("unpadded", config, passes_unpadded(), trains=True)
+            route = self._derived("unpadded", config, passes_unpadded(padded), trains=True)
         except CannotOptimize as error:
-            if config.unpad is True:
+            if config.unpad is True and padded:
                 raise
             return Refusal(error.reason)
-        most = MOST if config.unpad == "auto" else 1.0
-        unpadding = Unpadding(self.analysed, most, behind=config.padding == "right")
-        varlen = route.program.graph.find_nodes(
-            op="call_function", target=torch.ops.aten._flash_attention_forward.default
-        )
+        varlen = len(route.program.graph.find_nodes(op="call_function", target=VARLEN))
+        if not padded:
+            return Unpadded(route, Packing(self.analysed), varlen)
         if config.unpad == "auto" and not varlen:
             return Refusal("no attention of variable lengths: it needs bfloat16 or float16")
-        return Unpadded(route, unpadding, len(varlen))
+        most = MOST if config.unpad == "auto" else 1.0
+        return Unpadded(route, Unpadding(self.analysed, most, behind=config.padding == "right"), varlen)
 
     @property
     def variants(self) -> dict[str, Variant]:
@@ -235,10 +240,11 @@ class Plan:
 
 
 class Unpadded(NamedTuple):
-    """The program of a padded batch's real tokens, where those are, and how many attentions are of variable lengths."""
+    """The program that leaves out what no token sees, what it is given of a batch, and how many attentions are of
+    variable lengths."""
 
     route: Route
-    unpadding: Unpadding
+    batch: Unpadding | Packing
     varlen: int
 
 

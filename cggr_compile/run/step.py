@@ -167,12 +167,12 @@ class Step:
         return Given(self.plan, route.variant, tuple(route.added_inputs(sizes, amounts, generator, scores)))
 
     def _whole(self, plan: Plan, inputs: Sequence[Any]) -> Given:
-        """The code that runs a step on everything, or on the real tokens of a padded batch."""
+        """The code that runs a step on everything, or on all that some token sees."""
         unpadded = plan.unpadded
-        places = unpadded.unpadding.places(inputs) if isinstance(unpadded, Unpadded) else None
-        if places is None or not isinstance(unpadded, Unpadded):
+        added = unpadded.batch.added(inputs) if isinstance(unpadded, Unpadded) else None
+        if added is None or not isinstance(unpadded, Unpadded):
             return Given(self.plan, plan.unrouted, ())
-        return Given(self.plan, unpadded.route.variant, (places,))
+        return Given(self.plan, unpadded.route.variant, (added,))
 
     def _outputs(self, given: Given, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         with autograd.modes_kept(self.plan.device.type):

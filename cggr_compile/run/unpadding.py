@@ -41,7 +41,7 @@ class Unpadding:
         self._before: tuple[Arriving, int] | None = None
         self.last: tuple[int, int] | None = None
 
-    def places(self, inputs: Sequence[Any]) -> Tensor | None:
+    def added(self, inputs: Sequence[Any]) -> Tensor | None:
         """Where the real tokens of a batch are, flattened, then some padding up to a rung: int64 [T]. None where there
         is too little padding, or it has or predicts a label or is between tokens."""
         mask = inputs[self._padding] != 0
@@ -51,6 +51,9 @@ class Unpadding:
             found = self._tokens(*self._before)
         self.last = (mask.numel() if found is None else found, mask.numel())
         return None if found is None else torch.argsort(mask.flatten().logical_not(), stable=True)[:found]
+
+    def __str__(self) -> str:
+        return "no step yet" if self.last is None else "the last step computed {} of {} places".format(*self.last)
 
     def _figures(self, mask: Tensor, labels: Tensor) -> Tensor:
         """How many tokens are real, and how many things are wrong with the padding."""

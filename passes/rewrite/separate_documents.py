@@ -28,14 +28,13 @@ from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, Refusal
+from cggr_compile.ir import documents
 from cggr_compile.ir.builder import Builder
-from cggr_compile.ir.index_functions import IndexFunctions, axis, element_of
 from cggr_compile.ir.program import Analysed, Region, value
 from cggr_compile.ir.roles import quiet_region, token_argument
-from cggr_compile.ir.token_mixing import BATCH, KEY, QUERY, Attention, attentions
+from cggr_compile.ir.token_mixing import KEY, QUERY, Attention, attentions
 
 aten = torch.ops.aten
-_POSITIONS, _DOCUMENTS = "position_ids", "documents"
 _HINT = "pass position_ids that restart at every document and no attention_mask, as TRL's padding_free=True does"
 
 
@@ -51,7 +50,7 @@ def separate_documents(program: Analysed, config: RoutingConfig) -> Analysed:
             f"the model fixes the sequence length to {program.sequence} while it is traced",
             hint="the segment route needs it as a symbol; use route='sequence'",
         )
-    positions = token_argument(program, _POSITIONS)
+    positions = token_argument(program, documents.POSITIONS)
     if positions is None or value(positions).dtype != torch.int64:
         raise CannotOptimize("route='segment' and no position_ids [batch, sequence] of int64", hint=_HINT)
     refusal = _dependence(program, positions)
@@ -73,11 +72,7 @@ def separate_documents(program: Analysed, config: RoutingConfig) -> Analysed:
 
 def _dependence(program: Analysed, positions: fx.Node) -> Refusal | None:
     """Why a document may depend on another."""
-    functions = IndexFunctions(program.shape_env, {_POSITIONS: positions})
-    for node in program.graph.find_nodes(op="call_function", target=aten.cumsum.default):
-        if _numbers_documents(node, functions):
-            functions.name(node, _DOCUMENTS)
-    found = attentions(program, functions)
+    found = attentions(program, documents.functions_of(program, positions))
     if isinstance(found, Refusal):
         return Refusal(
             f"documents of a packed sequence are not proved to be independent: {found.reason}",
@@ -90,27 +85,7 @@ def _dependence(program: Analysed, positions: fx.Node) -> Refusal | None:
     return Refusal("the mask of an attention is not proved to keep documents apart", lets_through, _HINT)
 
 
-def _numbers_documents(node: fx.Node, functions: IndexFunctions) -> bool:
-    """Whether a node is `(diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)`."""
-    unequal = node.args[0]
-    if node.args[1] not in (1, -1) or getattr(unequal, "target", None) != aten.ne.Scalar or unequal.args[1] != 1:
-        return False
-    difference = unequal.args[0]
-    if difference.target != aten.diff.default or difference.args[1:3] not in ((1, 1), (1, -1)):
-        return False
-    counted, before = (functions.of(operand) for operand in (difference.args[0], difference.args[3]))
-    own = element_of(_POSITIONS, axis(0), axis(1))
-    ahead = element_of(_POSITIONS, axis(0), sympy.Integer(0)) - 1
-    return (
-        counted is not None
-        and before is not None
-        and counted.element == own
-        and before.element.subs(axis(1), 0) == ahead
-    )
-
-
 def _within_documents(attention: Attention) -> bool:
     """Whether a query sees itself, so that the mask decides, and none of another document."""
-    query, key = (element_of(_DOCUMENTS, BATCH, place) for place in (QUERY, KEY))
-    apart = any(condition in (sympy.Eq(query, key), sympy.Eq(key, query)) for condition in attention.seen)
+    apart = any(condition in documents.ONE for condition in attention.seen)
     return apart and all(condition.subs(KEY, QUERY) == sympy.true for condition in attention.seen)

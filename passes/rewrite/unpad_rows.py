@@ -1,7 +1,7 @@
 """Rebuilds the step of a padded batch [B, S] on its real tokens, one row behind the other in one sequence [1, T].
 
 What is done token by token then runs on T tokens, and on no padding. Attention stays within the rows: it is made by
-flash attention of variable lengths where that can run (`_runs_varlen`), and else under a mask [T, T]. Behind the real
+flash attention of variable lengths where that can run (`varlen.py`), and else under a mask [T, T]. Behind the real
 tokens come a few of the padding, so that T takes few values; nobody sees them, and their labels are ignored.
 
 That this is the step of the padded batch is proved, or the pass refuses: tokens meet in attention alone
@@ -24,12 +24,12 @@ After::
 
 from __future__ import annotations
 
-import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import sympy
 import torch
 from cggr_compile.passes.rewrite.shared import Rewrite, attention_with, fresh_size, own_labels, write_main_pass
+from cggr_compile.passes.rewrite.varlen import Reach, attend, reach_of, runs_varlen
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -38,7 +38,6 @@ from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors, carries_activations, clone, descendants
 from cggr_compile.ir.index_functions import IndexFunctions, element_of
 from cggr_compile.ir.program import Analysed, is_tensor, value
-from cggr_compile.ir.repeated_heads import unrepeated
 from cggr_compile.ir.roles import PADDING, main_roots, token_argument
 from cggr_compile.ir.sequence_order import is_pointwise, packet_of
 from cggr_compile.ir.token_mixing import (
@@ -49,7 +48,6 @@ from cggr_compile.ir.token_mixing import (
     Attention,
     argument,
     attentions,
-    bound,
     conditions,
     copies_of_tokens,
     only_the_loss_reads,
@@ -59,18 +57,8 @@ from cggr_compile.ir.token_mixing import (
 
 aten = torch.ops.aten
 PLACES = "places"
-_WIDEST_HEAD = 256
 _CONSTANTS = {aten.zeros.default, aten.ones.default, aten.full.default}
 _REAL = [sympy.Ne(element_of(PADDING, BATCH, place), 0) for place in (KEY, QUERY)]
-
-
-class Reach(NamedTuple):
-    """What a mask asks: how far ahead of the query a key may be and how far behind (None: any), and that it is a real
-    token."""
-
-    ahead: int | None
-    behind: int | None
-    real: bool
 
 
 def _refusal(reason: str, node: fx.Node | None = None) -> CannotOptimize:
@@ -134,9 +122,10 @@ def _proved(
     assert not isinstance(found, Refusal)
     reaches: dict[Attention, Reach] = {}
     for attention in found:
-        reach = _reach(attention.seen)
+        reach = reach_of(attention.seen, _REAL)
         # Where padding is promised to be behind, causal attention sees none.
-        if reach is None or not (reach.real or (config.padding == "right" and reach.ahead == 0)):
+        real = _REAL[0] in attention.seen
+        if reach is None or not (real or (config.padding == "right" and reach.ahead == 0)):
             raise _refusal("an attention is not proved to see real tokens alone", attention.node)
         reaches[attention] = reach
     terms, length = value(program.head.target).numel(), program.sequence
@@ -145,23 +134,6 @@ def _proved(
     if not only_the_loss_reads(program):
         raise _refusal("more than the loss depends on what the tokens become, padding included")
     return reaches
-
-
-def _reach(asked: tuple[Any, ...]) -> Reach | None:
-    """What conditions over BATCH, QUERY and KEY come to; None where they ask for anything else."""
-    ahead, behind = sympy.oo, sympy.oo
-    for condition in asked:
-        if condition == sympy.true or condition in _REAL:
-            continue
-        further, back = bound(condition, KEY, QUERY), bound(condition, QUERY, KEY)
-        if further is not None and further >= 0:
-            ahead = min(ahead, further)
-        elif back is not None and back >= 0:
-            behind = min(behind, back)
-        else:
-            return None
-    ahead, behind = (None if side is sympy.oo else int(side) for side in (ahead, behind))
-    return Reach(ahead, behind, real=_REAL[0] in asked)
 
 
 class _Batch:
@@ -196,8 +168,8 @@ class _Batch:
         query's row; its negation for the negation of one."""
         function = functions.of(node)
         assert function is not None
-        negated = _reach(conditions(function)) is None
-        reach = _reach(conditions(function, negated))
+        negated = reach_of(conditions(function), _REAL) is None
+        reach = reach_of(conditions(function, negated), _REAL)
         if reach is None:
             raise _refusal("a mask is not proved to ask for real tokens alone", node)
         return self._once(reach, negated, len(function.sizes))
@@ -333,65 +305,14 @@ def _attended(program: Analysed, batch: _Batch, lengths: dict[fx.Node, Reach]) -
         reach = lengths.get(node)
         if reach is None or node.target != ATTENTION:
             return None
-        if _runs_varlen(node):
+        if runs_varlen(node):
             if not ends:
                 builder.part = "gather"
                 ends.append(batch.ends())
                 builder.part = "main"
-            return _varlen(builder, program, batch, node, env, reach, ends[0])
+            return attend(builder, program, node, env, reach, ends[0], batch.length)
         if isinstance(argument(node, "attn_mask"), fx.Node):
             return None  # a substitute stands for the mask
         return attention_with(builder, node, env, {"attn_mask": batch.within(reach), "is_causal": False})
 
     return rewrite
-
-
-def _runs_varlen(node: fx.Node) -> bool:
-    """Whether torch's flash attention of variable lengths can run in the place of an attention [B, H, S, D]."""
-    found = value(node)
-    mask = argument(node, "attn_mask")
-    alike = {value(argument(node, name)).shape[-1] for name in ("query", "key", "value")}
-    return (
-        found.device.type == "cuda"
-        and found.dtype in (torch.float16, torch.bfloat16)
-        and found.dim() == 4
-        and len(alike) == 1
-        and next(iter(alike)) <= _WIDEST_HEAD
-        and next(iter(alike)) % 8 == 0
-        and not argument(node, "dropout_p")
-        and (mask is None or value(mask).dtype == torch.bool)
-    )
-
-
-def _varlen(
-    builder: Builder,
-    program: Analysed,
-    batch: _Batch,
-    node: fx.Node,
-    env: dict[fx.Node, fx.Node],
-    reach: Reach,
-    ends: fx.Node,
-) -> fx.Node:
-    """Attention by `aten._flash_attention_forward`, which takes grouped heads as they are: [1, H, T, D]."""
-    region, builder.region = builder.region, node.meta["cggr_region"]
-    key, held = (unrepeated(program, argument(node, name)) for name in ("key", "value"))
-    if key is None or held is None:
-        key, held = argument(node, "key"), argument(node, "value")
-    operands = []
-    for old in (argument(node, "query"), key, held):
-        new = builder.call(aten.transpose.int, builder.call(aten.select.int, env[old], 0, 0), 0, 1)
-        operands.append(
-            new if value(new).dtype == value(node).dtype else builder.call(aten.to.dtype, new, value(node).dtype)
-        )
-    behind, ahead = (-1 if side is None else side for side in (reach.behind, reach.ahead))
-    found = builder.call(
-        *(aten._flash_attention_forward.default, *operands, ends, ends, batch.length, batch.length),
-        *(0.0, (behind, ahead) == (-1, 0), False),
-        scale=argument(node, "scale"),
-        window_size_left=behind,
-        window_size_right=ahead,
-    )
-    attended = builder.call(operator.getitem, found, 0)
-    attended = builder.call(aten.unsqueeze.default, builder.call(aten.transpose.int, attended, 0, 1), 0)
-    builder.region = region
-    return attended

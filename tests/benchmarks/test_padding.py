@@ -15,7 +15,7 @@ def test_batches(arm: str) -> None:
     """Padded rows have padding behind the tokens without labels; packed ones are full of documents."""
     batch = padding.batch_of(arm, TINY, torch.Generator().manual_seed(0))
     ids, labels = batch["input_ids"], batch["labels"]
-    if arm in ("packed", "segment", "floor"):
+    if arm in ("packed", "documents", "compile_packed", "segment", "floor"):
         length = TINY.sequence * (1 if arm == "floor" else 4)
         assert ids.shape == (TINY.batch // 4, length)
         starts = batch["position_ids"] == 0

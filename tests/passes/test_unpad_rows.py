@@ -35,7 +35,7 @@ FAMILIES = ["llama", "mistral", "gemma3", "qwen3", "gpt2", "opt", "mixtral", "be
 
 def computed(step: plans.Routed) -> tuple[int, int]:
     """Of the last step, places that were computed and places of the batch."""
-    return step.plan.unpadded.unpadding.last
+    return step.plan.unpadded.batch.last
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,10 @@ def test_models_without_proof(llama: tuple[nn.Module, Program]) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"attention_mask": None}, "there is no attention_mask"), ({}, "the captured batch has one row")],
+    [
+        ({"attention_mask": None}, "there is no attention_mask, and no position_ids"),
+        ({}, "the captured batch has one row"),
+    ],
 )
 def test_batches_with_nothing_to_leave_out(changes: dict[str, Any], reason: str) -> None:
     eager = build("llama")
@@ -350,7 +353,7 @@ def test_options_that_do_not_go_together() -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "modernbert"])
 def test_attention_of_variable_lengths(name: str, inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and windows are told to it as the mask says them, and grouped heads are not repeated."""
-    monkeypatch.setattr(unpad_rows, "_runs_varlen", lambda node: True)
+    monkeypatch.setattr(unpad_rows, "runs_varlen", lambda node: True)
     eager = build(name)
     model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner=inner)
     with flash_on_the_cpu():

@@ -1,0 +1,135 @@
+"""`unpad` on packed batches: attention of variable lengths within documents is eager's attention under its mask."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from architectures import COMMON, VOCABULARY, build
+from cggr_compile.passes.rewrite import attend_documents
+from flash import flash_on_the_cpu
+from segment_oracle import packed
+from torch import nn
+from toys import WORDS, Toy
+
+import cggr_compile as cggr
+from cggr_compile.ir.program import value
+
+ROUNDING = oracle.rounding(COMMON["hidden_size"], COMMON["intermediate_size"], VOCABULARY, 64)
+BATCHES = [
+    [[3, 2, 4, 1, 3], [1, 1, 5, 2, 4], [6, 1, 1, 5]],
+    [[1] * 13, [13], [12, 1]],
+    [[9, 2, 9], [1, 18, 1]],
+]
+FAMILIES = ["llama", "mistral", "gemma3", "qwen3", "gpt2", "mixtral"]
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(attend_documents, "runs_varlen", lambda node: True)
+    with flash_on_the_cpu():
+        yield
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_each_document_attends_to_itself(name: str, inner: str, flash: None) -> None:
+    eager = build(name)
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner=inner)
+    for seed, lengths in enumerate(BATCHES):
+        batch = packed(lengths, seed, ignored=0.2)
+        oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+    layers = eager.config.num_hidden_layers
+    said = "attention within 6 documents in the last step; {} attentions of variable lengths"
+    assert model.cggr.report().unpadded == said.format(layers)
+
+
+def test_one_row_and_documents_that_begin_anywhere(flash: None) -> None:
+    """As padding_free batches are; a document may begin at any position, and also where positions jump."""
+    eager = build("llama")
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager")
+    for positions in ([0, 1, 2, 0, 1, 2, 3], [5, 6, 7, 8, 3, 4, 9], [0, 0, 0, 0, 0, 0, 0]):
+        batch = packed([[len(positions)]])
+        batch["position_ids"] = torch.tensor([positions])
+        oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+    assert "within 7 documents" in model.cggr.report().unpadded
+    ends = [node for node in model.cggr.runtime.plans[-1].unpadded.route.program.placeholders if node.name == "ends"]
+    assert [value(node).dtype for node in ends] == [torch.int32]
+
+
+class Packed(Toy):
+    """Attention whose mask the positions make, in some way."""
+
+    def __init__(self, mask: Any) -> None:
+        super().__init__()
+        self.mask = mask
+        self.positions = torch.zeros(0)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> tuple:
+        self.positions = position_ids
+        return super().forward(input_ids % WORDS, labels.where(labels < 0, labels % WORDS))
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        length = hidden.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        mask = self.mask(self.positions) & causal
+        return nn.functional.scaled_dot_product_attention(hidden[:, None], hidden[:, None], hidden[:, None], mask)[:, 0]
+
+
+def _apart(positions: torch.Tensor) -> torch.Tensor:
+    documents = (positions.diff(prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    return (documents[:, :, None] == documents[:, None, :])[:, None]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda positions: (positions[:, :, None] > positions[:, None, :])[:, None],
+        lambda positions: ~_apart(positions),
+        lambda positions: _apart(positions + positions),
+        lambda positions: _apart(positions) & (positions != 3)[:, None, None, :],
+        lambda positions: _apart(positions) | (positions == 0)[:, None, None, :],
+    ],
+)
+def test_other_masks_of_positions_stay(mask: Any, flash: None) -> None:
+    eager = Packed(mask)
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager")
+    batch = packed(BATCHES[0])
+    torch.testing.assert_close(oracle.step(model, batch), oracle.step(eager, batch), equal_nan=True)
+    assert model.cggr.report().unpadded.startswith("kept: no attention in bfloat16 or float16 on CUDA is proved")
+
+
+def test_the_toys_own_mask_goes(flash: None) -> None:
+    eager = Packed(_apart)
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager")
+    batch = packed(BATCHES[0])
+    oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+    assert "within 14 documents" in model.cggr.report().unpadded
+
+
+def test_off_a_gpu_the_mask_stays() -> None:
+    model = cggr.optimize(build("llama"), unpad=True, inner="eager")
+    oracle.step(model, packed(BATCHES[0]))
+    assert model.cggr.report().unpadded.startswith("kept: no attention in bfloat16 or float16 on CUDA")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{"inner": "eager"}, {"inner": "inductor"}, {"inner": "inductor", "cuda_graphs": True}]
+)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_on_a_gpu(name: str, options: dict[str, Any]) -> None:
+    """No further from fp32 than twice eager's own step in bf16."""
+    truth = build(name).cuda()
+    eager = copy.deepcopy(truth)
+    model = cggr.optimize(copy.deepcopy(truth), unpad="auto", **options)
+    for seed, lengths in enumerate([BATCHES[0], BATCHES[1], BATCHES[1], BATCHES[1]]):
+        batch = {key: tensor.cuda() for key, tensor in packed(lengths, seed).items()}
+        with torch.autocast("cuda", torch.bfloat16):
+            actual, same = oracle.step(model, batch), oracle.step(eager, batch)
+        oracle.assert_no_further(actual, same, oracle.step(truth, batch), times=2.0)
+    assert "attention within 16 documents" in model.cggr.report().unpadded
