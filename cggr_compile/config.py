@@ -24,6 +24,7 @@ COMPOSITIONS = (
     *(("depth", "sequence", "loss"), ("depth", "token", "loss")),
 )
 RESAMPLES = ("block", "layer")
+SKIPS = ("layers", "experts")
 SELECTING = ("selection", "dynamic_threshold", "warmup_steps", "dense_after_steps")
 WITHOUT_NOISE = 0.875
 """What `"auto"` keeps unless told otherwise, once it selects."""
@@ -94,6 +95,9 @@ class RoutingConfig(Schedule):
             trained, or `"random"`, the values that they have.
         first_layers, last_layers: token route: layers at either end that run on every token, at least 1 and 0.
         resample: token route: `"block"` selects once for all middle layers, `"layer"` for each of them.
+        skip: token route: what the other tokens skip. `"layers"`: the middle layers; `"experts"`: only the experts of a
+            mixture in the middle layers (null routing), while attention, shared experts and dense MLPs run on every
+            token. Where no middle layer has experts that `fuse_experts` recognises, it raises `CannotOptimize`.
         allow_compressed_recurrence: token route: let convolutions, scans and shifts of the middle layers run on the
             kept tokens as if these were neighbours; without it they raise `CannotOptimize`.
         inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
@@ -152,6 +156,7 @@ class RoutingConfig(Schedule):
     first_layers: int = 1
     last_layers: int = 1
     resample: str = "block"
+    skip: str = "layers"
     allow_compressed_recurrence: bool = False
     inner: str = "auto"
     outline_layers: bool | str = "auto"
@@ -246,6 +251,7 @@ class RoutingConfig(Schedule):
             if not is_int(getattr(self, name), least):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not an integer of at least {least}")
         choice("resample", self.resample, RESAMPLES)
+        self._check_skip()
         route = next((route for route in ("token", "segment") if route in self.routes), None)
         if route is None:
             return
@@ -264,6 +270,18 @@ class RoutingConfig(Schedule):
             raise ConfigError(
                 f"resample='layer' with selection={self.selection!r} would select the same tokens for every layer; "
                 "use resample='block', or selection='random' or 'trimmed'"
+            )
+
+    def _check_skip(self) -> None:
+        choice("skip", self.skip, SKIPS)
+        if self.skip == "layers":
+            return
+        if "token" not in self.routes:
+            raise ConfigError(f"skip={self.skip!r} is for the token route, not route={self.route!r}; use route='token'")
+        if "fuse_experts" in self.disable_passes:
+            raise ConfigError(
+                f"skip={self.skip!r} with disable_passes={self.disable_passes!r}: experts that are not fused take no "
+                "selection; leave 'fuse_experts' in"
             )
 
     def _check_whole_rows(self) -> None:

@@ -36,6 +36,7 @@ from cggr_compile.passes.rewrite.select_loss import select_loss
 from cggr_compile.passes.rewrite.select_rows import select_rows
 from cggr_compile.passes.rewrite.select_tokens import select_tokens
 from cggr_compile.passes.rewrite.separate_documents import separate_documents
+from cggr_compile.passes.rewrite.skip_experts import skip_experts
 from cggr_compile.passes.rewrite.take_scores import take_scores
 from cggr_compile.passes.rewrite.truncate_layers import truncate_layers
 from cggr_compile.passes.rewrite.unpad_rows import unpad_rows
@@ -110,9 +111,11 @@ def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass,
         passes.append(take_scores)
     elif rule_of(config.selection).needs_scores:
         passes += _scoring(config)
+    skips = config.skip == "experts"
     for route in config.routes:
-        passes += ROUTES[route]
-    return (*passes, *_LOWERED)
+        passes += [select_tokens] if skips and route == "token" else ROUTES[route]
+    # Behind fusing: the operator is what takes a mask.
+    return (*passes, mask_loss, fuse_experts, *((skip_experts,) if skips else ()), lower_kernels)
 
 
 def routable(program: Program, config: RoutingConfig) -> bool:

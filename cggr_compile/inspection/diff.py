@@ -23,6 +23,7 @@ from cggr_compile.inspection.wording import (
     formula,
     layer_range,
     middle_text,
+    others_text,
     schedule_text,
     score_text,
     tail_text,
@@ -134,9 +135,12 @@ class Diff:
             resized = sum(line.text != line.key for line in lines if line.part == "main")
             yield f"~ main pass: {self._size} → k in {resized:,} nodes"
         if self.plan.program.routing.shortened:
-            resized = sum(line.text != line.key for line in lines if line.part == "middle")
-            layers = middle_text(config.first_layers, config.last_layers, len(self.plan.analysed.stack))
-            yield f"~ {layers}: S → k in {resized:,} nodes; the other tokens pass on the residual"
+            options = self.report.config
+            resized = f"{sum(line.text != line.key for line in lines if line.part == 'middle'):,} nodes"
+            if config.skip == "experts":
+                resized = f"{len(self.plan.program.routing.shortened)} of cggr.grouped_mlp"
+            layers = middle_text(options, len(self.plan.analysed.stack))
+            yield f"~ {layers}: S → k in {resized}; {others_text(options)}"
         logits = "logits kept" if config.keep_logits else "no logits"
         rows = " on the kept tokens" if self.plan.program.routing.loss_rows is not None else ""
         operator = next(name for name, _ in self.plan.program.routing.providers if name.endswith("_loss"))

@@ -33,6 +33,7 @@ _ROUTES = {
     "token": ("gather", "positions [B, k]", "S → k = {k}", "middle layers"),
     "loss": ("", "token indices [k]", "", ""),
 }
+_SKIPPED = ("mask", "positions [B, k]", "S → k = {k}", "middle experts")
 
 
 def figure(report: Report) -> str:
@@ -48,7 +49,7 @@ def figure(report: Report) -> str:
         drawn = [batch, main, loss, _arrow("M112 131 H206 V201 H298"), _arrow("M562 201 H604")]
         return _svg("One row: the step is not routed", drawn)
     route, amount = next(iter(report.amounts.items()))
-    name, unit, changed, given = _ROUTES[route]
+    name, unit, changed, given = _SKIPPED if config["skip"] == "experts" else _ROUTES[route]
     gather = _box(150, _BOTTOM, 110, name, [changed.format(k=amount.kept), given], "pick")
     select = _box(606, _TOP, 146, f"select: {report.selection}", [_kept_text(report), f"sorted {unit}"], "pick")
     drawn = [batch, main, loss, _arrow("M562 201 H604"), select]
@@ -79,7 +80,7 @@ def _main_text(report: Report, layers: int) -> str:
     if "segment" in report.amounts:
         return f"{name} on k = {report.amounts['segment'].kept} tokens"
     if "token" in report.amounts:
-        short = middle_text(report.config["first_layers"], report.config["last_layers"], layers)
+        short = middle_text(report.config, layers)
         return f"{short} on k = {report.amounts['token'].kept} tokens"
     return f"{name} on every row"
 

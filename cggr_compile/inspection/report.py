@@ -32,6 +32,7 @@ from cggr_compile.inspection.wording import (
     kept_text,
     layer_range,
     middle_text,
+    others_text,
     schedule_text,
     score_text,
     tail_text,
@@ -68,7 +69,7 @@ class Report:
         parts: nodes of each part of the rewritten graph.
         amounts: for each route, what it keeps of the captured batch once warm-up is over: kept, of how many.
         gathered: inputs reduced to the kept rows or documents, with the dimension.
-        shortened: what the token route's middle layers read for the kept tokens, and how.
+        shortened: what the token route's middle layers, or their experts, read for the kept tokens, and how.
         providers: implementation chosen for each operator, or several for the places where it is called.
         passed_over: for operators left to the reference, the other providers and why they cannot run.
         passes: in order of execution.
@@ -281,8 +282,7 @@ class Report:
     def _middle(self) -> str:
         assert self.stack is not None
         each = ", each with a selection of its own" if self.config["resample"] == "layer" else ""
-        dense = self.config["first_layers"], self.config["last_layers"]
-        return f"{middle_text(*dense, self.stack.layers)}{each}; the other tokens pass on the residual"
+        return f"{middle_text(self.config, self.stack.layers)}{each}; {others_text(self.config)}"
 
     def _cost(self) -> list[tuple[str, str]]:
         c = self.cost

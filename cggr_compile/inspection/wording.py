@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cggr_compile.ir.amounts import Amount
 
@@ -49,10 +50,16 @@ def _until(until: float | None) -> str:
     return "model.cggr.grow()" if until is None else f"step {until}" if until >= 1 else f"{until:.0%} of all steps"
 
 
-def middle_text(first_layers: int, last_layers: int, layers: int) -> str:
-    """`layers 1–28 of 30`: the layers of the token route that run on the kept tokens."""
-    first, last = first_layers, layers - last_layers - 1
-    return f"layer {first} of {layers}" if first == last else f"layers {first}–{last} of {layers}"
+def middle_text(config: Mapping[str, Any], layers: int) -> str:
+    """`layers 1–28 of 30`, or `experts of layers 1–28 of 30`: what runs on the kept tokens on the token route."""
+    first, last = config["first_layers"], layers - config["last_layers"] - 1
+    text = f"layer {first} of {layers}" if first == last else f"layers {first}–{last} of {layers}"
+    return f"experts of {text}" if config["skip"] == "experts" else text
+
+
+def others_text(config: Mapping[str, Any]) -> str:
+    """What the other tokens do on the token route."""
+    return f"the other tokens {'skip these' if config['skip'] == 'experts' else 'pass on the residual'}"
 
 
 def score_text(route: str | tuple[str, ...] | list[str]) -> str:

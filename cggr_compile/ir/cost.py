@@ -10,7 +10,8 @@ The cost model, with φ = n / L, η = head / body, κ = the router's head / the 
 costs 3 (1 + η) bodies (backward = 2 × forward), a routed one m times that, and the router c more. So the router makes a
 step ω = 1 + c / (3 m (1 + η)) times as expensive as one on equally many random rows or tokens. m is the fraction r of
 the rows (sequence route); what the forward costs with the middle layers counted at k tokens a sequence, attention's
-square included (token route); or with r of the head (loss route).
+square included (token route), or with r of the grouped products of their experts alone (`skip="experts"`); or with r of
+the head (loss route).
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ _META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one forward on the captured batch; `uncounted`: operators that could not be run, how often."""
+    """FLOPs of one forward on the captured batch; `experts` are the grouped products of each layer; `uncounted`:
+    operators that could not be run, how often."""
 
     layers: tuple[int, ...]
+    experts: tuple[int, ...]
     head: int
     rest: int
     uncounted: tuple[tuple[str, int], ...]
@@ -131,8 +134,13 @@ def _main_share(analysed: Analysed, flops: Flops, ratio: float, config: RoutingC
     if "segment" in config.routes:
         return count(analysed, _short_sizes(analysed, ratio)).total / flops.total
     if "token" in config.routes and analysed.layers is not None:
-        short = count(analysed, _short_sizes(analysed, ratio)).layers
-        body = sum(short[i] if i in middle_layers(analysed, config) else whole for i, whole in enumerate(flops.layers))
+        middle = middle_layers(analysed, config)
+        if config.skip == "experts":
+            length = hint(analysed.sequence)
+            body -= sum(flops.experts[i] for i in middle) * (1 - kept_of(ratio, length) / length)
+        else:
+            short = count(analysed, _short_sizes(analysed, ratio)).layers
+            body = sum(short[i] if i in middle else whole for i, whole in enumerate(flops.layers))
     if "loss" in config.routes:
         head *= ratio
     share = (body + head + flops.rest) / flops.total
@@ -157,7 +165,7 @@ def count(analysed: Analysed, sizes: Mapping[Any, int] | None = None) -> Flops:
     belongs to layer i if residual i is computed from it through the stream of activations and residual i - 1 is not, to
     the head if it is the head's linear, else to the rest."""
     counter = _Counter(analysed, sizes or {})
-    layers = [0] * len(analysed.layers or ())
+    layers, experts = ([0] * len(analysed.layers or ()) for _ in range(2))
     owner = _owners(analysed)
     head = rest = 0
     for node in analysed.graph.nodes:
@@ -168,9 +176,10 @@ def count(analysed: Analysed, sizes: Mapping[Any, int] | None = None) -> Flops:
             head += flops
         elif node in owner:
             layers[owner[node]] += flops
+            experts[owner[node]] += flops if operator_of(node) in _GROUPED_PRODUCTS else 0
         else:
             rest += flops
-    return Flops(tuple(layers), head, rest, tuple(sorted(counter.uncounted.items())))
+    return Flops(tuple(layers), tuple(experts), head, rest, tuple(sorted(counter.uncounted.items())))
 
 
 def _owners(analysed: Analysed) -> dict[fx.Node, int]:

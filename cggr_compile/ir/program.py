@@ -125,8 +125,9 @@ class Layers:
 
 @dataclass(frozen=True)
 class Shortened:
-    """A value that the middle layers read on the kept tokens only: `name` and `shape` of the captured value, the
-    dimensions it was gathered along (none where it was recomputed for k tokens), and why, in words."""
+    """A value that the middle layers, or their experts, read on the kept tokens only: `name` and `shape` of the
+    captured value, the dimensions it was gathered along (none where it was recomputed for k tokens), and why, in words.
+    """
 
     name: str
     shape: str
@@ -163,7 +164,7 @@ class Routing:
     `kept` and `rows` are the sequence route's, `kept_tokens` and `positions` the token route's and the segment
     route's, whose own are `documents` and `documents_kept`; `kept_loss`, `loss_rows` and `loss_weights` are the loss
     route's. `gathered` lists the inputs that the sequence or segment route gathered, `shortened` what the token route's
-    middle layers read.
+    middle layers, or their experts, read.
 
     `quantized` is None where the router's products are exact.
 

@@ -37,8 +37,8 @@ METRICS: dict[str, str] = {
     "mean_confidence": "mean over the counted tokens of the router's largest probability, with dynamic_threshold only",
     "auto_selects": "1 where selection='auto' selects rows, 0 where every row trains",
     "auto_tail": "what that goes by: the upper over the lower tail of the scores; absent before enough are known",
-    "token_kept_ratio": "share of each sequence's tokens that the middle layers ran on, or that are of kept documents; "
-    "token and segment route only",
+    "token_kept_ratio": "share of each sequence's tokens that the middle layers, or their experts, ran on, or that are "
+    "of kept documents; token and segment route only",
     "documents_total": "documents with counted tokens; segment route only, as what follows, where it selects",
     "documents_selected": "documents that trained",
     "documents_too_long": "documents of more than k tokens, which never train at this ratio",

@@ -163,7 +163,10 @@ class Step:
             return self._whole(plan, inputs)
         route = plan.route if scores is None else plan.with_scores(self.runtime.in_force)
         sizes = sizes_of(route.program, *plan.sizes(inputs), amounts)
-        plan.branches.refuse_other_side(route.program.layers, plan.symbols.of(inputs), amounts)
+        # Layers whose experts skip tokens run on whole sequences.
+        whole = ("token",) if self.runtime.in_force.skip == "experts" else ()
+        resized = {name: amount for name, amount in amounts.items() if name not in whole}
+        plan.branches.refuse_other_side(route.program.layers, plan.symbols.of(inputs), resized)
         return Given(self.plan, route.variant, tuple(route.added_inputs(sizes, amounts, generator, scores)))
 
     def _whole(self, plan: Plan, inputs: Sequence[Any]) -> Given:

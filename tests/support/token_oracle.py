@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import oracle
@@ -126,6 +127,27 @@ def step(
     finally:
         namespace["load_balancing_loss_func"] = original
     return loss, renamed(gradients)
+
+
+def skipping(model: nn.Module, architecture: Architecture, middle: range, positions: torch.Tensor) -> nn.Module:
+    """A copy of which the experts of the `middle` layers run on the tokens at `positions` ([B, k], or [layers, B, k], one
+    for each) alone: for the others they give 0."""
+    model = copy.deepcopy(model)
+    layers = model.get_submodule(architecture.layers)
+    for place, index in enumerate(middle):
+        experts = getattr(layers[index].mlp, "experts", None)
+        if experts is not None:
+            experts.forward = partial(_of_some, experts.forward, positions[place] if positions.dim() == 3 else positions)
+    return model
+
+
+def _of_some(
+    experts: Callable[..., torch.Tensor], positions: torch.Tensor, hidden: torch.Tensor, *choices: torch.Tensor
+) -> torch.Tensor:
+    """Experts of tokens [B · S, D], called with those at the positions only."""
+    length = len(hidden) // len(positions)
+    some = (positions + length * torch.arange(len(positions)).unsqueeze(1)).flatten()
+    return torch.zeros_like(hidden).index_put((some,), experts(hidden[some], *(choice[some] for choice in choices)))
 
 
 def expected_positions(
