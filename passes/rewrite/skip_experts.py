@@ -78,8 +78,9 @@ def _experts(program: Analysed, middle: range) -> dict[fx.Node, int]:
                 )
             found[node] = index
     if not found:
+        text = f"layers {middle[0]}–{middle[-1]}" if len(middle) > 1 else f"layer {middle[0]}"
         raise CannotOptimize(
-            f"skip='experts', and no experts were found in layers {middle[0]}–{middle[-1]} of {len(residuals)}",
+            f"skip='experts', and no experts were found in {text} of {len(residuals)}",
             hint="it takes a mixture whose experts fuse_experts recognises (experts_implementation='grouped_mm'; "
             "lower first_layers or last_layers where such layers are there), or use skip='layers'",
         )

@@ -20,6 +20,7 @@ import oracle
 import torch
 from architectures import Architecture
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def take(x: torch.Tensor, positions: torch.Tensor, *dims: int) -> torch.Tensor:
@@ -130,24 +131,33 @@ def step(
 
 
 def skipping(model: nn.Module, architecture: Architecture, middle: range, positions: torch.Tensor) -> nn.Module:
-    """A copy of which the experts of the `middle` layers run on the tokens at `positions` ([B, k], or [layers, B, k], one
-    for each) alone: for the others they give 0."""
+    """A copy whose `middle` layers call their experts with the tokens at `positions` alone ([B, k], or [layers, B, k],
+    one for each layer); for the others these give 0."""
     model = copy.deepcopy(model)
     layers = model.get_submodule(architecture.layers)
     for place, index in enumerate(middle):
-        experts = getattr(layers[index].mlp, "experts", None)
-        if experts is not None:
-            experts.forward = partial(_of_some, experts.forward, positions[place] if positions.dim() == 3 else positions)
+        own = positions[place] if positions.dim() == 3 else positions
+        for name, experts in layers[index].named_modules():
+            if name.endswith(".experts"):
+                experts.forward = partial(_of_some, experts.forward, own)
     return model
 
 
 def _of_some(
     experts: Callable[..., torch.Tensor], positions: torch.Tensor, hidden: torch.Tensor, *choices: torch.Tensor
 ) -> torch.Tensor:
-    """Experts of tokens [B · S, D], called with those at the positions only."""
     length = len(hidden) // len(positions)
     some = (positions + length * torch.arange(len(positions)).unsqueeze(1)).flatten()
     return torch.zeros_like(hidden).index_put((some,), experts(hidden[some], *(choice[some] for choice in choices)))
+
+
+class StableSorts(TorchFunctionMode):
+    """While it holds, sorts keep equal entries in order: an expert's tokens, over which the gradients of its tables add
+    up, are then in one order whether other tokens are sorted along or not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        stable = {"stable": True} if func in (torch.sort, torch.Tensor.sort) else {}
+        return func(*args, **{**(kwargs or {}), **stable})
 
 
 def expected_positions(
