@@ -153,6 +153,15 @@ def test_rows_of_no_expert_of_a_rank_are_dropped() -> None:
 
 
 @pytest.mark.long
+def test_a_checkpointed_layer_stays_one() -> None:
+    model, batch = made("gpt_oss"), token_batch(4, 9)
+    model.gradient_checkpointing_enable()
+    routed = Routed(model, captured(model, batch), ratio=1.0, selection="random")
+    assert_equal(routed.step(batch), eager_step(model, batch))
+    assert fused(routed) == COUNTS["gpt_oss"]
+
+
+@pytest.mark.long
 def test_bfloat16_and_a_router_of_its_own() -> None:
     model, batch = made("mixtral").bfloat16(), token_batch(4, 9)
     routed = Routed(model, captured(model, batch), router_layers=1)
