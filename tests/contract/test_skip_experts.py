@@ -30,7 +30,7 @@ from cggr_compile.ir.program import Program
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "long"
 SKIP: dict[str, Any] = {"route": "token", "skip": "experts", "router_layers": 1}
-LAYERS, CHOICES, DENSE = 5, 2, 2
+LAYERS, CHOICES, DENSE = 4, 2, 2
 """Layers, choices of each token, and the layer without experts."""
 
 EXPERTS = {**GROUPED, "num_hidden_layers": LAYERS, "num_experts_per_tok": CHOICES}
@@ -46,7 +46,8 @@ class Layer(nn.Module):
         self.mlp = mlp
 
     def forward(self, hidden: Tensor, real: Tensor) -> Tensor:
-        hidden = hidden + (hidden * real).cumsum(1) / real.cumsum(1).clamp(min=1)
+        if hidden.shape[1] > 2:  # every token gets here, however few are kept
+            hidden = hidden + (hidden * real).cumsum(1) / real.cumsum(1).clamp(min=1)
         return hidden + self.mlp(hidden)
 
 
@@ -105,7 +106,7 @@ def assert_equal(
 
 @settings(max_examples=200 if LONG else 8)
 @given(
-    lengths=st.lists(st.integers(2, 12), min_size=2, max_size=5),
+    lengths=st.lists(st.integers(3, 12), min_size=2, max_size=5),
     side=st.sampled_from(["left", "right"]),
     ignored=st.sampled_from([0.0, 0.6]),
     seed=st.integers(0, 2**16),
@@ -126,9 +127,9 @@ def test_contract(routed: plans.Routed, lengths: list[int], side: str, ignored: 
 @pytest.mark.parametrize(
     ("middle", "options"),
     [
-        (range(1, 4), {"selection": "random", "resample": "layer", "seed": 3}),
-        (range(3, 5), {"first_layers": 3, "last_layers": 0, "scoring": "entropy"}),
-        (range(1, 5), {"last_layers": 0, "selection": "trimmed", "selection_options": {"epsilon": 0.5}}),
+        (range(1, 4), {"selection": "random", "resample": "layer", "last_layers": 0, "seed": 3}),
+        (range(3, 4), {"first_layers": 3, "last_layers": 0, "scoring": "entropy"}),
+        (range(1, 4), {"last_layers": 0, "selection": "trimmed", "selection_options": {"epsilon": 0.5}}),
     ],
 )
 def test_options(captured: tuple[nn.Module, Program], middle: range, options: dict[str, Any]) -> None:
@@ -164,33 +165,33 @@ class Pairs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_products_are_of_kept_pairs_only(captured: tuple[nn.Module, Program]) -> None:
-    routed, batch = plans.Routed(*captured, **SKIP, ratio=0.25, selection="random"), token_batch(6, 12)
+def test_products_are_of_kept_pairs_only(routed: plans.Routed) -> None:
     with Pairs() as pairs:
-        routed.step(batch)
+        routed.at(0.25).step(token_batch(6, 12))
     every, kept = 6 * 12 * CHOICES, 6 * 3 * CHOICES
-    assert pairs.counts == [every, every, kept, kept, kept, kept, every, every]  # two products in each of four layers
+    assert pairs.counts == [every, every, every, every, kept, kept, every, every]  # two of the router and each layer
 
 
-def test_report_diff_and_figure_say_what_is_skipped(captured: tuple[nn.Module, Program]) -> None:
-    routed = plans.Routed(*captured, **SKIP, ratio=0.25)
+def test_report_diff_and_figure_say_what_is_skipped(routed: plans.Routed) -> None:
+    routed.at(0.25)
     report, diff = Report.of(routed.runtime), Diff.of(routed.runtime)
-    assert "experts of layers 1–3 of 5; the other tokens skip these" in str(report)
-    assert [entry.why for entry in report.shortened] == [f"read by the experts of layer {layer}" for layer in (1, 3)]
-    assert all(any(f"%{entry.name}:" in row.text for row in diff.rows()) for entry in report.shortened)
-    assert "~ experts of layers 1–3 of 5: S → k in 2 of cggr.grouped_mlp; the other tokens skip these" in diff.summary()
+    assert "experts of layers 1–2 of 4; the other tokens skip these" in str(report)
+    (entry,) = report.shortened
+    assert entry.why == "read by the experts of layer 1"
+    assert any(f"%{entry.name}:" in row.text for row in diff.rows())
+    assert "~ experts of layers 1–2 of 4: S → k in 1 of cggr.grouped_mlp; the other tokens skip these" in diff.summary()
     assert diff.op_counts()["skip_experts"]["aten.scatter"][1] == 1
-    assert "experts of layers 1–3 of 5 on k = 3 tokens" in figure(report)
-    # In two layers the pairs of 72 tokens are multiplied with tables of 32 × 32 and 32 × 16 numbers: a quarter is left.
-    saved = 2 * (2 * 72 * CHOICES * (32 * 32 + 32 * 16)) * 3 / 4
+    assert "experts of layers 1–2 of 4 on k = 3 tokens" in figure(report)
+    # The pairs of 72 tokens are multiplied with tables of 32 × 32 and 32 × 16 numbers: a quarter is left.
+    saved = 2 * 72 * CHOICES * (32 * 32 + 32 * 16) * 3 / 4
     assert (1 - report.cost.random_ratio) * report.cost.forward_flops == pytest.approx(saved)
 
 
 def test_refusals(captured: tuple[nn.Module, Program]) -> None:
-    with pytest.raises(cggr.CannotOptimize, match="no experts were found in layer 2 of 5") as caught:
+    with pytest.raises(cggr.CannotOptimize, match="no experts were found in layer 2 of 4") as caught:
         plans.Routed(*captured, **SKIP, first_layers=DENSE, last_layers=LAYERS - DENSE - 1)
     assert caught.value.hint
-    with pytest.raises(cggr.CannotOptimize, match=r"layers 1–3 mix tokens by their places: aten\.cumsum"):
+    with pytest.raises(cggr.CannotOptimize, match=r"layers 1–2 mix tokens by their places: aten\.cumsum"):
         plans.Routed(*captured, **{**SKIP, "skip": "layers"})
     with pytest.raises(cggr.ConfigError, match="skip='experts' is for the token route, not route='sequence'"):
         cggr.RoutingConfig(skip="experts")
@@ -220,8 +221,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "checkpointed"), [*((name, False) for name in FAMILIES), ("deepseek_v3", True), ("gpt_oss", True)]
+)
 def test_families(name: str, checkpointed: bool) -> None:
     """Models of transformers, with the loss that balances experts where they have one, also checkpointed."""
     architecture = Architecture(name, FAMILIES[name], "model.layers")
@@ -246,15 +248,14 @@ def test_families(name: str, checkpointed: bool) -> None:
     ],
 )
 def test_compiled_and_by_other_providers(options: dict[str, Any]) -> None:
-    """Within rounding, over two shapes; evaluation is the plain model."""
-    eager = mixture()
+    """Within rounding; evaluation is the plain model."""
+    eager, batch = mixture(), token_batch()
     model = cggr.optimize(copy.deepcopy(eager), **{**SKIP, "inner": "eager", **options})
-    for batch in (token_batch(), token_batch(9, 14, seed=2)):
-        actual = oracle.step(model, batch)
-        positions = token_oracle.expected_positions(eager, MIXTURE, batch, 0.5, 1)
-        assert torch.equal(model.cggr.selected, positions)
-        short = token_oracle.skipping(eager, MIXTURE, range(1, LAYERS - 1), positions)
-        oracle.assert_step_within(1e-5, *actual, *oracle.step(short, batch))
+    actual = oracle.step(model, batch)
+    positions = token_oracle.expected_positions(eager, MIXTURE, batch, 0.5, 1)
+    assert torch.equal(model.cggr.selected, positions)
+    short = token_oracle.skipping(eager, MIXTURE, range(1, LAYERS - 1), positions)
+    oracle.assert_step_within(1e-5, *actual, *oracle.step(short, batch))
     with torch.no_grad():
         assert torch.equal(model.eval()(**batch).logits, eager.eval()(**batch).logits)
 

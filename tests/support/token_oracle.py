@@ -20,7 +20,7 @@ import oracle
 import torch
 from architectures import Architecture
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def take(x: torch.Tensor, positions: torch.Tensor, *dims: int) -> torch.Tensor:
@@ -151,13 +151,15 @@ def _of_some(
     return torch.zeros_like(hidden).index_put((some,), experts(hidden[some], *(choice[some] for choice in choices)))
 
 
-class StableSorts(TorchFunctionMode):
+class StableSorts(TorchDispatchMode):
     """While it holds, sorts keep equal entries in order: an expert's tokens, over which the gradients of its tables add
     up, are then in one order whether other tokens are sorted along or not."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        stable = {"stable": True} if func in (torch.sort, torch.Tensor.sort) else {}
-        return func(*args, **{**(kwargs or {}), **stable})
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.sort.default:
+            named = dict(zip(("dim", "descending"), args[1:], strict=False))
+            return torch.ops.aten.sort.stable(args[0], stable=True, **named, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def expected_positions(
