@@ -1,4 +1,4 @@
-"""Selects the tokens of each sequence that the middle layers run on.
+"""Selects the tokens of each sequence that the middle layers, or their experts alone, run on.
 
 A token is selectable if it is a real one (`attention_mask`, of any dtype, is not 0 there), whether its label counts or
 not: a prompt token carries context. Its score is that of the prediction made at its position, and 0, the lowest of

@@ -123,6 +123,17 @@ def test_contract(routed: plans.Routed, lengths: list[int], side: str, ignored: 
     assert torch.equal(routed.selected, positions)
 
 
+def test_with_sorts_as_they_are_only_gradients_of_tables_round(routed: plans.Routed) -> None:
+    batch = token_batch()
+    loss, gradients = routed.at(0.5).step(batch)
+    short = token_oracle.skipping(routed.model, MIXTURE, range(1, LAYERS - 1), routed.selected)
+    expected = oracle.step(short, batch)
+    oracle.assert_step_within(oracle.rounding(batch["input_ids"].numel()), loss, gradients, *expected)
+    exact, own = ({n: g for n, g in each.items() if "1.mlp.experts" not in n} for each in (expected[1], gradients))
+    assert len(exact) == len(gradients) - 2
+    oracle.assert_same_step(loss, own, expected[0], exact)
+
+
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("middle", "options"),
