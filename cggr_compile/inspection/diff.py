@@ -135,12 +135,11 @@ class Diff:
             resized = sum(line.text != line.key for line in lines if line.part == "main")
             yield f"~ main pass: {self._size} → k in {resized:,} nodes"
         if self.plan.program.routing.shortened:
-            options = self.report.config
-            resized = f"{sum(line.text != line.key for line in lines if line.part == 'middle'):,} nodes"
-            if config.skip == "experts":
-                resized = f"{len(self.plan.program.routing.shortened)} of cggr.grouped_mlp"
+            options, nodes = self.report.config, f"{len(self.plan.program.routing.shortened)} of cggr.grouped_mlp"
+            if config.skip == "layers":
+                nodes = f"{sum(line.text != line.key for line in lines if line.part == 'middle'):,} nodes"
             layers = middle_text(options, len(self.plan.analysed.stack))
-            yield f"~ {layers}: S → k in {resized}; {others_text(options)}"
+            yield f"~ {layers}: S → k in {nodes}; {others_text(options)}"
         logits = "logits kept" if config.keep_logits else "no logits"
         rows = " on the kept tokens" if self.plan.program.routing.loss_rows is not None else ""
         operator = next(name for name, _ in self.plan.program.routing.providers if name.endswith("_loss"))
