@@ -122,7 +122,7 @@ def main(
     regime: Annotated[list[str] | None, typer.Option(help="clean, repeats, noise, dirty; repeatable.")] = None,
     seconds: Annotated[list[float] | None, typer.Option(help="Budget; repeatable.")] = None,
     seeds: int = 5,
-    size: Annotated[str, typer.Option(help="Of a fresh model: 55M, 135M or tiny.")] = "55M",
+    size: Annotated[str, typer.Option(help="Of a fresh model: 55M, 135M, 1M or tiny.")] = "55M",
     length: int = 512,
     schedule: Annotated[str, typer.Option(help="Of the learning rate: linear or wsd.")] = "linear",
     weights: Annotated[Path | None, typer.Option(help="Folder of a GGUF file to start from.")] = None,
@@ -186,7 +186,7 @@ def _check(runs: list[Run], fresh: bool) -> None:
                 raise typer.BadParameter(f"{name}: got {getattr(run, name)!r}, expected one of {', '.join(values)}")
 
 
-QUICK = {"linear": ["trimmed@0.5x4", "oracle@0.5x4", "small=2x4"], "wsd": ["defaultx4"]}
+QUICK = {"linear": ["trimmed@0.5x4", "oracle@0.5x4", "loader@0.5x4", "small=2x4"], "wsd": ["defaultx4"]}
 
 
 def _quick() -> None:

@@ -12,6 +12,8 @@ peak learning rate, and how deep the model is at first. Names:
   losses of the
   rows, which cost nothing: the clock stands still).
 * `token-RULE`, `loss-RULE`: the other routes.
+* `loader`: every row of what `FilteredLoader` lets through, the hardest by a `NanoRouter` that was fitted to the losses
+  of a reference model as that of `excess`; both cost nothing, the router's scores in the loop do.
 
 `+depth=3:0.5:copy` trains the first 3 layers for half of the seconds, then the whole model, grown by "copy" (which is
 the default) or "random". It goes with `all` and with rules, but not with `shuffled` and `oracle`.
@@ -35,6 +37,8 @@ RATIO, BATCH, RATE = 0.5, 32, 1.5e-3
 """Of an arm that does not say."""
 SCORED_AT_ONCE = 16
 """Rows whose logits the oracle holds at a time."""
+
+FILTERED = "loader"
 
 _NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
 _FORM = re.compile(
@@ -103,8 +107,8 @@ class Arm:
 
     def _problem(self, ratio_given: bool) -> str | None:
         route, rule = self.route_and_rule
-        if self.name not in WHOLE and (rule not in RULES or route not in ("", "token", "loss")):
-            return f"{self.name!r} is none of {', '.join((*WHOLE, *RULES))}, token-RULE, loss-RULE"
+        if self.name not in (*WHOLE, FILTERED) and (rule not in RULES or route not in ("", "token", "loss")):
+            return f"{self.name!r} is none of {', '.join((*WHOLE, FILTERED, *RULES))}, token-RULE, loss-RULE"
         if route and rule in SCORED_OUTSIDE:
             return f"{rule!r} gives scores of rows, and the {route} route selects tokens"
         if (self.name == "small") != (self.layers is not None) or self.layers == 0:
@@ -117,7 +121,7 @@ class Arm:
 
     def _problem_of_depth(self) -> str | None:
         assert self.depth is not None
-        if self.name in SCORED_OUTSIDE or (self.name in WHOLE and self.name != "all"):
+        if self.name in (*SCORED_OUTSIDE, FILTERED) or (self.name in WHOLE and self.name != "all"):
             return f"{self.name!r} takes no +depth; 'all' and the rules that score for themselves do"
         layers, shares = ([stage[part] for stage in self.depth.stages] for part in (0, 1))
         if layers[0] < 1 or not all(0 < share < 1 for share in shares):
@@ -130,7 +134,7 @@ class Arm:
         """What `cggr.optimize` is given beside `cuda_graphs`."""
         if self.name == "default":
             return {}
-        if self.name in WHOLE:
+        if self.name in (*WHOLE, FILTERED):
             return self._deep(()) or {"ratio": 1.0}
         route, rule = self.route_and_rule
         options = {"ratio": self.ratio, "selection": RULES[rule], "route": route or "sequence"}

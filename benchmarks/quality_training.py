@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import quality_data
 import torch
 import transformers
 from pretrained import from_gguf
-from quality_arms import Arm, Batch, Step, row_losses
+from quality_arms import FILTERED, Arm, Batch, Step, row_losses
 from torch import Tensor, nn
 
 import cggr_compile as cggr
@@ -28,12 +28,15 @@ UNCOUNTED = 6
 """Steps before the clock starts: what they compile is not counted, and nothing is updated."""
 REFERENCE = 0.5
 """Of the budget: what the reference model of `excess` trains for."""
+CALIBRATION = 100
+"""Batches that a router is fitted to."""
 EVALUATIONS = 12
 EVALUATED_AT_ONCE = 16
 
 SIZES = {
     "55M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "heads": 8, "kv": 4},
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "heads": 9, "kv": 3},
+    "1M": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "heads": 4, "kv": 2},
     "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "heads": 4, "kv": 2},
 }
 
@@ -102,6 +105,34 @@ class Batches:
         return Batch(self.rows[places], places, self.whole)
 
 
+class Filtered:
+    """The hardest share of the rows of batches by a router, in batches of the arm's size."""
+
+    def __init__(self, batches: Batches, router: cggr.NanoRouter, arm: Arm) -> None:
+        self.batches = Batches(batches.rows, round(arm.batch / arm.ratio), batches.seed)
+        self.loader = cggr.FilteredLoader(self, lambda batch: router(batch["input_ids"]), arm.batch, ratio=arm.ratio)
+        self.restart()
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield {"input_ids": self.batches.next().rows}
+
+    @property
+    def passes(self) -> float:
+        """Over the rows in front of the filter."""
+        return self.batches.passes
+
+    def restart(self) -> None:
+        """From the first batch again."""
+        self.batches.restart()
+        self.filtered = iter(self.loader)
+
+    def next(self) -> Batch:
+        """The next batch of hard rows."""
+        rows = next(self.filtered)["input_ids"]
+        return Batch(rows, rows.new_empty(0), 0)
+
+
 class Clock:
     """Seconds of training; stands still while something is measured."""
 
@@ -143,7 +174,7 @@ class Training:
 
     def __init__(self, run: Run, rows: quality_data.Rows, source: Source, device: torch.device) -> None:
         self.run, self.source, self.device, self.arm = run, source, device, Arm.parse(run.arm)
-        self.batches = Batches(torch.tensor(rows.train, device=device), self.arm.batch, run.seed)
+        self.batches: Batches | Filtered = Batches(torch.tensor(rows.train, device=device), self.arm.batch, run.seed)
         self.held_out = {domain: torch.tensor(each, device=device) for domain, each in rows.held_out.items()}
         vocabulary = quality_data.vocabulary_of(source.tokens)
         self.model = _model(run, self.arm.layers, vocabulary, source.weights, device).train()
@@ -157,6 +188,8 @@ class Training:
     def compile(self) -> float:
         """The steps before the clock starts; how long they took."""
         known = self._known_losses()
+        if self.arm.name == FILTERED:
+            self.batches = Filtered(self.batches, self._router(), self.arm)
         self.clock.start()
         self.step = Step(self.arm, self.model, self.device, known)
         if self.arm.name != "compile":
@@ -196,13 +229,31 @@ class Training:
         rows = self.batches.rows
         if self.arm.name != "excess":
             return torch.zeros(len(rows), device=rows.device)
+        reference = self._reference()
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=rows.device.type == "cuda"):
+            return row_losses(reference, rows)
+
+    def _reference(self) -> nn.Module:
+        """A model that trained on clean rows for `REFERENCE` of the budget."""
         arm, seconds = f"allx{self.arm.batch}/{self.arm.rate}", REFERENCE * self.run.seconds
         other = replace(self.run, arm=arm, regime="clean", seed=self.run.seed + 1000, seconds=seconds)
-        reference = Training(other, self.source.rows(other), self.source, rows.device)
+        reference = Training(other, self.source.rows(other), self.source, self.device)
         reference.compile()
         reference.train()
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=rows.device.type == "cuda"):
-            return row_losses(reference.model, rows)
+        return reference.model
+
+    def _router(self) -> cggr.NanoRouter:
+        """A router fitted to the losses of a reference model."""
+        reference = self._reference()
+        router = cggr.NanoRouter.from_model(reference)
+        batches = Batches(self.batches.rows, self.arm.batch, self.run.seed)
+
+        def losses(rows: Tensor) -> tuple[Tensor]:
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+                return (row_losses(reference, rows)[:, None].expand(rows.shape),)
+
+        router.calibrate(({"input_ids": batches.next().rows} for _ in range(CALIBRATION)), losses, CALIBRATION)
+        return router.to(self.device)
 
     def _step(self, batch: Batch) -> float:
         """Forward and backward; the seconds that were not on the clock."""
