@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cggr_compile.capture.copies import Calls, Mutation, Replayer, mutates
+from cggr_compile.capture.in_place import out_of_place
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.torch_internals import autograd, dynamo, tracing
 
@@ -47,18 +48,16 @@ def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
     Raises:
         CannotOptimize: part of the computation escaped the trace.
     """
-    gm = _with_vmaps_traced(gm)
-
     calls = Calls()
     device = next(fake.device.type for fake in fakes if isinstance(fake, torch.Tensor))
 
     def run(*args: Any) -> Any:
-        return _Inliner(gm, calls).run(*args)
+        return _Inliner(_with_vmaps_traced(out_of_place(gm)), calls).run(*args)
 
     changed: list[int] = []
 
     def run_with_changes(*args: Any) -> Any:
-        outputs = _Functional(gm).run(*args)
+        outputs = _Functional(_with_vmaps_traced(gm)).run(*args)
         changed[:] = [place for place, arg in enumerate(args) if tracing.is_changed(arg)]
         return (*outputs, *(args[place] for place in changed))
 
@@ -134,7 +133,7 @@ class _Inliner(Replayer):
             for node in body.graph.nodes:
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                 node.meta["ac_graph_id"] = self.regions
-            return Replayer(body, self.calls).run(*inputs)
+            return Replayer(out_of_place(body), self.calls).run(*inputs)
         if target is torch.ops.higher_order.autograd_function_apply:
             return _opaque(target, args, kwargs)
         name = getattr(target, "__name__", "")

@@ -166,7 +166,8 @@ def _product(node: fx.Node) -> _Product | None:
             return None
         # Tables of the operator stand the other way.
         transposed = tables.target == aten.transpose.int and {x % 3 for x in tables.args[1:]} == {1, 2}
-        return _Product(rows, tables.args[0] if transposed else tables, not transposed, bias, tuple(index), ends)
+        tables = tables.args[0] if transposed else tables
+        return _Product(_uncast(rows), tables, not transposed, bias, tuple(index), ends)
     if node.target != aten.squeeze.dim or node.args[0].target != aten.bmm.default:
         return None
     left, right = node.args[0].args
@@ -253,6 +254,12 @@ def _written(node: fx.Node) -> fx.Node:
     return lifted.args[0] if same and lifted is not node else node
 
 
+def _uncast(node: fx.Node) -> fx.Node:
+    """What a conversion to the dtype that it has already leaves as it is."""
+    same = node.target == aten.to.dtype and value(node).dtype == value(node.args[0]).dtype
+    return node.args[0] if same else node
+
+
 def _unmasked(node: fx.Node) -> tuple[fx.Node, Sequence[fx.Node]]:
     """What a node is where each row has an expert, and the nodes that say which it has."""
     if node.target != aten.masked_fill.Scalar or node.args[2] != 0:
@@ -292,7 +299,7 @@ def _sorted_by(ends: fx.Node, count: int) -> tuple[fx.Node, fx.Node] | None:
     if histogram.target != aten.histc.default or tuple(histogram.args[1:]) != (count, 0, count - 1):
         return None
     cast = histogram.args[0]
-    sort = _sort_of(cast.args[0]) if cast.target == aten._to_copy.default else None
+    sort = _sort_of(cast.args[0]) if cast.target in (aten._to_copy.default, aten.to.dtype) else None
     if sort is None or sort.target != aten.sort.default or len(sort.args) > 1 or sort.kwargs:
         return None
     flat = sort.args[0]

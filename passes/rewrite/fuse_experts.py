@@ -71,7 +71,9 @@ def _may_be_grouped(total: fx.Node, experts: Experts) -> bool:
 
 def _rounds(node: fx.Node, experts: Experts) -> bool:
     """Whether it casts to the dtype of the tokens, as the operator does."""
-    return node.target == aten._to_copy.default and node.kwargs == {"dtype": value(experts.hidden).dtype}
+    dtype = value(experts.hidden).dtype
+    copied = node.target == aten._to_copy.default and node.kwargs == {"dtype": dtype}
+    return copied or (node.target == aten.to.dtype and node.args[1:] == (dtype,) and not node.kwargs)
 
 
 def _operator(builder: Builder[Analysed], node: fx.Node, experts: Experts) -> fx.Node:

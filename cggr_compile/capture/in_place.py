@@ -1,0 +1,88 @@
+"""Changes of a tensor that nobody else knows, told as new tensors.
+
+A graph with a call that changes a tensor in place is functionalised as a whole, and then every call of it is traced.
+That is not needed where the tensor was computed in the graph and no other value of it lies in the same memory: the
+call gives the changed tensor as a new one, and what reads the tensor afterwards reads that one. Mixtures of experts
+undo a sort so, and add biases. What else changes anything stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+from cggr_compile.capture.copies import Mutation
+from cggr_compile.torch_internals.fake_tensors import FakeTensor
+
+
+def _with_entries(x: torch.Tensor, index: Any, entries: Any) -> torch.Tensor:
+    if not isinstance(index, torch.Tensor) or not isinstance(entries, torch.Tensor):
+        raise Mutation
+    return x.index_put((index,), entries)
+
+
+def _new(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def changed(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = function(x, *args, **kwargs)
+        if (result.dtype, result.shape) != (x.dtype, x.shape) or (x.requires_grad and not torch.is_grad_enabled()):
+            raise Mutation
+        return result
+
+    return changed
+
+
+_INSTEAD = {
+    operator.setitem: _new(_with_entries),
+    operator.iadd: _new(operator.add),
+    operator.itruediv: _new(operator.truediv),
+    "add_": _new(torch.add),
+    "masked_fill_": _new(torch.masked_fill),
+    "scatter_add_": _new(torch.scatter_add),
+}
+
+
+def out_of_place(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo's graph with such changes as calls that give new tensors; itself where it has none.
+
+    Raises, as it runs:
+        Mutation: a call would give what does not fit the tensor: of another dtype or shape, without its gradients.
+    """
+    changes = _changes_of_own(gm.graph)
+    if not changes:
+        return gm
+    graph = fx.Graph(gm)
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, lambda old: env[old])
+        if node in changes:
+            new = env[node]
+            new.op, new.target = "call_function", _INSTEAD[node.target]
+            env.update(dict.fromkeys(changes[node], new))
+    return fx.GraphModule(gm, graph)
+
+
+def _changes_of_own(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The calls that change a tensor of the graph's own, each with the nodes that name the tensor."""
+    lying: dict[StorageWeakRef, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        known = node.args[0] if node.target in _INSTEAD else node  # what is assigned to gives nothing
+        parts = known.meta.get("example_value") if isinstance(known, fx.Node) else None
+        if isinstance(parts, tuple) and all(user.target is operator.getitem for user in node.users):
+            continue  # its parts are nodes of their own
+        for tensor in pytree.tree_leaves(parts):
+            if type(tensor) is FakeTensor:
+                lying[StorageWeakRef(tensor.untyped_storage())].append(node)
+    changes = {}
+    for made, *others in lying.values():
+        places = [place for place, other in enumerate(others, 1) if other.target in _INSTEAD]
+        names = [made, *others][: places[-1] + 1] if places else []  # what reads it afterwards may be a view
+        if made.op.startswith("call") and len(names) == len(places) + 1:
+            changes.update(dict.fromkeys(names[1:], names))
+    return changes

@@ -1,0 +1,88 @@
+"""A tensor that nobody else knows changes in place, and the graph need not be functionalised; the step stays eager's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import nn
+from toys import Toy, toy_batch
+
+import cggr_compile as cggr
+from cggr_compile.torch_internals import tracing
+
+
+class Changing(Toy):
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().middle(self.change(hidden))
+
+
+def _own(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    before = moved + 1
+    moved.add_(hidden, alpha=3)
+    moved += before
+    moved.masked_fill_(moved > 3, 0.5)
+    largest, _ = moved.topk(3, -1)
+    largest /= largest.exp().sum(-1, keepdim=True)
+    undone = torch.empty(16, dtype=torch.long)
+    undone[torch.arange(16).flip(0)] = torch.arange(16)
+    added = torch.zeros_like(hidden).scatter_add_(-1, (hidden > 0).long(), hidden)
+    return moved[..., undone].view(hidden.shape) + largest.sum(-1, keepdim=True) + added
+
+
+def _a_view_of_it(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    moved[..., 0] += 1
+    return moved
+
+
+def _known_by_a_view(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    half = moved[..., :8]
+    moved.add_(1)
+    return moved + torch.cat((half, half), -1)
+
+
+def _in_another_dtype(hidden: torch.Tensor) -> torch.Tensor:
+    moved = (hidden * 2).bfloat16()
+    moved.add_(hidden)
+    return hidden + moved
+
+
+def _a_number(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    moved[torch.tensor([0, 1])] = 0.0
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("change", "functionalised"),
+    [
+        (_own, False),
+        *((change, True) for change in (_a_view_of_it, _known_by_a_view, _in_another_dtype, _a_number)),
+    ],
+)
+def test_the_step_is_eagers(
+    change: Callable[[torch.Tensor], torch.Tensor], functionalised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager: nn.Module = Changing(change)
+    calls: list[Any] = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return original(*args)
+
+    original = tracing.functional_graph
+    monkeypatch.setattr(tracing, "functional_graph", counted)
+    model = cggr.optimize(copy.deepcopy(eager), ratio=1.0, inner="eager")
+    oracle.assert_same_step(*oracle.step(model, toy_batch()), *oracle.step(eager, toy_batch()))
+    assert bool(calls) == functionalised
