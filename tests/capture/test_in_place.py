@@ -1,4 +1,4 @@
-"""A tensor that nobody else knows changes in place, and the graph need not be functionalised; the step stays eager's."""
+"""What only the graph knows may change in place without functionalising the graph, and the step stays eager's."""
 
 from __future__ import annotations
 
