@@ -22,6 +22,8 @@ settings.register_profile("fuzz", deadline=None, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 import plans  # noqa: E402  behind Triton's interpreter
+from architectures import build  # noqa: E402
+from padded import padded  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -65,6 +67,13 @@ def _beyond_samples(items: list[pytest.Item]) -> list[pytest.Item]:
 def llama() -> tuple[torch.nn.Module, Any]:
     """A model and its captured step, which every test leaves as it finds them."""
     return plans.llama()
+
+
+@pytest.fixture(scope="session")
+def padded_llama() -> tuple[torch.nn.Module, Any]:
+    """One as transformers builds it, whose captured batch is padded; tests leave it as they find it, too."""
+    model = build("llama")
+    return model, plans.captured(model, padded([7, 4, 9]))
 
 
 @pytest.fixture(autouse=True)

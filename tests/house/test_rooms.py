@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,14 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
+@cache
+def tree(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def imports(path: Path, known: Mapping[str, Path]) -> Iterator[str]:
     """The modules of the package that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom) and node.module in known:
@@ -100,7 +106,7 @@ def private_imports(root: Path) -> list[str]:
         allowed = NAMED_BY_TORCH + (OF_OPERATORS if room == "kernels" else ())
         if room == "torch_internals":
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -174,7 +180,7 @@ def test_the_rooms_are_those_of_the_checkout() -> None:
 
 def test_every_module_says_what_it_is_for() -> None:
     for module, path in modules(ROOT).items():
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), module
+        assert ast.get_docstring(tree(path.read_text(encoding="utf-8"))), module
 
 
 @pytest.mark.parametrize(

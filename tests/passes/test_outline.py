@@ -74,6 +74,7 @@ def scaled(*scales: float, dropout: float = 0.0) -> tuple[nn.Module, dict[str, t
     return Scaled(list(scales), dropout).train(), ids_batch()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("selection", ["topk", "random"])
 def test_the_sequence_route_is_eagers_on_the_selected_rows(selection: str) -> None:
     eager, batch = scaled(*[1.0] * LAYERS)

@@ -32,14 +32,8 @@ def without_mask(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def llama() -> tuple[nn.Module, Program]:
-    model = build("llama")
-    return model, plans.captured(model, padded([7, 4, 9]))
-
-
-@pytest.fixture(scope="module")
-def step(llama: tuple[nn.Module, Program]) -> plans.Routed:
-    return plans.Routed(*llama, ratio=1.0, selection="topk", padding="right")
+def step(padded_llama: tuple[nn.Module, Program]) -> plans.Routed:
+    return plans.Routed(*padded_llama, ratio=1.0, selection="topk", padding="right")
 
 
 @settings(max_examples=EXAMPLES)
@@ -54,9 +48,11 @@ def test_every_row_trains_as_without_a_mask(step: plans.Routed, lengths: list[in
 
 
 @pytest.mark.parametrize("options", [{}, {"route": "token"}, {"route": "loss"}, {"selection": "random"}])
-def test_routes_keep_what_they_keep_with_the_mask(llama: tuple[nn.Module, Program], options: dict[str, Any]) -> None:
+def test_routes_keep_what_they_keep_with_the_mask(
+    padded_llama: tuple[nn.Module, Program], options: dict[str, Any]
+) -> None:
     batch = padded([9, 5, 7, 3])
-    promised, plain = (plans.Routed(*llama, seed=0, **options, padding=side) for side in ("right", "any"))
+    promised, plain = (plans.Routed(*padded_llama, seed=0, **options, padding=side) for side in ("right", "any"))
     oracle.assert_step_within(ROUNDING, *promised.step(batch), *plain.step(batch))
     assert torch.equal(promised.selected, plain.selected)
     reports = [Report.of(step.runtime) for step in (promised, plain)]
@@ -97,10 +93,10 @@ def test_a_balance_of_experts_that_is_off_reads_nothing() -> None:
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [{"ratio": 1.0}, {"ratio": 0.5}, {"ratio": 0.5, "route": "token"}])
-def test_a_broken_promise_raises(llama: tuple[nn.Module, Program], options: dict[str, Any]) -> None:
+def test_a_broken_promise_raises(padded_llama: tuple[nn.Module, Program], options: dict[str, Any]) -> None:
     """Padding in front, in the middle, or with a label that it predicts; the first label behind the tokens is predicted
     by the last token."""
-    step = plans.Routed(*llama, padding="right", **options)
+    step = plans.Routed(*padded_llama, padding="right", **options)
     batch = padded([7, 4, 9, 6])
     batch["labels"][1, 4] = 5
     step.step(batch)
