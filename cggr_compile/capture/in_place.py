@@ -41,6 +41,7 @@ def _new(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 _INSTEAD = {
     operator.setitem: _new(_with_entries),
     operator.iadd: _new(operator.add),
+    operator.imul: _new(operator.mul),
     operator.itruediv: _new(operator.truediv),
     "add_": _new(torch.add),
     "masked_fill_": _new(torch.masked_fill),
@@ -76,13 +77,20 @@ def _changes_of_own(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         parts = known.meta.get("example_value") if isinstance(known, fx.Node) else None
         if isinstance(parts, tuple) and all(user.target is operator.getitem for user in node.users):
             continue  # its parts are nodes of their own
-        for tensor in pytree.tree_leaves(parts):
-            if type(tensor) is FakeTensor:
-                lying[StorageWeakRef(tensor.untyped_storage())].append(node)
+        tensors = [x for x in pytree.tree_leaves(parts) if isinstance(x, torch.Tensor)]
+        if _is_dropout(node) or not all(isinstance(x, FakeTensor) for x in tensors):  # the latter is under vmap
+            tensors += [source.meta.get("example_value") for source in node.all_input_nodes]
+        for memory in {StorageWeakRef(x.untyped_storage()) for x in tensors if isinstance(x, FakeTensor)}:
+            lying[memory].append(node)
     changes = {}
     for made, *others in lying.values():
         places = [place for place, other in enumerate(others, 1) if other.target in _INSTEAD]
         names = [made, *others][: places[-1] + 1] if places else []  # what reads it afterwards may be a view
-        if made.op.startswith("call") and len(names) == len(places) + 1:
+        if made.op.startswith("call") and not _is_dropout(made) and len(names) == len(places) + 1:
             changes.update(dict.fromkeys(names[1:], names))
     return changes
+
+
+def _is_dropout(node: fx.Node) -> bool:
+    """One that drops nothing gives its argument itself; on fake tensors it does not."""
+    return "dropout" in getattr(node.target, "__name__", "")

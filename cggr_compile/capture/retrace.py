@@ -9,7 +9,8 @@ backward from whatever the passes make of them. Four constructs need care:
   dropped that is the input itself. So it is: the input where nothing is dropped, a fresh tensor otherwise;
 * a vmapped region is traced on its own, behind vmap: in front of it, batched tensors have no place in the graph.
 
-A graph without in-place operators is functional as it stands; only one that has some pays for functionalisation.
+A graph without in-place operators is functional as it stands, and so is one that changes only what nobody else knows
+(`in_place.py`); any other pays for functionalisation.
 """
 
 from __future__ import annotations

@@ -58,6 +58,27 @@ def _in_another_dtype(hidden: torch.Tensor) -> torch.Tensor:
     return hidden + moved
 
 
+def _dropped_nothing(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    kept = torch.nn.functional.dropout(moved, 0.0)
+    kept += 1
+    return moved + kept
+
+
+def _what_was_not_dropped(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    kept = torch.nn.functional.dropout(moved, 0.0)
+    moved += 1
+    return moved + kept
+
+
+def _mapped(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    halves = torch.vmap(lambda row: row[:, :8])(moved)
+    moved += 1
+    return moved + torch.cat((halves, halves), -1)
+
+
 def _a_number(hidden: torch.Tensor) -> torch.Tensor:
     moved = hidden * 2
     moved[torch.tensor([0, 1])] = 0.0
@@ -68,7 +89,8 @@ def _a_number(hidden: torch.Tensor) -> torch.Tensor:
     ("change", "functionalised"),
     [
         (_own, False),
-        *((change, True) for change in (_a_view_of_it, _known_by_a_view, _in_another_dtype, _a_number)),
+        *((change, True) for change in (_a_number, _dropped_nothing, _what_was_not_dropped, _mapped)),
+        *((change, True) for change in (_a_view_of_it, _known_by_a_view, _in_another_dtype)),
     ],
 )
 def test_the_step_is_eagers(
