@@ -22,9 +22,7 @@ from cggr_compile.capture.copies import Mutation
 from cggr_compile.torch_internals.fake_tensors import FakeTensor
 
 
-def _with_entries(x: torch.Tensor, index: Any, entries: Any) -> torch.Tensor:
-    if not isinstance(index, torch.Tensor) or not isinstance(entries, torch.Tensor):
-        raise Mutation
+def _with_entries(x: torch.Tensor, index: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
     return x.index_put((index,), entries)
 
 
@@ -73,7 +71,7 @@ def _changes_of_own(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """The calls that change a tensor of the graph's own, each with the nodes that name the tensor."""
     lying: dict[StorageWeakRef, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        known = node.args[0] if node.target in _INSTEAD else node  # what is assigned to gives nothing
+        known = node.args[0] if _is_change(node) else node  # what is assigned to gives nothing
         parts = known.meta.get("example_value") if isinstance(known, fx.Node) else None
         if isinstance(parts, tuple) and all(user.target is operator.getitem for user in node.users):
             continue  # its parts are nodes of their own
@@ -84,11 +82,19 @@ def _changes_of_own(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
             lying[memory].append(node)
     changes = {}
     for made, *others in lying.values():
-        places = [place for place, other in enumerate(others, 1) if other.target in _INSTEAD]
+        places = [place for place, other in enumerate(others, 1) if _is_change(other)]
         names = [made, *others][: places[-1] + 1] if places else []  # what reads it afterwards may be a view
         if made.op.startswith("call") and not _is_dropout(made) and len(names) == len(places) + 1:
             changes.update(dict.fromkeys(names[1:], names))
     return changes
+
+
+def _is_change(node: fx.Node) -> bool:
+    """Whether a call has a form that gives a new tensor; what is assigned to slices, for one, has none."""
+    if node.target is not operator.setitem:
+        return node.target in _INSTEAD
+    given = [arg.meta.get("example_value") if isinstance(arg, fx.Node) else None for arg in node.args[1:]]
+    return all(isinstance(x, torch.Tensor) for x in given)
 
 
 def _is_dropout(node: fx.Node) -> bool:

@@ -77,7 +77,7 @@ def attentions(
     """
     stream = _stream(program, given)
     between = ancestors([program.head.hidden])
-    found = [attention_of(node, functions) for node in sorted(between) if _is_attention(program, node)]
+    found = [attention_of(node, functions) for node in sorted(between) if is_attention(program, node)]
     masks = {mask for attention in found for mask in attention.masks}
     kept = {attention.node for attention in found}
     for node in sorted(ancestors([program.head.hidden], stop=masks) & stream - kept):
@@ -115,7 +115,8 @@ def read_besides(program: Analysed, found: Collection[Attention]) -> Refusal | N
     return None
 
 
-def _is_attention(program: Analysed, node: fx.Node) -> bool:
+def is_attention(program: Analysed, node: fx.Node) -> bool:
+    """Whether queries of the sequence see its keys in a node."""
     if node.target == aten.softmax.int:
         scores, dim = node.args[:2]
         last = dim in (-1, value(scores).dim() - 1)

@@ -27,7 +27,7 @@ from cggr_compile.ir import documents
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.program import PART, Analysed, value
 from cggr_compile.ir.roles import token_argument
-from cggr_compile.ir.token_mixing import ATTENTION, attention_of
+from cggr_compile.ir.token_mixing import ATTENTION, attention_of, is_attention
 
 aten = torch.ops.aten
 ENDS = "ends"
@@ -46,6 +46,8 @@ def attend_documents(program: Analysed, config: RoutingConfig) -> Analysed:
     functions = documents.functions_of(program, positions)
     within = {}
     for node in program.graph.find_nodes(op="call_function", target=ATTENTION):
+        if not is_attention(program, node):
+            continue
         asked = documents.within_one(attention_of(node, functions).seen)
         reach = None if asked is None else reach_of(asked)
         if reach is not None and runs_varlen(node):
