@@ -5,7 +5,7 @@ bound[e + 1], and those from bound[E] on are dropped: no tile has them. Programs
 one expert, times tiles of columns, in the order of the experts (`schedule_kernel`). Sorted rows and tables are read
 through descriptors, tables [E, N, K] as [E · N, K], or [E · K, N] where they lie transposed. The tokens' rows are
 copied into the order of the pairs first (`rows_kernel`): gathering them in the loads of the products took longer, most
-of all in `tables_kernel` (benchmarks/results/runs.md).
+of all in `tables_kernel` (benchmarks/results/experts-gathered-h200.md).
 
 Soundness of the tails. A tile's rows behind its expert's last are computed of other rows, or of what was never
 written, and not stored; sums over rows leave them out. A tile's columns behind a table's last are the next expert's, or
