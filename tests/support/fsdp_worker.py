@@ -22,7 +22,7 @@ import oracle
 import token_oracle
 import torch
 import torch.distributed as dist
-from architectures import ARCHITECTURES, build, token_batch
+from architectures import ARCHITECTURES, COMMON, VOCABULARY, build, token_batch
 from fsdp_models import (
     ATOL,
     RTOL,
@@ -37,6 +37,7 @@ from fsdp_models import (
     whole_parameters,
 )
 from fsdp_training import on_one_rank, on_two_ranks_again, training
+from padded import padded
 from small import small
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -274,6 +275,24 @@ def policies_that_change() -> None:
     oracle.assert_same_gradients(whole_gradients(model), half, RTOL, ATOL)
 
 
+def padding_left_out() -> None:
+    """Ranks with padding train on their real tokens, beside ranks without."""
+    architecture = ARCHITECTURES["llama"]
+    eager = oracle.truncated(build("llama"), architecture, LAYERS)
+    model = routed(shard(copy.deepcopy(eager), architecture.layers), ratio=1.0, unpad=True)
+    rounding = oracle.rounding(COMMON["hidden_size"], COMMON["intermediate_size"], VOCABULARY, 64)
+    for lengths in (([7, 4, 9], [3, 9, 2]), ([9, 1, 5], [9, 9, 9])):
+        batch = padded(lengths[dist.get_rank()], seed=dist.get_rank())
+        forget(model)
+        loss = model(**batch).loss
+        loss.backward()
+        expected_loss, expected = oracle.step(eager, batch)
+        found = loss.detach(), whole_gradients(model)
+        oracle.assert_step_within(rounding, *found, expected_loss, mean_over_ranks(expected))
+    done, places = model.cggr.runtime.plans[-1].unpadded.batch.last
+    assert (done < places) == (dist.get_rank() == 0)
+
+
 USUAL: dict[str, Callable[..., None]] = {"training": training}
 LONG: dict[str, Callable[..., None]] = {
     **{
@@ -293,6 +312,7 @@ LONG: dict[str, Callable[..., None]] = {
     "policies that change": policies_that_change,
     "auto": deciding_together,
     "depth": growing,
+    "padding left out": padding_left_out,
 }
 
 
