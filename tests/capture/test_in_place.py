@@ -15,6 +15,8 @@ from toys import Toy, toy_batch
 import cggr_compile as cggr
 from cggr_compile.torch_internals import tracing
 
+OLDEST = torch.__version__.startswith("2.11.")
+
 
 class Changing(Toy):
     def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -28,7 +30,7 @@ class Changing(Toy):
 def _own(hidden: torch.Tensor) -> torch.Tensor:
     moved = hidden * 2
     before = moved + 1
-    moved.add_(hidden, alpha=3)
+    moved.add_(hidden, alpha=2)  # a factor that rounds nothing, in one step or two
     moved += before
     moved.masked_fill_(moved > 3, 0.5)
     largest, _ = moved.topk(3, -1)
@@ -89,7 +91,8 @@ def _a_number(hidden: torch.Tensor) -> torch.Tensor:
     ("change", "functionalised"),
     [
         (_own, False),
-        *((change, True) for change in (_a_number, _dropped_nothing, _what_was_not_dropped, _mapped)),
+        *((change, True) for change in (_a_number, _dropped_nothing, _what_was_not_dropped)),
+        pytest.param(_mapped, True, marks=pytest.mark.skipif(OLDEST, reason="torch 2.11 cannot trace this vmap")),
         *((change, True) for change in (_a_view_of_it, _known_by_a_view, _in_another_dtype)),
     ],
 )
