@@ -122,7 +122,7 @@ class RoutingConfig(Schedule):
             predicts no label. Causal attention then needs no mask to hide it (`elide_causal_masks.py`). A batch that
             breaks the promise raises; on CUDA an assertion fails on the device. None is `"any"`, and `"right"` where
             `cggr.route` finds TRL's own collator, which pads so.
-        unpad: leave out what no token sees, where every row is kept: the same loss and gradients. A padded batch trains
+        unpad: while every row is kept, skip what no token sees; loss and gradients are the same. A padded batch trains
             on its real tokens alone, one row behind the other (`unpad_rows.py`); in a packed one, whose `position_ids`
             restart, attention runs within documents (`attend_documents.py`). The host reads two numbers back first, or
             how many documents there are. `"auto"`: where attention of variable lengths can run (CUDA, bf16 or fp16),

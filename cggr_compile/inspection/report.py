@@ -352,7 +352,7 @@ def _unpadded(plan: Plan) -> str | None:
         return None
     found = plan.unpadded
     if isinstance(found, Refusal):
-        return f"kept: {found.reason}"
+        return f"nothing: {found.reason}"
     attention = f"{found.varlen} attentions of variable lengths" if found.varlen else "attention under a mask"
     return f"{found.batch}; {attention}"
 

@@ -121,6 +121,15 @@ class Builder(Generic[P]):
         self.evaluate(node)
         return node
 
+    def call_for(self, node: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Adds a call that stands in for an old node, or for a part of it: in its part, region and checkpoint."""
+        before = self.part, self.region
+        self.part, self.region = node.meta[PART], node.meta[REGION]
+        made = self.call(target, *args, **kwargs)
+        self.part, self.region = before
+        made.meta = {**node.meta, **made.meta}
+        return made
+
     def output(self, values: Any) -> None:
         """Adds the output node."""
         self.graph.output(values).meta.update({REGION: Region(), PART: "main"})

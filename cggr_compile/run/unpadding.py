@@ -40,6 +40,7 @@ class Unpadding:
         self._behind = behind
         self._before: tuple[Arriving, int] | None = None
         self.last: tuple[int, int] | None = None
+        self._why = ""  # of the last batch that was read and trained as it is
 
     def added(self, inputs: Sequence[Any]) -> Tensor | None:
         """Where the real tokens of a batch are, flattened, then some padding up to a rung: int64 [T]. None where there
@@ -53,7 +54,10 @@ class Unpadding:
         return None if found is None else torch.argsort(mask.flatten().logical_not(), stable=True)[:found]
 
     def __str__(self) -> str:
-        return "no step yet" if self.last is None else "the last step computed {} of {} places".format(*self.last)
+        if self.last is None:
+            return "no step yet"
+        done, places = self.last
+        return f"the last step computed {done} of {places} places" + (f" ({self._why})" if done == places else "")
 
     def _figures(self, mask: Tensor, labels: Tensor) -> Tensor:
         """How many tokens are real, and how many things are wrong with the padding."""
@@ -70,4 +74,10 @@ class Unpadding:
         rung = max(1, places // RUNGS)
         # One more than the real ones: what the last of them predicts is ignored there.
         tokens = -(-(real + 1) // rung) * rung
-        return None if wrong or tokens > self._most * places or tokens >= places else tokens
+        if wrong:
+            self._why = "padding has or predicts labels, which are to be ignored, or is between tokens"
+        elif tokens > self._most * places or tokens >= places:
+            self._why = "too little padding"
+        else:
+            return tokens
+        return None

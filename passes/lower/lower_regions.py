@@ -39,12 +39,12 @@ def lower_regions(program: Program, checkpoints: bool) -> fx.GraphModule:
     graph = fx.Graph(root)
     writer = _Writer(graph)
     nodes = [node for node in program.graph.nodes if node.op != "output"]
-    for region, members in groupby(nodes, _checkpoint_id):
+    for place, (region, members) in enumerate(groupby(nodes, _checkpoint_id)):
         run = list(members)
         if region is None or not checkpoints:
             writer.write(run)
-        else:
-            _outline(writer, root, f"checkpoint_{region}", run)
+        else:  # a region in which a pass put nodes of none is several runs
+            _outline(writer, root, f"checkpoint_{place}", run)
     writer.switch(Region())
     graph.output(fx.map_arg(program.output.args[0], lambda old: writer.env[old]))
     graph.lint()

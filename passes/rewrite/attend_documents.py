@@ -25,7 +25,7 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir import documents
 from cggr_compile.ir.builder import Builder
-from cggr_compile.ir.program import PART, Analysed, value
+from cggr_compile.ir.program import Analysed, value
 from cggr_compile.ir.roles import token_argument
 from cggr_compile.ir.token_mixing import ATTENTION, attention_of, is_attention
 
@@ -63,7 +63,6 @@ def attend_documents(program: Analysed, config: RoutingConfig) -> Analysed:
     longest = builder.call(aten.sym_size.int, builder.env[positions], 1)
     for node in program.graph.nodes:
         if node in within:
-            builder.part = node.meta[PART]
             builder.env[node] = attend(builder, program, node, builder.env, within[node], ends, longest)
         elif node.op not in ("placeholder", "output"):
             builder.copy(node)

@@ -20,9 +20,6 @@ After::
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from cggr_compile.kernels.op.grouped_mm import LINE
 from cggr_compile.passes.analyse.find_experts import Experts, find_experts
@@ -31,7 +28,7 @@ from torch import fx
 from cggr_compile.config import RoutingConfig
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors
-from cggr_compile.ir.program import PART, REGION, Analysed, Region, callers_region, value
+from cggr_compile.ir.program import REGION, Analysed, Region, callers_region, value
 
 aten = torch.ops.aten
 
@@ -77,16 +74,9 @@ def _rounds(node: fx.Node, experts: Experts) -> bool:
 
 
 def _operator(builder: Builder[Analysed], node: fx.Node, experts: Experts) -> fx.Node:
-    builder.part, builder.region = node.meta[PART], node.meta[REGION]
-
-    def call(target: Callable[..., Any], *args: Any) -> fx.Node:
-        made = builder.call(target, *args)
-        made.meta = {**node.meta, **made.meta}  # of the same checkpoint
-        return made
-
     def tables(found: tuple[fx.Node, bool]) -> fx.Node:
         there = builder.env[found[0]]
-        return call(aten.transpose.int, there, 1, 2) if found[1] else there
+        return builder.call_for(node, aten.transpose.int, there, 1, 2) if found[1] else there
 
     def given(argument: fx.Node | None) -> fx.Node | None:
         return None if argument is None else builder.env[argument]
@@ -97,7 +87,7 @@ def _operator(builder: Builder[Analysed], node: fx.Node, experts: Experts) -> fx
         tables(experts.down),
         *map(given, (experts.weights, experts.experts, experts.gate_up_bias, experts.down_bias)),
     )
-    return call(torch.ops.cggr.grouped_mlp.default, *arguments, None, *experts.rest)
+    return builder.call_for(node, torch.ops.cggr.grouped_mlp.default, *arguments, None, *experts.rest)
 
 
 def _drop_unused(builder: Builder[Analysed], found: dict[fx.Node, Experts]) -> None:

@@ -75,7 +75,9 @@ def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     """
     padding = token_argument(program, PADDING)
     if padding is None:
-        raise _refusal("attention_mask is no integers or booleans [batch, sequence]")
+        given = next(value(node) for node in program.placeholders if program.path(node) == PADDING)
+        found = f"attention_mask is {given.dtype} of {given.dim()} dimensions"
+        raise _refusal(f"{found}, expected integers or booleans [batch, sequence]")
     functions = IndexFunctions(program.shape_env, {PADDING: padding})
     found = _proved(program, functions, padding, config)
     labels = own_labels(program, [padding])
@@ -102,8 +104,7 @@ def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     for node in program.placeholders:
         if program.kind(node) == "size":
             substitution[node] = batch.size(value(node), builder.env[node])
-    lengths = {attention.node: reach for attention, reach in found.items()}
-    write_main_pass(builder, roots, substitution, _attended(program, batch, lengths))
+    write_main_pass(builder, roots, substitution, _attended(program, batch, found))
     return builder.finish("unpad_rows")
 
 
@@ -132,7 +133,10 @@ def _proved(
     if not any(program.same_size(terms, program.batch * size) for size in (length, length - program.head.shift)):
         raise _refusal("the loss leaves out tokens by their places", program.head.target)
     if not only_the_loss_reads(program):
-        raise _refusal("more than the loss depends on what the tokens become, padding included")
+        raise _refusal(
+            "more than the loss depends on what the tokens become, padding included, as an auxiliary loss does "
+            "(output_router_logits=True)"
+        )
     return reaches
 
 
@@ -297,22 +301,22 @@ def _at_places(program: Analysed, batch: _Batch, node: fx.Node, made: fx.Node) -
     raise _refusal(f"a value of shape {tuple(shape)} goes by the places of tokens in the padded batch", node)
 
 
-def _attended(program: Analysed, batch: _Batch, lengths: dict[fx.Node, Reach]) -> Rewrite:
+def _attended(program: Analysed, batch: _Batch, found: dict[Attention, Reach]) -> Rewrite:
     """Attention of the tokens of each row, in the place of that of the padded rows."""
-    ends: list[fx.Node] = []
+    lengths = {attention.node: reach for attention, reach in found.items() if attention.node.target == ATTENTION}
+    # What the attentions share is written in front of them all: a checkpoint of a layer is one run of nodes.
+    ends = batch.ends() if any(map(runs_varlen, lengths)) else None
+    within = {
+        node: batch.within(reach)
+        for node, reach in lengths.items()
+        if not runs_varlen(node) and not isinstance(argument(node, "attn_mask"), fx.Node)
+    }
 
     def rewrite(builder: Builder, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
-        reach = lengths.get(node)
-        if reach is None or node.target != ATTENTION:
-            return None
-        if runs_varlen(node):
-            if not ends:
-                builder.part = "gather"
-                ends.append(batch.ends())
-                builder.part = "main"
-            return attend(builder, program, node, env, reach, ends[0], batch.length)
-        if isinstance(argument(node, "attn_mask"), fx.Node):
-            return None  # a substitute stands for the mask
-        return attention_with(builder, node, env, {"attn_mask": batch.within(reach), "is_causal": False})
+        if node in within:
+            return attention_with(builder, node, env, {"attn_mask": within[node], "is_causal": False})
+        if node not in lengths or ends is None or not runs_varlen(node):
+            return None  # where there is a mask, a substitute stands for it
+        return attend(builder, program, node, env, lengths[node], ends, batch.length)
 
     return rewrite

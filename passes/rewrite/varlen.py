@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
+from functools import partial
 from typing import Any, NamedTuple
 
 import sympy
@@ -16,7 +17,7 @@ from torch import fx
 
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.index_functions import Expression
-from cggr_compile.ir.program import REGION, Analysed, value
+from cggr_compile.ir.program import Analysed, value
 from cggr_compile.ir.repeated_heads import unrepeated
 from cggr_compile.ir.token_mixing import KEY, QUERY, argument, bound
 
@@ -77,8 +78,7 @@ def attend(
 ) -> fx.Node:
     """Attention [B, H, S, D] within the sequences of B · S tokens that begin and end at `ends`, int32, none of more
     than `longest` tokens; the kernel takes grouped heads as they are."""
-    region, builder.region = builder.region, node.meta[REGION]
-    call = builder.call
+    call = partial(builder.call_for, node)
     key, held = (unrepeated(program, argument(node, name)) for name in ("key", "value"))
     if key is None or held is None:
         key, held = argument(node, "key"), argument(node, "value")
@@ -92,6 +92,4 @@ def attend(
     found = call(VARLEN, *operands, ends, ends, longest, longest, 0.0, causal, False, **options)
     rows, length = (call(aten.sym_size.int, env[argument(node, "query")], dim) for dim in (0, 2))
     attended = call(aten.unflatten.int, call(operator.getitem, found, 0), 0, [rows, length])
-    attended = call(aten.transpose.int, attended, 1, 2)
-    builder.region = region
-    return attended
+    return call(aten.transpose.int, attended, 1, 2)

@@ -144,7 +144,7 @@ def test_one_line_trains_adapters_on_completions_evaluates_as_ever_and_comes_off
         ("llama", {"loss_type": "chunked_nll", "assistant_only_loss": True, "rows": conversations()}),
         ("mixtral", {"router_aux_loss_coef": 0.5}),  # the model's own is another
         ("llama", {"packing": True, "max_length": 24, "per_device_train_batch_size": 2}),
-        ("llama", {"unpad": True}),
+        ("llama", {"unpad": True, "gradient_checkpointing": True}),
     ],
 )
 def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any], tmp_path: Path) -> None:

@@ -61,6 +61,15 @@ def test_one_row_and_documents_that_begin_anywhere(flash: None) -> None:
     assert [value(node).dtype for node in ends] == [torch.int32]
 
 
+def test_checkpointed_layers_stay_one_checkpoint_each(flash: None) -> None:
+    eager = build("llama")
+    eager.gradient_checkpointing_enable()
+    model, batch = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager"), packed(BATCHES[0])
+    oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+    written = model.cggr.runtime.plans[-1].unpadded.route.variant.module
+    assert len([name for name, _ in written.named_children() if name.startswith("checkpoint_")]) == 3
+
+
 class Packed(Toy):
     """Attention whose mask the positions make, in some way."""
 
@@ -100,7 +109,7 @@ def test_other_masks_of_positions_stay(mask: Any, flash: None) -> None:
     model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager")
     batch = packed(BATCHES[0])
     torch.testing.assert_close(oracle.step(model, batch), oracle.step(eager, batch), equal_nan=True)
-    assert model.cggr.report().unpadded.startswith("kept: no attention in bfloat16 or float16 on CUDA is proved")
+    assert model.cggr.report().unpadded.startswith("nothing: no attention in bfloat16 or float16 on CUDA is proved")
 
 
 def test_the_toys_own_mask_goes(flash: None) -> None:
@@ -114,7 +123,7 @@ def test_the_toys_own_mask_goes(flash: None) -> None:
 def test_off_a_gpu_the_mask_stays() -> None:
     model = cggr.optimize(build("llama"), unpad=True, inner="eager")
     oracle.step(model, packed(BATCHES[0]))
-    assert model.cggr.report().unpadded.startswith("kept: no attention in bfloat16 or float16 on CUDA")
+    assert model.cggr.report().unpadded.startswith("nothing: no attention in bfloat16 or float16 on CUDA")
 
 
 @pytest.mark.gpu
