@@ -15,6 +15,7 @@ from cggr_compile.capture.branches import branches_of
 from cggr_compile.capture.retrace import functional_aten
 from cggr_compile.capture.unify import unify
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.dataflow import drop_unused
 from cggr_compile.ir.program import ORIGIN, PART, REGION, Autocast, Input, Program, Region, Snapshot, expression, value
 from cggr_compile.ir.roles import changes_of
 from cggr_compile.torch_internals import decisions, dynamo, symbols
@@ -191,7 +192,7 @@ def _normalize(
     output = next(iter(graph.find_nodes(op="output")))
     if isinstance(output.args[0], fx.Node):
         output.args = ((output.args[0],),)
-    graph.eliminate_dead_code()
+    drop_unused(graph)
     graph.lint()
     return graph, tuple(inputs)
 

@@ -23,6 +23,9 @@ from cggr_compile.torch_internals.fake_tensors import FakeTensor
 
 
 def _with_entries(x: torch.Tensor, index: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    masks = index.dtype in (torch.bool, torch.uint8)
+    if entries.dim() > x.dim() + (1 - index.dim() if masks else index.dim() - 1):
+        raise Mutation  # an assignment leaves out leading dimensions of 1
     return x.index_put((index,), entries)
 
 
@@ -73,10 +76,13 @@ def _changes_of_own(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     for node in graph.nodes:
         known = node.args[0] if _is_change(node) else node  # what is assigned to gives nothing
         parts = known.meta.get("example_value") if isinstance(known, fx.Node) else None
-        if isinstance(parts, tuple) and all(user.target is operator.getitem for user in node.users):
+        opaque = _may_give_its_arguments(node)
+        if isinstance(parts, tuple) and not opaque and all(user.target is operator.getitem for user in node.users):
             continue  # its parts are nodes of their own
         tensors = [x for x in pytree.tree_leaves(parts) if isinstance(x, torch.Tensor)]
-        if _is_dropout(node) or not all(isinstance(x, FakeTensor) for x in tensors):  # the latter is under vmap
+        if _may_give_its_arguments(node) or not all(
+            isinstance(x, FakeTensor) for x in tensors
+        ):  # the latter is under vmap
             tensors += [source.meta.get("example_value") for source in node.all_input_nodes]
         for memory in {StorageWeakRef(x.untyped_storage()) for x in tensors if isinstance(x, FakeTensor)}:
             lying[memory].append(node)
@@ -84,7 +90,7 @@ def _changes_of_own(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     for made, *others in lying.values():
         places = [place for place, other in enumerate(others, 1) if _is_change(other)]
         names = [made, *others][: places[-1] + 1] if places else []  # what reads it afterwards may be a view
-        if made.op.startswith("call") and not _is_dropout(made) and len(names) == len(places) + 1:
+        if made.op.startswith("call") and not _may_give_its_arguments(made) and len(names) == len(places) + 1:
             changes.update(dict.fromkeys(names[1:], names))
     return changes
 
@@ -97,6 +103,9 @@ def _is_change(node: fx.Node) -> bool:
     return all(isinstance(x, torch.Tensor) for x in given)
 
 
-def _is_dropout(node: fx.Node) -> bool:
-    """One that drops nothing gives its argument itself; on fake tensors it does not."""
-    return "dropout" in getattr(node.target, "__name__", "")
+def _may_give_its_arguments(node: fx.Node) -> bool:
+    """Whether a result may be an argument itself though it is not on fake tensors: of a dropout that drops nothing, or
+    of a checkpointed region, which may end with one."""
+    made = node.args[0] if node.target is operator.getitem else node
+    target = made.target if isinstance(made, fx.Node) else None
+    return "dropout" in getattr(target, "__name__", "") or isinstance(target, torch._ops.HigherOrderOperator)

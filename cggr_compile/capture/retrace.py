@@ -16,6 +16,7 @@ A graph without in-place operators is functional as it stands, and so is one tha
 from __future__ import annotations
 
 import inspect
+import operator
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ from cggr_compile.torch_internals import autograd, dynamo, tracing
 
 aten = torch.ops.aten
 
+_AUGMENTED = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow),
+    operator.setitem,
+}
 _DROPOUT = inspect.signature(F.dropout)
 
 
@@ -151,6 +156,12 @@ class _Functional(_Inliner):
     trained is added to in place: functionalisation would add it to what they were detached from, and detach the sum."""
 
     def run_node(self, n: fx.Node) -> Any:
+        if not torch.is_grad_enabled() and _changes_what_has_a_gradient(n):
+            raise CannotOptimize(
+                "a tensor that has a gradient is changed in place where gradients are off",
+                node=n,
+                hint="change a detached clone, or leave no_grad",
+            )
         result = super().run_node(n)
         if n.target in ("detach", torch.detach) and n.meta["example_value"].requires_grad:
             _refuse_read_again(n)
@@ -165,6 +176,16 @@ class _Functional(_Inliner):
         if not bound.arguments["training"] or bound.arguments["p"] == 0:
             return bound.arguments["input"]
         return super().call_function(target, args, kwargs).clone()
+
+
+def _changes_what_has_a_gradient(node: fx.Node) -> bool:
+    """Whether a call of Dynamo's graph changes such a tensor in place, by its name."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    changes = name.endswith("_") and not name.startswith("__")
+    if node.target not in _AUGMENTED and not (node.op in ("call_method", "call_function") and changes):
+        return False
+    changed = node.args[0].meta.get("example_value") if node.args and isinstance(node.args[0], fx.Node) else None
+    return isinstance(changed, torch.Tensor) and changed.requires_grad
 
 
 def _refuse_read_again(detached: fx.Node) -> None:

@@ -96,3 +96,11 @@ def clone(
         replacement = rewrite(builder, node, env) if rewrite is not None else None
         env[node] = replacement if replacement is not None else builder.copy_call(node, env)
     return env
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Erases what nobody reads and what acts by no side effect; not in the bodies of calls, as torch's own does, which
+    takes a call that changes something in place for one without effect."""
+    for node in reversed(graph.nodes):
+        if not node.users and not node.is_impure():
+            graph.erase_node(node)

@@ -20,12 +20,15 @@ ONE = (sympy.Eq(_OF_QUERY, _OF_KEY), sympy.Eq(_OF_KEY, _OF_QUERY))
 
 
 def within_one(seen: Collection[Expression]) -> list[Expression] | None:
-    """What conditions ask beside that query and key are of one document, where places differ as positions do; None
-    where they do not ask that."""
+    """What conditions ask beside that query and key are of one document, where positions differ as places do; None
+    where they do not ask that, or compare positions with places."""
     if not any(condition in ONE for condition in seen):
         return None
-    places = {element_of(POSITIONS, BATCH, place): place for place in (QUERY, KEY)}
-    return [condition.subs(places) for condition in seen if condition not in ONE]
+    at = {element_of(POSITIONS, BATCH, place): sympy.Dummy() for place in (QUERY, KEY)}
+    rest = [condition.subs(at) for condition in seen if condition not in ONE]
+    if any(condition.free_symbols & {*at.values()} and condition.free_symbols & {QUERY, KEY} for condition in rest):
+        return None
+    return [condition.subs(dict(zip(at.values(), (QUERY, KEY), strict=True))) for condition in rest]
 
 
 def functions_of(program: Program, positions: fx.Node) -> IndexFunctions:
@@ -51,6 +54,7 @@ def _numbers_documents(node: fx.Node, functions: IndexFunctions) -> bool:
     return (
         counted is not None
         and before is not None
+        and before.sizes[-1] == 1
         and counted.element == own
         and before.element.subs(axis(1), 0) == ahead
     )

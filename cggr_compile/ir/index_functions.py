@@ -51,12 +51,14 @@ class IndexFunctions:
     """The index functions of one graph's nodes, found on demand and remembered.
 
     `shape_env` knows which of the graph's symbolic sizes are equal; `inputs` are integer tensors by the names that
-    stand for their elements.
+    stand for their elements; `one_row` says that the first dimension of one has one entry, always.
     """
 
     def __init__(self, shape_env: ShapeEnv, inputs: Mapping[str, fx.Node] | None = None) -> None:
         self.shape_env = shape_env
         self._found: dict[fx.Node, IndexFunction | None] = {}
+        shapes = [value(node).shape for node in (inputs or {}).values()]
+        self.one_row = any(isinstance(shape[0], int) and shape[0] == 1 for shape in shapes)
         for name, node in (inputs or {}).items():
             self.name(node, name)
 

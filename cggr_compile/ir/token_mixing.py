@@ -23,7 +23,7 @@ from torch import fx
 
 from cggr_compile.errors import Refusal
 from cggr_compile.ir.dataflow import ancestors, carries_activations, descendants
-from cggr_compile.ir.index_functions import Expression, IndexFunction, IndexFunctions, axis
+from cggr_compile.ir.index_functions import Expression, IndexFunctions, axis
 from cggr_compile.ir.program import Analysed, is_tensor, value
 from cggr_compile.ir.roles import changes_of, is_state, main_roots
 from cggr_compile.ir.sequence_order import is_pointwise, is_token_count, order_dependence, packet_of
@@ -187,7 +187,7 @@ def bound(condition: Expression, later: sympy.Symbol, earlier: sympy.Symbol) -> 
 
 def _letting(mask: fx.Node, functions: IndexFunctions, masks: list[fx.Node], negated: bool = False) -> tuple[Any, ...]:
     """What a boolean mask asks of the places that it lets through; it is added to `masks` if that is known."""
-    found = conditions(functions.of(mask), negated)
+    found = conditions(functions, mask, negated)
     masks += [mask] if found else []
     return found
 
@@ -214,12 +214,17 @@ def _is_lowest(filled: Any) -> bool:
     return isinstance(filled, float) and filled in lowest
 
 
-def conditions(mask: IndexFunction | None, negated: bool = False) -> tuple[Expression, ...]:
-    """What a mask [..., Q, K], whose first of four dimensions is the batch, asks of the places that it lets through."""
+def conditions(functions: IndexFunctions, node: fx.Node, negated: bool = False) -> tuple[Expression, ...]:
+    """What a mask [..., Q, K], whose first of four dimensions is the batch, asks of the places that it lets through. A
+    dimension of one entry has that for every query, key or row."""
+    mask = functions.of(node)
     if mask is None or len(mask.sizes) not in (2, 4):
         return ()
     places = [QUERY, KEY] if len(mask.sizes) == 2 else [BATCH, axis(1), QUERY, KEY]
-    element = mask.at(places)
+    running = [
+        size != 1 or (place is BATCH and functions.one_row) for place, size in zip(places, mask.sizes, strict=True)
+    ]
+    element = mask.at([place if runs else sympy.Integer(0) for place, runs in zip(places, running, strict=True)])
     element = sympy.Not(element) if negated else element
     return tuple(element.args) if isinstance(element, sympy.And) else (element,)
 

@@ -27,7 +27,7 @@ from cggr_compile.ir import documents
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.program import Analysed, value
 from cggr_compile.ir.roles import token_argument
-from cggr_compile.ir.token_mixing import ATTENTION, attention_of, is_attention
+from cggr_compile.ir.token_mixing import ATTENTION, argument, attention_of, is_attention
 
 aten = torch.ops.aten
 ENDS = "ends"
@@ -46,7 +46,8 @@ def attend_documents(program: Analysed, config: RoutingConfig) -> Analysed:
     functions = documents.functions_of(program, positions)
     within = {}
     for node in program.graph.find_nodes(op="call_function", target=ATTENTION):
-        if not is_attention(program, node):
+        operands = [value(argument(node, name)) for name in ("query", "key", "value")]
+        if not is_attention(program, node) or not all(program.same_size(x.shape[0], program.batch) for x in operands):
             continue
         asked = documents.within_one(attention_of(node, functions).seen)
         reach = None if asked is None else reach_of(asked)

@@ -19,6 +19,7 @@ from torch import fx
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.ir.builder import Builder
+from cggr_compile.ir.dataflow import drop_unused
 from cggr_compile.ir.program import PART, REGION, Program, value
 
 aten = torch.ops.aten
@@ -37,7 +38,7 @@ def join_loss(program: Program, config: RoutingConfig) -> Program:
         elif node.op != "output":
             builder.copy(node)
     builder.copy_rest()
-    builder.graph.eliminate_dead_code()
+    drop_unused(builder.graph)
     return builder.finish("join_loss")
 
 

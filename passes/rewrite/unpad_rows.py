@@ -172,8 +172,8 @@ class _Batch:
         query's row; its negation for the negation of one."""
         function = functions.of(node)
         assert function is not None
-        negated = reach_of(conditions(function), _REAL) is None
-        reach = reach_of(conditions(function, negated), _REAL)
+        negated = reach_of(conditions(functions, node), _REAL) is None
+        reach = reach_of(conditions(functions, node, negated), _REAL)
         if reach is None:
             raise _refusal("a mask is not proved to ask for real tokens alone", node)
         return self._once(reach, negated, len(function.sizes))

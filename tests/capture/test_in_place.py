@@ -87,11 +87,48 @@ def _a_number(hidden: torch.Tensor) -> torch.Tensor:
     return moved
 
 
+def _with_leading_ones(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    moved[torch.arange(2)] = hidden[None, :2]
+    return moved
+
+
+class _InBodies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y.mul_(3)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        changed = gradient * 6
+        changed.clamp_(-1e-3, 1e-3)
+        return changed
+
+
+def test_what_the_bodies_of_autograd_functions_change_stays_changed() -> None:
+    eager: nn.Module = Changing(lambda hidden: _InBodies.apply(hidden * 1.0))
+    model = cggr.optimize(copy.deepcopy(eager), inner="eager")
+    oracle.assert_same_step(*oracle.step(model, toy_batch()), *oracle.step(eager, toy_batch()))
+
+
+def test_changes_that_no_gradient_sees_are_refused() -> None:
+    def change(hidden: torch.Tensor) -> torch.Tensor:
+        moved = hidden * 2
+        with torch.no_grad():
+            moved += 1
+        return moved
+
+    with pytest.raises(cggr.CannotOptimize, match=r"changed in place where gradients are off .*moved \+= 1"):
+        cggr.optimize(Changing(change), inner="eager")(**toy_batch())
+
+
 @pytest.mark.parametrize(
     ("change", "functionalised"),
     [
         (_own, False),
-        *((change, True) for change in (_a_number, _dropped_nothing, _what_was_not_dropped)),
+        *((change, True) for change in (_a_number, _dropped_nothing, _what_was_not_dropped, _with_leading_ones)),
         pytest.param(_mapped, True, marks=pytest.mark.skipif(OLDEST, reason="torch 2.11 cannot trace this vmap")),
         *((change, True) for change in (_a_view_of_it, _known_by_a_view, _in_another_dtype)),
     ],
