@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -122,10 +123,16 @@ class _Inliner(Replayer):
         self.regions = 0
 
     def run_node(self, n: fx.Node) -> Any:
+        name = getattr(n.target, "__name__", n.target)
+        if name == "register_hook":
+            raise CannotOptimize(
+                "the forward registers a hook on a tensor's gradient, which no graph holds",
+                node=n,
+                hint="change the gradient in a torch.autograd.Function, or by a module's backward hook",
+            )
         try:
             return super().run_node(n)
         except PendingUnbackedSymbolNotFound as error:
-            name = getattr(n.target, "__name__", n.target)
             raise CannotOptimize(
                 f"torch cannot trace {name} at places or sizes that are read from data",
                 node=n,
@@ -156,11 +163,11 @@ class _Functional(_Inliner):
     trained is added to in place: functionalisation would add it to what they were detached from, and detach the sum."""
 
     def run_node(self, n: fx.Node) -> Any:
-        if not torch.is_grad_enabled() and _changes_what_has_a_gradient(n):
+        if (changed := _changed_in_place(n)) is not None and _hides_from_gradients(n, changed):
             raise CannotOptimize(
-                "a tensor that has a gradient is changed in place where gradients are off",
+                "a tensor that has a gradient is changed in place where gradients do not see it",
                 node=n,
-                hint="change a detached clone, or leave no_grad",
+                hint="change a clone, without no_grad or detach",
             )
         result = super().run_node(n)
         if n.target in ("detach", torch.detach) and n.meta["example_value"].requires_grad:
@@ -178,14 +185,23 @@ class _Functional(_Inliner):
         return super().call_function(target, args, kwargs).clone()
 
 
-def _changes_what_has_a_gradient(node: fx.Node) -> bool:
-    """Whether a call of Dynamo's graph changes such a tensor in place, by its name."""
+def _changed_in_place(node: fx.Node) -> torch.Tensor | None:
+    """The tensor that a call of Dynamo's graph changes, told by the call's name."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    changes = name.endswith("_") and not name.startswith("__")
-    if node.target not in _AUGMENTED and not (node.op in ("call_method", "call_function") and changes):
-        return False
-    changed = node.args[0].meta.get("example_value") if node.args and isinstance(node.args[0], fx.Node) else None
-    return isinstance(changed, torch.Tensor) and changed.requires_grad
+    called = node.op in ("call_method", "call_function") and name.endswith("_") and not name.startswith("__")
+    if not (called or node.target in _AUGMENTED) or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    changed = node.args[0].meta.get("example_value")
+    return changed if isinstance(changed, torch.Tensor) else None
+
+
+def _hides_from_gradients(node: fx.Node, changed: torch.Tensor) -> bool:
+    """Whether eager keeps the gradient of what a tensor was before a change, which functionalisation forgets."""
+    if changed.requires_grad:
+        return not torch.is_grad_enabled()
+    memory = StorageWeakRef(changed.untyped_storage())
+    before = takewhile(lambda each: each is not node, node.graph.nodes)
+    return any(_lies_in(each, memory) and each.meta["example_value"].requires_grad for each in before)
 
 
 def _refuse_read_again(detached: fx.Node) -> None:

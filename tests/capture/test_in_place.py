@@ -113,14 +113,35 @@ def test_what_the_bodies_of_autograd_functions_change_stays_changed() -> None:
     oracle.assert_same_step(*oracle.step(model, toy_batch()), *oracle.step(eager, toy_batch()))
 
 
-def test_changes_that_no_gradient_sees_are_refused() -> None:
-    def change(hidden: torch.Tensor) -> torch.Tensor:
-        moved = hidden * 2
-        with torch.no_grad():
-            moved += 1
-        return moved
+def _without_gradients(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    with torch.no_grad():
+        moved += 1
+    return moved
 
-    with pytest.raises(cggr.CannotOptimize, match=r"changed in place where gradients are off .*moved \+= 1"):
+
+def _behind_its_back(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    moved.detach().add_(1)
+    return moved
+
+
+def _hooked(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    moved.register_hook(lambda gradient: gradient * 2)
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_without_gradients, r"changed in place where gradients do not see it .*moved \+= 1"),
+        (_behind_its_back, r"changed in place where gradients do not see it .*add_\(1\)"),
+        (_hooked, r"registers a hook on a tensor's gradient.*register_hook"),
+    ],
+)
+def test_what_no_gradient_sees_or_a_hook_does_is_refused(change: Callable[..., torch.Tensor], reason: str) -> None:
+    with pytest.raises(cggr.CannotOptimize, match=reason):
         cggr.optimize(Changing(change), inner="eager")(**toy_batch())
 
 
