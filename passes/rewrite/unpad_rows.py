@@ -76,8 +76,8 @@ def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     padding = token_argument(program, PADDING)
     if padding is None:
         given = next(value(node) for node in program.placeholders if program.path(node) == PADDING)
-        found = f"attention_mask is {given.dtype} of {given.dim()} dimensions"
-        raise _refusal(f"{found}, expected integers or booleans [batch, sequence]")
+        reason = f"attention_mask is {given.dtype} of {given.dim()} dimensions"
+        raise _refusal(f"{reason}, expected integers or booleans [batch, sequence]")
     functions = IndexFunctions(program.shape_env, {PADDING: padding})
     found = _proved(program, functions, padding, config)
     labels = own_labels(program, [padding])
