@@ -196,12 +196,14 @@ def _changed_in_place(node: fx.Node) -> torch.Tensor | None:
 
 
 def _hides_from_gradients(node: fx.Node, changed: torch.Tensor) -> bool:
-    """Whether eager keeps the gradient of what a tensor was before a change, which functionalisation forgets."""
+    """Whether eager keeps the gradient of what a tensor was before a change, which functionalisation forgets; changes
+    of parameters are `_write_back`'s."""
     if changed.requires_grad:
-        return not torch.is_grad_enabled()
+        return not (torch.is_grad_enabled() or changed.is_leaf)
     memory = StorageWeakRef(changed.untyped_storage())
     before = takewhile(lambda each: each is not node, node.graph.nodes)
-    return any(_lies_in(each, memory) and each.meta["example_value"].requires_grad for each in before)
+    known = [each.meta["example_value"] for each in before if _lies_in(each, memory)]
+    return any(x.requires_grad and not x.is_leaf for x in known)
 
 
 def _refuse_read_again(detached: fx.Node) -> None:
