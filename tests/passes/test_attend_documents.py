@@ -94,6 +94,7 @@ def _apart(positions: torch.Tensor) -> torch.Tensor:
     return (documents[:, :, None] == documents[:, None, :])[:, None]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "mask",
     [

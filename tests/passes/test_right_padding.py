@@ -62,7 +62,7 @@ def test_routes_keep_what_they_keep_with_the_mask(
     assert torch.ops.cggr.checked_padding.default in operators
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "options", "dropped"),
     [

@@ -162,6 +162,7 @@ class Told(Toy):
         return self.loss(self.logits(self.middle(hidden)), torch.where(labels < 0, labels, labels % WORDS)), None
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(
     ("besides", "reason"),
     [
@@ -197,6 +198,7 @@ def test_what_is_not_of_each_token_is_refused(besides: Any, reason: str) -> None
         model(**padded([7, 4, 9]))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "besides",
     [
