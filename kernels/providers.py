@@ -97,8 +97,8 @@ def _without_head_kernels(place: Place) -> str | None:
     return _without_triton(place)
 
 
-def _only_half(place: Place) -> str | None:
-    if place.dtype == torch.float32:
+def _only_bfloat16(place: Place) -> str | None:
+    if place.dtype != torch.bfloat16:
         return "it was measured in bfloat16 alone (benchmarks/results/experts-h200.md)"
     return _interpreted(place)
 
@@ -211,7 +211,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
         **_reference(router_heads.fp8_score),
     },
     "grouped_mlp": {
-        "triton": Provider("triton", _without_head_kernels, _triton("grouped_mlp"), _only_half),
+        "triton": Provider("triton", _without_head_kernels, _triton("grouped_mlp"), _only_bfloat16),
         "torch": Provider("torch", _never, lambda: grouped_mm.grouped_mlp),
         **_reference(experts.grouped_mlp),
     },
