@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._C._dynamo.eval_frame import reset_code
-from torch._dynamo import guards, utils
+from torch._dynamo import utils
 from torch._dynamo.eval_frame import OptimizeContext
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -130,8 +130,7 @@ def tracing_options() -> Iterator[None]:
 
     Calls of `logging` loggers, which it cannot trace otherwise, are passed over: a compiled step would not log either.
     Not for traces of others, which may rely on the graph break. Fake tensors are computed, not cached: an entry costs
-    more than it saves where sizes are symbols. Garbage is left to Python's collector, which looks for it anyway. How
-    long guards take, which Dynamo measures for its log, is not measured: it empties the processor's caches first.
+    more than it saves where sizes are symbols. Garbage is left to Python's collector, which looks for it anyway.
     """
     config = torch._dynamo.config
     # Its name in older versions is the second.
@@ -142,7 +141,6 @@ def tracing_options() -> Iterator[None]:
         stack.enter_context(replaced(config, ignored, functions))
         stack.enter_context(replaced(config, "fake_tensor_cache_enabled", False))
         stack.enter_context(replaced(config, "run_gc_after_compile", False))
-        stack.enter_context(replaced(guards, "profile_guard_manager", lambda *_: 0.0))
         yield
 
 
