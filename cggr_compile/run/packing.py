@@ -29,7 +29,7 @@ class Packing:
         positions = token_argument(program, POSITIONS)
         assert positions is not None
         self._positions = program.placeholders.index(positions)
-        self._last: int | None = None
+        self._last = "no step yet"
 
     def added(self, inputs: Sequence[Any]) -> Tensor | None:
         """The input of `attend_documents`, int32 [N + 1]; None where there are too many documents."""
@@ -37,14 +37,16 @@ class Packing:
         begins = torch.ones_like(positions, dtype=torch.bool)
         begins[:, 1:] = positions.diff(dim=1) != 1
         begins = begins.flatten()
-        self._last = int(Arriving(begins.sum()).there())
-        step = max(FEWEST, 2 ** (self._last.bit_length() - 3))
-        size = min(-(-self._last // step) * step, begins.numel())
+        count = int(Arriving(begins.sum()).there())
+        step = max(FEWEST, 2 ** (count.bit_length() - 3))
+        size = min(-(-count // step) * step, begins.numel())
         if size > MOST:
+            self._last = f"attention under a mask in the last step, of more than {MOST} documents"
             return None
+        self._last = f"attention within {count} documents in the last step"
         ends = torch.full((size + 1,), begins.numel(), dtype=torch.int32, device=positions.device)
-        ends[: self._last] = torch.argsort(begins.logical_not(), stable=True)[: self._last]
+        ends[:count] = torch.argsort(begins.logical_not(), stable=True)[:count]
         return ends
 
     def __str__(self) -> str:
-        return "no step yet" if self._last is None else f"attention within {self._last} documents in the last step"
+        return self._last
