@@ -114,8 +114,10 @@ def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass,
     skips = config.skip == "experts"
     for route in config.routes:
         passes += [select_tokens] if skips and route == "token" else ROUTES[route]
-    # Behind fusing: the operator is what takes a mask.
-    return (*passes, mask_loss, fuse_experts, *((skip_experts,) if skips else ()), lower_kernels)
+    if not skips:
+        return (*passes, *_LOWERED)
+    *fused, lowered = _LOWERED
+    return (*passes, *fused, skip_experts, lowered)  # behind fusing: the operator is what takes a mask
 
 
 def routable(program: Program, config: RoutingConfig) -> bool:

@@ -80,9 +80,8 @@ def _changes_of_own(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         if isinstance(parts, tuple) and not opaque and all(user.target is operator.getitem for user in node.users):
             continue  # its parts are nodes of their own
         tensors = [x for x in pytree.tree_leaves(parts) if isinstance(x, torch.Tensor)]
-        if _may_give_its_arguments(node) or not all(
-            isinstance(x, FakeTensor) for x in tensors
-        ):  # the latter is under vmap
+        under_vmap = not all(isinstance(x, FakeTensor) for x in tensors)
+        if opaque or under_vmap:
             tensors += [source.meta.get("example_value") for source in node.all_input_nodes]
         for memory in {StorageWeakRef(x.untyped_storage()) for x in tensors if isinstance(x, FakeTensor)}:
             lying[memory].append(node)

@@ -64,7 +64,7 @@ def attend_documents(program: Analysed, config: RoutingConfig) -> Analysed:
     longest = builder.call(aten.sym_size.int, builder.env[positions], 1)
     for node in program.graph.nodes:
         if node in within:
-            builder.env[node] = attend(builder, program, node, builder.env, within[node], ends, longest)
+            builder.env[node] = attend(builder, node, builder.env, within[node], ends, longest)
         elif node.op not in ("placeholder", "output"):
             builder.copy(node)
     builder.output(fx.map_arg(program.output.args[0], lambda old: builder.env[old]))

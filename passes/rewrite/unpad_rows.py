@@ -104,7 +104,7 @@ def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     for node in program.placeholders:
         if program.kind(node) == "size":
             substitution[node] = batch.size(value(node), builder.env[node])
-    write_main_pass(builder, roots, substitution, _attended(program, batch, found))
+    write_main_pass(builder, roots, substitution, _attended(batch, found))
     return builder.finish("unpad_rows")
 
 
@@ -301,22 +301,20 @@ def _at_places(program: Analysed, batch: _Batch, node: fx.Node, made: fx.Node) -
     raise _refusal(f"a value of shape {tuple(shape)} goes by the places of tokens in the padded batch", node)
 
 
-def _attended(program: Analysed, batch: _Batch, found: dict[Attention, Reach]) -> Rewrite:
+def _attended(batch: _Batch, found: dict[Attention, Reach]) -> Rewrite:
     """Attention of the tokens of each row, in the place of that of the padded rows."""
     lengths = {attention.node: reach for attention, reach in found.items() if attention.node.target == ATTENTION}
+    varlen = {node for node in lengths if runs_varlen(node)}
+    bare = {node for node in lengths if not isinstance(argument(node, "attn_mask"), fx.Node)} - varlen
     # What the attentions share is written in front of them all: a checkpoint of a layer is one run of nodes.
-    ends = batch.ends() if any(map(runs_varlen, lengths)) else None
-    within = {
-        node: batch.within(reach)
-        for node, reach in lengths.items()
-        if not runs_varlen(node) and not isinstance(argument(node, "attn_mask"), fx.Node)
-    }
+    ends = batch.ends() if varlen else None
+    within = {node: batch.within(lengths[node]) for node in sorted(bare)}
 
     def rewrite(builder: Builder, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
         if node in within:
             return attention_with(builder, node, env, {"attn_mask": within[node], "is_causal": False})
-        if node not in lengths or ends is None or not runs_varlen(node):
+        if ends is None or node not in varlen:
             return None  # where there is a mask, a substitute stands for it
-        return attend(builder, program, node, env, lengths[node], ends, batch.length)
+        return attend(builder, node, env, lengths[node], ends, batch.length)
 
     return rewrite

@@ -68,8 +68,7 @@ def runs_varlen(node: fx.Node) -> bool:
 
 
 def attend(
-    builder: Builder,
-    program: Analysed,
+    builder: Builder[Analysed],
     node: fx.Node,
     env: dict[fx.Node, fx.Node],
     reach: Reach,
@@ -79,7 +78,7 @@ def attend(
     """Attention [B, H, S, D] within the sequences of B · S tokens that begin and end at `ends`, int32, none of more
     than `longest` tokens; the kernel takes grouped heads as they are."""
     call = partial(builder.call_for, node)
-    key, held = (unrepeated(program, argument(node, name)) for name in ("key", "value"))
+    key, held = (unrepeated(builder.program, argument(node, name)) for name in ("key", "value"))
     if key is None or held is None:
         key, held = argument(node, "key"), argument(node, "value")
     operands = []
