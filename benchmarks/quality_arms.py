@@ -181,8 +181,7 @@ class Step:
 
     def score_for_free(self, rows: Tensor) -> None:
         """Lets the next step select by the losses of its rows under the whole model."""
-        with self._autocast():
-            self.model.cggr.use_scores(row_losses(self.model, rows))
+        self.model.cggr.use_scores(row_losses(self.model, rows))
 
     def __call__(self, batch: Batch) -> None:
         rows = batch.rows
@@ -214,7 +213,8 @@ def row_losses(model: nn.Module, rows: Tensor) -> Tensor:
     """Mean next-token loss fp32 [B] of rows int64 [B, S] under the whole model, by its plain forward."""
     losses = []
     for some in rows.split(SCORED_AT_ONCE):
-        logits = model(input_ids=some).logits[:, :-1].float()
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=rows.device.type == "cuda"):
+            logits = model(input_ids=some).logits[:, :-1].float()
         each = nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="none")
         losses.append(each.view(len(some), -1).mean(1))
     return torch.cat(losses)

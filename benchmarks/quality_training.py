@@ -229,9 +229,7 @@ class Training:
         rows = self.batches.rows
         if self.arm.name != "excess":
             return torch.zeros(len(rows), device=rows.device)
-        reference = self._reference()
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=rows.device.type == "cuda"):
-            return row_losses(reference, rows)
+        return row_losses(self._reference(), rows)
 
     def _reference(self) -> nn.Module:
         """A model that trained on clean rows for `REFERENCE` of the budget."""
@@ -249,8 +247,7 @@ class Training:
         batches = Batches(self.batches.rows, self.arm.batch, self.run.seed)
 
         def losses(rows: Tensor) -> tuple[Tensor]:
-            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-                return (row_losses(reference, rows)[:, None].expand(rows.shape),)
+            return (row_losses(reference, rows)[:, None].expand(rows.shape),)
 
         router.calibrate(({"input_ids": batches.next().rows} for _ in range(CALIBRATION)), losses, CALIBRATION)
         return router.to(self.device)
