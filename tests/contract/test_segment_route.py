@@ -370,3 +370,16 @@ def test_a_steady_step_on_a_gpu_never_synchronises(options: dict[str, Any]) -> N
     assert torch.equal(model.cggr.selected.cpu(), segment_oracle.places_of(documents, 4, 7))
     expected = oracle.step(eager, segment_oracle.repacked(batches[3], model.cggr.selected))
     oracle.assert_step_within(ROUNDING, *actual, *expected)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_transformers_keeps_documents_apart_without_a_cache_only(cached: bool) -> None:
+    """What the documents say of `use_cache`, which evaluation and eager training have on by default."""
+    eager = build("llama")
+    eager.config.use_cache = cached
+    ids = torch.arange(3, 12)[None]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with torch.no_grad():
+        together = eager(input_ids=ids, position_ids=positions).logits[:, 4:]
+        alone = eager(input_ids=ids[:, 4:]).logits
+    assert torch.allclose(together, alone, rtol=0, atol=1e-5) == (not cached)

@@ -1,5 +1,5 @@
 """Compiles the kernels of `grouped` for compute capability 9.0, which needs no GPU, with tiles as on an H100; prints
-their names. Raises where a kernel does not compile, or spills more than two registers to memory."""
+their names. Raises where a kernel does not compile, or spills registers to memory, `up_kernel` more than four."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def compile_kernel(kernel: Any, blocks: dict[str, list[int]], stages: int = TILE
     assert "wgmma" in compiled.asm["ptx"], kernel.__name__
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled is not None, said
-    # 16 of `up_kernel`, which with a stage less spills none and took longer on an H200.
-    assert int(spilled[1]) <= 16, f"{kernel.__name__}: {said}"
+    # `up_kernel` with a stage less spills none and took longer on an H200.
+    assert int(spilled[1]) <= (16 if kernel is grouped.up_kernel else 0), f"{kernel.__name__}: {said}"
     print(kernel.__name__)
 
 

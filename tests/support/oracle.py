@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -168,6 +168,16 @@ def assert_no_further(found: Step, same_dtype: Step, truth: Step, times: float =
             _assert_near(name, *compared, times)
     if few:
         _assert_near("the small ones", *(torch.cat(each) for each in zip(*few, strict=True)), times)
+
+
+def assert_autocast_steps_no_further(model: nn.Module, truth: nn.Module, batches: Iterable[Batch]) -> None:
+    """Steps on a GPU under bfloat16 autocast are no further from `truth`'s in fp32 than twice those of an eager copy."""
+    eager = copy.deepcopy(truth)
+    for cpu in batches:
+        batch = {key: tensor.cuda() for key, tensor in cpu.items()}
+        with torch.autocast("cuda", torch.bfloat16):
+            found, same = step(model, batch), step(eager, batch)
+        assert_no_further(found, same, step(truth, batch), times=2.0)
 
 
 def _assert_near(name: str, actual: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor, times: float) -> None:
