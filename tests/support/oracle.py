@@ -171,7 +171,7 @@ def assert_no_further(found: Step, same_dtype: Step, truth: Step, times: float =
 
 
 def assert_autocast_steps_no_further(model: nn.Module, truth: nn.Module, batches: Iterable[Batch]) -> None:
-    """Steps on a GPU under bfloat16 autocast are no further from `truth`'s in fp32 than twice those of an eager copy."""
+    """Steps on a GPU under bfloat16 autocast are no further from `truth`'s in fp32 than twice an eager copy's."""
     eager = copy.deepcopy(truth)
     for cpu in batches:
         batch = {key: tensor.cuda() for key, tensor in cpu.items()}
