@@ -17,6 +17,7 @@ from toys import WORDS, Toy
 
 import cggr_compile as cggr
 from cggr_compile.ir.program import value
+from cggr_compile.run import packing
 
 ROUNDING = oracle.rounding(COMMON["hidden_size"], COMMON["intermediate_size"], VOCABULARY, 64)
 BATCHES = [
@@ -123,6 +124,16 @@ def test_the_toys_own_mask_goes(flash: None) -> None:
     batch = packed(BATCHES[0])
     oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
     assert "within 14 documents" in model.cggr.report().unpadded
+
+
+def test_more_documents_than_a_launch_takes_train_under_the_mask(flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MOST", 8)
+    eager = Packed(lambda positions, causal: _apart(positions) & causal)
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True, inner="eager")
+    for lengths, said in ((BATCHES[0], "under a mask in the last step, of more than 8"), (BATCHES[2], "within 6")):
+        batch = packed(lengths)
+        oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
+        assert said in model.cggr.report().unpadded
 
 
 def test_off_a_gpu_the_mask_stays() -> None:
