@@ -172,6 +172,25 @@ def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any]
     assert all(type(value) in (int, float) for entry in routed.state.log_history for value in entry.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"packing": True, "max_length": 24, "per_device_train_batch_size": 2}], ids=["padded", "packed"]
+)
+def test_on_a_gpu_trls_defaults_train_as_trl_does(options: dict[str, Any], tmp_path: Path) -> None:
+    """bf16 autocast and checkpoints, every row: no further from fp32 than TRL itself, within a factor of two."""
+    defaults = {"use_cpu": False, "bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-4}
+    eager = two_layers()
+    logs = []
+    for routed, own in ((False, {"bf16": False}), (False, {}), (True, {})):
+        trainer = sft(copy.deepcopy(eager), tmp_path, **{**defaults, **options, **own})
+        trainer = cggr.route(trainer) if routed else trainer
+        trainer.train()
+        logs.append(training_logs(trainer))
+    truth, theirs, ours = ([entry[name] for entry in log for name in ("loss", "grad_norm")] for log in logs)
+    furthest = max(abs(value / true - 1) for value, true in zip(theirs, truth, strict=True))
+    assert ours == pytest.approx(truth, rel=2 * furthest)
+
+
 @pytest.mark.parametrize(("given", "padding"), [({}, "right"), ({"padding": "any"}, "any")])
 def test_padding_is_as_trls_collator_pads_unless_it_is_given(given: dict, padding: str, tmp_path: Path) -> None:
     trainer = cggr.route(sft(two_layers(), tmp_path), ratio=0.5, **given)
