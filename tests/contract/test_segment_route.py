@@ -137,6 +137,7 @@ def test_the_balance_of_experts_counts_empty_places() -> None:
     assert eager(**repacked).aux_loss != eager(**shorter).aux_loss
 
 
+@pytest.mark.long
 def test_depth_and_documents(llama: tuple[nn.Module, Program]) -> None:
     """While two layers train, the kept documents train them."""
     eager = copy.deepcopy(llama[0])
@@ -206,6 +207,7 @@ def test_what_lets_documents_meet_is_refused(name: str, changes: dict[str, Any],
         model(**batch)
 
 
+@pytest.mark.long
 def test_boundaries_for_flash_attention_may_come_along() -> None:
     """The model's masks are made of the positions, whatever else says where documents end."""
     batch, ends = packed([SEVERAL[0]]), torch.tensor([0, 3, 5, 9, 10, 13], dtype=torch.int32)
@@ -327,7 +329,7 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
         cggr.RoutingConfig(**{"route": "segment", "ratio": 0.5, **options})
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", FAMILIES + (OTHERS if LONG else []))
 def test_families(name: str, rows: int) -> None:

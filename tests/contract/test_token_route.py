@@ -83,7 +83,7 @@ def deep() -> tuple[nn.Module, Program]:
     return model, plans.captured(model, token_batch())
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("middle", "options"),
     [

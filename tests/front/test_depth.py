@@ -126,6 +126,7 @@ def test_a_whole_schedule_is_the_one_made_by_hand(stages: tuple[list[int], list[
     assert model.cggr.captures == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("at", [2, 1, 3])
 def test_a_run_that_is_resumed_is_the_whole_one(at: int) -> None:
     """Also where the checkpoint lies between the last step of the first layers and the first of all."""
@@ -200,6 +201,7 @@ def test_a_share_of_all_steps() -> None:
     assert grown == [False, False, True, True]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("route", ["sequence", "token", "loss"])
 def test_what_the_first_layers_select_is_what_a_model_of_them_selects(route: str) -> None:
     """`depth` in front of a route is that route on the cut model."""

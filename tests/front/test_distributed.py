@@ -97,6 +97,7 @@ def accelerator() -> Iterator[accelerate.Accelerator]:
     AcceleratorState._reset_state(True)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_accelerate_shards_a_routed_model_and_saves_and_loads_it(
     name: str, accelerator: accelerate.Accelerator, tmp_path: Path

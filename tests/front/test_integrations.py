@@ -144,6 +144,7 @@ def test_adapters_under_gradient_checkpointing_are_exact(reentrant: bool) -> Non
     assert sum(gradient is not None for gradient in gradients.values()) == 4
 
 
+@pytest.mark.long
 def test_trainer_compiles_around_a_routed_model(tmp_path: Path) -> None:
     rows = [{"input_ids": list(range(i, i + 12)), "labels": list(range(i, i + 12))} for i in range(1, 13)]
     arguments = transformers.TrainingArguments(

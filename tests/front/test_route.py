@@ -137,7 +137,7 @@ def test_one_line_trains_adapters_on_completions_evaluates_as_ever_and_comes_off
     assert "cggr/rows_selected" not in training_logs(trainer)[-1]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -202,6 +202,7 @@ def test_padding_is_left_out_unless_unpad_is_given(given: dict, unpad: bool | st
     assert cggr.route(sft(two_layers(), tmp_path), **given).model.cggr.config.unpad == unpad
 
 
+@pytest.mark.long
 def test_sft_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Random selection and a warm-up in progress: the generator and the step have to come back."""
     options = {**OPTIONS, "selection": "random", "warmup_steps": 3}

@@ -169,6 +169,7 @@ def under(stance: str) -> Callable[[Toy], Any]:
     return change
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("prevented", [beyond_the_limit, failing, under("force_eager"), under("eager_on_recompile")])
 def test_the_backend_raises_where_dynamo_does_not_ask_it(prevented: Callable[[Toy], Any]) -> None:
     torch._dynamo.reset()

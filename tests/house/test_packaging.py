@@ -22,6 +22,7 @@ def run(code: str, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_transformers_probe_for_hub_kernels_does_not_import_ours_twice() -> None:
     """With the repository root on sys.path, `import kernels` finds our folder under a second name."""
     code = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from cggr_compile.kernels.reference import router_heads, selection
@@ -11,8 +9,6 @@ from torch import Tensor
 
 ROWS, KEPT = 300, 64
 """Enough that an index times a unit of the rules' fixed-point numbers is beyond 32 bits."""
-IN_CI = ("importance", "columns")
-"""Those that compute with fixed-point numbers; a compiler for C++ takes its time."""
 
 
 def everything(scores: Tensor, valid: Tensor, noise: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -21,12 +17,13 @@ def everything(scores: Tensor, valid: Tensor, noise: Tensor, target: Tensor) -> 
         "over two rows": (selection.importance, scores.view(2, -1), valid.view(2, -1), KEPT, noise.view(2, -1)),
         "columns": (router_heads.sample_columns, target, noise[:1], 32768, 100, 1024),
     }
-    if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci":
-        calls = {name: calls[name] for name in IN_CI}
     return {name: function(*args) for name, (function, *args) in calls.items()}
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+# A compiler for C++ takes its time.
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.long), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def test_compiled_rules_are_the_rules(device: str) -> None:
     # In one file: most of what a compiler for C++ reads are headers.
     compiled = torch.compile(everything, fullgraph=True, dynamic=False, options={"cpp_wrapper": device == "cpu"})

@@ -50,6 +50,7 @@ def test_any_shape_and_option(
     torch.testing.assert_close(actual, fp8_truth(args, options), **close)
 
 
+@pytest.mark.long
 def test_inductor_compiles_the_sampled_head() -> None:
     args = operands(56, 64, 257, seed=0)
     columns, times = router_heads.sample_columns(args[3], torch.rand(1), 257, 16, 16)

@@ -63,6 +63,7 @@ def _compiled(algorithm: str, backend: str) -> None:
         assert_same(found, step(scaled, case))
 
 
+@pytest.mark.sample(1)
 @both
 def test_fp64_scalars_compiled_with_aot_eager(algorithm: str) -> None:
     _compiled(algorithm, "aot_eager")
@@ -86,6 +87,7 @@ def test_repeated_calls_are_bitwise_equal_so_nothing_tunes_into_accumulators(
         assert_same(steps(algorithm, case), first)
 
 
+@pytest.mark.sample(2)
 @both
 @pytest.mark.parametrize("with_options", [False, True])
 def test_opcheck(algorithm: str, with_options: bool) -> None:

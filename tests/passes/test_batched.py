@@ -128,6 +128,7 @@ def by_row(batch: Batch, rows: torch.Tensor, *names: str) -> dict[str, torch.Ten
     return {name: batch[name][rows] for name in names}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("merge", [scattered, put, added])
 def test_rows_train_on_their_own_images(merge: Callable[..., torch.Tensor]) -> None:
     """Two a row, as many as rows but not one a row, some rows without, more rows."""
@@ -251,6 +252,7 @@ def test_a_layer_that_branches_on_the_sequence_is_refused_on_fewer_tokens() -> N
         model(**batch)
 
 
+@pytest.mark.long
 def test_a_decoders_labels_have_a_length_of_their_own() -> None:
     config = transformers.T5Config(
         vocab_size=VOCABULARY,

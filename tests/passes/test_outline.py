@@ -127,6 +127,7 @@ def test_other_families(name: str) -> None:
     assert variant.bodies <= 4  # of windows there are two kinds of layers
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", ["checkpointing", "autocast"])
 def test_modes(mode: str) -> None:
     eager, batch = scaled(*[1.0] * LAYERS)

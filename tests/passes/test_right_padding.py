@@ -47,6 +47,7 @@ def test_every_row_trains_as_without_a_mask(step: plans.Routed, lengths: list[in
     oracle.assert_step_within(ROUNDING, *actual, *oracle.step(eager, batch))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{}, {"route": "token"}, {"route": "loss"}, {"selection": "random"}])
 def test_routes_keep_what_they_keep_with_the_mask(
     padded_llama: tuple[nn.Module, Program], options: dict[str, Any]

@@ -81,7 +81,7 @@ def test_nothing_waits_behind_a_batch_that_was_not_worth_it(padded_llama: tuple[
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_families(name: str, implementation: str, side: str) -> None:
     _assert_is_eagers(name, implementation, side)
 
@@ -361,6 +361,7 @@ def test_attention_of_variable_lengths(name: str, inner: str, monkeypatch: pytes
     assert {value(node.args[1]).shape[1] for node in nodes} == {heads}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("varlen", [False, True])
 def test_checkpointed_layers_stay_one_checkpoint_each(varlen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where padding is promised to be behind, so that no mask is left to put another in the place of."""
