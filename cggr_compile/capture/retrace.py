@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -146,7 +147,7 @@ class _Inliner(Replayer):
             for node in body.graph.nodes:
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                 node.meta["ac_graph_id"] = self.regions
-            return Replayer(out_of_place(body), self.calls).run(*inputs)
+            return self._inlined(body).run(*inputs)
         if target is torch.ops.higher_order.autograd_function_apply:
             return _opaque(target, args, kwargs)
         name = getattr(target, "__name__", "")
@@ -157,10 +158,16 @@ class _Inliner(Replayer):
                 return super().call_function(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
+    def _inlined(self, body: fx.GraphModule) -> fx.Interpreter:
+        return Replayer(out_of_place(body), self.calls)
+
 
 class _Functional(_Inliner):
     """The same for functionalisation, with dropouts whose outputs may be mutated, and detached tensors that something
     trained is added to in place: functionalisation would add it to what they were detached from, and detach the sum."""
+
+    def _inlined(self, body: fx.GraphModule) -> fx.Interpreter:
+        return _Functional(body)
 
     def run_node(self, n: fx.Node) -> Any:
         if (changed := _changed_in_place(n)) is not None and _hides_from_gradients(n, changed):
@@ -170,10 +177,21 @@ class _Functional(_Inliner):
                 hint="change a clone, without no_grad or detach",
             )
         result = super().run_node(n)
+        if self._forgets_memory(n, result):
+            _refuse_changed_afterwards(n)
         if n.target in ("detach", torch.detach) and n.meta["example_value"].requires_grad:
             _refuse_read_again(n)
             return result.clone()
         return result
+
+    def _forgets_memory(self, node: fx.Node, result: Any) -> bool:
+        """Whether a call gives memory of an argument's, which functionalisation takes for new: it goes by operators'
+        schemas, and those of `einsum`, `type_as` and others do not say that they may give a view, or an argument."""
+        given = node.all_input_nodes
+        before = [pair for each in given for pair in _memories(each, self.env[each])]
+        return any(
+            fake == known and memory != kept for fake, memory in _memories(node, result) for known, kept in before
+        )
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if target is not F.dropout:
@@ -183,6 +201,29 @@ class _Functional(_Inliner):
         if not bound.arguments["training"] or bound.arguments["p"] == 0:
             return bound.arguments["input"]
         return super().call_function(target, args, kwargs).clone()
+
+
+def _memories(node: fx.Node, result: Any) -> Iterator[tuple[StorageWeakRef, StorageWeakRef]]:
+    """The memory of each tensor that a node stands for: Dynamo's, and functionalisation's."""
+    fakes = pytree.tree_leaves(node.meta.get("example_value"))
+    for fake, found in zip(fakes, pytree.tree_leaves(result), strict=False):
+        if isinstance(fake, torch.Tensor) and isinstance(found, tracing.FunctionalTensor):
+            yield StorageWeakRef(fake.untyped_storage()), StorageWeakRef(found.elem.untyped_storage())
+
+
+def _refuse_changed_afterwards(node: fx.Node) -> None:
+    """Raises `CannotOptimize` where what a call gives is changed in place later, or the argument that lies there."""
+    memories = {StorageWeakRef(x.untyped_storage()) for x in pytree.tree_leaves(node.meta["example_value"])}
+    nodes = list(node.graph.nodes)
+    for later in nodes[nodes.index(node) + 1 :]:
+        changed = _changed_in_place(later)
+        if changed is not None and StorageWeakRef(changed.untyped_storage()) in memories:
+            name = getattr(node.target, "__name__", node.target)
+            raise CannotOptimize(
+                f"what {name} gives is memory of its argument, which is changed in place",
+                node=later,
+                hint=f"clone what {name} gives",
+            )
 
 
 def _changed_in_place(node: fx.Node) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
@@ -126,6 +127,53 @@ def _behind_its_back(hidden: torch.Tensor) -> torch.Tensor:
     return moved
 
 
+def _checkpointed(body: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return checkpoint(body, x, use_reentrant=False)
+
+
+def _a_checkpoint_that_dropped_nothing(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    kept = _checkpointed(lambda x: torch.nn.functional.dropout(x, 0.0), moved)
+    moved += 1
+    return moved + kept
+
+
+def _changed_within_and_behind_checkpoints(hidden: torch.Tensor) -> torch.Tensor:
+    def body(x: torch.Tensor) -> torch.Tensor:
+        moved = x * 2
+        moved[..., 0] += 1
+        other = (x * 2).bfloat16()
+        other.add_(x)
+        return moved + other + _checkpointed(lambda y: torch.nn.functional.dropout(y, 0.0) * 2, moved)
+
+    moved = _checkpointed(body, hidden * 2)
+    moved += 1
+    return hidden + moved
+
+
+def _an_einsum_that_gives_a_view(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    same = torch.einsum("bsd->bsd", moved)
+    moved.add_(1)
+    return moved + same
+
+
+def _a_broadcast_that_gives_views(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    same, _ = torch.broadcast_tensors(moved, moved[:1])
+    same[..., 0] = 0.5
+    return moved + same
+
+
+def _a_cast_to_its_own_dtype(hidden: torch.Tensor) -> torch.Tensor:
+    def body(x: torch.Tensor) -> torch.Tensor:
+        same = x.type_as(x)
+        same += 1
+        return x + same
+
+    return _checkpointed(body, hidden * 2)
+
+
 def _hooked(hidden: torch.Tensor) -> torch.Tensor:
     moved = hidden * 2
     moved.register_hook(lambda gradient: gradient * 2)
@@ -137,10 +185,16 @@ def _hooked(hidden: torch.Tensor) -> torch.Tensor:
     [
         (_without_gradients, r"changed in place where gradients do not see it .*moved \+= 1"),
         (_behind_its_back, r"changed in place where gradients do not see it .*add_\(1\)"),
+        (
+            _an_einsum_that_gives_a_view,
+            r"what einsum gives is memory of its argument.*add_\(1\).*clone what einsum gives",
+        ),
+        (_a_broadcast_that_gives_views, r"what broadcast_tensors gives is memory of its argument.*= 0\.5"),
+        (_a_cast_to_its_own_dtype, r"what type_as gives is memory of its argument.*same \+= 1"),
         (_hooked, r"registers a hook on a tensor's gradient.*register_hook"),
     ],
 )
-def test_what_no_gradient_sees_or_a_hook_does_is_refused(change: Callable[..., torch.Tensor], reason: str) -> None:
+def test_what_a_graph_cannot_say_is_refused(change: Callable[..., torch.Tensor], reason: str) -> None:
     with pytest.raises(cggr.CannotOptimize, match=reason):
         cggr.optimize(Changing(change), inner="eager")(**toy_batch())
 
@@ -151,6 +205,7 @@ def test_what_no_gradient_sees_or_a_hook_does_is_refused(change: Callable[..., t
         (_own, False),
         *((change, True) for change in (_a_number, _dropped_nothing, _what_was_not_dropped, _with_leading_ones)),
         pytest.param(_mapped, True, marks=pytest.mark.skipif(OLDEST, reason="torch 2.11 cannot trace this vmap")),
+        *((change, True) for change in (_a_checkpoint_that_dropped_nothing, _changed_within_and_behind_checkpoints)),
         *((change, True) for change in (_a_view_of_it, _known_by_a_view, _in_another_dtype)),
     ],
 )
