@@ -29,6 +29,8 @@ SELECTING = ("selection", "dynamic_threshold", "warmup_steps", "dense_after_step
 WITHOUT_NOISE = 0.875
 """What `"auto"` keeps unless told otherwise, once it selects."""
 SCORINGS = tuple(reference.SCORINGS)
+TOKEN_OPTIONS = ("first_layers", "last_layers", "resample", "skip", "allow_compressed_recurrence")
+"""Options of the token route alone."""
 ROUTER_BODIES = ("exact", "fp8")
 ROUTER_HEADS = ("exact", "sampled", "fp8")
 PADDINGS = ("any", "right")
@@ -252,6 +254,13 @@ class RoutingConfig(Schedule):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not an integer of at least {least}")
         choice("resample", self.resample, RESAMPLES)
         self._check_skip()
+        if "token" not in self.routes:
+            for option in (each for each in dataclasses.fields(self) if each.name in TOKEN_OPTIONS):
+                if getattr(self, option.name) != option.default:
+                    raise ConfigError(
+                        f"{option.name}={getattr(self, option.name)!r} is for the token route, not "
+                        f"route={self.route!r}; use route='token'"
+                    )
         route = next((route for route in ("token", "segment") if route in self.routes), None)
         if route is None:
             return
@@ -274,11 +283,7 @@ class RoutingConfig(Schedule):
 
     def _check_skip(self) -> None:
         choice("skip", self.skip, SKIPS)
-        if self.skip == "layers":
-            return
-        if "token" not in self.routes:
-            raise ConfigError(f"skip={self.skip!r} is for the token route, not route={self.route!r}; use route='token'")
-        if "fuse_experts" in self.disable_passes:
+        if self.skip == "experts" and "fuse_experts" in self.disable_passes:
             raise ConfigError(
                 f"skip={self.skip!r} with disable_passes={self.disable_passes!r}: experts that are not fused take no "
                 "selection; leave 'fuse_experts' in"

@@ -91,8 +91,8 @@ class Schedule:
         """Raises `ConfigError` where the options of the depth route are no stages."""
         choice("grow", self.grow, GROWTHS)
         if not self.deepens:
-            if self.depth_layers is not None or self.depth_until is not None:
-                raise ConfigError("depth_layers and depth_until are for route='depth'")
+            if self.depth_layers is not None or self.depth_until is not None or self.grow != "copy":
+                raise ConfigError("depth_layers, depth_until and grow are for route='depth'")
             return
         layers, until = _tuple(self.depth_layers), _tuple(self.depth_until)
         if not layers or not all(is_int(each, 1) for each in layers) or list(layers) != sorted({*layers}):

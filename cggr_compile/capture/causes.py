@@ -30,9 +30,10 @@ _ELSE = "or pass fallback='eager' to train without routing"
 
 @dataclass(frozen=True)
 class Cause:
-    """A library's feature that a capture stops at, told by the file of the line that it stops at."""
+    """A library's feature that a capture stops at, told by the line that it stops at: `where` is part of its file's
+    path, or of its text."""
 
-    file: str
+    where: str
     name: str
     remedy: str
 
@@ -60,6 +61,11 @@ CAUSES = (
         "the quantized layers of bitsandbytes cannot be traced here",
         "train without gradient checkpointing, or on a model that is not quantized",
     ),
+    Cause(
+        "for expert_idx in expert_hit",
+        "the experts run one by one, those that the data chooses",
+        "call model.set_experts_implementation('grouped_mm')",
+    ),
 )
 
 
@@ -67,7 +73,7 @@ def recognised(error: CannotOptimize) -> CannotOptimize:
     """The same error, its cause named where it is one of `CAUSES`. No advice to rewrite a library's line is left."""
     source = (error.source or "").replace(os.sep, "/")
     for cause in CAUSES:
-        if cause.file in source:
+        if cause.where in source:
             reason = f"{cause.name} ({error.reason})"
             return CannotOptimize(reason, source=error.source, hint=f"{cause.remedy}, {_ELSE}")
     library = re.search(r"/site-packages/(\w+)/", source)

@@ -114,10 +114,9 @@ def check(
         route=route,
         ratio=ratio,
         router_layers=router_layers,
-        first_layers=1,
-        last_layers=0,
         inner="eager",
         warmup_steps=1,
+        **({"last_layers": 0} if route == "token" else {}),
     )
     optimize(routed, config)
     differences = [_difference(eager_step(routed, batch), eager_step(eager, batch)) for batch in batches]

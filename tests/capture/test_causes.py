@@ -15,9 +15,9 @@ from cggr_compile import CannotOptimize
 from cggr_compile.capture.causes import CAUSES, in_words, recognised
 
 
-@pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: cause.file)
+@pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: cause.where)
 def test_known_causes_are_named_with_a_remedy(cause) -> None:
-    line = f"/env/site-packages{cause.file}{'' if cause.file.endswith('.py') else 'layer.py'}:12: x.item()"
+    line = f"/env/site-packages{cause.where}{'' if cause.where.endswith('.py') else 'layer.py'}:12: x.item()"
     error = recognised(CannotOptimize("what was found", source=line, hint="rewrite that line, or else"))
     assert error.reason == f"{cause.name} (what was found)"
     assert cause.remedy in error.hint
@@ -61,6 +61,13 @@ def test_flex_attention_is_named(padded: bool) -> None:
     cggr.optimize(model, inner="eager")
     with pytest.raises(CannotOptimize, match=r"no graph holds.*load the model with attn_implementation='sdpa'"):
         model(input_ids=batch["input_ids"], labels=batch["labels"], **mask)
+
+
+def test_experts_in_a_loop_are_told_the_other_implementation() -> None:
+    model = build("mixtral")
+    model.set_experts_implementation("eager")
+    with pytest.raises(CannotOptimize, match=r"experts run one by one.*set_experts_implementation\('grouped_mm'\)"):
+        cggr.optimize(model, ratio=0.5, inner="eager")(**token_batch())
 
 
 def test_a_branch_on_data_is_refused_without_symbols() -> None:

@@ -199,6 +199,16 @@ def first(scores: torch.Tensor, valid: torch.Tensor, k: int, noise: torch.Tensor
         ({"route": "token", "selection": first}, "selection=first is for whole sequences .*name a rule"),
         ({"route": "token", "resample": "layer"}, "would select the same tokens for every layer"),
         ({"route": "token", "resample": "lair"}, "did you mean 'layer'"),
+        *(
+            ({name: value}, f"{name}={value!r} is for the token route, not route='sequence'; use route='token'")
+            for name, value in (
+                ("first_layers", 2),
+                ("last_layers", 0),
+                ("resample", "layer"),
+                ("skip", "experts"),
+                ("allow_compressed_recurrence", True),
+            )
+        ),
         ({"first_layers": 0}, "first_layers=0 is not an integer of at least 1"),
         ({"warmup_steps": 5, "dense_after_steps": 5}, "dense_after_steps=5 .* above warmup_steps=5"),
         ({"allow_compressed_recurrence": 1}, "allow_compressed_recurrence=1 is not a bool"),

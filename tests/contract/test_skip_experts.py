@@ -204,8 +204,6 @@ def test_refusals(captured: tuple[nn.Module, Program]) -> None:
     assert caught.value.hint
     with pytest.raises(cggr.CannotOptimize, match=r"layers 1–2 mix tokens by their places: aten\.cumsum"):
         plans.Routed(*captured, **{**SKIP, "skip": "layers"})
-    with pytest.raises(cggr.ConfigError, match="skip='experts' is for the token route, not route='sequence'"):
-        cggr.RoutingConfig(skip="experts")
     with pytest.raises(cggr.ConfigError, match="experts that are not fused take no selection"):
         cggr.RoutingConfig(**SKIP, disable_passes=("fuse_experts",))
     with pytest.raises(cggr.ConfigError, match="skip='heads'"):

@@ -57,7 +57,7 @@ def gradients(name: str, route: str) -> None:
     eager = oracle.truncated(build(name), architecture, LAYERS)
     batch = token_batch(6, 12, seed=dist.get_rank())
     model = shard(copy.deepcopy(eager), architecture.layers)
-    model = routed(model, route=route, first_layers=1, last_layers=0)
+    model = routed(model, route=route, **({"last_layers": 0} if route == "token" else {}))
     loss = model(**batch).loss
     loss.backward()
     selected = model.cggr.selected
