@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -110,14 +110,9 @@ def check(
     for each in (eager, routed):
         if hasattr(each, "config"):
             each.config.use_cache = False
-    config = RoutingConfig(
-        route=route,
-        ratio=ratio,
-        router_layers=router_layers,
-        inner="eager",
-        warmup_steps=1,
-        **({"last_layers": 0} if route == "token" else {}),
-    )
+    config = RoutingConfig(route=route, ratio=ratio, router_layers=router_layers, inner="eager", warmup_steps=1)
+    if route == "token":
+        config = replace(config, last_layers=0)
     optimize(routed, config)
     differences = [_difference(eager_step(routed, batch), eager_step(eager, batch)) for batch in batches]
     routed.cggr.step()
