@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from cggr_compile.capture.alike import described, is_torchs, modes_of, pattern_of, values_of
+from cggr_compile.capture.memory import memory_of
 from cggr_compile.torch_internals import autograd, fake_tensors, symbols
 from cggr_compile.torch_internals.fake_tensors import FakeTensor, FakeTensorMode
 
@@ -95,8 +95,8 @@ def _outcome(result: Any, arguments: list[FakeTensor]) -> _New | _View | None:
         return None
     if result.requires_grad and (result.is_leaf or not torch.is_grad_enabled()):
         return None
-    storage = StorageWeakRef(result.untyped_storage())
-    sources = [place for place, x in enumerate(arguments) if StorageWeakRef(x.untyped_storage()) == storage]
+    storage = memory_of(result)
+    sources = [place for place, x in enumerate(arguments) if memory_of(x) == storage]
     if not sources and result.storage_offset() == 0:
         elements = result.untyped_storage().nbytes() // result.itemsize
         return _New(elements, result.shape, result.stride(), result.dtype, result.device, result.requires_grad)

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from cggr_compile.capture.copies import Mutation
+from cggr_compile.capture.memory import Memory, memory_of
 from cggr_compile.torch_internals.fake_tensors import FakeTensor
 
 
@@ -72,7 +72,7 @@ def out_of_place(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _changes_of_own(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """The calls that change a tensor of the graph's own, each with the nodes that name the tensor."""
-    lying: dict[StorageWeakRef, list[fx.Node]] = defaultdict(list)
+    lying: dict[Memory, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         known = node.args[0] if _is_change(node) else node  # what is assigned to gives nothing
         parts = known.meta.get("example_value") if isinstance(known, fx.Node) else None
@@ -83,7 +83,7 @@ def _changes_of_own(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         under_vmap = not all(isinstance(x, FakeTensor) for x in tensors)
         if opaque or under_vmap:
             tensors += [source.meta.get("example_value") for source in node.all_input_nodes]
-        for memory in {StorageWeakRef(x.untyped_storage()) for x in tensors if isinstance(x, FakeTensor)}:
+        for memory in {memory_of(x) for x in tensors if isinstance(x, FakeTensor)} - {None}:
             lying[memory].append(node)
     changes = {}
     for made, *others in lying.values():

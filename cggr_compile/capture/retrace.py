@@ -32,12 +32,12 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cggr_compile.capture.copies import Calls, Mutation, Replayer, mutates
 from cggr_compile.capture.in_place import out_of_place
+from cggr_compile.capture.memory import Memory, memory_of
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.torch_internals import autograd, dynamo, tracing
 
@@ -203,21 +203,21 @@ class _Functional(_Inliner):
         return super().call_function(target, args, kwargs).clone()
 
 
-def _memories(node: fx.Node, result: Any) -> Iterator[tuple[StorageWeakRef, StorageWeakRef]]:
+def _memories(node: fx.Node, result: Any) -> Iterator[tuple[Memory, Memory]]:
     """The memory of each tensor that a node stands for: Dynamo's, and functionalisation's."""
     fakes = pytree.tree_leaves(node.meta.get("example_value"))
     for fake, found in zip(fakes, pytree.tree_leaves(result), strict=False):
         if isinstance(fake, torch.Tensor) and isinstance(found, tracing.FunctionalTensor):
-            yield StorageWeakRef(fake.untyped_storage()), StorageWeakRef(found.elem.untyped_storage())
+            yield memory_of(fake), memory_of(found.elem)
 
 
 def _refuse_changed_afterwards(node: fx.Node) -> None:
     """Raises `CannotOptimize` where what a call gives is changed in place later, or the argument that lies there."""
-    memories = {StorageWeakRef(x.untyped_storage()) for x in pytree.tree_leaves(node.meta["example_value"])}
+    memories = {memory_of(x) for x in pytree.tree_leaves(node.meta["example_value"])}
     nodes = list(node.graph.nodes)
     for later in nodes[nodes.index(node) + 1 :]:
         changed = _changed_in_place(later)
-        if changed is not None and StorageWeakRef(changed.untyped_storage()) in memories:
+        if changed is not None and memory_of(changed) in memories:
             name = getattr(node.target, "__name__", node.target)
             raise CannotOptimize(
                 f"what {name} gives is memory of its argument, which is changed in place",
@@ -241,7 +241,7 @@ def _hides_from_gradients(node: fx.Node, changed: torch.Tensor) -> bool:
     of parameters are `_write_back`'s."""
     if changed.requires_grad:
         return not (torch.is_grad_enabled() or changed.is_leaf)
-    memory = StorageWeakRef(changed.untyped_storage())
+    memory = memory_of(changed)
     before = takewhile(lambda each: each is not node, node.graph.nodes)
     known = [each.meta["example_value"] for each in before if _lies_in(each, memory)]
     return any(x.requires_grad and not x.is_leaf for x in known)
@@ -249,7 +249,7 @@ def _hides_from_gradients(node: fx.Node, changed: torch.Tensor) -> bool:
 
 def _refuse_read_again(detached: fx.Node) -> None:
     """Raises `CannotOptimize` where what a tensor was detached from is read behind it: by then it has changed too."""
-    memory = StorageWeakRef(detached.meta["example_value"].untyped_storage())
+    memory = memory_of(detached.meta["example_value"])
     nodes = list(detached.graph.nodes)
     own = {detached}
     for node in nodes[nodes.index(detached) + 1 :]:
@@ -264,9 +264,9 @@ def _refuse_read_again(detached: fx.Node) -> None:
             own.add(node)
 
 
-def _lies_in(node: fx.Node, memory: StorageWeakRef) -> bool:
+def _lies_in(node: fx.Node, memory: Memory) -> bool:
     known = node.meta.get("example_value")
-    return isinstance(known, torch.Tensor) and StorageWeakRef(known.untyped_storage()) == memory
+    return isinstance(known, torch.Tensor) and memory_of(known) == memory
 
 
 def _opaque(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -46,7 +46,7 @@ def unify(graph: fx.Graph, length: torch.SymInt | int, sequence: torch.SymInt | 
         if node.target == aten.index.Tensor:
             _merge_counted(node)
         elif node.target in _LOSSES and isinstance(length, torch.SymInt) and isinstance(sequence, torch.SymInt):
-            rows, targets = (_symbols(value(arg).shape[0]) for arg in node.args[:2])
+            rows, targets = (_symbols_of_rows(value(arg)) for arg in node.args[:2])
             if _symbols(sequence) <= targets and _symbols(length) <= rows - targets:
                 _merge(length, sequence)
 
@@ -84,6 +84,11 @@ def _sizes(node: fx.Node) -> list[Any]:
 
 def _symbols(size: Any) -> set[Any]:
     return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
+def _symbols_of_rows(tensor: torch.Tensor) -> set[Any]:
+    """Those of the first size; a single example has none."""
+    return {symbol for size in tensor.shape[:1] for symbol in _symbols(size)}
 
 
 def _merge(left: torch.SymInt, right: torch.SymInt) -> None:

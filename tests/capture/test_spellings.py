@@ -52,6 +52,19 @@ class JoinedTables(AddedBias):
         return hidden
 
 
+class LossOfHidden(Toy):
+    """Head and loss are one function of torch's (2.13), and a loss of a single example has nothing to do with rows."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> tuple:
+        hidden = self.middle(self.embed(input_ids))
+        if labels is None:
+            return (self.logits(hidden),)
+        labels = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+        weight = self.head.weight
+        loss = F.linear_cross_entropy(hidden.reshape(-1, WIDTH), weight, labels, linear_bias=self.head.bias)
+        return loss, F.cross_entropy(weight[0].detach(), torch.tensor(1))
+
+
 class FixedLength(AddedBias):
     """The embedding is the head; the logits of a fixed number of positions are put together from rows."""
 
@@ -159,6 +172,9 @@ class ReadAgain(Segments):
         AddedBias,
         BiasRow,
         JoinedTables,
+        pytest.param(
+            LossOfHidden, marks=pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="new in torch 2.13")
+        ),
         FixedLength,
         LogProbabilities,
         LabelsLast,
