@@ -73,7 +73,7 @@ def hidden_by_depth(model: torch.nn.Module, ids: Tensor, depths: list[int]) -> d
 
 @contextmanager
 def fp8_body(model: torch.nn.Module) -> Iterator[None]:
-    """Puts the operator in place of the layers' linears, as `quantize_router` does."""
+    """Puts the operator in place of the layers' linears, as `quantize_linears` does."""
     linears = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
     for linear in linears:
         assert not any(size % MULTIPLE for size in linear.weight.shape)

@@ -31,7 +31,7 @@ WITHOUT_NOISE = 0.875
 SCORINGS = tuple(reference.SCORINGS)
 TOKEN_OPTIONS = ("first_layers", "last_layers", "resample", "skip", "allow_compressed_recurrence")
 """Options of the token route alone."""
-ROUTER_BODIES = ("exact", "fp8")
+PRODUCTS = ("exact", "fp8")
 ROUTER_HEADS = ("exact", "sampled", "fp8")
 PADDINGS = ("any", "right")
 FALLBACKS = ("raise", "eager")
@@ -55,7 +55,7 @@ class RoutingConfig(Schedule):
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); the score of a row or document is the mean over its counted tokens, in fp32.
         router_body: how the products of the router's layers with the model's weights are made: `"exact"`, as the model
-            makes them, or `"fp8"`, of rows rounded to float8_e4m3fn (`quantize_router.py`), which ranks rows a little
+            makes them, or `"fp8"`, of rows rounded to float8_e4m3fn (`quantize_linears.py`), which ranks rows a little
             differently. Where the router has no such product `"fp8"` raises `CannotOptimize`.
         router_head: how the router's logits are computed: `"exact"`, or estimated by `"sampled"` (a sample of the
             vocabulary; `"loss"` and `"entropy"` only) or `"fp8"`. The loss is always exact.
@@ -102,6 +102,11 @@ class RoutingConfig(Schedule):
             token. Where no middle layer has experts that `fuse_experts` recognises, it raises `CannotOptimize`.
         allow_compressed_recurrence: token route: let convolutions, scans and shifts of the middle layers run on the
             kept tokens as if these were neighbours; without it they raise `CannotOptimize`.
+        matmul: how what trains multiplies by weights: `"exact"`, as the model does, or `"fp8"`, which changes what is
+            learned: the linears in front of the head multiply rows rounded to float8_e4m3fn, and so do their
+            input gradients; weight gradients stay exact (`fp8_linear.py`). It is for CUDA from compute capability 9.0
+            in bfloat16, autocast's included; elsewhere float8 is cast back, which saves nothing. The report counts what
+            stays exact; where float8 can make no product, `"fp8"` raises `CannotOptimize`.
         inner: torch.compile backend that runs the rewritten graph; `"auto"` is inductor on CUDA and eager elsewhere.
         outline_layers: compile the layers of the stack by themselves, one for all that are alike (`outline_layers.py`).
             Shortens compilation; a step then starts more compiled functions, which costs time on the host unless
@@ -160,6 +165,7 @@ class RoutingConfig(Schedule):
     resample: str = "block"
     skip: str = "layers"
     allow_compressed_recurrence: bool = False
+    matmul: str = "exact"
     inner: str = "auto"
     outline_layers: bool | str = "auto"
     recompute_elementwise: bool = False
@@ -181,11 +187,12 @@ class RoutingConfig(Schedule):
         self._check_route()
         self._resolve_selection()
         choice("scoring", self.scoring, SCORINGS)
-        choice("router_body", self.router_body, ROUTER_BODIES)
+        choice("router_body", self.router_body, PRODUCTS)
         choice("router_head", self.router_head, ROUTER_HEADS)
         self._check_selection()
         if self.padding is not None:
             choice("padding", self.padding, PADDINGS)
+        choice("matmul", self.matmul, PRODUCTS)
         choice("fallback", self.fallback, FALLBACKS)
         if not isinstance(self.disable_passes, tuple):
             raise ConfigError(f"disable_passes={self.disable_passes!r} is not a tuple of names, e.g. ('join_head',)")

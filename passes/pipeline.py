@@ -29,7 +29,7 @@ from cggr_compile.passes.rewrite.join_head import join_head
 from cggr_compile.passes.rewrite.join_loss import join_loss
 from cggr_compile.passes.rewrite.keep_scores import keep_scores
 from cggr_compile.passes.rewrite.mask_loss import mask_loss
-from cggr_compile.passes.rewrite.quantize_router import quantize_router
+from cggr_compile.passes.rewrite.quantize_linears import quantize_linears
 from cggr_compile.passes.rewrite.score_rows import score_rows
 from cggr_compile.passes.rewrite.select_documents import select_documents
 from cggr_compile.passes.rewrite.select_loss import select_loss
@@ -57,11 +57,6 @@ ROUTES: dict[str, tuple[Pass, ...]] = {
     "segment": (select_documents, gather_documents),
 }
 
-# Masking and fusing before lowering: what an implementation is chosen for must exist as one operator.
-_CHOSEN: tuple[Pass, ...] = (fuse_experts, lower_kernels)
-_LOWERED: tuple[Pass, ...] = (mask_loss, *_CHOSEN)
-
-
 OPTIONAL = (join_loss, join_head, elide_causal_masks, fuse_experts)
 """Passes that `disable_passes` may name."""
 
@@ -83,24 +78,28 @@ def truncated(analysed: Analysed, config: RoutingConfig, layers: int) -> Analyse
     return _applied(truncate_layers, analysed, dataclasses.replace(config, depth_layers=layers, depth_until=None))
 
 
-def _scoring(config: RoutingConfig) -> tuple[Pass, ...]:
-    body = (quantize_router,) if config.router_body == "fp8" else ()
-    return (build_router, *body, score_rows)
+def _chosen(config: RoutingConfig, *behind_fusing: Pass) -> tuple[Pass, ...]:
+    """Fusing and quantising before lowering: what an implementation is chosen for must exist as one operator."""
+    fp8 = (quantize_linears,) if "fp8" in (config.router_body, config.matmul) else ()
+    return (fuse_experts, *behind_fusing, *fp8, lower_kernels)
+
+
+_SCORING: tuple[Pass, ...] = (build_router, score_rows)
 
 
 def passes_scores(config: RoutingConfig) -> tuple[Pass, ...]:
     """The passes of the rows' scores alone: what `Handle.score` gives, and the router by itself."""
-    return (check_labels, *_scoring(config), keep_scores, *_CHOSEN)
+    return (check_labels, *_SCORING, keep_scores, *_chosen(config))
 
 
-def passes_unrouted() -> tuple[Pass, ...]:
+def passes_unrouted(config: RoutingConfig) -> tuple[Pass, ...]:
     """The passes of a step on everything."""
-    return (check_labels, *_LOWERED)
+    return (check_labels, mask_loss, *_chosen(config))
 
 
-def passes_unpadded(padded: bool) -> tuple[Pass, ...]:
+def passes_unpadded(config: RoutingConfig, padded: bool) -> tuple[Pass, ...]:
     """The passes of a step on the real tokens of a padded batch, or of one within the documents of a packed one."""
-    return (unpad_rows if padded else attend_documents, *passes_unrouted())
+    return (unpad_rows if padded else attend_documents, *passes_unrouted(config))
 
 
 def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass, ...]:
@@ -110,14 +109,12 @@ def passes_for(config: RoutingConfig, scores_given: bool = False) -> tuple[Pass,
     if scores_given:
         passes.append(take_scores)
     elif rule_of(config.selection).needs_scores:
-        passes += _scoring(config)
+        passes += _SCORING
     skips = config.skip == "experts"
     for route in config.routes:
         passes += [select_tokens] if skips and route == "token" else ROUTES[route]
-    if not skips:
-        return (*passes, *_LOWERED)
-    *fused, lowered = _LOWERED
-    return (*passes, *fused, skip_experts, lowered)  # behind fusing: the operator is what takes a mask
+    behind_fusing = (skip_experts,) if skips else ()  # the operator is what takes a mask
+    return (*passes, mask_loss, *_chosen(config, *behind_fusing))
 
 
 def routable(program: Program, config: RoutingConfig) -> bool:

@@ -140,6 +140,8 @@ class Diff:
                 nodes = f"{sum(line.text != line.key for line in lines if line.part == 'middle'):,} nodes"
             layers = middle_text(options, len(self.plan.analysed.stack))
             yield f"~ {layers}: S → k in {nodes}; {others_text(options)}"
+        if self.report.float8 is not None:
+            yield f"~ float8: {self.report.float8}"
         logits = "logits kept" if config.keep_logits else "no logits"
         rows = " on the kept tokens" if self.plan.program.routing.loss_rows is not None else ""
         operator = next(name for name, _ in self.plan.program.routing.providers if name.endswith("_loss"))

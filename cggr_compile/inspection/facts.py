@@ -86,6 +86,7 @@ def router_of(plan: Plan, analysed: Analysed, predicted: Cost) -> Router | None:
         return None
     cut = analysed.layers.residuals[routing.router_layers - 1]
     assert routing.router_hidden is not None
+    float8 = routing.quantized_router
     head = [node for node in (analysed.head.weight, analysed.head.bias) if node is not None]
     read = {node.name for node in ancestors([routing.router_hidden]) | ancestors(head) if node.op == "placeholder"}
     return Router(
@@ -99,7 +100,7 @@ def router_of(plan: Plan, analysed: Analysed, predicted: Cost) -> Router | None:
             if plan.captured.kind(node) == "state" and _trains(node) and node.name in read
         ),
         flops_share=predicted.router_share,
-        body=str(routing.quantized or "exact body"),
+        body="exact body" if float8 is None else f"fp8 body ({float8})",
         head=describe(plan.owner.config, value(analysed.head.weight).shape[0]),
     )
 

@@ -65,6 +65,7 @@ class Report:
         auto: for `"auto"`, what trains and why.
         stack: None where no stack was found, which only a selection without scores allows.
         router: None where the selection needs no scores.
+        float8: with `matmul="fp8"`, how many products of what trains are made in float8; None without.
         inserted: operators of the rewritten graph that the captured one lacks, and how many.
         parts: nodes of each part of the rewritten graph.
         amounts: for each route, what it keeps of the captured batch once warm-up is over: kept, of how many.
@@ -94,6 +95,7 @@ class Report:
     auto: str | None
     stack: Stack | None
     router: Router | None
+    float8: str | None
     head: HeadFacts
     inserted: dict[str, int]
     parts: dict[str, int]
@@ -139,6 +141,7 @@ class Report:
             auto=_auto(runtime, plan),
             stack=stack_of(plan, analysed),
             router=router_of(plan, analysed, predicted),
+            float8=None if program.routing.quantized is None else str(program.routing.quantized),
             head=head_of(analysed),
             inserted={name: count for name, count in sorted((after - before).items()) if name not in before},
             parts=part_sizes(program.graph),
@@ -223,6 +226,7 @@ class Report:
         pairs += [
             ("causal masks", self._causal_masks()),
             *([("left out", self.unpadded)] if self.unpadded is not None else []),
+            *([("float8", self.float8)] if self.float8 is not None else []),
             ("inserted", self._inserted()),
             ("nodes", ", ".join(f"{part} {count}" for part, count in self.parts.items())),
             ("providers", ", ".join(f"{name}: {provider}" for name, provider in self.providers.items()) or "none"),

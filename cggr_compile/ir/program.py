@@ -140,10 +140,10 @@ class Shortened:
 
 
 @dataclass(frozen=True)
-class QuantizedBody:
-    """How many of the router's products with weights are made in float8, and which are not, each with its number."""
+class Float8Products:
+    """How many products with weights are made in float8, and which are not, each with its number."""
 
-    products: int
+    made: int
     exact: tuple[tuple[str, int], ...]
 
     @property
@@ -152,9 +152,9 @@ class QuantizedBody:
         return "; ".join(f"{count} × {what}" for what, count in self.exact) or "none"
 
     def __str__(self) -> str:
-        total = self.products + sum(count for _, count in self.exact)
+        total = self.made + sum(count for _, count in self.exact)
         left = f"; exact: {self.left}" if self.exact else ""
-        return f"fp8 body ({self.products} of {total} products with weights{left})"
+        return f"{self.made} of {total} products with weights{left}"
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Routing:
     route's. `gathered` lists the inputs that the sequence or segment route gathered, `shortened` what the token route's
     middle layers, or their experts, read.
 
-    `quantized` is None where the router's products are exact.
+    `quantized` is None where the products of the trained parts are exact, `quantized_router` where the router's are.
 
     `causal_attentions` counts the attentions that lost their mask to `is_causal`.
     """
@@ -174,7 +174,8 @@ class Routing:
     causal_attentions: int = 0
     router_layers: int = 0
     router_hidden: fx.Node | None = None
-    quantized: QuantizedBody | None = None
+    quantized: Float8Products | None = None
+    quantized_router: Float8Products | None = None
     token_scores: fx.Node | None = None
     scores: fx.Node | None = None
     valid: fx.Node | None = None

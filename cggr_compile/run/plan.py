@@ -160,7 +160,8 @@ class Plan:
 
     def _whole(self) -> Route:
         """The program without router and selection; of `"auto"`, the one that puts out the rows' losses."""
-        return self._derived("unrouted", self.owner.choices[0], passes_unrouted(), trains=True)
+        config = self.owner.choices[0]
+        return self._derived("unrouted", config, passes_unrouted(config), trains=True)
 
     def with_scores(self, config: RoutingConfig) -> Route:
         """The program that trains under a configuration on rows whose scores are an input."""
@@ -208,7 +209,7 @@ class Plan:
         if config.unpad == "auto" and self.device.type != "cuda":
             return Refusal("attention of variable lengths needs CUDA")
         try:
-            route = self._derived("unpadded", config, passes_unpadded(padded), trains=True)
+            route = self._derived("unpadded", config, passes_unpadded(config, padded), trains=True)
         except CannotOptimize as error:
             if config.unpad is True and padded:
                 raise

@@ -72,7 +72,7 @@ def hardest(scores: torch.Tensor, batch: Batch, causal: bool) -> list[int]:
 
 def router_products(program: Program) -> list[torch.fx.Node]:
     target = torch.ops.cggr.fp8_linear.default
-    graph = next(snapshot.graph for snapshot in program.snapshots if snapshot.name == "quantize_router")
+    graph = next(snapshot.graph for snapshot in program.snapshots if snapshot.name == "quantize_linears")
     return graph.find_nodes(op="call_function", target=target)
 
 
@@ -86,7 +86,7 @@ def router_products(program: Program) -> list[torch.fx.Node]:
         (
             "qwen3_moe",
             r"fp8 body \(8 of 14 products with weights; exact: 2 × aten.linear by 4 × 32: no multiples of 16; "
-            r"2 × \S*grouped_mm\S* by 4 × 32 × 32: no linear; 2 × \S*grouped_mm\S* by 4 × 16 × 32: no linear\)",
+            r"2 × cggr.grouped_mlp by 4 × 32 × 32: no linear; 2 × cggr.grouped_mlp by 4 × 32 × 16: no linear\)",
         ),
     ],
 )
@@ -111,7 +111,7 @@ def test_rows_are_those_of_a_quantised_router_and_gradients_those_of_eager(name:
     assert report.providers["fp8_linear"] == "reference"
     assert "scaled_mm: torch's fp8 product is for CUDA" in report.passed_over["fp8_linear"]
     program = model.cggr.runtime.plans[-1].program
-    assert len(router_products(program)) == program.routing.quantized.products
+    assert len(router_products(program)) == program.routing.quantized_router.made
 
 
 def test_under_autocast_products_have_the_autocast_dtype_and_no_gradient_is_lost() -> None:
@@ -165,11 +165,11 @@ def test_an_exact_body_has_no_pass_and_no_operator() -> None:
     explained = cggr.explain(build("llama"), token_batch(), **{**OPTIONS, "router_body": "exact"})
     report = explained.report()
     assert report.router.body == "exact body"
-    assert "quantize_router" not in report.passes
+    assert "quantize_linears" not in report.passes
     assert "fp8_linear" not in report.providers
     fp8 = cggr.explain(build("llama"), token_batch(), **OPTIONS).report()
     assert fp8.cost == report.cost  # as many multiply-adds
-    assert [name for name in fp8.passes if name != "quantize_router"] == list(report.passes)
+    assert [name for name in fp8.passes if name != "quantize_linears"] == list(report.passes)
     around = [re.search(r"and (\d+) small nodes", " ".join(str(text).split()))[1] for text in (fp8, report)]
     assert around[0] == around[1]
 

@@ -1,4 +1,5 @@
-"""`cggr::fp8_linear` against float64 products of rows that are quantised entry by entry, and its provider's calls."""
+"""`cggr::fp8_linear` and its gradients against float64 products of rows that are quantised entry by entry, and its
+provider's calls."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from router_head_oracle import quantised
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
@@ -52,7 +54,7 @@ LAYOUTS = {
 @given(
     lead=st.lists(st.integers(0, 4), max_size=3),
     width=st.integers(1, 20),
-    outputs=st.integers(0, 9),
+    outputs=st.integers(1, 9),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(list(LAYOUTS)),
     weight_layout=st.sampled_from(list(LAYOUTS)),
@@ -93,6 +95,151 @@ def test_what_float8_holds_is_multiplied_exactly(rows: int, width: int, outputs:
 
     x, weight = exact(rows), exact(outputs)
     assert torch.equal(linear(x, weight).double(), x.double() @ weight.double().T)
+
+
+IMPLEMENTATIONS = [linear, module.fp8_linear]
+
+
+def gradients(implementation: Any, args: tuple[Tensor | None, ...], grad: Tensor) -> list[Tensor | None]:
+    """Of the operands that require one, in order; None for the others."""
+    wanted = [x for x in args if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(implementation(*args), wanted, grad))
+    return [next(found) if x is not None and x.requires_grad else None for x in args]
+
+
+def assert_are_the_gradients(
+    found: list[Tensor | None], args: tuple[Tensor | None, ...], grad: Tensor, sums: float = 2**-20
+) -> None:
+    """The input's is the product of quantised rows of the gradient and quantised columns of the weight; the others' are
+    sums over the rows in the operands' dtype, in some order."""
+    x, weight, _ = args
+    rows, inputs = grad.reshape(-1, grad.shape[-1]), x.detach().reshape(-1, x.shape[-1])
+    if found[0] is not None:
+        assert_is_the_product(found[0], grad, weight.detach().T, None, sums)
+    exact = {1: (rows.double().T, inputs.double()), 2: (rows.double().T, torch.ones(len(rows), dtype=torch.float64))}
+    for place, (left, right) in exact.items():
+        if found[place] is not None:
+            bound = len(rows) * torch.finfo(grad.dtype).eps * (left.abs() @ right.abs()) + torch.finfo(grad.dtype).tiny
+            assert found[place].dtype == args[place].dtype
+            assert ((found[place].double() - left @ right).abs() <= bound).all()
+
+
+@given(
+    lead=st.lists(st.integers(1, 4), max_size=3),
+    width=st.integers(1, 20),
+    outputs=st.integers(1, 9),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(list(LAYOUTS)),
+    with_bias=st.booleans(),
+    trained=st.tuples(st.booleans(), st.booleans(), st.booleans()).filter(lambda wanted: any(wanted[:2])),
+    magnitude=st.integers(-3, 2),
+    seed=st.integers(0, 2**20),
+)
+def test_gradients_of_those_that_train(
+    lead: list[int],
+    width: int,
+    outputs: int,
+    dtype: torch.dtype,
+    layout: str,
+    with_bias: bool,
+    trained: tuple[bool, bool, bool],
+    magnitude: int,
+    seed: int,
+) -> None:
+    x, weight = drawn(*lead, width, seed=seed, dtype=dtype), LAYOUTS[layout](drawn(outputs, width, seed=seed + 1))
+    args = x, weight.to(dtype), drawn(outputs, seed=seed + 2, dtype=dtype) if with_bias else None
+    for operand, wanted in zip(args, trained, strict=True):
+        if operand is not None:
+            operand.requires_grad_(wanted)
+    grad = LAYOUTS[layout](10.0**magnitude * drawn(*lead, outputs, seed=seed + 3)).to(dtype)
+    found = gradients(linear, args, grad)
+    assert_are_the_gradients(found, args, grad)
+    for one, other in zip(gradients(module.fp8_linear, args, grad), found, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def exact_both_ways(rows: int, columns: int, seed: int) -> Tensor:
+    """Small whole numbers and a 448 in every row and every column: float8 holds rows and columns as they are."""
+    x = torch.randint(-15, 16, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
+    place = torch.arange(max(rows, columns))
+    x[place % rows, place % columns] = 448.0
+    return x
+
+
+@given(
+    rows=st.integers(1, 12),
+    width=st.integers(1, 12),
+    outputs=st.integers(1, 12),
+    powers=st.tuples(st.integers(-9, 8), st.integers(-9, 8), st.integers(-9, 8)),
+    seed=st.integers(0, 2**20),
+)
+def test_of_what_float8_holds_everything_is_the_linears(
+    rows: int, width: int, outputs: int, powers: tuple[int, int, int], seed: int
+) -> None:
+    """All sums are of whole numbers below 2²⁴, so fp32 has them exactly, in any order."""
+    shapes = (rows, width), (outputs, width), (rows, outputs)
+    x, weight, grad = (
+        exact_both_ways(*shape, seed + place) * 2.0**power
+        for place, (shape, power) in enumerate(zip(shapes, powers, strict=True))
+    )
+    args = x.requires_grad_(), weight.requires_grad_(), None
+    for implementation in IMPLEMENTATIONS:
+        assert torch.equal(implementation(*args), F.linear(*args))
+        for one, other in zip(gradients(implementation, args, grad)[:2], gradients(F.linear, args, grad), strict=False):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_stays_in_its_row_and_zeros_give_zeros(implementation: Any, bad: float) -> None:
+    args = drawn(5, 16).requires_grad_(), drawn(6, 16, seed=1).requires_grad_(), drawn(6, seed=2).requires_grad_()
+    grad = drawn(5, 6, seed=3)
+    grad[3] = 0
+    clean = gradients(implementation, args, grad)
+    assert (clean[0][3] == 0).all()
+    grad[1, 2] = bad
+    of_input, of_weight, of_bias = gradients(implementation, args, grad)
+    assert of_input[1].isnan().all()
+    assert torch.equal(of_input[[0, 2, 3, 4]], clean[0][[0, 2, 3, 4]])
+    kept = [0, 1, 3, 4, 5]
+    assert not of_weight[2].isfinite().any()
+    assert torch.equal(of_weight[kept], clean[1][kept])
+    assert torch.equal(of_bias[kept], clean[2][kept])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_under_autocast_gradients_come_back_in_the_operands_dtypes(implementation: Any) -> None:
+    """Of operands cast to bfloat16, then cast: as a linear's, to the bit where nothing is in float8."""
+    args = drawn(3, 16).requires_grad_(), drawn(32, 16, seed=1).requires_grad_(), drawn(32, seed=2).requires_grad_()
+    grad = drawn(3, 32, seed=3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, exact = (gradients(each, args, grad) for each in (implementation, F.linear))
+    cast = tuple(x.detach().bfloat16().requires_grad_() for x in args)
+    expected = gradients(linear, cast, grad)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other.float())
+    for one, other in zip(found[1:], exact[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=2**-7)
+
+
+def test_compilers_see_through_it() -> None:
+    """Forward and backward round two operands each, once: rows of x and W, rows of the gradient and columns of W."""
+    rounded = []
+
+    def counting(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        rounded.append(sum(value_of(node) == torch.float8_e4m3fn for node in graph.graph.nodes))
+        return graph
+
+    def value_of(node: torch.fx.Node) -> torch.dtype | None:
+        return node.meta["val"].dtype if str(node.target).startswith("aten._to_copy") else None
+
+    args = drawn(6, 16).requires_grad_(), drawn(32, 16, seed=1).requires_grad_(), drawn(32, seed=2).requires_grad_()
+    grad, backend = drawn(6, 32, seed=3), aot_autograd(fw_compiler=counting)
+    compiled = torch.compile(module.fp8_linear, backend=backend, fullgraph=True)
+    for one, other in zip(gradients(compiled, args, grad), gradients(module.fp8_linear, args, grad), strict=True):
+        assert torch.equal(one, other)
+    assert rounded == [2, 2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,7 +287,11 @@ def test_opcheck(with_bias: bool, lead: tuple[int, ...]) -> None:
     bias = drawn(8, seed=2).requires_grad_() if with_bias else None
     opcheck(module.fp8_linear_op, (x, weight, bias))
     for implementation in (linear, module.fp8_linear):
-        assert not implementation(x, weight, bias).requires_grad
+        with torch.no_grad():
+            assert not implementation(x, weight, bias).requires_grad
+        (gradient,) = torch.autograd.grad(implementation(x, weight, bias).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -149,6 +300,7 @@ def test_opcheck(with_bias: bool, lead: tuple[int, ...]) -> None:
         ((drawn(3, 15), drawn(8, 16)), ValueError, r"input has shape \(3, 15\), expected .* D = 16"),
         ((drawn(3, 16), drawn(8, 2, 16)), ValueError, "weight has shape"),
         ((drawn(3, 0), drawn(8, 0)), ValueError, r"weight has shape \(8, 0\)"),
+        ((drawn(3, 16), drawn(0, 16)), ValueError, r"weight has shape \(0, 16\), expected .* at least 1"),
         ((drawn(3, 16).long(), drawn(8, 16).long()), TypeError, "input is torch.int64"),
         ((drawn(3, 16), drawn(8, 16).bfloat16()), TypeError, "weight is torch.bfloat16"),
         ((drawn(3, 16), drawn(8, 16), drawn(7)), ValueError, r"bias has shape \(7,\), expected \[O\] = \(8,\)"),
@@ -192,11 +344,14 @@ def test_scaled_mm_hands_over_rows_scales_and_bias(
     x = LAYOUTS[layout](drawn(*lead, width, seed=seed, dtype=torch.bfloat16))
     weight = LAYOUTS[weight_layout](drawn(outputs, width, seed=seed + 1, dtype=torch.bfloat16))
     bias = drawn(outputs, seed=seed + 2, dtype=torch.bfloat16) if with_bias else None
+    args = tuple(None if operand is None else operand.requires_grad_() for operand in (x, weight, bias))
+    grad = LAYOUTS[layout](drawn(*lead, outputs, seed=seed + 3, dtype=torch.bfloat16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "_scaled_mm", row_wise)
-        actual = module.scaled_mm(x, weight, bias)
+        actual, found = module.scaled_mm(*args), gradients(module.scaled_mm, args, grad)
     assert actual.dtype == torch.bfloat16
-    assert_is_the_product(actual, x, weight, bias)
+    assert_is_the_product(actual.detach(), *(None if operand is None else operand.detach() for operand in args))
+    assert_are_the_gradients(found, args, grad)
 
 
 @pytest.mark.parametrize("lead", [(), (7,), (2, 5)])
@@ -259,16 +414,26 @@ def held_by_float8(*shape: int, seed: int) -> Tensor:
 def test_scaled_mm_on_a_gpu(
     lead: tuple[int, ...], width: int, outputs: int, with_bias: bool, autocast: bool, transposed: bool, compiled: bool
 ) -> None:
-    """Weights as a linear and as GPT-2 keep them; the tensor cores' sums keep fewer bits than fp32. Not compiled under
-    autocast: inductor leaves out the rounding to bfloat16 between two operations that it fuses."""
+    """Values and gradients, weights as a linear and as GPT-2 keep them; the tensor cores' sums keep fewer bits than
+    fp32. Not compiled under autocast: inductor leaves out the rounding to bfloat16 between two operations that it
+    fuses."""
     provider = choose("fp8_linear", torch.device("cuda"), torch.bfloat16)
     assert provider.name == "scaled_mm"
     dtype = torch.float32 if autocast else torch.bfloat16
-    args = [held_by_float8(*lead, width, seed=0).to(dtype), held_by_float8(outputs, width, seed=1).to(dtype)]
+    args = [held_by_float8(*lead, width, seed=0).to(dtype), exact_both_ways(outputs, width, seed=1).to(dtype)]
     args.append(drawn(outputs, seed=2, dtype=dtype) if with_bias else None)
+    grad = held_by_float8(*lead, outputs, seed=3).bfloat16()
     run = torch.compile(provider.implementation) if compiled else provider.implementation
+    x, table, bias = (None if operand is None else operand.cuda() for operand in args)
+    operands = x, table.t().contiguous().t() if transposed else table, bias
+    for operand in operands:
+        if operand is not None:
+            operand.requires_grad_()
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        x, table, bias = (None if operand is None else operand.cuda() for operand in args)
-        actual = run(x, table.t().contiguous().t() if transposed else table, bias)
+        actual, found = run(*operands), gradients(run, operands, grad.cuda())
     assert actual.dtype == torch.bfloat16
-    assert_is_the_product(actual.cpu(), *(None if x is None else x.bfloat16() for x in args), sums=2**-10)
+    rounded = tuple(None if x is None else x.bfloat16() for x in args)
+    assert_is_the_product(actual.detach().cpu(), *rounded, sums=2**-10)
+    assert [None if x is None else x.dtype for x in found] == [None if x is None else x.dtype for x in args]
+    back = [None if x is None else x.cpu().bfloat16() for x in found]
+    assert_are_the_gradients(back, rounded, grad, sums=2**-10)
