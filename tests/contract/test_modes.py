@@ -31,43 +31,26 @@ def optimized(eager: torch.nn.Module, **options: Any) -> torch.nn.Module:
     return cggr.optimize(copy.deepcopy(eager), **{"ratio": 0.4, "router_layers": 2, "inner": "eager", **options})
 
 
-def saved_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward, parameters left out."""
-    model(**batch)  # what captures does so before the hooks watch
-    parameters = {p.data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**batch)
-    return sum(kept.values())
-
-
 def test_gradient_checkpointing_is_exact_and_still_saves_memory() -> None:
     eager = build("llama")
     batch = token_batch(8, 32)
-    plain_bytes = saved_bytes(eager, oracle.rows_of(batch, torch.arange(4)))
+    plain_bytes = oracle.saved_bytes(eager, oracle.rows_of(batch, torch.arange(4)))
     eager.gradient_checkpointing_enable()
     model = optimized(eager)
     loss, gradients = oracle.step(model, batch)
     expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
     oracle.assert_same_step(loss, gradients, expected_loss, expected)
     assert torch.equal(model.cggr.selected, oracle.expected_rows(eager, LLAMA, batch, 0.4, 2))
-    assert saved_bytes(model, batch) < plain_bytes / 2
+    assert oracle.saved_bytes(model, batch) < plain_bytes / 2
 
 
 @pytest.mark.long
 def test_the_partitioners_memory_budget_holds_inside() -> None:
     eager, batch = build("llama"), token_batch(8, 32)
     plain, tight = optimized(eager, inner="aot_eager"), optimized(eager, inner="aot_eager")
-    plain_bytes = saved_bytes(plain, batch)
+    plain_bytes = oracle.saved_bytes(plain, batch)
     with torch._functorch.config.patch(activation_memory_budget=0.1):
-        assert saved_bytes(tight, batch) < 0.7 * plain_bytes
+        assert oracle.saved_bytes(tight, batch) < 0.7 * plain_bytes
     loss, gradients = oracle.step(tight, batch)
     rows = oracle.rows_of(batch, tight.cggr.selected)
     oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows), rtol=1e-5, atol=1e-6)
@@ -79,7 +62,7 @@ def test_elementwise_results_are_recomputed_where_asked(options: dict[str, Any])
     eager, batch = build("llama"), token_batch(8, 32)
     options = {"inner": "aot_eager", **options}
     plain, frugal = optimized(eager, **options), optimized(eager, **options, recompute_elementwise=True)
-    assert saved_bytes(frugal, batch) < 0.9 * saved_bytes(plain, batch)
+    assert oracle.saved_bytes(frugal, batch) < 0.9 * oracle.saved_bytes(plain, batch)
     loss, gradients = oracle.step(frugal, batch)
     rows = oracle.rows_of(batch, frugal.cggr.selected)
     oracle.assert_same_step(loss, gradients, *oracle.step(eager, rows), rtol=1e-5, atol=1e-6)

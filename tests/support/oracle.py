@@ -90,6 +90,23 @@ def step(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.
     return loss.detach(), gradients(model)
 
 
+def saved_bytes(model: torch.nn.Module, batch: Batch) -> int:
+    """Bytes that autograd keeps between forward and backward, parameters left out."""
+    model(**batch)  # what captures does so before the hooks watch
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(kept.values())
+
+
 @contextmanager
 def without_sync() -> Iterator[None]:
     """Raises where the host waits for a GPU."""
