@@ -10,8 +10,9 @@ share of the budget that is spent (`--schedule`); what comes before the first st
 is outside the clock, whatever comes later inside it; held-out loss is that of every domain on all its tokens, by the
 plain forward, with the clock stopped.
 
-An arm is `NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[:GROW]]`; `quality_arms.py` has the names. `--weights DIR` starts
-from the GGUF file in a folder instead of a fresh model, on tokens made with `quality_data.py --tokenizer DIR`.
+An arm is `NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[:GROW]][+matmul]`; `quality_arms.py` has the names. `--weights
+DIR` starts from the GGUF file in a folder instead of a fresh model, on tokens made with `quality_data.py --tokenizer
+DIR`.
 
 Runs wait in a queue for a free GPU; finished ones are lines of the output, and are not run again. Failed ones are lines
 too, and are run again.
@@ -186,7 +187,7 @@ def _check(runs: list[Run], fresh: bool) -> None:
                 raise typer.BadParameter(f"{name}: got {getattr(run, name)!r}, expected one of {', '.join(values)}")
 
 
-QUICK = {"linear": ["trimmed@0.5x4", "oracle@0.5x4", "loader@0.5x4", "small=2x4"], "wsd": ["defaultx4"]}
+QUICK = {"linear": ["trimmed@0.5x4", "oracle@0.5x4", "loader@0.5x4", "small=2x4"], "wsd": ["defaultx4", "allx4+matmul"]}
 
 
 def _quick() -> None:

@@ -1,7 +1,7 @@
 """The arms of the quality benchmark: what their names mean, and the forward and backward of one step of each.
 
-An arm is `NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[,N:SHARE …][:GROW]]`: what is kept, the rows a step draws, the
-peak learning rate, and how deep the model is at first. Names:
+An arm is `NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[,N:SHARE …][:GROW]][+matmul]`: what is kept, the rows a step
+draws, the peak learning rate, how deep the model is at first, and whether its layers multiply in float8. Names:
 
 * `compile`: torch.compile. `all`: every row. `small=N`: every row of a model that has N layers from first to last.
   `default`: `cggr.optimize` without options. None of them takes a ratio.
@@ -16,7 +16,8 @@ peak learning rate, and how deep the model is at first. Names:
   of a reference model as that of `excess`; both cost nothing, the router's scores in the loop do.
 
 `+depth=3:0.5:copy` trains the first 3 layers for half of the seconds, then the whole model, grown by "copy" (which is
-the default) or "random". It goes with `all` and with rules, but not with `shuffled` and `oracle`.
+the default) or "random". It goes with `all` and with rules, but not with `shuffled` and `oracle`. `+matmul` is
+`matmul="fp8"`, and goes with all but `compile`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ FILTERED = "loader"
 _NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
 _FORM = re.compile(
     rf"(?P<name>[a-z-]+)(?:=(?P<layers>\d+))?(?:@(?P<ratio>{_NUMBER}))?(?:x(?P<batch>\d+))?(?:/(?P<rate>{_NUMBER}))?"
-    rf"(?:\+depth=(?P<stages>\d+:{_NUMBER}(?:,\d+:{_NUMBER})*)(?::(?P<grow>copy|random))?)?"
+    rf"(?:\+depth=(?P<stages>\d+:{_NUMBER}(?:,\d+:{_NUMBER})*)(?::(?P<grow>copy|random))?)?(?P<matmul>\+matmul)?"
 )
 
 
@@ -82,19 +83,20 @@ class Arm:
     batch: int
     rate: float
     depth: Depth | None
+    matmul: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Arm:
         """The parts of an arm's name. Raises `typer.BadParameter`, which says what is wrong with it."""
         found = _FORM.fullmatch(text)
         if found is None:
-            form = "NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[,N:SHARE …][:GROW]]"
+            form = "NAME[@RATIO][xBATCH][/RATE][+depth=N:SHARE[,N:SHARE …][:GROW]][+matmul]"
             raise typer.BadParameter(f"arm: got {text!r}, expected {form}")
         part = found.groupdict()
         layers = int(part["layers"]) if part["layers"] else None
         depth = Depth(_stages(part["stages"]), part["grow"] or "copy") if part["stages"] else None
         ratio, rate = float(part["ratio"] or RATIO), float(part["rate"] or RATE)
-        arm = cls(part["name"], layers, ratio, int(part["batch"] or BATCH), rate, depth)
+        arm = cls(part["name"], layers, ratio, int(part["batch"] or BATCH), rate, depth, bool(part["matmul"]))
         if problem := arm._problem(ratio_given=part["ratio"] is not None):
             raise typer.BadParameter(f"arm: got {text!r}; {problem}")
         return arm
@@ -117,6 +119,8 @@ class Arm:
             return f"{self.name!r} takes no ratio"
         if not 0 < self.ratio <= 1 or self.batch < 1 or self.rate <= 0:
             return "the ratio is in (0, 1], the batch at least 1, the rate above 0"
+        if self.matmul and self.name == "compile":
+            return "'compile' takes no +matmul, which is an option of this package"
         return self._problem_of_depth() if self.depth else None
 
     def _problem_of_depth(self) -> str | None:
@@ -132,6 +136,9 @@ class Arm:
 
     def options(self, on_gpu: bool) -> dict[str, Any]:
         """What `cggr.optimize` is given beside `cuda_graphs`."""
+        return {**self._routing(on_gpu), **({"matmul": "fp8"} if self.matmul else {})}
+
+    def _routing(self, on_gpu: bool) -> dict[str, Any]:
         if self.name == "default":
             return {}
         if self.name in (*WHOLE, FILTERED):

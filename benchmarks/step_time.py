@@ -18,8 +18,8 @@ sampled head, `ahead` with the router of the next step beside each. `floor` is `
 `NAME@R` keeps the fraction R instead of `--ratio`. Switches of this package's arms: `…+outlined`, `…+recompute` and
 `…+graphs` are `outline_layers=True`, `recompute_elementwise=True` and `cuda_graphs=True` (which outlines too),
 `…+small` the loss in small blocks (`triton_one_pass_small`), `…+fp8` a router whose layers multiply in float8
-(`router_body="fp8"`), `…+layers=N` a router of N layers. `…+budget=F` runs any arm that compiles under torch's
-`activation_memory_budget` F.
+(`router_body="fp8"`), `…+matmul` a step whose layers do (`matmul="fp8"`), `…+layers=N` a router of N layers.
+`…+budget=F` runs any arm that compiles under torch's `activation_memory_budget` F.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _ours(**options: Any) -> Callable[..., Any]:
     def make(model: torch.nn.Module, arm: Arm) -> Callable[..., Any]:
         switches = {"cuda_graphs": arm.graphs, "outline_layers": arm.outlined or "auto"}
         switches |= {"recompute_elementwise": arm.recompute, "router_layers": arm.layers or "auto"}
-        switches["router_body"] = "fp8" if arm.fp8 else "exact"
+        switches |= {"router_body": "fp8" if arm.fp8 else "exact", "matmul": "fp8" if arm.matmul else "exact"}
         switches["kernels"] = {"masked_loss": "triton_one_pass_small"} if arm.small else "auto"
         return cggr.optimize(model, **{"ratio": arm.ratio, **options}, **switches)
 

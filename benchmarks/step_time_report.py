@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import typer
 
 GRAPHS, OUTLINED = "graphs", "outlined"
-_SWITCHES = ("+outlined", "+recompute", "+small", "+fp8", "+layers=N", "+budget=F", "+graphs")
+_SWITCHES = ("+outlined", "+recompute", "+small", "+fp8", "+matmul", "+layers=N", "+budget=F", "+graphs")
 
 
 class Arm(NamedTuple):
@@ -30,6 +30,7 @@ class Arm(NamedTuple):
     recompute: bool = False
     small: bool = False
     fp8: bool = False
+    matmul: bool = False
     layers: int | None = None
     budget: float = 1.0
 
@@ -45,7 +46,8 @@ class Arm(NamedTuple):
             kept, budget, layers = float(own or ratio), float(numbers.get("budget", 1)), int(numbers.get("layers", 1))
         except ValueError:
             kept = budget = layers = math.nan
-        known = flags <= {GRAPHS, OUTLINED, "recompute", "small", "fp8"} and set(numbers) <= {"budget", "layers"}
+        known = flags <= {GRAPHS, OUTLINED, "recompute", "small", "fp8", "matmul"}
+        known = known and set(numbers) <= {"budget", "layers"}
         if not (known and 0 < kept <= 1 and 0 <= budget <= 1 and layers >= 1):
             raise typer.BadParameter(f"arm: got {text!r}, expected NAME[@RATIO][+SWITCH…] of {', '.join(_SWITCHES)}")
         chosen = dict.fromkeys(flags, True)

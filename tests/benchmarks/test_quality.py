@@ -73,27 +73,37 @@ def test_rows_that_train_are_limited(quality: None, tokens: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "layers", "ratio", "batch", "rate", "depth"),
+    ("text", "name", "layers", "ratio", "batch", "rate", "depth", "matmul"),
     [
-        ("compile", "compile", None, 0.5, 32, 1.5e-3, None),
-        ("defaultx4", "default", None, 0.5, 4, 1.5e-3, None),
-        ("small=3x64/1e-3", "small", 3, 0.5, 64, 1e-3, None),
-        ("oracle@0.25x128", "oracle", None, 0.25, 128, 1.5e-3, None),
-        ("excess", "excess", None, 0.5, 32, 1.5e-3, None),
-        ("loss-random@0.25x128/2e-3", "loss-random", None, 0.25, 128, 2e-3, None),
-        ("token-topk@.5", "token-topk", None, 0.5, 32, 1.5e-3, None),
-        ("all+depth=3:0.5", "all", None, 0.5, 32, 1.5e-3, (((3, 0.5),), "copy")),
-        ("allx64/2e-3+depth=2:0.25:random", "all", None, 0.5, 64, 2e-3, (((2, 0.25),), "random")),
-        ("trimmed@0.5x64+depth=3:0.5:random", "trimmed", None, 0.5, 64, 1.5e-3, (((3, 0.5),), "random")),
-        ("all+depth=3:0.25,6:0.5:copy", "all", None, 0.5, 32, 1.5e-3, (((3, 0.25), (6, 0.5)), "copy")),
+        ("compile", "compile", None, 0.5, 32, 1.5e-3, None, False),
+        ("defaultx4", "default", None, 0.5, 4, 1.5e-3, None, False),
+        ("small=3x64/1e-3", "small", 3, 0.5, 64, 1e-3, None, False),
+        ("oracle@0.25x128", "oracle", None, 0.25, 128, 1.5e-3, None, False),
+        ("excess", "excess", None, 0.5, 32, 1.5e-3, None, False),
+        ("loss-random@0.25x128/2e-3", "loss-random", None, 0.25, 128, 2e-3, None, False),
+        ("token-topk@.5", "token-topk", None, 0.5, 32, 1.5e-3, None, False),
+        ("all+depth=3:0.5", "all", None, 0.5, 32, 1.5e-3, (((3, 0.5),), "copy"), False),
+        ("allx64/2e-3+depth=2:0.25:random", "all", None, 0.5, 64, 2e-3, (((2, 0.25),), "random"), False),
+        ("trimmed@0.5x64+depth=3:0.5:random", "trimmed", None, 0.5, 64, 1.5e-3, (((3, 0.5),), "random"), False),
+        ("all+depth=3:0.25,6:0.5:copy", "all", None, 0.5, 32, 1.5e-3, (((3, 0.25), (6, 0.5)), "copy"), False),
+        ("allx64+matmul", "all", None, 0.5, 64, 1.5e-3, None, True),
+        ("all+depth=3:0.5+matmul", "all", None, 0.5, 32, 1.5e-3, (((3, 0.5),), "copy"), True),
     ],
 )
 def test_arms_are_parsed(
-    quality: None, text: str, name: str, layers: int | None, ratio: float, batch: int, rate: float, depth: tuple | None
+    quality: None,
+    text: str,
+    name: str,
+    layers: int | None,
+    ratio: float,
+    batch: int,
+    rate: float,
+    depth: tuple | None,
+    matmul: bool,
 ) -> None:
     from quality_arms import Arm, Depth
 
-    assert Arm.parse(text) == Arm(name, layers, ratio, batch, rate, depth and Depth(*depth))
+    assert Arm.parse(text) == Arm(name, layers, ratio, batch, rate, depth and Depth(*depth), matmul)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +126,8 @@ def test_arms_are_parsed(
         ("all+depth=3:0.5,3:0.7", "rise"),
         ("all+depth=3:0.5,6:0.4", "rise"),
         ("all+depth=3", "expected NAME"),
+        ("all+matmul=3", "expected NAME"),
+        ("compile+matmul", "'compile' takes no"),
         ("topk@0.1.2", "expected NAME"),
     ],
 )
@@ -137,6 +149,8 @@ def test_arms_are_options(quality: None) -> None:
         "default": {},
         "all": {"ratio": 1.0},
         "small=2": {"ratio": 1.0},
+        "all+matmul": {"ratio": 1.0, "matmul": "fp8"},
+        "default+matmul": {"matmul": "fp8"},
         "easiest@0.25": {"ratio": 0.25, "selection": easiest, "route": "sequence"},
         "oracle": {"ratio": 0.5, "selection": "trimmed", "route": "sequence", "router_head": "sampled"},
         "loss-random": {"ratio": 0.5, "selection": "random", "route": "loss"},
@@ -293,7 +307,7 @@ def test_quick(quality: None, capsys: pytest.CaptureFixture) -> None:
     quality.main(quick=True)
     page = capsys.readouterr().out
     assert "failed" not in page
-    for arm in ("allx4", "trimmed@0.5x4", "oracle@0.5x4", "small=2x4", "defaultx4"):
+    for arm in ("allx4", "trimmed@0.5x4", "oracle@0.5x4", "small=2x4", "defaultx4", "allx4+matmul"):
         assert f"| {arm} | 1 |" in page
     assert "wsd, tiny, 400 rows of 16 tokens" in page
 

@@ -60,7 +60,7 @@ def test_an_arm_that_dies_says_why(printed: str, reason: str) -> None:
 def test_the_step_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # arms are processes, as for a user
     output = tmp_path / "out.json"
-    arms = ["floor", "sampled@0.5+budget=0.7"]
+    arms = ["floor+matmul", "sampled@0.5+budget=0.7"]
     importlib.import_module("step_time").main(device="cpu", quick=True, arm=arms, output=output)
     report = json.loads(output.read_text())
     samples = report["samples"]
@@ -129,7 +129,8 @@ def test_the_matrix_names_arms_that_exist_and_is_shared_out_whole(
     [
         ("sampled", {"ratio": 0.25, "router_body": "exact", "router_layers": "auto", "cuda_graphs": False}),
         ("sampled@0.5+fp8", {"ratio": 0.5, "router_body": "fp8", "router_head": "sampled"}),
-        ("routed+fp8+layers=3+graphs", {"router_body": "fp8", "router_layers": 3, "cuda_graphs": True}),
+        ("sampled+graphs+matmul", {"matmul": "fp8", "router_body": "exact", "cuda_graphs": True}),
+        ("routed+fp8+layers=3+graphs", {"matmul": "exact", "router_body": "fp8", "router_layers": 3}),
     ],
 )
 def test_switches_are_options(arm: str, given: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +148,7 @@ def test_switches_are_options(arm: str, given: dict, monkeypatch: pytest.MonkeyP
         ("compile+graphs", "the switches except .budget=F are for this package's arms"),
         ("sampled+graph", "expected NAME.@RATIO."),
         ("sampled+fp8=1", r"expected NAME.@RATIO.*\+fp8"),
+        ("compile+matmul", "the switches except .budget=F are for this package's arms"),
         ("compile+fp8", "the switches except .budget=F are for this package's arms"),
         ("sampled@1.5", "expected NAME.@RATIO."),
         ("sampled+layers=0", "expected NAME.@RATIO."),

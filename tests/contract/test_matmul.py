@@ -4,6 +4,7 @@ what stays exact, and what is said about it."""
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import fp8_oracle
@@ -15,7 +16,7 @@ import torch
 import transformers as T
 from architectures import ARCHITECTURES, GROUPED, Architecture, build, eager_of, token_batch
 from torch import nn
-from toys import Toy, toy_batch
+from toys import WIDTH, Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile.ir.names import operator_counts
@@ -191,10 +192,21 @@ def test_inner_backends(inner: str, outlined: bool) -> None:
     assert model.cggr.runtime.plans[-1].route.variant.compilations == 2
 
 
+class Narrow(Toy):
+    """Its layers are narrower inside than float8 takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)) for _ in range(3))
+
+
 def test_a_model_without_such_products_is_refused() -> None:
-    message = r"matmul='fp8', and float8 can make none of the model's products with weights \(.*leave matmul out"
+    message = (
+        r"matmul='fp8', and float8 can make none of the model's products with weights \(3 × aten.linear by 8 × 16: no "
+        r"multiples of 16; 3 × aten.linear by 16 × 8: .*leave matmul out"
+    )
     with pytest.raises(cggr.CannotOptimize, match=f"(?s){message}"):
-        cggr.explain(Toy().train(), toy_batch(), **OPTIONS)
+        cggr.explain(Narrow().train(), toy_batch(), **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -208,3 +220,27 @@ def test_a_model_without_such_products_is_refused() -> None:
 def test_bad_options_say_what_to_do(how: Any, message: str) -> None:
     with pytest.raises(cggr.ConfigError, match=message):
         cggr.RoutingConfig(matmul=how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_on_a_gpu_steps_are_those_of_float8_without_a_sync(autocast: bool, graphs: bool) -> None:
+    """Compiled, no further from float8 in fp32 than twice an eager model in float8 of the same dtype; what is recorded
+    by graphs may wait while it is."""
+    exact = build("llama").cuda().to(torch.float32 if autocast else torch.bfloat16)
+    options = {**OPTIONS, "inner": "inductor", "cuda_graphs": graphs}
+    model = cggr.optimize(copy.deepcopy(exact), ratio=0.5, **options)
+    batch = {key: tensor.cuda() for key, tensor in token_batch(8, 32).items()}
+    same_dtype = torch.autocast("cuda", torch.bfloat16, enabled=autocast)
+    for step in range(8):
+        with oracle.without_sync() if step > 5 else nullcontext(), same_dtype:
+            model.zero_grad(set_to_none=True)
+            loss = model(**batch).loss
+            loss.backward()
+    assert model.cggr.report().providers["fp8_linear"] == "scaled_mm"
+    rows = oracle.rows_of(batch, model.cggr.selected)
+    truth = oracle.step(fp8_oracle.in_float8(copy.deepcopy(exact).float()), rows)
+    with same_dtype:
+        eager = oracle.step(fp8_oracle.in_float8(exact), rows)
+    oracle.assert_no_further((loss.detach(), oracle.gradients(model)), eager, truth, times=2)

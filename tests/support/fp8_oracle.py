@@ -44,9 +44,10 @@ class Rounding(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
         x, weight, bias = (None if operand is None else operand.bfloat16() for operand in (x, weight, bias))
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(device, enabled=False):
         rows = Rounding.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return rows.view(*x.shape[:-1], -1)
 
