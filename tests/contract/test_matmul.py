@@ -171,25 +171,35 @@ def test_under_autocast_steps_are_those_of_an_eager_model_in_float8(name: str) -
     assert {gradient.dtype for gradient in oracle.gradients(model).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    ("inner", "outlined"),
-    [
-        ("aot_eager", True),
-        *(pytest.param(*each, marks=pytest.mark.long) for each in (("aot_eager", False), ("inductor", True))),
-    ],
-)
+def assert_follows_sizes(exact: nn.Module, batches: list[dict[str, torch.Tensor]], **options: Any) -> None:
+    """Also with symbolic sizes, which the second batch brings."""
+    model, eager = cggr.optimize(copy.deepcopy(exact), ratio=0.5, **options), fp8_oracle.in_float8(exact)
+    for batch in batches:
+        found = oracle.step(model, batch)
+        expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
+        if options["inner"] == "inductor":  # sums in another order; steps without float8 are 2⁻⁴ apart
+            oracle.assert_step_within(2**-8, *found, *expected)
+        else:
+            oracle.assert_same_step(*found, *expected)
+    variant = model.cggr.runtime.plans[-1].route.variant
+    assert variant.compilations == 2
+    assert bool(variant.pieces) == options["outline_layers"]
+
+
+@pytest.mark.parametrize("outlined", [False, True])
+def test_compiled_steps_follow_sizes(outlined: bool) -> None:
+    batches = [toy_batch(rows, length) for rows, length in ((4, 6), (7, 8), (3, 5))]
+    options = {**OPTIONS, "inner": "aot_eager", "outline_layers": outlined}
+    assert_follows_sizes(Toy(DEEP).train(), batches, **options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("inner", "outlined"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)])
 def test_inner_backends(inner: str, outlined: bool) -> None:
-    """Also with symbolic sizes, which the second shape brings."""
     config = T.LlamaConfig(**{**GROUPED, "num_hidden_layers": DEEP})
     exact = eager_of(Architecture("llama", lambda: T.LlamaForCausalLM(config), "model.layers"))
-    model = cggr.optimize(copy.deepcopy(exact), ratio=0.5, **{**OPTIONS, "inner": inner, "outline_layers": outlined})
-    eager = fp8_oracle.in_float8(exact)
-    for shape in ((6, 12), (9, 14), (4, 10)):
-        batch = token_batch(*shape)
-        loss, gradients = oracle.step(model, batch)
-        expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
-        oracle.assert_same_step(loss, gradients, *expected)
-    assert model.cggr.runtime.plans[-1].route.variant.compilations == 2
+    batches = [token_batch(*shape) for shape in ((6, 12), (9, 14), (4, 10))]
+    assert_follows_sizes(exact, batches, **{**OPTIONS, "inner": inner, "outline_layers": outlined})
 
 
 class Narrow(Toy):

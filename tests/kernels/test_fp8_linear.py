@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cggr_compile.kernels.op import fp8_linear as module
 from cggr_compile.kernels.providers import Place, choose, passed_over
+from functorch.compile import default_partition, make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given
 from hypothesis import strategies as st
 from router_head_oracle import quantised
@@ -223,23 +224,27 @@ def test_under_autocast_gradients_come_back_in_the_operands_dtypes(implementatio
         torch.testing.assert_close(one, other, rtol=2**-7, atol=2**-7)
 
 
-def test_compilers_see_through_it() -> None:
-    """Forward and backward round two operands each, once: rows of x and W, rows of the gradient and columns of W."""
+@pytest.mark.parametrize(
+    ("partition", "expected"),
+    [(default_partition, [2, 2]), (min_cut_rematerialization_partition, [3, 1])],
+    ids=["default", "min cut"],
+)
+def test_compilers_see_through_it(partition: Any, expected: list[int]) -> None:
+    """Four operands are rounded, once each: rows of x and W, rows of the gradient and columns of W. Inductor's
+    partitioner rounds the latter in the forward, and keeps them."""
     rounded = []
 
-    def counting(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
-        rounded.append(sum(value_of(node) == torch.float8_e4m3fn for node in graph.graph.nodes))
-        return graph
-
-    def value_of(node: torch.fx.Node) -> torch.dtype | None:
-        return node.meta["val"].dtype if str(node.target).startswith("aten._to_copy") else None
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        casts = graph.graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default)
+        rounded.append(sum(node.meta["val"].dtype == torch.float8_e4m3fn for node in casts))
+        return make_boxed_func(graph)
 
     args = drawn(6, 16).requires_grad_(), drawn(32, 16, seed=1).requires_grad_(), drawn(32, seed=2).requires_grad_()
-    grad, backend = drawn(6, 32, seed=3), aot_autograd(fw_compiler=counting)
+    grad, backend = drawn(6, 32, seed=3), aot_autograd(fw_compiler=counting, partition_fn=partition)
     compiled = torch.compile(module.fp8_linear, backend=backend, fullgraph=True)
     for one, other in zip(gradients(compiled, args, grad), gradients(module.fp8_linear, args, grad), strict=True):
         assert torch.equal(one, other)
-    assert rounded == [2, 2]
+    assert rounded == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -72,8 +72,8 @@ KINDS = {nn.Linear: RoundedLinear, Conv1D: RoundedConv1D}
 def in_float8(model: nn.Module) -> nn.Module:
     """A copy whose linear modules of sizes that 16 divides are in float8, the head's not."""
     model = copy.deepcopy(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for module in model.modules():
-        linear = type(module) in KINDS and module is not model.get_output_embeddings()
-        if linear and not any(size % 16 for size in module.weight.shape):
+        if type(module) in KINDS and module is not head and not any(size % 16 for size in module.weight.shape):
             module.__class__ = KINDS[type(module)]
     return model
