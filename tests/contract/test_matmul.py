@@ -11,6 +11,7 @@ import fp8_oracle
 import oracle
 import plans
 import pytest
+import segment_oracle
 import token_oracle
 import torch
 import transformers as T
@@ -82,6 +83,24 @@ def test_the_middle_layers_train_in_float8_on_their_tokens(llama: Captured) -> N
     assert torch.equal(routed.selected, positions)
     eager = fp8_oracle.in_float8(routed.model)
     oracle.assert_same_step(*found, *token_oracle.step(eager, LLAMA, batch, range(1, 2), positions))
+
+
+@pytest.mark.long
+def test_kept_documents_train_in_float8() -> None:
+    exact, places = build("llama"), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2])
+    batch = {**token_batch(4, masked=False), "position_ids": places.expand(4, -1)}
+    model = cggr.optimize(copy.deepcopy(exact), route="segment", ratio=0.5, **OPTIONS)
+    found = oracle.step(model, batch)
+    kept = segment_oracle.repacked(batch, model.cggr.selected)
+    oracle.assert_same_step(*found, *oracle.step(fp8_oracle.in_float8(exact), kept))
+
+
+@pytest.mark.long
+def test_experts_that_tokens_skip_stay_exact() -> None:
+    """The pass that shows them which tokens they have reads linears as what they are."""
+    report = cggr.explain(build("mixtral"), token_batch(), route="token", skip="experts", **OPTIONS).report()
+    assert report.float8.startswith("12 of 21 products")
+    assert [str(entry) for entry in report.shortened] == ["view_8 [B·S, 32] (dim 0): read by the experts of layer 1"]
 
 
 @pytest.mark.parametrize(
