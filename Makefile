@@ -26,10 +26,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m cggr_compile demo $(DEMO)
 
-# mypy does not follow the mapping of passes/ and kernels/ in the checkout, so it reads an installed copy.
+# mypy does not follow the mapping of passes/ and kernels/ in the checkout, so it reads an installed copy, made anew: a build
+# keeps modules that are gone.
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build
 	$(PIP) install -q --no-deps --upgrade --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p cggr_compile
 

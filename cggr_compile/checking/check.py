@@ -77,12 +77,7 @@ class Check:
 
 
 def check(
-    model: nn.Module,
-    *batches: Batch,
-    ratio: float = 0.5,
-    router_layers: int = 1,
-    route: str = "sequence",
-    matmul: str = "exact",
+    model: nn.Module, *batches: Batch, ratio: float = 0.5, router_layers: int = 1, route: str = "sequence"
 ) -> Check:
     """Compares routed training steps of `model` with eager training on what an eager router selects.
 
@@ -99,10 +94,9 @@ def check(
         ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1).
         router_layers: layers of the router.
         route: "sequence", "segment" or "token".
-        matmul: "exact" alone: a step in float8 is no plain eager step.
 
     Raises:
-        ValueError: no batch was given, another route, or another `matmul`.
+        ValueError: no batch was given, or another route.
         CannotOptimize: the model cannot be routed.
         LayerStackNotFound: the eager side finds no layers to make a router of.
         TokensNotTold: the eager side cannot tell how something that a layer is given holds tokens, or a layer numbers
@@ -110,11 +104,6 @@ def check(
     """
     if route not in ("sequence", "segment", "token"):
         raise ValueError(f"check: route={route!r} is none of 'sequence', 'segment' and 'token', which it can judge")
-    if matmul != "exact":
-        raise ValueError(
-            f"check: matmul={matmul!r} rounds what eager does not, so the two differ by design; check the model "
-            "without it, whose rows are selected alike, and judge the rounding by losses in training"
-        )
     if not batches:
         raise ValueError("check: no batch was given; pass at least one, check(model, {'input_ids': …, 'labels': …})")
     eager, routed = (restore(copy.deepcopy(model)).train() for _ in range(2))
