@@ -74,6 +74,10 @@ class RoutingConfig(Schedule):
             loss is Σ w·l / Σ w over the kept rows' counted tokens, so weights of 1 are a plain mean. The function runs
             at every step as one operator that compilers do not look into, and nothing is read back unless it does; what
             it returns is checked by type and shape.
+        selection_scope: sequence route: among which rows a rank of a distributed run selects. `"local"`: its own;
+            `"global"`: the R ranks select R · k of their R · B rows together, and each trains k of these, whose
+            arguments travel to it (docs/distributed.md). In a step in which the sizes of their batches differ, each
+            rank selects among its own.
         selection_options: options of that rule, e.g. `{"tau": 0.05}` (of trimmed, for `"auto"`); None for its defaults.
             Of a function: its keyword parameters beyond the four whose default is a number, None or missing; whole
             numbers arrive as int unless the default is a float.
@@ -152,6 +156,7 @@ class RoutingConfig(Schedule):
     router_head_frequent: int = 1024
     router_head_sampled: int = 1024
     selection: str | RuleFunction = field(default=None, hash=False)  # type: ignore[assignment]  # "topk", likewise
+    selection_scope: str = "local"
     selection_options: Mapping[str, float] | None = field(default=None, hash=False)
     warmup_steps: int = 0
     dynamic_threshold: bool = False
@@ -217,6 +222,7 @@ class RoutingConfig(Schedule):
             )
         self._check_whole_rows()
         self.check_stages()
+        self.check_scope()
         self._check_token_route()
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 # graphs are recorded for at most LADDER_RUNGS + 1 sizes of each batch shape.
 LADDER_RUNGS = 8
 GROWTHS = ("copy", "random")
+SCOPES = ("local", "global")
 
 
 class Schedule:
-    """The part of `RoutingConfig` that says how much of the batch and of the model a step trains."""
+    """The part of `RoutingConfig` that says how much of the batch and of the model a step trains, selected by whom."""
 
     route: str | tuple[str, ...]
     ratio: float
@@ -29,6 +30,9 @@ class Schedule:
     depth_layers: int | tuple[int, ...] | None
     depth_until: float | tuple[float, ...] | None
     grow: str
+    selection_scope: str
+    cuda_graphs: bool
+    fallback: str
 
     @property
     def _routes(self) -> tuple[str, ...]:
@@ -113,6 +117,22 @@ class Schedule:
                 f"depth_until={self.depth_until!r} with depth_layers={self.depth_layers!r}; give one for each stage, "
                 "rising"
             )
+
+    def check_scope(self) -> None:
+        """Raises `ConfigError` where the ranks of a distributed run cannot select together."""
+        choice("selection_scope", self.selection_scope, SCOPES)
+        if self.selection_scope == "local":
+            return
+        conflicts = {
+            f"route={self.route!r}": (self.routes != ("sequence",), "only whole rows travel; use route='sequence'"),
+            "selection='auto'": (self.selection == "auto", "each rank decides by its own rows; name a rule"),
+            "dynamic_threshold=True": (self.follows_confidence, "k would differ between the ranks; leave it out"),
+            "cuda_graphs=True": (self.cuda_graphs, "a step's collectives are not recorded; leave it out"),
+            "fallback='eager'": (self.fallback == "eager", "an unrouted rank would leave the others waiting"),
+        }
+        for option, (given, why) in conflicts.items():
+            if given:
+                raise ConfigError(f"selection_scope='global' with {option}: {why}, or use selection_scope='local'")
 
     @property
     def _end(self) -> int:

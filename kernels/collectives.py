@@ -1,12 +1,13 @@
-"""Gathering the parameters of an FSDP2 unit, and scattering their gradients: one collective each way.
+"""Gathering over ranks: the parameters of an FSDP2 unit, whose gradients are scattered, and the rows of a batch.
 
 A rank holds of each parameter [rows, ...] the rows that `torch.chunk` would give it, so the first ranks hold
 ceil(rows / ranks) and the last may hold fewer, or none; on its way each shard is padded to that many. The gradient is
 the sum over ranks, divided by `divisor`, in `reduce_dtype`, and each rank gets that of its rows: what FSDP2 computes.
 
-Both functions are plain torch and functional collectives, which compilers see through. What is written between a
+All functions are plain torch and functional collectives, which compilers see through. What is written between a
 `start_gather` and its `finish_gather` runs while the parameters arrive, and its backward while their gradients do: the
 backward of `finish_gather` sends them, that of `start_gather`, which comes when the backward has come so far, waits.
+Rows (`start_rows`, `finish_rows`) have no gradient.
 """
 
 from __future__ import annotations
@@ -111,3 +112,43 @@ def _padded(x: Tensor, rows: int) -> Tensor:
     flat = x.reshape(-1)
     missing = (rows - x.shape[0]) * x.shape[1:].numel()
     return F.pad(flat, (0, missing)) if missing else flat
+
+
+class Rows(NamedTuple):
+    """How the rows of all ranks are gathered: `dims[i]` is the dimension of the i-th tensor that they lie along, of one
+    size on every rank; `group` is the name of the process group of the `ranks`."""
+
+    dims: tuple[int, ...]
+    ranks: int
+    group: str
+
+
+def start_rows(tensors: Sequence[Tensor], how: Rows) -> tuple[Tensor, ...]:
+    """For each dtype a buffer [ranks · B, n] that the tensors of all ranks arrive in, a row of the batch in a row, rank
+    behind rank: what `finish_rows` is given. Raises ValueError for a tensor that requires a gradient."""
+    if any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("start_rows: a tensor requires a gradient, which the rank that it is of would not get")
+    flat = (torch.cat([rows for _, rows in group], 1) for group in _by_dtype(tensors, how))
+    return tuple(_collectives.all_gather_into_tensor(rows, how.ranks, how.group) for rows in flat)
+
+
+def finish_rows(started: Sequence[Tensor], tensors: Sequence[Tensor], how: Rows) -> tuple[Tensor, ...]:
+    """The tensors with the rows of all ranks along their dimension, ranks · B."""
+    found = list(tensors)
+    for buffer, group in zip(started, _by_dtype(tensors, how), strict=True):
+        parts = _collectives.wait_tensor(buffer).split([rows.shape[1] for _, rows in group], dim=1)
+        for (place, _), part in zip(group, parts, strict=True):
+            dim, own = how.dims[place], tensors[place]
+            whole = part.reshape(part.shape[0], *own.movedim(dim, 0).shape[1:]).movedim(0, dim)
+            found[place] = whole.to(own.dtype)
+    return tuple(found)
+
+
+def _by_dtype(tensors: Sequence[Tensor], how: Rows) -> list[list[tuple[int, Tensor]]]:
+    """The tensors as rows [B, n], each with its place, those of a dtype together; booleans are sent as bytes."""
+    found: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+    for place, (tensor, dim) in enumerate(zip(tensors, how.dims, strict=True)):
+        rows = tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1)
+        rows = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
+        found.setdefault(rows.dtype, []).append((place, rows))
+    return list(found.values())

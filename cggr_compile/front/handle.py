@@ -64,7 +64,8 @@ class Handle:
         """What the last routed step kept, on the device; None before the first.
 
         Sequence route: sorted row indices [k], int64; where fewer than k rows were selectable, the rest repeats a
-        selected row and counts for nothing. Segment route: sorted positions [B, k], int64, of the kept documents, -1
+        selected row and counts for nothing. Where ranks selected together, the rows that this one trained, numbered
+        over all: row i of rank r is r · B + i. Segment route: sorted positions [B, k], int64, of the kept documents, -1
         behind the last. Token route: sorted positions [B, k], int64, or [layers, B, k] with `resample="layer"`. Loss
         route: bool [B, S], the positions whose logits entered the loss. Two routes: a tuple.
         """
@@ -156,6 +157,8 @@ class Handle:
             return {}
         found = metrics_of(last, self._without_gradient(), self.runtime.router_time.seconds)
         found.update(token_metrics(self.config.routes, last))
+        if self.runtime.together.ranks is not None:
+            found["steps_selected_locally"] = torch.full_like(found["rows_total"], self.runtime.together.local_steps)
         if self.runtime.auto is not None:
             found.update(self.runtime.auto.metrics(found["rows_total"].device))
         return found

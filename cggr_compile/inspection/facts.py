@@ -139,9 +139,9 @@ def head_of(analysed: Analysed) -> HeadFacts:
 
 
 def compilations_of(plan: Plan) -> dict[str, int]:
-    auto = len(plan.owner.choices) > 1
+    several = len(plan.owner.choices) > 1 or plan.owner.config.selection_scope == "global"
     return {
-        name if auto or name == "unrouted" else "routed": variant.compilations
+        name if several or name == "unrouted" else "routed": variant.compilations
         for name, variant in plan.variants.items()
     }
 

@@ -63,6 +63,7 @@ class Report:
         depth: on the depth route, which layers train until when.
         selection: the rule in force; `"auto"` while that keeps every row.
         auto: for `"auto"`, what trains and why.
+        scope: of how many ranks' rows is selected, and how many steps selected locally; None where every step does.
         stack: None where no stack was found, which only a selection without scores allows.
         router: None where the selection needs no scores.
         float8: with `matmul="fp8"`, how many products of what trains are made in float8; None without.
@@ -93,6 +94,7 @@ class Report:
     sizes: Sizes
     selection: str
     auto: str | None
+    scope: str | None
     stack: Stack | None
     router: Router | None
     float8: str | None
@@ -139,6 +141,7 @@ class Report:
             sizes=Sizes(batch, length, routes["sequence"].kept if "sequence" in routes else batch),
             selection=rule_name(runtime.in_force.selection),
             auto=_auto(runtime, plan),
+            scope=_scope(runtime),
             stack=stack_of(plan, analysed),
             router=router_of(plan, analysed, predicted),
             float8=None if program.routing.quantized is None else str(program.routing.quantized),
@@ -215,6 +218,7 @@ class Report:
         pairs += self._router_lines()
         if self.routed:
             pairs.append(("selection", f"{self.selection}, {self._kept()}"))
+        pairs += [("scope", self.scope)] if self.scope is not None else []
         pairs += [("auto", self.auto)] if self.auto is not None else []
         if "sequence" in self.amounts or "segment" in self.amounts:
             size = "B" if "sequence" in self.amounts else "S"
@@ -349,6 +353,14 @@ def _auto(runtime: Runtime, plan: Plan) -> str | None:
     if plan.unscorable is not None:
         return f"every row trains; there are no scores: {plan.unscorable.reason}"
     return str(runtime.auto)
+
+
+def _scope(runtime: Runtime) -> str | None:
+    ranks, local = runtime.together.ranks, runtime.together.local_steps
+    if ranks is None:
+        return None
+    apart = f"; in {local} steps each of its own, where their batches differed" if local else ""
+    return f"{ranks.count} ranks select of the rows of all{apart}"
 
 
 def _unpadded(plan: Plan) -> str | None:

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 
 from cggr_compile.errors import Refusal, VerificationError
 from cggr_compile.ir.shards import Shard
+from cggr_compile.torch_internals.distributed import Ranks
 from cggr_compile.torch_internals.fake_tensors import FakeTensorMode
 
 REGION = "cggr_region"
@@ -166,6 +167,9 @@ class Routing:
     route's. `gathered` lists the inputs that the sequence or segment route gathered, `shortened` what the token route's
     middle layers, or their experts, read.
 
+    Where the `ranks` select together, `scores`, `valid` and `counts` are of the rows of all of them, `all_rows` and
+    `all_weights` what they select, and `rows` and `weights` this rank's part of that.
+
     `quantized` is None where the products of the trained parts are exact, `quantized_router` where the router's are.
 
     `causal_attentions` counts the attentions that lost their mask to `is_causal`.
@@ -184,6 +188,9 @@ class Routing:
     kept: fx.Node | None = None
     rows: fx.Node | None = None
     weights: fx.Node | None = None
+    ranks: Ranks | None = None
+    all_rows: fx.Node | None = None
+    all_weights: fx.Node | None = None
     documents: fx.Node | None = None
     documents_kept: fx.Node | None = None
     kept_tokens: fx.Node | None = None
@@ -202,6 +209,7 @@ class StepOutputs(NamedTuple):
 
     `rows` int64 [k] and their `weights` float32 [k]; `scores` float32 and counted labels `counts` int64 of all rows
     [B], where the scores are the router's, or, in the program of `"auto"` that keeps every row, the rows' own losses;
+    where R ranks select together, these four are of all ranks, [R · k] and [R · B];
     the router's mean `confidence` (0-d); `positions` int64 [B, k] of the kept tokens, -1 where there is none;
     `documents_kept` int64 [B, 4], as `select_documents` counts them; `loss_mask` bool [B, S]; `figures` float32 [3],
     those of `measured_loss`.

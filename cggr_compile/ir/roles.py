@@ -10,6 +10,7 @@ from torch import fx
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import PART, TRAINED_PARTS, Analysed, Autocast, Program, Region, value
+from cggr_compile.torch_internals.distributed import Ranks, all_ranks
 
 aten = torch.ops.aten
 PADDING = "attention_mask"
@@ -21,6 +22,11 @@ def router_layers(config: RoutingConfig, layers: int) -> int:
     if isinstance(config.router_layers, int):
         return config.router_layers
     return max(1, min(max(2, layers // 8), layers - 1))
+
+
+def ranks_of(config: RoutingConfig) -> Ranks | None:
+    """The ranks that select together, where they do."""
+    return all_ranks() if config.selection_scope == "global" else None
 
 
 def quiet_region(program: Analysed) -> Region:

@@ -46,6 +46,11 @@ class GivenScores:
         """For the next training step."""
         self._given = scores
 
+    @property
+    def waiting(self) -> bool:
+        """Whether scores are given for the next step."""
+        return self._given is not None
+
     def take(self, rows: int, device: torch.device) -> Tensor | None:
         """The scores given for this step, [rows] fp32 on the device; None where none were.
 

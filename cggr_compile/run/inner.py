@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from cggr_compile import kernels
 from cggr_compile.ir.amounts import Sizes
 from cggr_compile.ir.program import Program
-from cggr_compile.kernels.collectives import start_gather
+from cggr_compile.kernels.collectives import start_gather, start_rows
 from cggr_compile.passes.lower.lower_regions import Body, lower_pieces
 from cggr_compile.torch_internals import inductor
 from cggr_compile.torch_internals.autograd import beside_checkpoints
@@ -57,7 +57,7 @@ def compile_in(
     real = [x for x in wanted if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
     fakes = [mode.from_tensor(each, static_shapes=True) for each in real]
     written = _with_numbers(module, inputs)
-    in_order = any(node.target is start_gather for node in written.graph.nodes)
+    in_order = any(node.target in (start_gather, start_rows) for node in written.graph.nodes)
     with inductor.compiling(mode, _named_functions(written), recompute, in_order), beside_checkpoints():
         compiled = torch._dynamo.lookup_backend(inner)(written, wanted)
     del fakes

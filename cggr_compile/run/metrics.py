@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cggr_compile.ir.program import StepOutputs
+from cggr_compile.torch_internals.distributed import Ranks
 
 METRICS: dict[str, str] = {
-    "rows_total": "rows of the batch",
+    "rows_total": "rows of the batch; of all ranks where these selected together, as in every figure of rows, scores "
+    "and counted tokens",
+    "steps_selected_locally": "steps in which the ranks' batches differed, so that each rank selected among its own "
+    "rows; selection_scope='global' on several ranks only",
     "rows_selected": "rows that trained, without those that only fill up",
     "kept_ratio": "rows_selected / rows_total",
     "ratio_target": "the fraction that k was computed from: ratio, or where warm-up and dynamic threshold have it",
@@ -53,13 +57,15 @@ METRICS: dict[str, str] = {
 @dataclass(frozen=True)
 class LastStep:
     """What the last step left: `kept` of `total` rows of `length` tokens, the `fraction` that k was computed from, and
-    what the graph put out."""
+    what the graph put out; where the `ranks` selected together, `total` rows of all of them, of which each kept `kept`.
+    """
 
     total: int
     length: int
     kept: int
     fraction: float
     found: StepOutputs
+    ranks: Ranks | None = None
 
 
 def metrics_of(last: LastStep, without_gradient: int | None, router_seconds: float | None = None) -> dict[str, Tensor]:
@@ -147,6 +153,8 @@ def selected(routes: tuple[str, ...], last: LastStep | None) -> Tensor | tuple[T
         return None
     if not routes:
         return last.found.rows
+    if last.ranks is not None:
+        return last.found.rows.view(last.kept, -1)[:, last.ranks.rank]
     found = tuple(getattr(last.found, _SELECTIONS[route]) for route in routes)
     return found if len(found) > 1 else found[0]
 

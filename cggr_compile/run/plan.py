@@ -17,7 +17,7 @@ from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
 from cggr_compile.ir.documents import POSITIONS
 from cggr_compile.ir.program import Analysed, Program, callers_region, is_tensor, value
-from cggr_compile.ir.roles import PADDING, router_layers, token_ids
+from cggr_compile.ir.roles import PADDING, ranks_of, router_layers, token_ids
 from cggr_compile.kernels.reference.selection import rule_name
 from cggr_compile.passes.pipeline import (
     Pass,
@@ -150,7 +150,7 @@ class Plan:
         """
         if self.routable and self.unscorable is None and keeps_less(config):
             try:
-                return self._derived(rule_name(config.selection), config, passes_for(config), trains=True)
+                return self._derived(_name(config), config, passes_for(config), trains=True)
             except CannotOptimize as error:
                 if len(self.owner.choices) == 1:
                     raise
@@ -165,7 +165,7 @@ class Plan:
 
     def with_scores(self, config: RoutingConfig) -> Route:
         """The program that trains under a configuration on rows whose scores are an input."""
-        name = f"{rule_name(config.selection)}, scores given"
+        name = f"{_name(config)}, scores given"
         return self._derived(name, config, passes_for(config, scores_given=True), trains=True)
 
     def scoring(self, name: str, config: RoutingConfig) -> Route:
@@ -240,6 +240,12 @@ class Plan:
         return rows, length
 
 
+def _name(config: RoutingConfig) -> str:
+    """What the programs of a configuration are told apart by: the selection, and of which ranks' rows."""
+    ranks = ranks_of(config)
+    return rule_name(config.selection) + ("" if ranks is None else f" of {ranks}")
+
+
 class Unpadded(NamedTuple):
     """The program that leaves out what no token sees, what it is given of a batch, and how many attentions are of
     variable lengths."""
@@ -286,7 +292,19 @@ class Route:
             elif name == GIVEN_SCORES:
                 yield scores
             else:
-                yield uniform_noise([concrete(size, sizes) for size in shape], self.device, generator)
+                numbers = [concrete(size, sizes) for size in shape]
+                yield (
+                    self._of_rows(numbers, generator)
+                    if name == "noise"
+                    else uniform_noise(numbers, self.device, generator)
+                )
+
+    def _of_rows(self, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+        """The rows' noise. Ranks that select together may have one seed: each draws for all, and takes its part."""
+        ranks = self.program.routing.ranks
+        if ranks is None:
+            return uniform_noise(shape, self.device, generator)
+        return uniform_noise([ranks.count, *shape], self.device, generator)[ranks.rank]
 
 
 def uniform_noise(shape: Sequence[int], device: torch.device, generator: torch.Generator) -> torch.Tensor:

@@ -20,6 +20,7 @@ from cggr_compile.run.plan import Plan
 from cggr_compile.run.recomputed import Recomputations
 from cggr_compile.run.router_time import RouterTime
 from cggr_compile.run.sharded import Sharded
+from cggr_compile.run.together import Together
 
 
 class Runtime:
@@ -44,6 +45,7 @@ class Runtime:
         self.pool: Pool | None = None
         self.sharded: Sharded | None = None
         self.auto = Auto(config) if config.selection == "auto" else None
+        self.together = Together(config)
         self.recomputations = Recomputations()
         # Two threads on one model take turns; what a step draws and leaves belongs together.
         self.lock = threading.RLock()
@@ -70,8 +72,8 @@ class Runtime:
 
     @property
     def in_force(self) -> RoutingConfig:
-        """The configuration that steps run under: `config`, with what `"auto"` stands for."""
-        return self.config if self.auto is None else self.auto.in_force
+        """The configuration that steps run under: `config`, with what `"auto"` stands for, and the step's scope."""
+        return self.together.in_force if self.auto is None else self.auto.in_force
 
     @property
     def choices(self) -> tuple[RoutingConfig, ...]:

@@ -16,7 +16,8 @@ import torch
 
 from cggr_compile.ir.amounts import Amount, amounts_of, sizes_of
 from cggr_compile.ir.program import StepOutputs
-from cggr_compile.ir.roles import changes_of
+from cggr_compile.ir.roles import changes_of, ranks_of
+from cggr_compile.passes.pipeline import keeps_less
 from cggr_compile.run.given_scores import ScoresReady
 from cggr_compile.run.metrics import LastStep
 from cggr_compile.run.not_computed import NOT_COMPUTED
@@ -24,6 +25,7 @@ from cggr_compile.run.plan import Plan, Unpadded
 from cggr_compile.run.prepare import run_aside
 from cggr_compile.run.recomputed import Given
 from cggr_compile.run.runtime import Runtime
+from cggr_compile.run.together import Offer, form_of
 from cggr_compile.torch_internals import autograd
 
 UNCOUNTED = 100
@@ -50,6 +52,7 @@ class Step:
             self._warn_uncounted()
             self._grow(inputs)
             inputs = self._held(inputs)
+            self._compare(inputs)
             self._prepare(inputs)
             return self._step(self.plan.in_force, inputs)
 
@@ -78,6 +81,16 @@ class Step:
             trained = len(self.plan.in_force.analysed.stack)
             when = f"step {self.runtime.steps}: " if self.runtime.counted else ""
             _log.warning("%sthe model has grown, %d layers train", when, trained)
+
+    def _compare(self, inputs: tuple[Any, ...]) -> None:
+        """Where ranks may select together, finds out whether they can in this step."""
+        runtime, plan = self.runtime, self.plan.in_force
+        if runtime.together.ranks is None or not keeps_less(runtime.config):
+            return
+        rows, length = plan.sizes(inputs)
+        kept = runtime.config.kept_rows(rows, runtime.steps)
+        form, unprepared = form_of(plan.captured, inputs), not self.plan.prepared
+        runtime.together.compare(Offer(rows, length, kept, form, runtime.given.waiting, unprepared))
 
     def _prepare(self, inputs: tuple[Any, ...]) -> None:
         """In the first step of a capture, compiles the programs that its later steps run; those of `"auto"` in the
@@ -135,14 +148,16 @@ class Step:
             runtime.confidence.measured(found.confidence)
         if auto is not None:
             auto.see(found, runtime.steps)
+        ranks = None if found.rows is None else ranks_of(config)
         if found.rows is None:
             found = found._replace(rows=torch.arange(rows, device=plan.device))
         if found.positions is None and ("token" in amounts or "segment" in amounts):
             found = found._replace(positions=torch.arange(length, device=plan.device).expand(rows, length))
         runtime.last = LastStep(
-            total=rows,
+            total=rows if ranks is None else ranks.count * rows,
             length=length,
             kept=amounts["sequence"].kept if "sequence" in amounts else rows,
+            ranks=ranks,
             fraction=config.kept_fraction(steps, confidence),
             found=found,
         )

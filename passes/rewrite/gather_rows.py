@@ -7,6 +7,8 @@ can leak into the part that trains; `verify` checks that no size there depends o
 Where an argument's entries are divided among the rows by the model itself (`row_flow`), what they are merged into is
 computed for the whole batch, in a part of its own, and gathered there.
 
+Where the ranks select together, rows are gathered out of those of all ranks (`share_rows`).
+
 Before::
 
     main    %hidden = aten.embedding(embed.weight, %input_ids)    # [B, S, D]
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import torch
 from cggr_compile.passes.analyse.row_flow import RowFlow
+from cggr_compile.passes.rewrite.share_rows import share_arguments
 from cggr_compile.passes.rewrite.shared import write_main_pass
 from torch import fx
 
@@ -47,8 +50,12 @@ def gather_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     flow = RowFlow(program)
     builder = Builder(program)
     builder.copy_inputs()
+    shared = share_arguments(builder, routing.ranks, flow) if routing.ranks is not None else None
     builder.copy_parts("router", "score", "select")
     substitution = {node: builder.env[node] for node in program.placeholders}
+    if shared is not None:
+        builder.part = "gather"
+        substitution |= shared.arrived()
     roots = main_roots(program)
     whole = _whole(builder, flow, roots)
     builder.part = "gather"

@@ -62,8 +62,7 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     row_weight, reduction, num_items = _row_weight(builder, config, target), head.reduction, None
     unbiased = row_weight is not None and rule_of(config.selection).weighting == "inverse"
     if unbiased and reduction == "mean":
-        counted = _counted_in_batch(builder, target)
-        reduction, num_items = "num_items", builder.call(aten.clamp_min.default, counted, 1)
+        reduction, num_items = "num_items", _counted_in_batch(builder, target, least=1)
     builder.region = head.loss.meta["cggr_region"]
     operands = (
         rows_of(builder, head, env[head.hidden]),
@@ -93,6 +92,8 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     builder.part, builder.region = "select", Region(grad=False)
     mask = _mask_of_loss(builder, target, rows) if "loss" in config.routes else None
     found = {name: getattr(routing, name) for name in StepOutputs._fields if name not in ("loss_mask", "figures")}
+    if routing.ranks is not None:
+        found |= {"rows": routing.all_rows, "weights": routing.all_weights}
     extra = {name: None if node is None else builder.env[node] for name, node in found.items()}
     if config.selection == "auto":
         extra["scores"], extra["counts"] = mean_by_row(builder, head, of_rows, target)
@@ -184,12 +185,19 @@ def _row_weight(builder: Builder[Analysed], config: RoutingConfig, target: fx.No
     return builder.call(aten.mul.Tensor, of_sequence, own)
 
 
-def _counted_in_batch(builder: Builder[Analysed], target: fx.Node) -> fx.Node:
-    """How many targets of the whole batch are counted, int64 []."""
-    counts = builder.program.routing.counts
+def _counted_in_batch(builder: Builder[Analysed], target: fx.Node, least: int = 0) -> fx.Node:
+    """How many targets of the whole batch are counted, `least` at least, int64 []; where R ranks select together, an
+    R-th of those of all ranks, fp32: gradients are the mean over the ranks."""
+    counts, ranks = builder.program.routing.counts, builder.program.routing.ranks
     if counts is not None:
-        return builder.call(aten.sum.default, builder.env[counts])
-    return builder.call(aten.sum.default, builder.call(aten.ne.Scalar, target, builder.program.head.ignore_index))
+        counted = builder.call(aten.sum.default, builder.env[counts])
+    else:
+        ignored = builder.program.head.ignore_index
+        counted = builder.call(aten.sum.default, builder.call(aten.ne.Scalar, target, ignored))
+    counted = builder.call(aten.clamp_min.default, counted, least) if least else counted
+    if ranks is None:
+        return counted
+    return builder.call(aten.div.Tensor, builder.call(aten.to.dtype, counted, torch.float32), ranks.count)
 
 
 def _mask_of_loss(builder: Builder[Analysed], target: fx.Node, rows: fx.Node | None) -> fx.Node:

@@ -1,0 +1,97 @@
+"""Which rows the ranks of a distributed run select among in a step, with `selection_scope="global"`.
+
+Rows travel by collectives within the step, which need batches of one form on every rank. So the hosts compare, before
+each step, what theirs look like: where these differ, all ranks select among their own rows in that step, by the program
+of the local scope. That takes a message round the hosts (`Hosts`), which wait for each other there; no device is asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+from zlib import crc32
+
+from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.program import Program
+from cggr_compile.ir.roles import ranks_of
+from cggr_compile.torch_internals.distributed import Hosts, Ranks
+
+_log = logging.getLogger("cggr_compile")
+
+
+class Offer(NamedTuple):
+    """What a rank says of the step that comes: the rows of its batch and their length, how many of them it keeps, what
+    its arguments look like (`form_of`), whether their scores are given, whether it has yet to compile for a schedule.
+    """
+
+    rows: int
+    length: int
+    kept: int
+    form: int
+    given: int
+    unprepared: int
+
+
+class Together:
+    """The scope of the steps of one model; `local_steps` counts those that selected locally for want of equal batches.
+
+    Attributes:
+        in_force: the configuration of the step, with the scope that it has.
+    """
+
+    def __init__(self, config: RoutingConfig) -> None:
+        self.in_force = self._config = config
+        self.local_steps = 0
+        self._hosts: Hosts | None = None
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that may select together, None where there is one or the scope is local."""
+        return ranks_of(self._config)
+
+    def compare(self, own: Offer) -> None:
+        """Decides the scope of the step that comes, the same on all ranks.
+
+        Raises:
+            CannotOptimize: the ranks' schedules have come to different steps.
+            RuntimeError: a rank does not come to this step.
+        """
+        try:
+            if self._hosts is None or not self._hosts.are_current:
+                self._hosts = Hosts()
+            least, most = (Offer(*numbers) for numbers in self._hosts.extremes(own))
+        except RuntimeError as error:
+            raise RuntimeError(
+                "selection_scope='global': not every rank came to this step. Each must train in the same calls: one "
+                "whose batch has no labels, which raised an error or has fewer batches leaves the others waiting"
+            ) from error
+        if least.rows == most.rows and least.kept != most.kept:
+            raise CannotOptimize(
+                f"selection_scope='global': of {own.rows} rows one rank keeps {least.kept}, another {most.kept}",
+                hint="give all ranks the same options, count optimiser steps on each (cggr.attach, CGGRCallback), and "
+                "load the handle's state on each or on none",
+            )
+        self.in_force = self._config
+        if least != most:
+            self.in_force = dataclasses.replace(self._config, selection_scope="local")
+            self._count(least, most)
+
+    def _count(self, least: Offer, most: Offer) -> None:
+        self.local_steps += 1
+        if self.local_steps == 1:
+            _log.warning(
+                "the ranks' batches differ (rows: %d to %d, length: %d to %d), so each selects among its own rows in "
+                "such steps; the metric steps_selected_locally counts them",
+                *(least.rows, most.rows, least.length, most.length),
+            )
+
+
+def form_of(program: Program, inputs: Sequence[object]) -> int:
+    """A number for the names, dtypes and shapes of a call's tensors; it is the same in other processes."""
+    given = zip(program.inputs, inputs, strict=False)
+    tensors = ((entry.path, x) for entry, x in given if entry.kind == "batch")
+    told = [(path, str(getattr(x, "dtype", "")), tuple(getattr(x, "shape", ()))) for path, x in tensors]
+    return crc32(repr(sorted(told)).encode())
