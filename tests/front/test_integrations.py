@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 from architectures import ARCHITECTURES, build, token_batch
-from ddp_worker import routed_rank, trainer_rank
+from ddp_worker import overlapping_rank, routed_rank, trainer_rank
 from documents import examples
 from ranks import on_two_ranks
 
@@ -290,6 +290,11 @@ def test_accelerates_wrapper_comes_off_a_routed_model() -> None:
 @pytest.mark.long
 def test_distributed_data_parallel_averages_the_routed_gradients(tmp_path: Path) -> None:
     on_two_ranks(routed_rank, str(tmp_path))
+
+
+@pytest.mark.long
+def test_gradients_of_outlined_layers_are_reduced_during_the_backward(tmp_path: Path) -> None:
+    on_two_ranks(overlapping_rank, str(tmp_path))
 
 
 @pytest.mark.long

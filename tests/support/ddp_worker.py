@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 
 import oracle
 import torch
 import torch.distributed as dist
 import transformers
 from architectures import ARCHITECTURES, build, token_batch
+from fsdp_models import rows_for
+from fsdp_worker import Watch
+from small import small
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from toys import Toy, noisy
 
 import cggr_compile as cggr
@@ -112,3 +117,37 @@ def _trained(
     assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     return {key: parameter.detach() for key, parameter in model.named_parameters()}, losses
+
+
+def overlapping_rank(rank: int, ranks: int, folder: str) -> None:
+    """Fails where DistributedDataParallel does not get the gradients of a layer while the layers in front of it run
+    backward, or gets any before the backward's end where the step is one piece."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        assert _handed_over(outline_layers=False) == ".BBBBBBB"
+        assert _handed_over(outline_layers=True) == ".B.B.B.B.B.BB"
+    finally:
+        dist.destroy_process_group()
+
+
+def _handed_over(**options: bool) -> str:
+    """What a backward does: products (.) and buckets that are handed over to be reduced (B)."""
+    model = cggr.optimize(small(layers=6), ratio=0.5, router_layers=1, inner="aot_eager", **options)
+    wrapper = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.002)
+    watch = Watch()
+
+    def handed_over(group, bucket):  # torch reads annotations, and takes none in text
+        watch.names.append("bucket")
+        return default_hooks.allreduce_hook(None, bucket)
+
+    wrapper.register_comm_hook(None, handed_over)
+    for _ in range(2):  # buckets are made anew once the order of gradients is known
+        wrapper(**rows_for(dist.get_rank())).loss.backward()
+        model.zero_grad()
+    loss = wrapper(**rows_for(dist.get_rank())).loss
+    watch.names.clear()
+    with watch:
+        loss.backward()
+    signs = {"bucket": "B", "mm": ".", "addmm": ".", "bmm": "."}
+    return re.sub(r"\.+", ".", "".join(signs.get(name, "") for name in watch.names))
