@@ -125,9 +125,7 @@ class Rows(NamedTuple):
 
 def start_rows(tensors: Sequence[Tensor], how: Rows) -> tuple[Tensor, ...]:
     """For each dtype a buffer [ranks · B, n] that the tensors of all ranks arrive in, a row of the batch in a row, rank
-    behind rank: what `finish_rows` is given. Raises ValueError for a tensor that requires a gradient."""
-    if any(tensor.requires_grad for tensor in tensors):
-        raise ValueError("start_rows: a tensor requires a gradient, which the rank that it is of would not get")
+    behind rank: what `finish_rows` is given. None of them may require a gradient."""
     flat = (torch.cat([rows for _, rows in group], 1) for group in _by_dtype(tensors, how))
     return tuple(_collectives.all_gather_into_tensor(rows, how.ranks, how.group) for rows in flat)
 

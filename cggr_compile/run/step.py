@@ -89,7 +89,7 @@ class Step:
             return
         rows, length = plan.sizes(inputs)
         kept = runtime.config.kept_rows(rows, runtime.steps)
-        form, unprepared = form_of(plan.captured, inputs), not self.plan.prepared
+        form, unprepared = form_of(plan.captured, inputs), plan.routable and not self.plan.prepared
         runtime.together.compare(Offer(rows, length, kept, form, runtime.given.waiting, unprepared))
 
     def _prepare(self, inputs: tuple[Any, ...]) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from zlib import crc32
 
+import torch
+
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import Program
@@ -82,16 +84,38 @@ class Together:
     def _count(self, least: Offer, most: Offer) -> None:
         self.local_steps += 1
         if self.local_steps == 1:
+            differs = next(words for name, words in _IN_WORDS.items() if getattr(least, name) != getattr(most, name))
             _log.warning(
-                "the ranks' batches differ (rows: %d to %d, length: %d to %d), so each selects among its own rows in "
-                "such steps; the metric steps_selected_locally counts them",
-                *(least.rows, most.rows, least.length, most.length),
+                "the ranks differ in %s, so each selects among its own rows in such steps; the metric "
+                "steps_selected_locally counts them",
+                differs,
             )
 
 
+_IN_WORDS = {
+    "rows": "the rows of their batches",
+    "length": "the length of their rows",
+    "form": "the names, dtypes or shapes of their arguments",
+    "given": "whether scores are given (use_scores)",
+    "unprepared": "whether this step is captured anew",
+}
+
+
 def form_of(program: Program, inputs: Sequence[object]) -> int:
-    """A number for the names, dtypes and shapes of a call's tensors; it is the same in other processes."""
-    given = zip(program.inputs, inputs, strict=False)
-    tensors = ((entry.path, x) for entry, x in given if entry.kind == "batch")
-    told = [(path, str(getattr(x, "dtype", "")), tuple(getattr(x, "shape", ()))) for path, x in tensors]
+    """A number for the names, dtypes and shapes of a call's tensors; it is the same in other processes.
+
+    Raises:
+        CannotOptimize: one of them has a gradient, which the rank that it is of would not get.
+    """
+    told = []
+    for entry, x in zip(program.inputs, inputs, strict=False):
+        if entry.kind != "batch" or not isinstance(x, torch.Tensor):
+            continue
+        if x.requires_grad and x.dim() > 0:
+            raise CannotOptimize(
+                f"selection_scope='global' sends rows to other ranks, and {entry.path} requires a gradient, which its "
+                "own rank would not get",
+                hint="detach it, or use selection_scope='local'",
+            )
+        told.append((entry.path, str(x.dtype), tuple(x.shape)))
     return crc32(repr(sorted(told)).encode())

@@ -84,9 +84,7 @@ def _refuse(flow: RowFlow, node: fx.Node) -> None:
     """Raises `CannotOptimize` for an argument of which a row that trains on another rank would not have its entry."""
     val, dims = value(node), flow.dims.get(node, [])
     problem = ""
-    if val.requires_grad:
-        problem = "requires a gradient, which the rank that it is of would not get"
-    elif len(dims) > 1:
+    if len(dims) > 1:
         problem = "has several dimensions of rows"
     elif not dims and val.dim() > 0:
         problem = "has no entry for each row, so another rank's may differ"
@@ -94,7 +92,7 @@ def _refuse(flow: RowFlow, node: fx.Node) -> None:
         raise CannotOptimize(
             f"selection_scope='global' sends rows to other ranks, and {flow.program.path(node)} {problem}",
             node=node,
-            hint="give it one entry for each row of input_ids, without a gradient, or use selection_scope='local'",
+            hint="give it one entry for each row of input_ids, or use selection_scope='local'",
         )
 
 

@@ -53,6 +53,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "router_head_frequent": (1024, 3),
     "router_head_sampled": (1024, 8),
     "selection": ("topk", "fixed_quota", "random", "trimmed", "stratified", "importance", "auto", hardest),
+    "selection_scope": ("local", "global"),
     "selection_options": (None, {"tau": 0.2}, {"num_strata": 2}, {"floor": 0.5}, {"spread": 0.3}),
     "warmup_steps": (0, WARM),
     "dynamic_threshold": (False, True),
