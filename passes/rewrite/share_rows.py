@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from operator import getitem
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from cggr_compile.kernels.collectives import Rows, finish_rows, start_rows
@@ -71,6 +71,9 @@ def share_arguments(builder: Builder[Analysed], ranks: Ranks, flow: RowFlow) -> 
     for node in flow.program.placeholders:
         if node in flow.dims or node in flow.apart:
             _refuse(flow, node)
+    for node in (*flow.whole, *flow.mixed):
+        names = " and ".join(sorted(flow.names(node)))
+        _raise(node, f"the entries of {names} are divided among the rows by the model")
     if any(shard.unit.ranks != ranks.count for shard in flow.program.shards.values()):
         raise CannotOptimize(
             f"selection_scope='global' selects over {ranks.count} ranks, and fully_shard has a mesh of fewer",
@@ -89,11 +92,15 @@ def _refuse(flow: RowFlow, node: fx.Node) -> None:
     elif not dims and val.dim() > 0:
         problem = "has no entry for each row, so another rank's may differ"
     if problem:
-        raise CannotOptimize(
-            f"selection_scope='global' sends rows to other ranks, and {flow.program.path(node)} {problem}",
-            node=node,
-            hint="give it one entry for each row of input_ids, or use selection_scope='local'",
-        )
+        _raise(node, f"{flow.program.path(node)} {problem}")
+
+
+def _raise(node: fx.Node, problem: str) -> NoReturn:
+    raise CannotOptimize(
+        f"selection_scope='global' sends rows to other ranks, and {problem}",
+        node=node,
+        hint="give the argument one entry for each row of input_ids, or use selection_scope='local'",
+    )
 
 
 def share_scores(

@@ -310,10 +310,18 @@ def a_rank_that_does_not_come() -> None:
 
 
 class Shared(Toy):
-    """A toy that adds a table to its embeddings, given with an entry for each row or none."""
+    """A toy that adds a table to its embeddings, given with an entry for each row or none, and merges images."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, table: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        table: Tensor | None = None,
+        images: Tensor | None = None,
+    ) -> Any:
         hidden = self.embed(input_ids)
+        if images is not None:
+            hidden = hidden.masked_scatter((input_ids == 1).unsqueeze(-1), images.expand(len(hidden), -1, -1))
         logits = self.logits(self.middle(hidden if table is None else hidden + table))
         return (logits,) if labels is None else (self.loss(logits, labels), logits)
 
@@ -331,6 +339,8 @@ def arguments() -> None:
         model(**own, table=table[0])
     with pytest.raises(cggr.CannotOptimize, match="table requires a gradient"):
         model(**own, table=table.clone().requires_grad_())
+    with pytest.raises(cggr.CannotOptimize, match="the entries of images are divided among the rows by the model"):
+        model(**own, images=table)
     loss = model(**own, table=table)[0]
     loss.backward()
     whole = {**joined(batches), "table": of_both(table)}
