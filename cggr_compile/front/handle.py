@@ -21,6 +21,7 @@ from cggr_compile.front.call import call_compiled, compiled_forward, refuse_nest
 from cggr_compile.front.score_ahead import scored_ahead
 from cggr_compile.inspection.explanation import Diff, Report
 from cggr_compile.inspection.report import latest_plan
+from cggr_compile.ir.roles import ranks_of
 from cggr_compile.kernels.reference.selection import rule_of
 from cggr_compile.run.given_scores import ScoresReady, refuse_nan
 from cggr_compile.run.metrics import metrics_of, selected, token_metrics
@@ -157,7 +158,7 @@ class Handle:
             return {}
         found = metrics_of(last, self._without_gradient(), self.runtime.router_time.seconds)
         found.update(token_metrics(self.config.routes, last))
-        if self.runtime.together.ranks is not None:
+        if ranks_of(self.config) is not None:
             found["steps_selected_locally"] = torch.full_like(found["rows_total"], self.runtime.together.local_steps)
         if self.runtime.auto is not None:
             found.update(self.runtime.auto.metrics(found["rows_total"].device))

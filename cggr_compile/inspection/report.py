@@ -42,6 +42,7 @@ from cggr_compile.ir.amounts import Amount, amounts_of
 from cggr_compile.ir.cost import Cost
 from cggr_compile.ir.names import operator_counts, part_sizes
 from cggr_compile.ir.program import Shortened, hint
+from cggr_compile.ir.roles import ranks_of
 from cggr_compile.kernels.reference.selection import rule_name
 from cggr_compile.run.plan import Plan
 from cggr_compile.run.runtime import Runtime
@@ -356,7 +357,7 @@ def _auto(runtime: Runtime, plan: Plan) -> str | None:
 
 
 def _scope(runtime: Runtime) -> str | None:
-    ranks, local = runtime.together.ranks, runtime.together.local_steps
+    ranks, local = ranks_of(runtime.config), runtime.together.local_steps
     if ranks is None:
         return None
     apart = f"; in {local} steps each of its own, where their batches differed" if local else ""

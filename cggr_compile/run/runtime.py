@@ -45,7 +45,7 @@ class Runtime:
         self.pool: Pool | None = None
         self.sharded: Sharded | None = None
         self.auto = Auto(config) if config.selection == "auto" else None
-        self.together = Together(config)
+        self.together = Together()
         self.recomputations = Recomputations()
         # Two threads on one model take turns; what a step draws and leaves belongs together.
         self.lock = threading.RLock()
@@ -73,7 +73,7 @@ class Runtime:
     @property
     def in_force(self) -> RoutingConfig:
         """The configuration that steps run under: `config`, with what `"auto"` stands for, and the step's scope."""
-        return self.together.in_force if self.auto is None else self.auto.in_force
+        return self.together.in_force(self.config) if self.auto is None else self.auto.in_force
 
     @property
     def choices(self) -> tuple[RoutingConfig, ...]:

@@ -85,7 +85,7 @@ class Step:
     def _compare(self, inputs: tuple[Any, ...]) -> None:
         """Where ranks may select together, finds out whether they can in this step."""
         runtime, plan = self.runtime, self.plan.in_force
-        if runtime.together.ranks is None or not keeps_less(runtime.config):
+        if ranks_of(runtime.config) is None or not keeps_less(runtime.config):
             return
         rows, length = plan.sizes(inputs)
         kept = runtime.config.kept_rows(rows, runtime.steps)

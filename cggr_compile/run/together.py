@@ -18,8 +18,7 @@ import torch
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import Program
-from cggr_compile.ir.roles import ranks_of
-from cggr_compile.torch_internals.distributed import Hosts, Ranks
+from cggr_compile.torch_internals.distributed import Hosts
 
 _log = logging.getLogger("cggr_compile")
 
@@ -38,21 +37,21 @@ class Offer(NamedTuple):
 
 
 class Together:
-    """The scope of the steps of one model; `local_steps` counts those that selected locally for want of equal batches.
+    """The scope of the steps of one model.
 
     Attributes:
-        in_force: the configuration of the step, with the scope that it has.
+        apart: whether the ranks' batches differ in the step that runs, so that each rank selects among its own rows.
+        local_steps: how many such steps there were.
     """
 
-    def __init__(self, config: RoutingConfig) -> None:
-        self.in_force = self._config = config
+    def __init__(self) -> None:
+        self.apart = False
         self.local_steps = 0
         self._hosts: Hosts | None = None
 
-    @property
-    def ranks(self) -> Ranks | None:
-        """The ranks that may select together, None where there is one or the scope is local."""
-        return ranks_of(self._config)
+    def in_force(self, config: RoutingConfig) -> RoutingConfig:
+        """The configuration with the scope that the step has."""
+        return dataclasses.replace(config, selection_scope="local") if self.apart else config
 
     def compare(self, own: Offer) -> None:
         """Decides the scope of the step that comes, the same on all ranks.
@@ -76,9 +75,8 @@ class Together:
                 hint="give all ranks the same options, count optimiser steps on each (cggr.attach, CGGRCallback), and "
                 "load the handle's state on each or on none",
             )
-        self.in_force = self._config
-        if least != most:
-            self.in_force = dataclasses.replace(self._config, selection_scope="local")
+        self.apart = least != most
+        if self.apart:
             self._count(least, most)
 
     def _count(self, least: Offer, most: Offer) -> None:
