@@ -104,6 +104,7 @@ def eager_loss(eager: nn.Module, whole: Batch, rows: Tensor, weights: Tensor, ru
 def rule_on_both(make: Callable[[], nn.Module], architecture: Architecture, rule: str, **options: Any) -> None:
     """The selection is the rule's on the rows of both ranks, and loss and gradients are eager's on each rank's part."""
     make_batch = rows_for if architecture is SMALL else llama_batch
+    atol = 1e-6 if "inner" in options else 1e-7  # inductor's sums have another order
     eager = make()
     model = routed(copy.deepcopy(eager), selection=rule, **options)
     wrapper = DistributedDataParallel(model)
@@ -123,7 +124,7 @@ def rule_on_both(make: Callable[[], nn.Module], architecture: Architecture, rule
         expected.backward()
         torch.testing.assert_close(loss.detach(), expected.detach(), rtol=RTOL, atol=0)
         found = oracle.gradients(model)
-        oracle.assert_same_gradients(found, mean_over_ranks(oracle.gradients(eager)), RTOL, 1e-7)
+        oracle.assert_same_gradients(found, mean_over_ranks(oracle.gradients(eager)), RTOL, atol)
         model.zero_grad()
     metrics = model.cggr.metrics()
     assert (metrics["rows_total"], metrics["rows_selected"]) == (RANKS * ROWS, RANKS * KEPT)
