@@ -19,9 +19,11 @@ import torch
 from torch import fx
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import utils
+from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.eval_frame import OptimizeContext
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.parallel import DistributedDataParallel
 
 from cggr_compile.torch_internals.dynamo import replaced
 
@@ -46,6 +48,7 @@ def compiled_whole(forward: Callable[..., Any], backend: Callable[..., Any], tra
     context = torch._dynamo.optimize(own, nopython=True)
     if isinstance(context, OptimizeContext):  # otherwise Dynamo is switched off in this process
         errors_caught: Any = context.callback
+        errors_caught.__class__ = _BesideDDP
         errors_caught._torchdynamo_orig_backend = _Trace(errors_caught._torchdynamo_orig_backend, own, traced_in)
     compiled: Any = context(forward)
     compiled.backend = backend
@@ -83,6 +86,15 @@ class _Backend:
         return backend(gm, example_inputs)
 
 
+class _BesideDDP(CatchErrorsWrapper):
+    """What Python calls with a frame that has no code: as Dynamo has it, without the DistributedDataParallel that calls
+    the model, which would have graphs end at its buckets of gradients. A step is one graph."""
+
+    def __call__(self, *args: Any) -> Any:
+        with replaced(DistributedDataParallel, "_active_ddp_module", None):
+            return super().__call__(*args)
+
+
 class _Trace:
     """What Dynamo calls, inside of its lock, with a frame that it has no code for."""
 
@@ -90,11 +102,6 @@ class _Trace:
         self._torchdynamo_orig_backend = convert
         self._backend = backend
         self._traced_in = traced_in
-
-    def _clone_with_backend(self, backend: Callable[..., Any]) -> _Trace:
-        """Asked for by the DistributedDataParallel that calls the model, with a backend that divides graphs at its
-        buckets of gradients: a step is one graph."""
-        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._traced_in():
