@@ -23,18 +23,22 @@ COMPOSITIONS = (
     *(("depth", "sequence"), ("depth", "segment"), ("depth", "token"), ("depth", "loss")),
     *(("depth", "sequence", "loss"), ("depth", "token", "loss")),
 )
-RESAMPLES = ("block", "layer")
-SKIPS = ("layers", "experts")
 SELECTING = ("selection", "dynamic_threshold", "warmup_steps", "dense_after_steps")
 WITHOUT_NOISE = 0.875
 """What `"auto"` keeps unless told otherwise, once it selects."""
-SCORINGS = tuple(reference.SCORINGS)
 TOKEN_OPTIONS = ("first_layers", "last_layers", "resample", "skip", "allow_compressed_recurrence")
 """Options of the token route alone."""
-PRODUCTS = ("exact", "fp8")
-ROUTER_HEADS = ("exact", "sampled", "fp8")
 PADDINGS = ("any", "right")
-FALLBACKS = ("raise", "eager")
+CHOICES = {
+    "scoring": tuple(reference.SCORINGS),
+    "router_body": ("exact", "fp8"),
+    "router_head": ("exact", "sampled", "fp8"),
+    "matmul": ("exact", "fp8"),
+    "resample": ("block", "layer"),
+    "skip": ("layers", "experts"),
+    "fallback": ("raise", "eager"),
+}
+"""What options that are names may be."""
 OPTIONAL_PASSES = ("join_loss", "join_head", "elide_causal_masks", "fuse_experts")
 
 
@@ -191,14 +195,11 @@ class RoutingConfig(Schedule):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
         self._check_route()
         self._resolve_selection()
-        choice("scoring", self.scoring, SCORINGS)
-        choice("router_body", self.router_body, PRODUCTS)
-        choice("router_head", self.router_head, ROUTER_HEADS)
+        for name, valid in CHOICES.items():
+            choice(name, getattr(self, name), valid)
         self._check_selection()
         if self.padding is not None:
             choice("padding", self.padding, PADDINGS)
-        choice("matmul", self.matmul, PRODUCTS)
-        choice("fallback", self.fallback, FALLBACKS)
         if not isinstance(self.disable_passes, tuple):
             raise ConfigError(f"disable_passes={self.disable_passes!r} is not a tuple of names, e.g. ('join_head',)")
         for name in self.disable_passes:
@@ -265,15 +266,13 @@ class RoutingConfig(Schedule):
         for name, least in (("first_layers", 1), ("last_layers", 0)):
             if not is_int(getattr(self, name), least):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not an integer of at least {least}")
-        choice("resample", self.resample, RESAMPLES)
         self._check_skip()
-        if "token" not in self.routes:
-            for option in (each for each in dataclasses.fields(self) if each.name in TOKEN_OPTIONS):
-                if getattr(self, option.name) != option.default:
-                    raise ConfigError(
-                        f"{option.name}={getattr(self, option.name)!r} is for the token route, not "
-                        f"route={self.route!r}; use route='token'"
-                    )
+        for option in dataclasses.fields(self):
+            given = getattr(self, option.name)
+            if option.name in TOKEN_OPTIONS and "token" not in self.routes and given != option.default:
+                raise ConfigError(
+                    f"{option.name}={given!r} is for the token route, not route={self.route!r}; use route='token'"
+                )
         route = next((route for route in ("token", "segment") if route in self.routes), None)
         if route is None:
             return
@@ -295,7 +294,6 @@ class RoutingConfig(Schedule):
             )
 
     def _check_skip(self) -> None:
-        choice("skip", self.skip, SKIPS)
         if self.skip == "experts" and "fuse_experts" in self.disable_passes:
             raise ConfigError(
                 f"skip={self.skip!r} with disable_passes={self.disable_passes!r}: experts that are not fused take no "
