@@ -7,8 +7,9 @@ trained: forward and input gradients are of rounded rows, weight gradients are n
 A product is quantised where it is a linear by definition, `linear(x, W, b)` or a product with a table of two dimensions
 that is computed from the model's state alone, and where the sizes of that table are multiples of what tensor cores take
 (`fp8_linear.MULTIPLE`); the rule does not ask for the device, so that the same products are quantised on all. Tables of
-other sizes, experts' grouped products and convolutions stay exact and are counted; so does, uncounted, whatever other
-operator reads weights. The head, an operator of its own by then, and its logits, where they are kept, stay exact.
+other sizes, products that the model makes in a wider dtype than its weights have, or leaves autocast for, experts'
+grouped products and convolutions stay exact and are counted; so does, uncounted, whatever other operator reads weights.
+The head, an operator of its own by then, and its logits, where they are kept, stay exact.
 
 In front of the lowering, behind all that reads a product for what it is (`skip_experts`).
 
@@ -35,7 +36,8 @@ from torch import fx
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.ir.builder import Builder
-from cggr_compile.ir.program import PART, TRAINED_PARTS, Analysed, Float8Products, value
+from cggr_compile.ir.dataflow import ancestors
+from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Analysed, Float8Products, value
 
 aten = torch.ops.aten
 
@@ -158,9 +160,18 @@ def _obstacle(node: fx.Node) -> Refusal | None:
         return Refusal("no single table", node)
     if any(size % fp8_linear.MULTIPLE for size in weight.shape):
         return Refusal(f"no multiples of {fp8_linear.MULTIPLE}", node)
+    if _is_widened(node, node.args[places.weight]):
+        return Refusal("in full precision by the model's own choice", node)
     if node.kwargs or (bias is not None and value(bias).shape != (value(node).shape[-1],)):
         return Refusal("more than a product and a bias", node)
     return None
+
+
+def _is_widened(node: fx.Node, weight: fx.Node) -> bool:
+    """Whether the model leaves autocast for a product, or makes it in a wider dtype than the weight's own, as some
+    gates of experts are."""
+    own = [value(source).dtype.itemsize for source in ancestors([weight]) if source.op == "placeholder"]
+    return value(weight).dtype.itemsize > max(own) or not all(cast.enabled for cast in node.meta[REGION].autocasts)
 
 
 def _quantized(builder: Builder[Analysed], node: fx.Node) -> fx.Node:

@@ -14,6 +14,7 @@ import pytest
 import segment_oracle
 import token_oracle
 import torch
+import torch.nn.functional as F
 import transformers as T
 from architectures import ARCHITECTURES, GROUPED, Architecture, build, eager_of, token_batch
 from torch import nn
@@ -227,6 +228,23 @@ class Narrow(Toy):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)) for _ in range(3))
+
+
+class Precise(Toy):
+    """Its second layer leaves autocast, and its third is wider than its weights."""
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        first, second, third = self.layers
+        hidden = hidden + first(hidden).tanh()
+        with torch.autocast("cpu", enabled=False):
+            hidden = hidden + second(hidden.to(second.weight.dtype)).tanh()
+        return hidden + F.linear(hidden.double(), third.weight.double()).tanh().to(hidden.dtype)
+
+
+def test_what_a_model_makes_in_full_precision_stays_exact() -> None:
+    report = cggr.explain(Precise().train(), toy_batch(), **OPTIONS).report()
+    why = "in full precision by the model's own choice"
+    assert report.float8 == f"1 of 3 products with weights; exact: 2 × aten.linear by 16 × 16: {why}"
 
 
 def test_a_model_without_such_products_is_refused() -> None:
