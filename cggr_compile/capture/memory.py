@@ -2,14 +2,97 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
+from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.torch_internals import tracing
 
 Memory: TypeAlias = StorageWeakRef | None
+
+_PROMISED = ("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
+"""Whoever calls these promises that no two of argument and parts are read behind a change of one."""
 
 
 def memory_of(x: torch.Tensor) -> Memory:
     """A tensor's storage; None where its layout has none of its own, as a sparse one has."""
     return StorageWeakRef(x.untyped_storage()) if x.layout == torch.strided else None
+
+
+@dataclass
+class _Shared:
+    """Memories that functionalisation tells apart, and that are one: since the call of `node`. Some of them are `stale`
+    once another one has changed."""
+
+    node: fx.Node
+    known: set[Memory] = field(default_factory=set)
+    stale: set[Memory] = field(default_factory=set)
+
+
+class Memories:
+    """Where functionalisation takes memory of a call's argument for new, in a trace: it goes by operators' schemas, and
+    those of `einsum`, `type_as` and others do not say that they may give a view, or an argument."""
+
+    def __init__(self) -> None:
+        self._shared: dict[Memory, _Shared] = {}
+        self._by_strides: set[Memory] = set()
+
+    def refuse_stale(self, node: fx.Node, given: Mapping[fx.Node, Any]) -> None:
+        """Raises `CannotOptimize` where a node reads what has changed under another name."""
+        for memory in tracing.memories_of(list(given.values())):
+            shared = self._shared.get(memory)
+            if shared is not None and memory in shared.stale:
+                name = getattr(shared.node.target, "__name__", shared.node.target)
+                raise CannotOptimize(
+                    f"what {name} gives is memory of its argument; one was changed in place, and the other is read",
+                    node=node,
+                    hint=f"clone what {name} gives",
+                )
+
+    def see(self, node: fx.Node, given: Mapping[fx.Node, Any], result: Any, changed: list[Any]) -> None:
+        """Takes note of a call: what it gave, and which of its arguments lie where it changed something.
+
+        Raises:
+            CannotOptimize: a change beside `as_strided`, whose gradients functionalisation adds up twice.
+        """
+        for memory in tracing.memories_of(changed):
+            if memory in self._by_strides:
+                raise CannotOptimize(
+                    "a tensor is changed in place that as_strided gives, or was given",
+                    node=node,
+                    hint="change a clone, or take the part by an index",
+                )
+            shared = self._shared.get(memory)
+            if shared is not None:
+                shared.stale |= shared.known - {memory}
+        name = getattr(node.target, "__name__", node.target)
+        if name == "as_strided":
+            self._by_strides.update(tracing.memories_of(result))
+        if name in _PROMISED:
+            return
+        before = [pair for source, x in given.items() for pair in _pairs(source, x)]
+        known = {memory for _, memory in before}
+        for fake, memory in _pairs(node, result):
+            for of_argument, kept in before:
+                if fake == of_argument and memory not in known:
+                    self._join(node, memory, kept)
+
+    def _join(self, node: fx.Node, left: Memory, right: Memory) -> None:
+        shared = self._shared.get(left) or self._shared.get(right) or _Shared(node)
+        shared.known |= {left, right}
+        self._shared.update(dict.fromkeys((left, right), shared))
+
+
+def _pairs(node: fx.Node, result: Any) -> Iterator[tuple[Memory, Memory]]:
+    """The memory of each tensor that a node stands for: Dynamo's, and functionalisation's."""
+    fakes = pytree.tree_leaves(node.meta.get("example_value"))
+    for fake, found in zip(fakes, pytree.tree_leaves(result), strict=False):
+        if isinstance(fake, torch.Tensor):
+            for memory in tracing.memories_of(found):
+                yield memory_of(fake), memory

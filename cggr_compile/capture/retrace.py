@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -37,7 +36,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from cggr_compile.capture.copies import Calls, Mutation, Replayer, mutates
 from cggr_compile.capture.in_place import out_of_place
-from cggr_compile.capture.memory import Memory, memory_of
+from cggr_compile.capture.memory import Memories, Memory, memory_of
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.torch_internals import autograd, dynamo, tracing
 
@@ -166,32 +165,30 @@ class _Functional(_Inliner):
     """The same for functionalisation, with dropouts whose outputs may be mutated, and detached tensors that something
     trained is added to in place: functionalisation would add it to what they were detached from, and detach the sum."""
 
+    def __init__(self, gm: fx.GraphModule, memories: Memories | None = None) -> None:
+        super().__init__(gm)
+        self.memories = Memories() if memories is None else memories
+
     def _inlined(self, body: fx.GraphModule) -> fx.Interpreter:
-        return _Functional(body)
+        return _Functional(body, self.memories)
 
     def run_node(self, n: fx.Node) -> Any:
-        if (changed := _changed_in_place(n)) is not None and _hides_from_gradients(n, changed):
+        given = {source: self.env[source] for source in n.all_input_nodes if source in self.env}
+        self.memories.refuse_stale(n, given)
+        before = {source: tracing.changes_of(x) for source, x in given.items()}
+        result = super().run_node(n)
+        changed = [source for source, x in given.items() if tracing.changes_of(x) != before[source]]
+        if any(_hides_from_gradients(n, x) for x in _changed_in_place(n, changed)):
             raise CannotOptimize(
                 "a tensor that has a gradient is changed in place where gradients do not see it",
                 node=n,
                 hint="change a clone, without no_grad or detach",
             )
-        result = super().run_node(n)
-        if self._forgets_memory(n, result):
-            _refuse_changed_afterwards(n)
+        self.memories.see(n, given, result, [given[source] for source in changed])
         if n.target in ("detach", torch.detach) and n.meta["example_value"].requires_grad:
             _refuse_read_again(n)
             return result.clone()
         return result
-
-    def _forgets_memory(self, node: fx.Node, result: Any) -> bool:
-        """Whether a call gives memory of an argument's, which functionalisation takes for new: it goes by operators'
-        schemas, and those of `einsum`, `type_as` and others do not say that they may give a view, or an argument."""
-        given = node.all_input_nodes
-        before = [pair for each in given for pair in _memories(each, self.env[each])]
-        return any(
-            fake == known and memory != kept for fake, memory in _memories(node, result) for known, kept in before
-        )
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if target is not F.dropout:
@@ -203,37 +200,14 @@ class _Functional(_Inliner):
         return super().call_function(target, args, kwargs).clone()
 
 
-def _memories(node: fx.Node, result: Any) -> Iterator[tuple[Memory, Memory]]:
-    """The memory of each tensor that a node stands for: Dynamo's, and functionalisation's."""
-    fakes = pytree.tree_leaves(node.meta.get("example_value"))
-    for fake, found in zip(fakes, pytree.tree_leaves(result), strict=False):
-        if isinstance(fake, torch.Tensor) and isinstance(found, tracing.FunctionalTensor):
-            yield memory_of(fake), memory_of(found.elem)
-
-
-def _refuse_changed_afterwards(node: fx.Node) -> None:
-    """Raises `CannotOptimize` where what a call gives is changed in place later, or the argument that lies there."""
-    memories = {memory_of(x) for x in pytree.tree_leaves(node.meta["example_value"])}
-    nodes = list(node.graph.nodes)
-    for later in nodes[nodes.index(node) + 1 :]:
-        changed = _changed_in_place(later)
-        if changed is not None and memory_of(changed) in memories:
-            name = getattr(node.target, "__name__", node.target)
-            raise CannotOptimize(
-                f"what {name} gives is memory of its argument, which is changed in place",
-                node=later,
-                hint=f"clone what {name} gives",
-            )
-
-
-def _changed_in_place(node: fx.Node) -> torch.Tensor | None:
-    """The tensor that a call of Dynamo's graph changes, told by the call's name."""
+def _changed_in_place(node: fx.Node, changed: list[fx.Node]) -> list[torch.Tensor]:
+    """What a call of Dynamo's graph changes, among `changed`, its arguments that lie where something changed. Its name
+    tells which, mostly."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    called = node.op in ("call_method", "call_function") and name.endswith("_") and not name.startswith("__")
-    if not (called or node.target in _AUGMENTED) or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    changed = node.args[0].meta.get("example_value")
-    return changed if isinstance(changed, torch.Tensor) else None
+    named = (name.endswith("_") and not name.startswith("__")) or node.target in _AUGMENTED
+    first = node.args[0] if named and node.args and isinstance(node.args[0], fx.Node) else None
+    values = [each.meta.get("example_value") for each in changed if first is None or each is first]
+    return [x for x in values if isinstance(x, torch.Tensor)]
 
 
 def _hides_from_gradients(node: fx.Node, changed: torch.Tensor) -> bool:

@@ -17,15 +17,19 @@ from torch._subclasses.functional_tensor import (
     dispatch_functionalize,
 )
 from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_slot, make_fx, set_proxy_slot
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 __all__ = [
     "FunctionalTensor",
+    "changes_of",
     "disable_functional_mode",
     "enable_python_dispatcher",
     "enters_vmap",
     "functional_graph",
     "is_changed",
     "leaves_vmap",
+    "memories_of",
     "trace_call",
     "traced_node",
     "track",
@@ -65,6 +69,20 @@ def is_changed(value: Any) -> bool:
         return False
     torch._sync(value)
     return bool(torch._functionalize_has_data_mutation(value.elem))
+
+
+def changes_of(value: Any) -> list[int]:
+    """How often the memory of each tensor among the leaves of a value was changed, under functionalisation."""
+    return [torch._functionalize_mutation_counter(x.elem) for x in _functional(value)]
+
+
+def memories_of(value: Any) -> list[StorageWeakRef]:
+    """What functionalisation takes for the memory of each tensor among the leaves of a value."""
+    return [StorageWeakRef(x.elem.untyped_storage()) for x in _functional(value)]
+
+
+def _functional(value: Any) -> list[FunctionalTensor]:
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, FunctionalTensor) and x.elem.layout == torch.strided]
 
 
 def functional_graph(

@@ -174,6 +174,77 @@ def _a_cast_to_its_own_dtype(hidden: torch.Tensor) -> torch.Tensor:
     return _checkpointed(body, hidden * 2)
 
 
+def _by_an_option(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    with torch.no_grad():
+        torch.nn.functional.relu(moved, inplace=True)
+    return moved
+
+
+def _by_an_output(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    with torch.no_grad():
+        torch.mul(moved, 3, out=moved)
+    return moved
+
+
+def _by_a_remainder(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    with torch.no_grad():
+        moved %= 0.3
+    return moved
+
+
+def _in_a_list(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    same = moved.type_as(hidden)
+    torch._foreach_add_([moved], 1.0)
+    return moved + same
+
+
+def _by_an_option_and_known_by_another_name(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    same = moved.type_as(hidden)
+    torch.nn.functional.elu(moved, 1.0, True)
+    return moved + same
+
+
+def _in_a_body_and_known_outside(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    same = moved.type_as(hidden)
+    return _checkpointed(lambda x: x.add_(1) * 2, moved) + same
+
+
+def _detached_and_changed_in_a_body(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    detached = moved.detach()
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        detached.add_(1)
+        return x * 2
+
+    return _checkpointed(body, hidden) + moved
+
+
+def _by_strides(hidden: torch.Tensor) -> torch.Tensor:
+    moved = hidden * 2
+    moved.as_strided(moved.shape, moved.stride()).add_(1)
+    return moved
+
+
+def _one_name_is_read_no_more(hidden: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones(hidden.shape[:2]).type_as(hidden)
+    mask[:, 0] = 0
+    moved = torch.einsum("bsd->bsd", hidden * 2)
+    moved *= 0.25
+    first, second = (hidden @ torch.ones(16, 32)).unsafe_split(16, -1)
+    first.sigmoid_()
+    before = hidden * 3
+    product = torch.einsum("bsd->bsd", before) * 2
+    before.add_(1)
+    return moved * mask[..., None] + first * second + product + before
+
+
 def _hooked(hidden: torch.Tensor) -> torch.Tensor:
     moved = hidden * 2
     moved.register_hook(lambda gradient: gradient * 2)
@@ -187,10 +258,17 @@ def _hooked(hidden: torch.Tensor) -> torch.Tensor:
         (_behind_its_back, r"changed in place where gradients do not see it .*add_\(1\)"),
         (
             _an_einsum_that_gives_a_view,
-            r"what einsum gives is memory of its argument.*add_\(1\).*clone what einsum gives",
+            r"what einsum gives is memory of its argument.*moved \+ same.*clone what einsum",
         ),
-        (_a_broadcast_that_gives_views, r"what broadcast_tensors gives is memory of its argument.*= 0\.5"),
-        (_a_cast_to_its_own_dtype, r"what type_as gives is memory of its argument.*same \+= 1"),
+        (_a_broadcast_that_gives_views, r"what broadcast_tensors gives is memory of its argument.*moved \+ same"),
+        (_a_cast_to_its_own_dtype, r"what type_as gives is memory of its argument.*x \+ same"),
+        *((change, "changed in place where gradients do not see it") for change in (_by_an_option, _by_an_output)),
+        (_by_a_remainder, "changed in place where gradients do not see it"),
+        (_detached_and_changed_in_a_body, "changed in place where gradients do not see it"),
+        (_in_a_list, "what type_as gives is memory of its argument"),
+        (_by_an_option_and_known_by_another_name, "what type_as gives is memory of its argument"),
+        (_in_a_body_and_known_outside, "what type_as gives is memory of its argument"),
+        (_by_strides, "changed in place that as_strided gives"),
         (_hooked, r"registers a hook on a tensor's gradient.*register_hook"),
     ],
 )
@@ -206,6 +284,7 @@ def test_what_a_graph_cannot_say_is_refused(change: Callable[..., torch.Tensor],
         *((change, True) for change in (_a_number, _dropped_nothing, _what_was_not_dropped, _with_leading_ones)),
         pytest.param(_mapped, True, marks=pytest.mark.skipif(OLDEST, reason="torch 2.11 cannot trace this vmap")),
         *((change, True) for change in (_a_checkpoint_that_dropped_nothing, _changed_within_and_behind_checkpoints)),
+        (_one_name_is_read_no_more, True),
         *((change, True) for change in (_a_view_of_it, _known_by_a_view, _in_another_dtype)),
     ],
 )
