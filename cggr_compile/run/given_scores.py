@@ -47,9 +47,9 @@ class GivenScores:
         self._given = scores
 
     @property
-    def waiting(self) -> bool:
-        """Whether scores are given for the next step."""
-        return self._given is not None
+    def waiting(self) -> int:
+        """How many scores are given for the next step; -1 where none are."""
+        return -1 if self._given is None else self._given.numel()
 
     def take(self, rows: int, device: torch.device) -> Tensor | None:
         """The scores given for this step, [rows] fp32 on the device; None where none were.

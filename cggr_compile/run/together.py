@@ -25,7 +25,8 @@ _log = logging.getLogger("cggr_compile")
 
 class Offer(NamedTuple):
     """What a rank says of the step that comes: the rows of its batch and their length, how many of them it keeps, what
-    its arguments look like (`form_of`), whether their scores are given, whether it has yet to compile for a schedule.
+    its arguments look like (`form_of`), how many scores are given (-1: none), whether it has yet to compile for a
+    schedule, and the options (`options_of`).
     """
 
     rows: int
@@ -34,6 +35,7 @@ class Offer(NamedTuple):
     form: int
     given: int
     unprepared: int
+    options: int
 
 
 class Together:
@@ -57,7 +59,7 @@ class Together:
         """Decides the scope of the step that comes, the same on all ranks.
 
         Raises:
-            CannotOptimize: the ranks' schedules have come to different steps.
+            CannotOptimize: the ranks have other options, or their schedules have come to different steps.
             RuntimeError: a rank does not come to this step.
         """
         try:
@@ -69,6 +71,11 @@ class Together:
                 "selection_scope='global': not every rank came to this step. Each must train in the same calls: one "
                 "whose batch has no labels, which raised an error or has fewer batches leaves the others waiting"
             ) from error
+        if least.options != most.options:
+            raise CannotOptimize(
+                "selection_scope='global': the ranks have other options, and would select by other rules",
+                hint="give all ranks the same options (seed may differ)",
+            )
         if least.rows == most.rows and least.kept != most.kept:
             raise CannotOptimize(
                 f"selection_scope='global': of {own.rows} rows one rank keeps {least.kept}, another {most.kept}",
@@ -97,6 +104,13 @@ _IN_WORDS = {
     "given": "whether scores are given (use_scores)",
     "unprepared": "whether this step is captured anew",
 }
+
+
+def options_of(config: RoutingConfig) -> int:
+    """A number for all options but the seed; it is the same in other processes."""
+    options = {each.name: getattr(config, each.name) for each in dataclasses.fields(config) if each.name != "seed"}
+    rule = options["selection"]
+    return crc32(repr({**options, "selection": getattr(rule, "__qualname__", rule)}).encode())
 
 
 def form_of(program: Program, inputs: Sequence[object]) -> int:

@@ -298,6 +298,15 @@ def schedules_that_differ() -> None:
         model(**batches_in(0)[dist.get_rank()])
 
 
+def options_that_differ() -> None:
+    """Ranks that would select by other rules are told so, both of them; seeds may differ."""
+    rank = dist.get_rank()
+    model = routed(small(), selection=("topk", "trimmed")[rank])
+    with pytest.raises(cggr.CannotOptimize, match="the ranks have other options"):
+        model(**batches_in(0)[rank])
+    assert routed(small(), seed=rank)(**batches_in(0)[rank]).loss.isfinite()
+
+
 def a_rank_that_does_not_come() -> None:
     """A rank whose batch has no labels leaves the other waiting, which says why."""
     model, batch = routed(small()), dict(batches_in(0)[dist.get_rank()])
@@ -426,6 +435,7 @@ LONG: dict[str, Callable[[], None]] = {
     "training, compiled": partial(training, inner="aot_eager"),
     "few labels": few_labels,
     "schedules that differ": schedules_that_differ,
+    "options that differ": options_that_differ,
     "given scores": given_scores,
     "arguments": arguments,
     "two collectives": two_collectives,
