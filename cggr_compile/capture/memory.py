@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,9 +16,6 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.torch_internals import tracing
 
 Memory: TypeAlias = StorageWeakRef | None
-
-_PROMISED = ("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
-"""Whoever calls these promises that no two of argument and parts are read behind a change of one."""
 
 
 def memory_of(x: torch.Tensor) -> Memory:
@@ -35,25 +33,29 @@ class _Shared:
     stale: set[Memory] = field(default_factory=set)
 
 
+_PARTS = ("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
+"""Calls whose results are of one memory with the argument, and not with each other."""
+
+
 class Memories:
     """Where functionalisation takes memory of a call's argument for new, in a trace: it goes by operators' schemas, and
     those of `einsum`, `type_as` and others do not say that they may give a view, or an argument."""
 
     def __init__(self) -> None:
-        self._shared: dict[Memory, _Shared] = {}
+        self._shared: dict[Memory, list[_Shared]] = defaultdict(list)
         self._by_strides: set[Memory] = set()
 
     def refuse_stale(self, node: fx.Node, given: Mapping[fx.Node, Any]) -> None:
         """Raises `CannotOptimize` where a node reads what has changed under another name."""
         for memory in tracing.memories_of(list(given.values())):
-            shared = self._shared.get(memory)
-            if shared is not None and memory in shared.stale:
-                name = getattr(shared.node.target, "__name__", shared.node.target)
-                raise CannotOptimize(
-                    f"what {name} gives is memory of its argument; one was changed in place, and the other is read",
-                    node=node,
-                    hint=f"clone what {name} gives",
-                )
+            for shared in self._shared[memory]:
+                if memory in shared.stale:
+                    name = _name(shared.node)
+                    raise CannotOptimize(
+                        f"what {name} gives is memory of its argument; one was changed in place, and the other is read",
+                        node=node,
+                        hint=f"clone what {name} gives",
+                    )
 
     def see(self, node: fx.Node, given: Mapping[fx.Node, Any], result: Any, changed: list[Any]) -> None:
         """Takes note of a call: what it gave, and which of its arguments lie where it changed something.
@@ -68,14 +70,10 @@ class Memories:
                     node=node,
                     hint="change a clone, or take the part by an index",
                 )
-            shared = self._shared.get(memory)
-            if shared is not None:
+            for shared in self._shared[memory]:
                 shared.stale |= shared.known - {memory}
-        name = getattr(node.target, "__name__", node.target)
-        if name == "as_strided":
+        if _name(node) == "as_strided":
             self._by_strides.update(tracing.memories_of(result))
-        if name in _PROMISED:
-            return
         before = [pair for source, x in given.items() for pair in _pairs(source, x)]
         known = {memory for _, memory in before}
         for fake, memory in _pairs(node, result):
@@ -83,10 +81,17 @@ class Memories:
                 if fake == of_argument and memory not in known:
                     self._join(node, memory, kept)
 
-    def _join(self, node: fx.Node, left: Memory, right: Memory) -> None:
-        shared = self._shared.get(left) or self._shared.get(right) or _Shared(node)
-        shared.known |= {left, right}
-        self._shared.update(dict.fromkeys((left, right), shared))
+    def _join(self, node: fx.Node, new: Memory, old: Memory) -> None:
+        apart = _name(node) in _PARTS
+        found = [] if apart else [shared for shared in self._shared[old] if _name(shared.node) not in _PARTS]
+        for shared in found or [_Shared(node)]:
+            for memory in {new, old} - shared.known:
+                self._shared[memory].append(shared)
+            shared.known |= {new, old}
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _pairs(node: fx.Node, result: Any) -> Iterator[tuple[Memory, Memory]]:
