@@ -146,7 +146,7 @@ class _Inliner(Replayer):
             for node in body.graph.nodes:
                 node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
                 node.meta["ac_graph_id"] = self.regions
-            return self._inlined(body).run(*inputs)
+            return self._inlined(body, inputs)
         if target is torch.ops.higher_order.autograd_function_apply:
             return _opaque(target, args, kwargs)
         name = getattr(target, "__name__", "")
@@ -157,8 +157,15 @@ class _Inliner(Replayer):
                 return super().call_function(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
-    def _inlined(self, body: fx.GraphModule) -> fx.Interpreter:
-        return Replayer(out_of_place(body), self.calls)
+    def _inlined(self, body: fx.GraphModule, inputs: list[Any]) -> Any:
+        inner = self._of_body(body)
+        inner.regions = self.regions  # a checkpoint in the body is one of its own
+        result = inner.run(*inputs)
+        self.regions = inner.regions
+        return result
+
+    def _of_body(self, body: fx.GraphModule) -> _Inliner:
+        return _Inliner(out_of_place(body), self.calls)
 
 
 class _Functional(_Inliner):
@@ -169,7 +176,7 @@ class _Functional(_Inliner):
         super().__init__(gm)
         self.memories = Memories() if memories is None else memories
 
-    def _inlined(self, body: fx.GraphModule) -> fx.Interpreter:
+    def _of_body(self, body: fx.GraphModule) -> _Inliner:
         return _Functional(body, self.memories)
 
     def run_node(self, n: fx.Node) -> Any:

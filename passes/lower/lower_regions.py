@@ -178,8 +178,9 @@ class Body:
         unknown = _Unknown(self.graph, symbols)
         for node in self.taken:
             inner.env[node] = self.graph.placeholder(node.name)
-        for node in modules:
+        for node in (*modules, *(each for each in run if each.op == "get_attr")):
             setattr(self._owner, str(node.target), getattr(root, str(node.target)))
+        for node in modules:
             inner.env[node] = self.graph.get_attr(str(node.target))
         for size in dict.fromkeys(source for node in run for source in node.all_input_nodes if source in known):
             inner.env[size] = unknown.size(known[size])

@@ -269,6 +269,7 @@ def _hooked(hidden: torch.Tensor) -> torch.Tensor:
         (_by_an_option_and_known_by_another_name, "what type_as gives is memory of its argument"),
         (_in_a_body_and_known_outside, "what type_as gives is memory of its argument"),
         (_by_strides, "changed in place that as_strided gives"),
+        (lambda hidden: _checkpointed(_hooked, hidden), r"registers a hook on a tensor's gradient.*register_hook"),
         (_hooked, r"registers a hook on a tensor's gradient.*register_hook"),
     ],
 )
@@ -303,3 +304,16 @@ def test_the_step_is_eagers(
     model = cggr.optimize(copy.deepcopy(eager), ratio=1.0, inner="eager")
     oracle.assert_same_step(*oracle.step(model, toy_batch()), *oracle.step(eager, toy_batch()))
     assert bool(calls) == functionalised
+
+
+def _in_checkpoints(hidden: torch.Tensor) -> torch.Tensor:
+    return _checkpointed(lambda x: _checkpointed(torch.tanh, _InBodies.apply(x * 1.0)) * 2, hidden)
+
+
+@pytest.mark.parametrize("twice", [_in_checkpoints, _changed_within_and_behind_checkpoints])
+def test_checkpoints_in_checkpoints_are_regions_of_their_own(twice: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    eager = Changing(lambda hidden: twice(twice(hidden)))
+    model = cggr.optimize(copy.deepcopy(eager), inner="eager")
+    oracle.assert_same_step(*oracle.step(model, toy_batch()), *oracle.step(eager, toy_batch()))
+    nodes = model.cggr.runtime.plans[-1].captured.graph.nodes
+    assert {node.meta.get("ac_graph_id") for node in nodes} == {None, 1, 2, 3, 4}
