@@ -45,7 +45,7 @@ class Runtime:
         self.pool: Pool | None = None
         self.sharded: Sharded | None = None
         self.auto = Auto(config) if config.selection == "auto" else None
-        self.together = Together()
+        self.together = Together(config)
         self.recomputations = Recomputations()
         # Two threads on one model take turns; what a step draws and leaves belongs together.
         self.lock = threading.RLock()

@@ -25,7 +25,7 @@ from cggr_compile.run.plan import Plan, Unpadded
 from cggr_compile.run.prepare import run_aside
 from cggr_compile.run.recomputed import Given
 from cggr_compile.run.runtime import Runtime
-from cggr_compile.run.together import Offer, form_of, options_of
+from cggr_compile.run.together import Offer, form_of
 from cggr_compile.torch_internals import autograd
 
 UNCOUNTED = 100
@@ -90,8 +90,8 @@ class Step:
         rows, length = plan.sizes(inputs)
         kept = runtime.config.kept_rows(rows, runtime.steps)
         form, unprepared = form_of(plan.captured, inputs), plan.routable and not self.plan.prepared
-        options = options_of(runtime.config)
-        runtime.together.compare(Offer(rows, length, kept, form, runtime.given.waiting, unprepared, options))
+        given, options = runtime.given.waiting, runtime.together.options
+        runtime.together.compare(Offer(rows, length, kept, form, given, unprepared, options))
 
     def _prepare(self, inputs: tuple[Any, ...]) -> None:
         """In the first step of a capture, compiles the programs that its later steps run; those of `"auto"` in the

@@ -42,11 +42,13 @@ class Together:
     """The scope of the steps of one model.
 
     Attributes:
+        options: a number for the configuration.
         apart: whether the ranks' batches differ in the step that runs, so that each rank selects among its own rows.
         local_steps: how many such steps there were.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: RoutingConfig) -> None:
+        self.options = options_of(config)
         self.apart = False
         self.local_steps = 0
         self._hosts: Hosts | None = None

@@ -23,7 +23,6 @@ from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.eval_frame import OptimizeContext
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.nn.parallel import DistributedDataParallel
 
 from cggr_compile.torch_internals.dynamo import replaced
 
@@ -91,7 +90,7 @@ class _BesideDDP(CatchErrorsWrapper):
     the model, which would have graphs end at its buckets of gradients. A step is one graph."""
 
     def __call__(self, *args: Any) -> Any:
-        with replaced(DistributedDataParallel, "_active_ddp_module", None):
+        with replaced(torch._dynamo.config, "optimize_ddp", False):
             return super().__call__(*args)
 
 

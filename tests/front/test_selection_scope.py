@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import on_two_ranks
+from ranks import outcomes_of
 from scope_worker import LONG, USUAL, run
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
 
 
-def outcomes_of(checks: Sequence[str], folder: Path) -> dict[str, str]:
-    """What came of checks that two processes make, one after the other."""
-    on_two_ranks(run, str(folder), list(checks))
-    return json.loads(Path(folder, "outcomes.json").read_text(encoding="utf-8"))
-
-
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return outcomes_of([*USUAL], tmp_path_factory.mktemp("usual"))
+    return outcomes_of(run, [*USUAL], tmp_path_factory.mktemp("usual"))
 
 
 @pytest.mark.parametrize("check", USUAL)
@@ -34,7 +26,7 @@ def test_two_ranks(check: str, usual: dict[str, str]) -> None:
 
 @pytest.mark.long
 def test_two_ranks_at_length(tmp_path: Path) -> None:
-    outcomes = outcomes_of([*LONG], tmp_path)
+    outcomes = outcomes_of(run, [*LONG], tmp_path)
     assert outcomes == dict.fromkeys(LONG, "")
 
 

@@ -38,6 +38,7 @@ from fsdp_models import (
 )
 from fsdp_training import on_one_rank, on_two_ranks_again, training
 from padded import padded
+from ranks import found_wrong
 from small import small
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -331,27 +332,16 @@ def run(rank: int, ranks: int, folder: str, checks: Sequence[str]) -> None:
     """Some checks; `outcomes.json` has what rank 0 found wrong, or else rank 1, by the check's name."""
     torch.set_num_threads(1)
     outcomes: dict[str, str] = {}
-
-    def made(name: str, check: Callable[[], None]) -> None:
-        try:
-            check()
-            own = ""
-        except (AssertionError, RuntimeError) as error:
-            own = f"rank {rank}: {type(error).__name__}: {error}"
-        found: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(found, own)
-        outcomes[name] = next(filter(None, found), "")
-
     path = Path(folder)
     with process_group(rank, ranks, path / "first"):
         for name in checks:
             check = {**USUAL, **LONG}[name]
-            made(name, partial(check, path) if check is training else check)
+            outcomes[name] = found_wrong(partial(check, path) if check is training else check)
     if "training" in checks:
         if rank == 0:
             with process_group(0, 1, path / "second"):
-                made("on one rank", partial(on_one_rank, path))
+                outcomes["on one rank"] = found_wrong(partial(on_one_rank, path))
         with process_group(rank, ranks, path / "third"):
-            made("on two ranks again", partial(on_two_ranks_again, path))
+            outcomes["on two ranks again"] = found_wrong(partial(on_two_ranks_again, path))
     if rank == 0:
         Path(folder, "outcomes.json").write_text(json.dumps(outcomes))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.multiprocessing
 
 RANKS = 2
@@ -18,6 +21,25 @@ def on_two_ranks(worker: Callable[..., None], *args: Any) -> None:
     """`worker(rank, RANKS, *args)` in two processes; raises what one of them raised."""
     multiprocessing.set_forkserver_preload([*IMPORTED])
     torch.multiprocessing.start_processes(_run, (worker, args), nprocs=RANKS, start_method="forkserver")
+
+
+def outcomes_of(run: Callable[..., None], checks: Sequence[str], folder: Path) -> dict[str, str]:
+    """What came of checks that two processes make, one after the other: `run(rank, ranks, folder, checks)` writes what
+    each found wrong to `outcomes.json` there."""
+    on_two_ranks(run, str(folder), list(checks))
+    return json.loads(Path(folder, "outcomes.json").read_text(encoding="utf-8"))
+
+
+def found_wrong(check: Callable[[], None]) -> str:
+    """What a check that every rank of the process group makes found wrong on rank 0, or else on the next."""
+    try:
+        check()
+        own = ""
+    except (AssertionError, RuntimeError) as error:
+        own = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return next(filter(None, found), "")
 
 
 def _run(rank: int, worker: Callable[..., None], args: tuple[Any, ...]) -> None:

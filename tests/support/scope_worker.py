@@ -25,6 +25,7 @@ from architectures import ARCHITECTURES, Architecture, build, token_batch
 from cggr_compile.kernels.reference.selection import rule_of
 from fsdp_models import mean_over_ranks, rows_for, shard, whole_gradients
 from fsdp_worker import process_group, watched
+from ranks import found_wrong
 from small import small
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -454,13 +455,6 @@ def run(rank: int, ranks: int, folder: str, checks: Sequence[str]) -> None:
     outcomes: dict[str, str] = {}
     with process_group(rank, ranks, Path(folder, "store")):
         for name in checks:
-            try:
-                {**USUAL, **LONG}[name]()
-                own = ""
-            except (AssertionError, RuntimeError) as error:
-                own = f"rank {rank}: {type(error).__name__}: {error}"
-            found: list[str] = [""] * ranks
-            dist.all_gather_object(found, own)
-            outcomes[name] = next(filter(None, found), "")
+            outcomes[name] = found_wrong({**USUAL, **LONG}[name])
     if rank == 0:
         Path(folder, "outcomes.json").write_text(json.dumps(outcomes))
