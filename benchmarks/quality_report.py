@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -45,12 +45,12 @@ def page(output: Path, base: str, losses: Sequence[float] | None = None) -> str:
 
 def table(records: Iterable[Record], base: str) -> str:
     """A row an arm: seeds, steps, passes, mean held-out loss, its difference to `base`, the share of the budget after
-    which it was at the final loss of `base`, longest step, memory."""
+    which it was at the final loss of `base`, longest stall, memory."""
     records = list(records)
     done = _done(records)
     reference = done.get(base, {})
     lines = [
-        f"| arm | seeds | steps | passes | held-out | less {base} | at its loss after | longest step, s | GiB |",
+        f"| arm | seeds | steps | passes | held-out | less {base} | at its loss after | longest stall, s | GiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm in dict.fromkeys(record["arm"] for record in records):
@@ -75,9 +75,16 @@ def _cells(arm: str, runs: dict[int, Record], reference: dict[int, Record], is_b
         f"{mean(run['mean'] for run in runs.values()):.4f}",
         "" if is_base else interval(differences, "+.4f"),
         "" if is_base else reached(shares, ".2f"),
-        f"{max(run['longest_step'] for run in runs.values()):.2f}",
+        _stall(list(runs.values())),
         f"{max(memory):.1f}" if memory else "",
     ]
+
+
+def _stall(runs: Collection[Record]) -> str:
+    """The longest of the runs; of records that have a longest step instead, which contains a wait of up to eight steps,
+    that as its bound."""
+    bounds = [run.get("stall", run.get("longest_step")) for run in runs]
+    return ("" if all("stall" in run for run in runs) else "≤ ") + f"{max(bounds):.2f}"
 
 
 def table_of_seconds(records: Iterable[Record], losses: Sequence[float]) -> str:

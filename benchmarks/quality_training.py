@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import quality_data
@@ -28,6 +30,8 @@ UNCOUNTED = 6
 """Steps before the clock starts: what they compile is not counted, and nothing is updated."""
 REFERENCE = 0.5
 """Of the budget: what the reference model of `excess` trains for."""
+BETWEEN_WAITS = 8
+"""Steps between two waits for the device: the host may be ahead by as many."""
 CALIBRATION = 100
 """Batches that a router is fitted to."""
 EVALUATIONS = 12
@@ -49,6 +53,13 @@ def linear(share: float) -> float:
 def wsd(share: float) -> float:
     """Warm-up, stable, decay: up over WARM_UP of the seconds, at the peak until STABLE, then down to FLOOR."""
     return min(1.0, share / WARM_UP) * max(FLOOR, min(1.0, (1 - share) / (1 - STABLE)))
+
+
+def stall(waits: Sequence[float]) -> float:
+    """The most seconds by which the steps between two waits took longer than those between the five pairs of waits that
+    follow, by their median; of steps that nothing follows none."""
+    took = [after - before for before, after in pairwise(waits)]
+    return max((took[i] - median(took[i + 1 : i + 6]) for i in range(len(took) - 1)), default=0.0)
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {"linear": linear, "wsd": wsd}
@@ -157,6 +168,10 @@ class Clock:
         """What the host has seen, without waiting for the device."""
         return self.spent + time.perf_counter() - self.started
 
+    def wait(self) -> float:
+        """Lets the device catch up; all seconds so far."""
+        return self.spent + self._now() - self.started
+
 
 class Source(NamedTuple):
     """The token file, and the folder of the GGUF file that a model starts from, if it does."""
@@ -180,7 +195,8 @@ class Training:
         self.model = _model(run, self.arm.layers, vocabulary, source.weights, device).train()
         self.clock = Clock(device)
         self.optimizer, self.set_rate = _optimizer(self.model, device)
-        self.steps, self.longest = 0, 0.0
+        self.steps = 0
+        self.waits: list[float] = []  # the clock at each
         self.curve: list[list[float]] = []
         self.auto: list[list[float]] = []
         self.grown: list[list[float]] = []
@@ -209,14 +225,12 @@ class Training:
             share = seconds / self.run.seconds
             if share >= (len(self.curve) + 1) / EVALUATIONS:
                 self._evaluate()
-            before = time.perf_counter()
             if self._stage and share >= self._stage[0][1]:
                 self.model.cggr.grow()
                 self.grown.append([round(seconds, 2), self.steps])
             self.set_rate(self.arm.rate * factor(share))
-            spared = self._step(self.batches.next())
+            self._step(self.batches.next())
             self._update()
-            self.longest = max(self.longest, time.perf_counter() - before - spared)
         return self.clock.stop()
 
     def losses(self) -> dict[str, float]:
@@ -252,24 +266,20 @@ class Training:
         router.calibrate(({"input_ids": batches.next().rows} for _ in range(CALIBRATION)), losses, CALIBRATION)
         return router.to(self.device)
 
-    def _step(self, batch: Batch) -> float:
-        """Forward and backward; the seconds that were not on the clock."""
-        spared = 0.0
+    def _step(self, batch: Batch) -> None:
+        """Forward and backward; the clock stands still for scores that cost the arm nothing."""
         if self.step.has_free_scores:
             self.clock.stop()
-            stopped = time.perf_counter()
             self.step.score_for_free(batch.rows)
             self.clock.start()
-            spared = time.perf_counter() - stopped
         self.step(batch)
-        return spared
 
     def _update(self) -> None:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
         self.optimizer.step()
         self.steps += 1
-        if self.steps % 8 == 0 and self.device.type == "cuda":
-            torch.cuda.synchronize()  # the clock may not run ahead of the device
+        if self.steps % BETWEEN_WAITS == 0:
+            self.waits.append(self.clock.wait())
 
     def _evaluate(self) -> None:
         at = self.clock.stop()
@@ -310,7 +320,7 @@ def _measured(training: Training) -> dict[str, Any]:
         "held": round(time.perf_counter() - began, 2),
         "steps": training.steps,
         "passes": round(training.batches.passes, 2),
-        "longest_step": round(training.longest, 3),
+        "stall": round(stall(training.waits), 3),
         "grown": training.grown,
         "curve": training.curve,
         "auto": training.auto,

@@ -170,9 +170,20 @@ def test_the_shapes_of_the_schedules(quality: None) -> None:
     assert [wsd(share) for share in shares] == pytest.approx([0, 0.5, 1, 1, 1, 0.5, 0.25, FLOOR, FLOOR])
 
 
+def test_a_stall_is_what_the_steps_after_it_do_not_take(quality: None) -> None:
+    from quality_training import stall
+
+    steady = [float(second) for second in range(10)]
+    assert stall(steady) == stall(steady[:1]) == stall([]) == 0
+    grows = [*steady, 11.0, 13.0, 15.0, 17.0, 19.0, 21.0]  # the steps take twice as long from then on
+    assert stall(grows) == 0
+    assert stall([*steady, *(second + 0.5 for second in grows[10:])]) == 0.5
+    assert stall([0.0, 0.25, *(second + 1.25 for second in steady)]) == 0
+
+
 def _record(arm: str, seed: int, loss: float) -> dict:
     curve = [[1.0, 5, loss + 2], [2.0, 10, loss + 1]]
-    measured = {"curve": curve, "spent": 3.0, "steps": 15, "passes": 0.5, "longest_step": 0.1, "GiB": None}
+    measured = {"curve": curve, "spent": 3.0, "steps": 15, "passes": 0.5, "stall": 0.1, "GiB": None}
     return {"arm": arm, "seed": seed, "mean": loss, **measured}
 
 
@@ -300,7 +311,6 @@ def test_a_folder_has_one_file_of_weights(quality: None, tmp_path: Path) -> None
         quality_data.gguf_of(tmp_path)
 
 
-@pytest.mark.long
 def test_quick(quality: None, capsys: pytest.CaptureFixture) -> None:
     import quality
 
