@@ -15,6 +15,7 @@ their rows inside the timed call.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -94,11 +95,19 @@ def torch_chunked_loss() -> Loss:
     return gathering(lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target, options=options))
 
 
-def liger_loss() -> Loss:
+def liger_loss(implementation: str = "") -> Loss:
+    os.environ["LIGER_KERNEL_IMPL"] = implementation  # read when it is imported
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
     return gathering(lambda hidden, weight, target: loss(weight, hidden, target))
+
+
+def quack_loss() -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    # It takes its fastest algorithm where that can run (`scaled_exp_lce_supported`).
+    return gathering(chunked_linear_cross_entropy)
 
 
 def cce_loss(filter_eps: str | None) -> Loss:
@@ -115,6 +124,8 @@ def cce_score() -> Loss:
 
 PEERS: dict[str, dict[str, Callable[[], Loss]]] = {
     "liger": {"loss": liger_loss},
+    "liger_cute": {"loss": lambda: liger_loss("cutedsl")},
+    "quack": {"loss": quack_loss},
     "cce": {"loss": lambda: cce_loss("auto"), "score": cce_score},
     "cce_exact": {"loss": lambda: cce_loss(None)},
     "eager": {"loss": lambda: gathering(eager_loss), "score": lambda: eager_score},
@@ -123,7 +134,7 @@ PEERS: dict[str, dict[str, Callable[[], Loss]]] = {
 }
 """By arm and operation, what makes its function; `loss` answers both row settings. Imports happen in the making."""
 
-NEED_CUDA = ("liger", "cce", "cce_exact")
+NEED_CUDA = ("liger", "liger_cute", "quack", "cce", "cce_exact")
 OURS = "ours:"
 HEADS = "head:"
 ROUTER_HEADS = ("sampled", "fp8")

@@ -4,11 +4,11 @@
     python benchmarks/step_time.py --device cuda --model Qwen2.5-0.5B --arm compile --arm all --arm token@0.5
     python benchmarks/step_time.py --quick        # a tiny model on the CPU
 
-Forward and backward (with `--optimizer`, fused AdamW too), random weights and ids, bf16 on CUDA. Every round runs each
-arm once, one after another; before the first, all arms compile side by side, so that caches on disk are warm: their
-first steps are `cold`, those of the rounds `first`. Medians over all steps are quoted, every sample is kept and written
-as it comes: `--resume` goes on where a machine was lost. `step_time_report.py` draws them; `step_time_matrix.py` has
-the runs that this project reports.
+Forward and backward (with `--optimizer`, fused AdamW too), random weights and ids, bf16 on CUDA (with `--autocast`,
+fp32 parameters under bf16 autocast). Every round runs each arm once, one after another; before the first, all arms
+compile side by side, so that caches on disk are warm: their first steps are `cold`, those of the rounds `first`. Medians over all steps are quoted, every sample is kept and
+written as it comes: `--resume` goes on where a machine was lost. `step_time_report.py` draws them;
+`step_time_matrix.py` has the runs that this project reports.
 
 Arms: `eager` and `compile` are transformers on all rows, `random_eager` and `random_compile` on random rows. `all` is
 this package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
@@ -19,7 +19,8 @@ sampled head, `ahead` with the router of the next step beside each. `floor` is `
 `…+graphs` are `outline_layers=True`, `recompute_elementwise=True` and `cuda_graphs=True` (which outlines too),
 `…+small` the loss in small blocks (`triton_one_pass_small`), `…+fp8` a router whose layers multiply in float8
 (`router_body="fp8"`), `…+matmul` a step whose layers do (`matmul="fp8"`), `…+layers=N` a router of N layers.
-`…+budget=F` runs any arm that compiles under torch's `activation_memory_budget` F.
+`…+budget=F` runs any arm that compiles under torch's `activation_memory_budget` F, `…+checkpoint` any arm with
+transformers' gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -70,13 +71,14 @@ SHAPES = {
         Shape("SmolLM-360M", 960, 2560, 32, 15, 5, 49152, 32, 1024),
         Shape("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 151936, 16, 1024),
         Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256, 16, 1024),
+        Shape("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128256, 8, 1024),
         Shape("tiny", 64, 96, 4, 4, 2, 257, 8, 32),
     )
 }
 
 
-def build(shape: Shape, device: str) -> torch.nn.Module:
-    """The model with random weights, bf16 on CUDA and fp32 on the CPU, in training mode."""
+def build(shape: Shape, device: str, autocast: bool) -> torch.nn.Module:
+    """The model with random weights, fp32 on the CPU and for autocast, else bf16, in training mode."""
     config = transformers.LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -89,7 +91,7 @@ def build(shape: Shape, device: str) -> torch.nn.Module:
         use_cache=False,
     )
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" and not autocast else torch.float32
     with torch.device(device):
         return transformers.LlamaForCausalLM(config).to(dtype).train()
 
@@ -174,14 +176,18 @@ UNCOMPILED = ("eager", "random_eager", "liger", "original")
 DEFAULT_ARMS = ("eager", "compile", "all", "floor", "random", "routed", "sampled")
 
 
-def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optimizer: bool) -> dict[str, Any]:
+def measure(
+    arm: str, shape: Shape, device: str, ratio: float, steps: int, optimizer: bool, autocast: bool
+) -> dict[str, Any]:
     """Seconds of each step after the warm-up, one right after the other as in training: nothing waits for the device
     between them. Seconds from the call that optimises or compiles the model to the end of the first step, peak memory
     in bytes, and of one step on CUDA the milliseconds in kernels and their number, in all and by kernel (name, number,
     microseconds). Of this package's arms also what the cost model predicts, as a share of a step on everything."""
     parsed = Arm.parse(arm, ratio)
     torch._functorch.config.activation_memory_budget = parsed.budget
-    model = build(shape, device)
+    model = build(shape, device, autocast)
+    if parsed.checkpoint:
+        model.gradient_checkpointing_enable()
     marks = [mark(torch.device(device))]
     step = ARMS[parsed.name](model, parsed)
     rows = kept_of(parsed.ratio, shape.batch) if parsed.name == "floor" else shape.batch
@@ -191,7 +197,8 @@ def measure(arm: str, shape: Shape, device: str, ratio: float, steps: int, optim
 
     def one_step() -> None:
         model.zero_grad(set_to_none=True)
-        outputs = step(input_ids=ids, labels=ids)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            outputs = step(input_ids=ids, labels=ids)
         (outputs if isinstance(outputs, torch.Tensor) else outputs.loss).backward()
         if update is not None:
             update.step()
@@ -245,7 +252,7 @@ def resume(report: dict[str, Any], output: Path) -> None:
     """Takes over what an interrupted run of the same commit, machine and options has measured; `typer.BadParameter`
     where the output is of another one."""
     before = json.loads(output.read_text())
-    for key in ("commit", "device", "versions", "shape", "ratio", "optimizer"):
+    for key in ("commit", "device", "versions", "shape", "ratio", "optimizer", "autocast"):
         if before[key] != report[key]:
             raise typer.BadParameter(
                 f"resume: {output} has {key} {before[key]}, not {report[key]}; name another output"
@@ -274,6 +281,7 @@ def main(
         list[str] | None, typer.Option(help="repeatable, NAME[@RATIO][+SWITCH…]: " + ", ".join(ARMS))
     ] = None,
     optimizer: Annotated[bool, typer.Option(help="with a step of fused AdamW")] = False,
+    autocast: Annotated[bool, typer.Option(help="fp32 parameters under bf16 autocast")] = False,
     side_by_side: Annotated[int, typer.Option(help="processes that compile at once before round 1")] = 4,
     timeout: Annotated[float, typer.Option(help="seconds after which a process is stopped")] = 300,
     budget: Annotated[float, typer.Option(help="seconds after which all of them are, and no other starts")] = math.inf,
@@ -289,25 +297,28 @@ def main(
     given = {"batch": batch, "sequence": sequence}
     shape = replace(SHAPES[model], **{name: size for name, size in given.items() if size is not None})
     if only is not None:
-        print(json.dumps(measure(only, shape, device, ratio, steps, optimizer)))
+        print(json.dumps(measure(only, shape, device, ratio, steps, optimizer, autocast)))
         return
     arms = list(arm or DEFAULT_ARMS)
     for name in arms:
         parsed = Arm.parse(name, ratio)
         if parsed.name not in ARMS:
             raise typer.BadParameter(f"arm: got {name!r}, expected one of {', '.join(ARMS)} in front of its switches")
-        if parsed.name in PEERS and parsed != Arm(parsed.name, parsed.ratio, budget=parsed.budget):
+        if parsed.name in PEERS and parsed != Arm(
+            parsed.name, parsed.ratio, checkpoint=parsed.checkpoint, budget=parsed.budget
+        ):
             raise typer.BadParameter(
-                f"arm: got {name!r}, but the switches except +budget=F are for this package's arms"
+                f"arm: got {name!r}, but the switches except +budget=F and +checkpoint are for this package's arms"
             )
     command = [sys.executable, __file__, "--device", device, "--model", model, "--ratio", str(ratio)]
-    command += ["--batch", str(shape.batch), "--sequence", str(shape.sequence)] + ["--optimizer"] * optimizer
+    command += ["--batch", str(shape.batch), "--sequence", str(shape.sequence)]
+    command += ["--optimizer"] * optimizer + ["--autocast"] * autocast
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     cold: dict[str, Any] = {}
     report = {
         **environment(torch.device(device), commit),
-        "shape": asdict(shape), "ratio": ratio, "optimizer": optimizer, "side_by_side": side_by_side, "cold": cold,
-        "samples": samples,
+        "shape": asdict(shape), "ratio": ratio, "optimizer": optimizer, "autocast": autocast,
+        "side_by_side": side_by_side, "cold": cold, "samples": samples,
     }  # fmt: skip
     if again and output is not None and output.exists():
         resume(report, output)

@@ -51,6 +51,19 @@ MATRIX = {
         "--batch 8 --sequence 4096 --side-by-side 4",
         "compile sampled+graphs floor+graphs all+graphs sampled@0.5+graphs",
     ),
+    # As users train.
+    **{
+        f"{name}-trained": (
+            f"--model {model} --optimizer --autocast --side-by-side {processes}",
+            "compile all+graphs sampled+graphs floor+graphs liger compile+checkpoint all+graphs+checkpoint",
+        )
+        for name, model, processes in (
+            ("smollm", "SmolLM-135M", 4),
+            ("qwen", "Qwen2.5-0.5B", 3),
+            ("llama-1b", "Llama-3.2-1B", 3),
+            ("llama-3b", "Llama-3.2-3B", 1),
+        )
+    },
     # How long first steps take: one process at a time, and no other part on the host.
     "smollm-start": ("--side-by-side 1 --rounds 3", "compile sampled+graphs"),
 }

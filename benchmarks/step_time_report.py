@@ -31,6 +31,7 @@ class Arm(NamedTuple):
     small: bool = False
     fp8: bool = False
     matmul: bool = False
+    checkpoint: bool = False
     layers: int | None = None
     budget: float = 1.0
 
@@ -46,7 +47,7 @@ class Arm(NamedTuple):
             kept, budget, layers = float(own or ratio), float(numbers.get("budget", 1)), int(numbers.get("layers", 1))
         except ValueError:
             kept = budget = layers = math.nan
-        known = flags <= {GRAPHS, OUTLINED, "recompute", "small", "fp8", "matmul"}
+        known = flags <= {GRAPHS, OUTLINED, "recompute", "small", "fp8", "matmul", "checkpoint"}
         known = known and set(numbers) <= {"budget", "layers"}
         if not (known and 0 < kept <= 1 and 0 <= budget <= 1 and layers >= 1):
             raise typer.BadParameter(f"arm: got {text!r}, expected NAME[@RATIO][+SWITCH…] of {', '.join(_SWITCHES)}")
@@ -64,6 +65,7 @@ def table(report: dict[str, Any]) -> str:
         return f"{medians[arm] / (share * reference):.2f}" if reference else ""
 
     update = " and fused AdamW" if report["optimizer"] else ""
+    update += ", fp32 parameters under bf16 autocast" if report.get("autocast") else ""
     lines = [
         f"{report['device']}, commit {report['commit']}, torch {report['versions']['torch']}, transformers "
         f"{report['versions']['transformers']}: {shape['name']}'s shape, {shape['batch']} × {shape['sequence']}, "

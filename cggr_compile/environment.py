@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "triton", "liger-kernel", "cut-cross-entropy")
+PACKAGES = ("torch", "transformers", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
