@@ -6,9 +6,9 @@
 
 Forward and backward (with `--optimizer`, fused AdamW too), random weights and ids, bf16 on CUDA (with `--autocast`,
 fp32 parameters under bf16 autocast). Every round runs each arm once, one after another; before the first, all arms
-compile side by side, so that caches on disk are warm: their first steps are `cold`, those of the rounds `first`. Medians over all steps are quoted, every sample is kept and
-written as it comes: `--resume` goes on where a machine was lost. `step_time_report.py` draws them;
-`step_time_matrix.py` has the runs that this project reports.
+compile side by side, so that caches on disk are warm: their first steps are `cold`, those of the rounds `first`.
+Medians over all steps are quoted, every sample is kept and written as it comes: `--resume` goes on where a machine was
+lost. `step_time_report.py` draws them; `step_time_matrix.py` has the runs that this project reports.
 
 Arms: `eager` and `compile` are transformers on all rows, `random_eager` and `random_compile` on random rows. `all` is
 this package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
