@@ -77,7 +77,7 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, device: str, autocast: bool) -> torch.nn.Module:
+def build(shape: Shape, device: str, autocast: bool = False) -> torch.nn.Module:
     """The model with random weights, fp32 on the CPU and for autocast, else bf16, in training mode."""
     config = transformers.LlamaConfig(
         hidden_size=shape.hidden,
