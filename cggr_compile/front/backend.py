@@ -102,6 +102,7 @@ def cggr(
             f"mode={mode!r} is not an option of the backend", hint="choose a backend with options={'inner': …}"
         )
     model = dynamo.captured_module()
+    dynamo.keep_to_captured_module()
     runtime = _runtime(model, RoutingConfig.from_options(options or {}))
     try:
         if model is None or not is_sharded(model):

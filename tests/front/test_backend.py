@@ -68,6 +68,43 @@ def test_graphs_that_do_not_train_pass_through() -> None:
     assert {"no labels were passed", "gradients are disabled", "the model is in eval mode"} <= set(passive)
 
 
+def test_what_trains_is_told_for_each_module_and_each_call() -> None:
+    """Also where the forward reads no mode, and where an equal module, with parameters of its own, trained before."""
+    models = [Toy().train() for _ in range(2)]
+    compiled = [torch.compile(model, backend="cggr", options=OPTIONS) for model in models]
+    batch = toy_batch()
+    assert torch.equal(models[1].eval()(**batch)[0], compiled[1](**batch)[0])
+    models[1].train()
+    for model, step in zip(models, compiled, strict=True):
+        rows = torch.tensor(route(model, batch).hardest(2))
+        for _ in range(2):
+            assert_routed(step, copy.deepcopy(model), batch, rows)
+            model.eval()
+            assert torch.equal(model(**batch)[0], step(**batch)[0])
+            model.train()
+        assert cggr.handle(step).captures == 1
+
+
+class _Holder:
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.models = [model]
+
+    def step(self, **batch: torch.Tensor) -> tuple:
+        for model in self.models:
+            outputs = model(**batch)
+        return outputs
+
+
+def test_a_functions_model_is_found_however_it_is_reached() -> None:
+    model, batch = Toy().train(), toy_batch()
+    step = torch.compile(_Holder(model).step, backend="cggr", options=OPTIONS)
+    rows = torch.tensor(route(model, batch).hardest(2))
+    assert torch.equal(step(**batch)[0], model(**oracle.rows_of(batch, rows))[0])
+    assert torch.equal(cggr.handle(model).selected, rows)
+    model.eval()
+    assert torch.equal(step(**batch)[0], model(**batch)[0])
+
+
 def test_options_are_validated() -> None:
     compiled = torch.compile(Toy().train(), backend="cggr", options={"ration": 0.4})
     with pytest.raises(Exception, match="unknown option 'ration', did you mean 'ratio'"):
