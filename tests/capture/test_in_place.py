@@ -317,3 +317,25 @@ def test_checkpoints_in_checkpoints_are_regions_of_their_own(twice: Callable[[to
     oracle.assert_same_step(*oracle.step(model, toy_batch()), *oracle.step(eager, toy_batch()))
     nodes = model.cggr.runtime.plans[-1].captured.graph.nodes
     assert {node.meta.get("ac_graph_id") for node in nodes} == {None, 1, 2, 3, 4}
+
+
+class _Counting(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self._counted, hidden, use_reentrant=False)
+
+    def _counted(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return super().middle(hidden)
+
+
+def test_a_buffer_that_a_checkpoint_changes_changes_once() -> None:
+    """As under torch.compile: eager's backward computes the region again, and changes it again."""
+    eager, compiled = _Counting(), torch.compile(_Counting(), backend="aot_eager")
+    model = cggr.optimize(copy.deepcopy(eager), ratio=1.0, inner="eager")
+    oracle.assert_same_step(*oracle.step(model, toy_batch()), *oracle.step(eager, toy_batch()))
+    oracle.step(compiled, toy_batch())
+    assert [each.calls.item() for each in (model, compiled, eager)] == [1, 1, 2]
