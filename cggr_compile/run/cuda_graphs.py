@@ -8,6 +8,8 @@ recording has fixed memory, so what must not be confused is kept apart here:
   loops that let go of them before the next forward, and copied out for others (`graph_memory`).
 * Activations live from a forward to its backward. A forward that comes while another one still waits for its backward
   is not replayed but run; a backward whose activations are gone raises.
+* Among several ranks the backward of a step in pieces is recorded in parts, each a function of its own to autograd
+  (`backward_parts`).
 * Recording runs the step a few times. It takes the random-number state back afterwards, and refuses steps that change
   their inputs, which such runs would change too.
 """
@@ -16,14 +18,16 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from cggr_compile.run.backward_parts import PARTS, Part, differentiable, forward_and_parts
 from cggr_compile.run.graph_memory import CALLS_THAT_DISPLACE, Pool, Turn
 from cggr_compile.torch_internals.autograd import beside_checkpoints
+from cggr_compile.torch_internals.distributed import all_ranks
 
 WARM_UP = 2
 """Runs before a recording: libraries and Triton allocate and compile in the first."""
@@ -144,27 +148,24 @@ class _Recording:
         self._places = [place for place, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
         self._addresses = self._addresses_of(inputs)
         sources = [self._leaves[place] for place in self._places]
-
-        def gradients(outputs: Sequence[Any], of_outputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(_differentiable(outputs), sources, of_outputs, allow_unused=True)
-
         state = torch.cuda.get_rng_state()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                outputs = run(*self._leaves)
-                gradients(outputs, [torch.ones_like(x) for x in _differentiable(outputs)])
+                outputs, parts = forward_and_parts(run, self._leaves, sources, 1)
+                parts[0].run([torch.ones_like(x) for x in differentiable(outputs)])
         torch.cuda.current_stream().wait_stream(side)
-        del outputs
+        del outputs, parts
         torch.cuda.set_rng_state(state)
 
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._forward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward, pool=pool.handle):
-            outputs = run(*self._leaves)
-        self._of_outputs = [torch.zeros_like(x) for x in _differentiable(outputs)]
-        with torch.cuda.graph(self._backward, pool=pool.handle):
-            self._gradients = gradients(outputs, self._of_outputs)
+            outputs, parts = forward_and_parts(run, self._leaves, sources, 1 if all_ranks() is None else PARTS)
+        self._of_outputs = [torch.zeros_like(x) for x in differentiable(outputs)]
+        self._parts: list[_RecordedPart] = []
+        while parts:  # what a part has used up is free for the next one
+            self._parts.append(_RecordedPart(parts.pop(0), [] if self._parts else self._of_outputs, pool))
         # A loop that still has gradients at this forward will have them at the next ones.
         pool.lending.copies |= any(x.is_leaf and x.grad is not None for x in (inputs[place] for place in self._places))
         self._outputs = [x.detach() if isinstance(x, Tensor) else x for x in outputs]
@@ -174,7 +175,8 @@ class _Recording:
     def nbytes(self) -> int:
         """Memory that is this recording's alone, from replay to replay."""
         copies = [self._leaves[place] for place in self._copied]
-        kept = [*copies, *self._outputs, *self._of_outputs, *self._gradients]
+        gradients = (gradient for part in self._parts for gradient in part.gradients)
+        kept = [*copies, *self._outputs, *self._of_outputs, *gradients]
         return sum(x.nbytes for x in kept if isinstance(x, Tensor))
 
     def _addresses_of(self, inputs: tuple[Any, ...]) -> list[int]:
@@ -185,8 +187,15 @@ class _Recording:
         return self._epoch == self.pool.epoch and self._addresses_of(inputs) == self._addresses
 
     def __call__(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        found = iter(_Replay.apply(self, inputs, *(inputs[place] for place in self._places)))
+        turn, token = Turn(), None
+        self.pool.open(turn)
+        for part in reversed(self._parts[1:]):
+            token = _LaterPart.apply(self.pool, part, turn, token, *self._sources(part, inputs))
+        found = iter(_Replay.apply(self, turn, inputs, token, *self._sources(self._parts[0], inputs)))
         return tuple(next(found) if isinstance(x, Tensor) else x for x in self._outputs)
+
+    def _sources(self, part: _RecordedPart, inputs: tuple[Any, ...]) -> Iterator[Tensor]:
+        return (inputs[self._places[place]] for place in part.places)
 
     def forward(self, inputs: tuple[Any, ...]) -> list[Tensor]:
         """Replays the forward; copies of its tensors."""
@@ -202,19 +211,40 @@ class _Recording:
         return [not differs for x, differs in pairs if isinstance(x, Tensor)]
 
     def backward(self, of_outputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Replays the backward; the gradients, as the pool lends them."""
+        """Replays the backward's first part; its gradients, as the pool lends them."""
         torch._foreach_copy_(self._of_outputs, list(of_outputs))
-        self._backward.replay()
-        return self.pool.lending.hand_out(self._gradients)
+        return self._parts[0].replay(self.pool)
+
+    @property
+    def has_one_part(self) -> bool:
+        """Whether the first part is all of the backward."""
+        return len(self._parts) == 1
+
+
+class _RecordedPart:
+    """A part of a backward at fixed addresses."""
+
+    def __init__(self, part: Part, of_outputs: Sequence[Tensor], pool: Pool) -> None:
+        self.places = part.places
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool.handle):
+            self.gradients = part.run(of_outputs)
+
+    def replay(self, pool: Pool) -> list[Tensor | None]:
+        """Replays it; its gradients, as the pool lends them."""
+        self._graph.replay()
+        return pool.lending.hand_out(self.gradients)
 
 
 class _Replay(torch.autograd.Function):
-    """A recording's outputs as differentiable functions of its inputs."""
+    """A recording's outputs as differentiable functions of the inputs whose gradients the backward's first part
+    completes, and of `token`, which stands for the other parts."""
 
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, inputs: tuple[Any, ...], *sources: Tensor) -> tuple[Tensor, ...]:
-        ctx.recording, ctx.turn = recording, Turn()
-        recording.pool.open(ctx.turn)
+    def forward(
+        ctx: Any, recording: _Recording, turn: Turn, inputs: tuple[Any, ...], token: Tensor | None, *sources: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.recording, ctx.turn = recording, turn
         found = recording.forward(inputs)
         ctx.constants = recording.constants
         ctx.mark_non_differentiable(*(x for x, constant in zip(found, ctx.constants, strict=True) if constant))
@@ -222,15 +252,34 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.turn.over:
+        if ctx.turn.begun:
             raise RuntimeError(
                 "the backward of a step under CUDA graphs ran twice, and its activations are gone; "
                 "use cuda_graphs=False to differentiate a loss more than once"
             )
+        ctx.turn.begun = True
         wanted = [grad for grad, constant in zip(grads, ctx.constants, strict=True) if not constant]
         found = ctx.recording.backward(wanted)
-        ctx.turn.over = True
-        return (None, None, *found)
+        ctx.turn.over = ctx.recording.has_one_part
+        return (None, None, None, None if ctx.turn.over else grads[0].new_zeros(0), *found)
+
+
+class _LaterPart(torch.autograd.Function):
+    """A token, as a function of the inputs whose gradients a part of the backward completes, and of the token of the
+    part that comes after it; the last part has none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pool: Pool, part: _RecordedPart, turn: Turn, token: Tensor | None, *sources: Tensor
+    ) -> Tensor:
+        ctx.pool, ctx.part, ctx.turn, ctx.is_last = pool, part, turn, token is None
+        return sources[0].new_zeros(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.part.replay(ctx.pool)
+        ctx.turn.over = ctx.is_last
+        return (None, None, None, None if ctx.is_last else grad, *found)
 
 
 def _stays(x: Tensor) -> bool:
@@ -243,7 +292,3 @@ def _leaf(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return x
     return (x.detach() if _stays(x) else x.detach().clone()).requires_grad_(x.requires_grad)
-
-
-def _differentiable(outputs: Sequence[Any]) -> list[Tensor]:
-    return [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]

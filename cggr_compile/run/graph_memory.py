@@ -28,8 +28,9 @@ CALLS_THAT_DISPLACE = 8
 
 
 class Turn:
-    """One replayed forward, kept alive by its autograd node; `over` once its backward has run."""
+    """One replayed forward, kept alive by its autograd nodes: whether its backward has `begun`, and is `over`."""
 
+    begun = False
     over = False
 
 

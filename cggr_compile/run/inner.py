@@ -67,7 +67,8 @@ def compile_in(
 class Shared:
     """A step in pieces (`lower_pieces`), which are compiled when they first run: one for all that are alike.
 
-    `before_running` is called when a piece has been compiled and is about to run for the first time.
+    `before_running` is called when a piece has been compiled and is about to run for the first time; `call` is how each
+    of them is called.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Shared:
         self.inner = inner
         self.recompute = recompute
         self.before_running = before_running
+        self.call = call_plainly
         self.pieces = len(pieces)
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._sizes = sizes
@@ -106,7 +108,7 @@ class Shared:
             nonlocal compiled
             if compiled is None:
                 compiled = self._shared(body, text, inputs)
-            return compiled(*inputs)
+            return self.call(compiled, inputs)
 
         return run
 
@@ -123,6 +125,11 @@ class Shared:
 
     def _compile(self, body: Body, inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_static(body.module, inputs, self.inner, self.recompute)
+
+
+def call_plainly(piece: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """Calls a piece."""
+    return piece(*inputs)
 
 
 def as_leaf(x: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ from torch import fx
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
+from cggr_compile.run import cuda_graphs
+from cggr_compile.run.backward_parts import Part, forward_and_parts
 from cggr_compile.run.cuda_graphs import obstacle_of
+from cggr_compile.torch_internals.distributed import Ranks
 
 OPTIONS = {"ratio": 0.5, "router_layers": 1, "inner": "aot_eager", "seed": 0}
 
@@ -233,6 +238,60 @@ def test_parameters_that_moved_are_recorded_anew(any_device: str) -> None:
             model(**batch).loss.backward()
         assert_same(replayed, plain)
     assert replayed.cggr.report().cuda_graphs == "5 recorded; gradients copied: one was held over a step"
+
+
+@pytest.mark.parametrize("options", [{"selection": "importance"}, {"route": "token"}, {"ratio": 1.0}])
+def test_backwards_in_parts_are_the_same(device: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[list[Part]] = []
+
+    def counted(*args: Any) -> tuple[Any, list[Part]]:
+        outputs, found = forward_and_parts(*args)
+        parts.append(list(found))
+        return outputs, found
+
+    monkeypatch.setattr(cuda_graphs, "all_ranks", lambda: Ranks(0, 2, ""))
+    monkeypatch.setattr(cuda_graphs, "forward_and_parts", counted)
+    test_training_is_the_same(device, options)
+    assert len(parts[-1]) > 1
+    places = sorted(place for part in parts[-1] for place in part.places)
+    assert places == list(range(len(places)))
+
+
+def test_a_table_that_is_the_head_too_is_complete_with_the_last_part(
+    graphs_on_cpu: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def tied(device: str) -> Toy:
+        torch.manual_seed(0)
+        model = Toy(layers=5)
+        model.head.weight = model.embed.weight
+        return model.train()
+
+    monkeypatch.setitem(globals(), "model_on", tied)
+    test_backwards_in_parts_are_the_same("toy", {"ratio": 1.0}, monkeypatch)
+
+
+def test_a_part_has_its_gradients_before_the_next_one_runs(any_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "all_ranks", lambda: Ranks(0, 2, ""))
+    replayed, _ = pair(any_device, ratio=1.0)
+    order: list[str] = []
+    for name, parameter in replayed.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    replay = cuda_graphs._RecordedPart.replay
+
+    def noted(part: Any, pool: Any) -> Any:
+        order.append("part")
+        return replay(part, pool)
+
+    monkeypatch.setattr(cuda_graphs._RecordedPart, "replay", noted)
+    for batch in batches(any_device, 3):
+        order.clear()
+        replayed(**batch).loss.backward()
+    last = [index for index, each in enumerate(order) if each == "part"]
+    assert len(last) > 2
+    assert all(after - before > 1 for before, after in pairwise(last))
+    assert {"model.layers.2.mlp.down_proj.weight"} <= set(order[: last[1]])
+    assert "model.embed_tokens.weight" in order[last[-1] :]
 
 
 @pytest.mark.gpu

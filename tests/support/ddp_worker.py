@@ -7,12 +7,14 @@ import os
 import re
 
 import oracle
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from architectures import ARCHITECTURES, build, token_batch
 from fsdp_models import rows_for
 from fsdp_worker import Watch
+from graphs_on_cpu import put_graphs_on_cpu
 from small import small
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from toys import Toy, noisy
@@ -120,13 +122,17 @@ def _trained(
 
 
 def overlapping_rank(rank: int, ranks: int, folder: str) -> None:
-    """Fails where DistributedDataParallel does not get the gradients of a layer while the layers in front of it run
-    backward, or gets any before the backward's end where the step is one piece."""
+    """Fails where DistributedDataParallel does not get the gradients of a layer, or of a part of a replayed backward,
+    while the layers in front of it run backward, or gets any before the backward's end where the step is one piece."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     try:
         assert _handed_over(outline_layers=False) == ".BBBBBBB"
         assert _handed_over(outline_layers=True) == ".B.B.B.B.B.BB"
+        with pytest.MonkeyPatch.context() as patch:
+            put_graphs_on_cpu(patch)
+            assert _handed_over(cuda_graphs=True) == ".B.B.B.B.B.BB"
+            assert _handed_over(cuda_graphs=True, outline_layers=False) == ".BBBBBBB"
     finally:
         dist.destroy_process_group()
 

@@ -130,6 +130,11 @@ class _Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `put_graphs_on_cpu`, while a test runs."""
+    put_graphs_on_cpu(monkeypatch)
+
+
+def put_graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything of torch.cuda that `cuda_graphs` and `graph_memory` use, on the CPU; models there are recorded."""
     pools: list[Pool] = []
 
