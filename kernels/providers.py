@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,9 @@ Condition = Callable[["Place"], "str | None"]
 @dataclass(frozen=True)
 class Place:
     """Where an operator runs: its device, the dtype and the length of its main input (hidden, scores or x), the length
-    being that of the last dimension, or None where it is unknown."""
+    being that of the last dimension, or None where it is unknown.
+
+    Nothing runs on the meta device: there it is said what a CUDA device of compute capability 9.0 would run."""
 
     device: torch.device
     dtype: torch.dtype
@@ -76,6 +78,8 @@ def _without_triton(place: Place) -> str | None:
     device = place.device
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if device.type == "meta":
+        return None
     if device.type == "cpu":
         return (
             None if os.environ.get("TRITON_INTERPRET") == "1" else "the CPU needs Triton's interpreter, for tests only"
@@ -113,10 +117,12 @@ def _without_fp8(place: Place) -> str | None:
 def _without_scaled_mm(place: Place) -> str | None:
     """Why torch's product of float8 rows with a scale each cannot run there, or None."""
     device = place.device
-    if device.type != "cuda":
+    if device.type not in ("cuda", "meta"):
         return f"torch's fp8 product is for CUDA, not {device.type}"
     if place.dtype != torch.bfloat16:
         return f"torch's fp8 product gives bfloat16, not {place.dtype}"
+    if device.type == "meta":
+        return None
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if torch.version.hip is not None:
@@ -166,6 +172,16 @@ def _triton(attribute: str) -> Callable[[], Callable[..., Any]]:
 def launches_triton(implementation: Any) -> bool:
     """Whether it is the implementation of a Triton provider."""
     return getattr(implementation, "__module__", "") in ("torch._ops.cggr_triton", "cggr_compile.kernels.triton.ops")
+
+
+def scratch_bytes(implementation: Any, args: Sequence[Any]) -> int:
+    """Bytes that an operator of a Triton provider holds at most beside its arguments and its results; 0 for all else,
+    of which that is not known."""
+    if not launches_triton(implementation):
+        return 0
+    from cggr_compile.kernels.triton.ops import scratch_bytes as of_triton
+
+    return of_triton(implementation, args)
 
 
 def _losses(operator: str, implementation: Callable[..., Any]) -> dict[str, Provider]:

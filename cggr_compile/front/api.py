@@ -156,7 +156,7 @@ def explain(
         if runtime.sharded is not None and known is None:
             runtime.sharded.root.release()
         _put_back(model, prepared)
-    return Explanation(runtime)
+    return Explanation(runtime, model)
 
 
 def _prepare(model: nn.Module) -> dict[str, Any]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from torch import nn
+
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.inspection.diff import Diff
+from cggr_compile.inspection.memory import Memory, largest_that_fits, predict
 from cggr_compile.inspection.report import Report, latest_plan
-from cggr_compile.ir.program import Analysed, Program
+from cggr_compile.ir.program import Analysed, Program, hint
 from cggr_compile.run.runtime import Runtime
 
-__all__ = ["Diff", "Explanation", "Report"]
+__all__ = ["Diff", "Explanation", "Memory", "Report"]
 
 
 class Explanation:
     """What `cggr.explain` returns: the plan of a training step that was captured and rewritten, but not run."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, model: nn.Module) -> None:
         self.runtime = runtime
+        self.model = model
+        self._predicted: dict[int, Memory] = {}
 
     @property
     def program(self) -> Analysed:
@@ -31,8 +39,36 @@ class Explanation:
         return latest_plan(self.runtime).captured
 
     def report(self) -> Report:
-        """What was found, inserted and chosen, and the predicted cost; raises as `program`."""
-        return Report.of(self.runtime)
+        """What was found, inserted and chosen, and the predicted cost and memory; raises as `program`."""
+        report = Report.of(self.runtime)
+        try:
+            return dataclasses.replace(report, memory=self.memory())
+        except CannotOptimize as error:
+            return dataclasses.replace(report, memory=f"not predicted: {error.reason}")
+
+    def memory(self, rows: int | None = None) -> Memory:
+        """The GPU memory that a step is predicted to take, of the captured length and of so many rows, the captured
+        ones where None; for a CUDA device, whichever the model is on.
+
+        Raises:
+            CannotOptimize: it cannot be predicted; as `program`.
+        """
+        plan = latest_plan(self.runtime)
+        rows = hint(plan.captured.batch) if rows is None else rows
+        if rows not in self._predicted:
+            self._predicted[rows] = predict(plan, self.model, rows)
+        return self._predicted[rows]
+
+    def batch_that_fits(self, gibibytes: float) -> Memory:
+        """The largest batch of rows of the captured length whose step is predicted to take at most so much memory:
+        `rows` of what is returned, with its `peak`.
+
+        A card has less than its name says: CUDA itself takes about half a GiB, and memory comes in pieces.
+
+        Raises:
+            CannotOptimize: a single row takes more, or as `memory`.
+        """
+        return largest_that_fits(latest_plan(self.runtime), self.model, gibibytes)
 
     def diff(self) -> Diff:
         """The rewrite; raises as `program`."""

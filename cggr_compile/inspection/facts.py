@@ -167,3 +167,13 @@ def cuda_graphs_of(plan: Plan, pool: Pool | None) -> str:
     recorded = f"{sum(each.recordings for each in replays)} recorded"
     copied = ["gradients copied: one was held over a step"] if pool is not None and pool.lending.copies else []
     return "; ".join([recorded, *copied, *(f"not recorded: {text}" for text in obstacles)])
+
+
+def unpadded_of(plan: Plan) -> str | None:
+    if not plan.owner.config.unpad:
+        return None
+    found = plan.unpadded
+    if isinstance(found, Refusal):
+        return f"nothing: {found.reason}"
+    attention = f"{found.varlen} attentions of variable lengths" if found.varlen else "attention under a mask"
+    return f"{found.batch}; {attention}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cggr_compile.errors import CannotOptimize, Refusal
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.inspection.facts import (
     HeadFacts,
     Router,
@@ -26,7 +26,9 @@ from cggr_compile.inspection.facts import (
     outlined_of,
     router_of,
     stack_of,
+    unpadded_of,
 )
+from cggr_compile.inspection.memory import Memory
 from cggr_compile.inspection.wording import (
     depth_text,
     kept_text,
@@ -85,6 +87,7 @@ class Report:
             could not be recorded.
         compilations: how often the inner backend compiled each program of the latest capture.
         passive: why calls were not routed, with the number of graphs.
+        memory: of `cggr.explain`, the memory that a step is predicted to take, or why that cannot be said.
     """
 
     config: dict[str, Any]
@@ -117,6 +120,7 @@ class Report:
     compilations: dict[str, int]
     passive: dict[str, int]
     cost: Cost
+    memory: Memory | str | None = None
 
     @classmethod
     def of(cls, runtime: Runtime) -> Report:
@@ -158,7 +162,7 @@ class Report:
             passes=tuple(snapshot.name for snapshot in program.snapshots[1:]),
             captures=len(runtime.plans),
             causal_attentions=program.routing.causal_attentions,
-            unpadded=_unpadded(plan),
+            unpadded=unpadded_of(plan),
             outlined=outlined_of(plan),
             cuda_graphs=cuda_graphs_of(plan, runtime.pool),
             compilations=compilations_of(plan),
@@ -315,6 +319,7 @@ class Report:
             ("break-even", f"ω = 1 + c / (3 m (1 + η)) = {c.break_even:.3f}"),
             ("", self.break_even_in_words()),
         ]
+        pairs += [] if self.memory is None else [("peak memory", str(self.memory))]
         if c.uncounted:
             pairs.append(("not counted", ", ".join(f"{name} ×{count}" for name, count in c.uncounted)))
         return pairs
@@ -362,16 +367,6 @@ def _scope(runtime: Runtime) -> str | None:
         return None
     apart = f"; in {local} steps each of its own, where their batches differed" if local else ""
     return f"{ranks.count} ranks select of the rows of all{apart}"
-
-
-def _unpadded(plan: Plan) -> str | None:
-    if not plan.owner.config.unpad:
-        return None
-    found = plan.unpadded
-    if isinstance(found, Refusal):
-        return f"nothing: {found.reason}"
-    attention = f"{found.varlen} attentions of variable lengths" if found.varlen else "attention under a mask"
-    return f"{found.batch}; {attention}"
 
 
 def _depth(runtime: Runtime) -> str | None:

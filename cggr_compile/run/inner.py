@@ -47,10 +47,14 @@ def compile_static(
 
 
 def compile_in(
-    mode: FakeTensorMode, module: fx.GraphModule, inputs: Sequence[Any], inner: str, recompute: bool
+    mode: FakeTensorMode,
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    inner: str | Callable[..., Any],
+    recompute: bool,
 ) -> Callable[..., Any]:
     """Compiles a module for such inputs: numbers are written into it, tensors that are not fake ones of `mode` have the
-    sizes that they have; call it with all inputs, numbers too."""
+    sizes that they have; call it with all inputs, numbers too. `inner` is a backend of torch.compile or its name."""
     places = [place for place, given in enumerate(inputs) if not isinstance(given, int)]
     wanted = [inputs[place] for place in places]
     # The mode remembers a fake tensor for as long as somebody holds it; without, AOT makes one with symbols.

@@ -74,6 +74,26 @@ def one_pass_rows(algorithm: str, rows: int, classes: int, dtype: torch.dtype, d
     return _evenly(rows, max(1, most), tile_for(dtype, device).rows)
 
 
+def forward_scratch(given: LossArguments, wanted: Sequence[bool], algorithm: str) -> int:
+    """Bytes that `forward` holds at most beside its arguments and its results."""
+    hidden, weight = given.hidden, given.weight
+    rows, (classes, width) = (given.target if given.rows is None else given.rows).shape[0], weight.shape
+    gathered = rows * width * hidden.itemsize
+    if algorithm not in ONE_PASS_BYTES or not any(wanted):
+        return gathered
+    height = min(rows, one_pass_rows(algorithm, rows, classes, hidden.dtype, hidden.device))
+    tiles = triton.cdiv(classes, tile_for(hidden.dtype, hidden.device).columns)
+    # Of a block: exponentials, a product in fp32, rows times their scale, sum and maximum of each tile.
+    of_row = aligned(classes, hidden) * hidden.itemsize + width * (4 + hidden.itemsize) + 2 * 4 * tiles
+    return gathered + height * of_row
+
+
+def backward_scratch(given: LossArguments) -> int:
+    """Bytes that `backward` holds at most beside its arguments and its results."""
+    rows, width = (given.target if given.rows is None else given.rows).shape[0], given.hidden.shape[1]
+    return rows * width * (given.hidden.itemsize + 4) + RECOMPUTE_BYTES
+
+
 def why_not_one_pass(dtype: torch.dtype) -> str | None:
     """The reason why `one_pass` does not apply, or None: its exponentials need the range of an 8-bit exponent."""
     return "float16 cannot hold unnormalised exponentials" if dtype == torch.float16 else None

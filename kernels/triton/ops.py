@@ -262,3 +262,22 @@ def grouped_mlp(*args: Any) -> Tensor:
     leaves = (getattr(arguments, name) for name in DIFFERENTIABLE)
     saving = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     return torch.ops.cggr_triton.grouped_mlp(*arguments, saving)[0]
+
+
+def scratch_bytes(target: Any, args: Sequence[Any]) -> int:
+    """Bytes that an operator of this namespace holds at most beside its arguments and its results, statistics of rows
+    left out; `args` are tensors of the sizes in question, and all else that it is called with."""
+    size = len(LossArguments._fields)
+    if target is masked_loss_forward._opoverload:
+        return loss_kernels.forward_scratch(LossArguments(*args[:size]), *args[size : size + 2])
+    if target is masked_loss_backward._opoverload:
+        return loss_kernels.backward_scratch(LossArguments(*args[1 : size + 1]))
+    if target in (score._opoverload, sampled_score._opoverload):
+        return _nbytes(args[0])  # its rows, counted ones first
+    if target is fp8_score._opoverload:
+        return _nbytes(args[0]) + args[0].numel() + args[1].numel()
+    return 0
+
+
+def _nbytes(x: Tensor) -> int:
+    return x.numel() * x.itemsize

@@ -18,9 +18,10 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from cggr_compile.kernels.providers import PROVIDERS, Place, choose, passed_over
+from cggr_compile.kernels.providers import PROVIDERS, Place, Provider, choose, passed_over
 from torch import fx
 
 from cggr_compile.config import RoutingConfig
@@ -52,14 +53,9 @@ def lower_kernels(program: Analysed, config: RoutingConfig) -> Analysed:
         name = operator_name(node)
         if name is None:
             continue
-        place = _place(node)
+        place = _place(node, node.target)
         forced = forced_provider(config.kernels, name)
-        try:
-            provider = choose(name, place.device, place.dtype, forced, place.length)
-        except ValueError as error:
-            raise CannotOptimize(
-                str(error), node=node, hint=f"leave kernels={config.kernels!r} out, or name another provider"
-            ) from error
+        provider = _provider(node, name, place, config)
         node.target = provider.implementation
         chosen = provider.name if provider.algorithm is None else f"{provider.name} ({provider.algorithm(place.dtype)})"
         node.meta[PROVIDER] = f"cggr.{name}: {chosen}"
@@ -74,12 +70,34 @@ def lower_kernels(program: Analysed, config: RoutingConfig) -> Analysed:
     return builder.finish("lower_kernels", routing=routing)
 
 
+def lowered_for(device: torch.device, program: Analysed, config: RoutingConfig) -> Analysed:
+    """A lowered program with the implementations that its operators would have on another device; raises as
+    `lower_kernels`."""
+    builder = Builder(program)
+    builder.copy_rest()
+    for node in builder.graph.nodes:
+        if PROVIDER in node.meta:
+            name = node.meta[PROVIDER].partition(":")[0].removeprefix("cggr.")
+            place = dataclasses.replace(_place(node, getattr(torch.ops.cggr, name).default), device=device)
+            node.target = _provider(node, name, place, config).implementation
+    return builder.finish(lowered_for.__name__, routing=builder.routing())
+
+
 def forced_provider(kernels: str | Mapping[str, str], operator: str) -> str | None:
     """The provider that `RoutingConfig.kernels` asks for; a name alone is for every operator that has it, and one for
     `masked_loss` is for `measured_loss` too, which takes its place."""
     if isinstance(kernels, str):
         return kernels if kernels in PROVIDERS[operator] else None
     return kernels.get(operator, kernels.get("masked_loss") if operator == "measured_loss" else None)
+
+
+def _provider(node: fx.Node, operator: str, place: Place, config: RoutingConfig) -> Provider:
+    try:
+        return choose(operator, place.device, place.dtype, forced_provider(config.kernels, operator), place.length)
+    except ValueError as error:
+        raise CannotOptimize(
+            str(error), node=node, hint=f"leave kernels={config.kernels!r} out, or name another provider"
+        ) from error
 
 
 def _in_words(passed_over: Mapping[str, str]) -> str:
@@ -90,12 +108,12 @@ def _in_words(passed_over: Mapping[str, str]) -> str:
     return "; ".join(f"{', '.join(providers)}: {reason}" for reason, providers in names.items())
 
 
-def _place(node: fx.Node) -> Place:
+def _place(node: fx.Node, operator: Any) -> Place:
     first = value(node.args[0])
     length = first.shape[-1] if first.dim() else 1
     hint = length.node.hint if isinstance(length, torch.SymInt) else length
     # An operator without a kernel of its own for autocast does not follow it.
-    follows = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.AutocastCPU)
+    follows = operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.AutocastCPU)
     dtype = _computed_in(first, node.meta.get(REGION, Region())) if follows else first.dtype
     return Place(first.device, dtype, hint)
 

@@ -1,0 +1,113 @@
+"""How much GPU memory a training step is predicted to take, and which batch fits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.liveness import nbytes
+from cggr_compile.ir.program import hint
+from cggr_compile.run.held import held_by
+from cggr_compile.run.plan import Plan
+
+GIBIBYTE = 2**30
+WORKSPACE = 2**25
+"""Bytes that cuBLAS takes on Hopper for each thread of the host and each stream that products run on."""
+THREADS = 2  # one runs the forward, one the backward
+RECORDING_STREAMS = 3  # the loop's, that of the runs before a recording, and the recording's
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of a step on `rows` sequences of `length` tokens at the moment when most is taken.
+
+    Attributes:
+        parameters: parameters and buffers of the model.
+        gradients: those that exist at that moment, under CUDA graphs besides those that a recording keeps.
+        optimizer: AdamW's two moments of every parameter that trains, in its dtype, as `torch.optim.AdamW` makes them.
+        activations: what the forward has left for the backward.
+        transient: what is there for a moment: blocks of logits, values inside a layer, workspaces of cuBLAS.
+    """
+
+    rows: int
+    length: int
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    transient: float
+
+    @property
+    def peak(self) -> float:
+        """The sum of all parts."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+
+    def __str__(self) -> str:
+        return (
+            f"{self.peak:.3g} GiB at {self.rows} × {self.length}: parameters {self.parameters:.3g}, gradients "
+            f"{self.gradients:.3g}, AdamW {self.optimizer:.3g}, activations {self.activations:.3g}, transient "
+            f"{self.transient:.3g}"
+        )
+
+
+def predict(plan: Plan, model: nn.Module, rows: int) -> Memory:
+    """The memory of a step of a plan of the model.
+
+    Raises:
+        CannotOptimize: it cannot be predicted, or not for another number of rows than was captured.
+    """
+    if rows < 1:
+        raise ValueError(f"rows={rows} is no batch; pass 1 or more")
+    captured = hint(plan.captured.batch)
+    if rows != captured and not isinstance(plan.captured.batch, torch.SymInt):
+        raise CannotOptimize(
+            f"the captured batch has one row, so the memory of {rows} is not known", hint="explain a batch of two rows"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = {path: x for path, x in parameters.items() if x.requires_grad}
+    held = held_by(plan, trained, rows)
+    recorded = plan.owner.in_force.cuda_graphs
+    activations, gradients, transient = held.activations, held.gradients, held.transient
+    if activations + gradients + transient < held.gradients_of_parameters:  # most is taken in the optimizer's step
+        activations, gradients, transient = 0, held.gradients_of_parameters, 0
+    if recorded:
+        gradients += held.gradients_of_parameters
+    transient += WORKSPACE * THREADS * (RECORDING_STREAMS if recorded else 1)
+    state = sum(map(nbytes, (*model.parameters(), *model.buffers())))
+    moments = 2 * sum(nbytes(x) for x in set(trained.values()))
+    parts = (state, gradients, moments, activations, transient)
+    return Memory(rows, hint(plan.captured.sequence), *(size / GIBIBYTE for size in parts))
+
+
+def largest_that_fits(plan: Plan, model: nn.Module, gibibytes: float) -> Memory:
+    """The memory of the largest batch, of rows of the captured length, whose step is predicted to take at most so much.
+
+    Memory grows evenly with the rows, for the most part, so that few batches have to be tried.
+
+    Raises:
+        CannotOptimize: a single row does not fit, or memory cannot be predicted.
+    """
+    one = best = before = predict(plan, model, 1)
+    if one.peak > gibibytes:
+        raise CannotOptimize(
+            f"one row of {one.length} tokens takes {one.peak * GIBIBYTE:,.0f} bytes, more than {gibibytes:g} GiB ({one})",
+            hint="docs/inspecting.md says what takes less memory; or shorten the rows",
+        )
+    too_large: int | None = None
+    rows = max(2, hint(plan.captured.batch))
+    while too_large is None or too_large - best.rows > 1:
+        tried = predict(plan, model, rows)
+        if tried.peak <= gibibytes:
+            best = tried
+        else:
+            too_large = rows
+        of_row = (tried.peak - before.peak) / (tried.rows - before.rows)
+        rows += math.floor((gibibytes - tried.peak) / of_row) if of_row > 0 else rows
+        rows = max(rows, best.rows + 1)
+        rows = rows if too_large is None else min(rows, too_large - 1)
+        before = tried
+    return best
