@@ -65,6 +65,7 @@ def explain(
     selection: Annotated[str, typer.Option(help="A rule by name: topk, random, trimmed, ...")] = "topk",
     batch: Annotated[int, typer.Option(min=1, help="Rows of the explained batch.")] = 8,
     sequence: Annotated[int, typer.Option(min=2, help="Tokens of each row.")] = 512,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB of a card: say which batch fits.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the page with the full diff here.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report as JSON here.")] = None,
 ) -> None:
@@ -81,6 +82,11 @@ def explain(
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         explanation = cggr.explain(built, inputs, config)
         typer.echo(str(explanation))
+        if memory is not None:
+            fitting = explanation.batch_that_fits(memory)
+            typer.echo(
+                f"\nfits at batch {fitting.rows}, {fitting.peak:.3g} GiB ({next(built.parameters()).dtype}, AdamW)"
+            )
         if html is not None:
             html.write_text(explanation.diff().to_html(), encoding="utf-8")
         if json is not None:

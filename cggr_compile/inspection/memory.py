@@ -17,8 +17,10 @@ from cggr_compile.run.plan import Plan
 GIBIBYTE = 2**30
 WORKSPACE = 2**25
 """Bytes that cuBLAS takes on Hopper for each thread of the host and each stream that products run on."""
-THREADS = 2  # one runs the forward, one the backward
-RECORDING_STREAMS = 3  # the loop's, that of the runs before a recording, and the recording's
+THREADS = 2
+"""Of the host: one runs the forward, one the backward."""
+RECORDING_STREAMS = 3
+"""With CUDA graphs: the loop's, that of the runs before a recording, and the recording's."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ def largest_that_fits(plan: Plan, model: nn.Module, gibibytes: float) -> Memory:
     """
     one = best = before = predict(plan, model, 1)
     if one.peak > gibibytes:
+        size = f"{one.peak * GIBIBYTE:,.0f} bytes"
         raise CannotOptimize(
-            f"one row of {one.length} tokens takes {one.peak * GIBIBYTE:,.0f} bytes, more than {gibibytes:g} GiB ({one})",
+            f"one row of {one.length} tokens takes {size}, more than {gibibytes:g} GiB ({one})",
             hint="docs/inspecting.md says what takes less memory; or shorten the rows",
         )
     too_large: int | None = None

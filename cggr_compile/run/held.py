@@ -106,7 +106,8 @@ class _Rehearsal(Shared):
     """A step in pieces whose compiled code counts memory and computes shapes."""
 
     def __init__(self, program: Analysed, sizes: Sizes, trained: Collection[str], recompute: bool) -> None:
-        self._mode = FakeTensorMode(shape_env=ShapeEnv())
+        # Checkpoints hand states of random generators on, which are real.
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
         self._mode.cache_enabled = True
         self._backend = divided(self._counting)
         self._alive: dict[StorageWeakRef, tuple[int, bool]] = {}  # bytes, and whether the backward made it
@@ -140,7 +141,14 @@ class _Rehearsal(Shared):
     def _compile(self, body: Body, inputs: Any) -> Callable[..., Any]:
         for node in body.graph.nodes:
             _move(node)
-        return compile_in(self._mode, body.module, inputs, self._backend, self.recompute)
+        # A compiler holds on to what it was shown.
+        shown = [self._like(x) if isinstance(x, torch.Tensor) and _storage(x) not in self._stay else x for x in inputs]
+        return compile_in(self._mode, body.module, shown, self._backend, self.recompute)
+
+    def _like(self, x: torch.Tensor) -> torch.Tensor:
+        with self._mode:
+            fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        return fake.requires_grad_(x.requires_grad)
 
     def _counting(self, graph: fx.GraphModule, backward: bool) -> Run:
         """Code that runs a piece: what it takes is counted by its graph, what it leaves by who holds it."""

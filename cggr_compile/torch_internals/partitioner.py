@@ -10,6 +10,7 @@ import torch
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 from torch._functorch.partitioners import OpTypes, get_default_op_list
+from torch._guards import detect_fake_mode
 
 Run = Callable[[list[Any]], Any]
 """A compiled graph; takes its arguments in a list, and clears that."""
@@ -20,10 +21,12 @@ def divided(compile_: Callable[[fx.GraphModule, bool], Run]) -> Callable[..., An
     `compile_`, which is told whether it is the backward."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.fx_passes import joint_graph
+    from torch._inductor.virtualized import V
 
     def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
-        joint_graph_passes(joint)
+        with V.set_fake_mode(detect_fake_mode(inputs)):
+            joint_graph.joint_graph_passes(joint)
         return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **options)
 
     def compiler(backward: bool) -> Callable[..., Run]:

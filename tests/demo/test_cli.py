@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -48,6 +49,17 @@ def test_explain_writes_text_page_and_json(tmp_path: Path) -> None:
     assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
     read = json.loads(report.read_text(encoding="utf-8"))
     assert read["sizes"] == {"batch": 6, "sequence": 512, "kept": 3}
+
+
+def test_explain_says_which_batch_fits(tmp_path: Path) -> None:
+    path = saved(LlamaConfig(**TINY), tmp_path)
+    small = ("--batch", "64", "--sequence", "16", "--selection", "random")
+    result = run("explain", str(path), *small, "--memory", "0.07")
+    assert result.exit_code == 0, result.output
+    found = re.search(r"^fits at batch (\d+), ([\d.]+) GiB \(torch.float32, AdamW\)$", result.output, re.MULTILINE)
+    assert found is not None, result.output
+    assert int(found[1]) > 64
+    assert float(found[2]) <= 0.07
 
 
 def test_explain_reads_a_folder_and_picks_the_masked_model(tmp_path: Path) -> None:

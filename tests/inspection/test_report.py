@@ -274,7 +274,7 @@ def test_figure_is_drawn_from_the_report(trained: cggr.Handle, at_random: Explan
 
 def test_inspection_before_the_first_step_says_what_to_do() -> None:
     runtime = Runtime(RoutingConfig())
-    for read in (Report.of, Diff.of, lambda runtime: Explanation(runtime).program):
+    for read in (Report.of, Diff.of, lambda runtime: Explanation(runtime, Toy()).program):
         with pytest.raises(cggr.CannotOptimize) as raised:
             read(runtime)
         assert str(raised.value).splitlines()[0] == (

@@ -26,7 +26,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Provider:
 
 
 @pytest.mark.parametrize("op", ["score", "select", "gather", "masked_loss"])
-@pytest.mark.parametrize("device", [CPU, META, torch.device("cuda"), torch.device("mps")])
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda"), torch.device("mps")])
 def test_the_reference_runs_everywhere_and_is_the_choice_without_a_gpu(op: str, device: torch.device) -> None:
     chosen = choose(op, device, torch.float32, forced="reference")
     assert chosen.implementation is getattr(reference, op)
@@ -38,13 +38,18 @@ def test_the_reference_runs_everywhere_and_is_the_choice_without_a_gpu(op: str, 
     ("device", "dtype", "reason"),
     [
         (torch.device("mps"), torch.bfloat16, "for CUDA, not mps"),
-        (META, torch.bfloat16, "for CUDA, not meta"),
         (CPU, torch.float64, "bfloat16, float16 and float32, not torch.float64"),
     ],
 )
 def test_triton_says_where_it_cannot_run(device: torch.device, dtype: torch.dtype, reason: str) -> None:
     with pytest.raises(ValueError, match=f"score: provider 'triton' is unavailable on {device} .*{reason}"):
         choose("score", device, dtype, forced="triton")
+
+
+@pytest.mark.parametrize("op", ["score", "select", "gather", "masked_loss", "grouped_mlp"])
+def test_the_meta_device_says_what_cuda_would_run(op: str) -> None:
+    assert choose(op, META, torch.bfloat16).name == "triton"
+    assert choose("fp8_linear", META, torch.bfloat16).name == "scaled_mm"
 
 
 def test_without_triton_or_its_interpreter_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

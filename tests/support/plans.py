@@ -44,14 +44,18 @@ class Routed:
     def step(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
         """Loss and gradients of one step."""
         self.model.zero_grad(set_to_none=True)
+        loss = self.forward(batch)[self.plan.program.loss_output]
+        loss.backward()
+        return loss.detach(), gradients(self.model)
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What the captured graph puts out in one step."""
         batch_size, length = batch["input_ids"].shape
         named = {"batch": batch_size, "sequence": length}
         state = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
         values = {"size": named, "state": state, "batch": batch}
         inputs = [self._input(entry, values.get(entry.kind, {})) for entry in self.plan.captured.inputs]
-        loss = self.call(*inputs)[self.plan.program.loss_output]
-        loss.backward()
-        return loss.detach(), gradients(self.model)
+        return self.call(*inputs)
 
     def _input(self, entry: Input, values: Mapping[str, Any]) -> Any:
         if entry.path in values:

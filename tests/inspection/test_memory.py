@@ -1,0 +1,100 @@
+"""What explanations say of memory: parts that can be counted by hand, and the batch that fits."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from toys import Toy, toy_batch
+
+import cggr_compile as cggr
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.inspection import memory
+from cggr_compile.inspection.explanation import Explanation
+
+GIB = 2**30
+
+
+@cache
+def explained(frozen: bool = False, cuda_graphs: bool = False, loss: str = "triton") -> Explanation:
+    with torch.device("meta"):
+        model = Toy().train()
+        batch = {name: torch.zeros(4, 6, dtype=torch.long) for name in ("input_ids", "labels")}
+    if frozen:
+        model.embed.requires_grad_(False)
+    options = {"cuda_graphs": cuda_graphs, "kernels": {"masked_loss": loss}}
+    return cggr.explain(model, batch, ratio=0.5, selection="random", **options)
+
+
+def size_of(explanation: Explanation, frozen: bool = False) -> int:
+    model = explanation.model
+    return sum(4 * x.numel() for x in model.parameters()) - (4 * model.embed.weight.numel() if frozen else 0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parts(frozen: bool) -> None:
+    explanation = explained(frozen=frozen)
+    found = explanation.memory()
+    assert found.parameters * GIB == size_of(explanation)
+    assert found.optimizer * GIB == 2 * size_of(explanation, frozen)
+    assert found.peak == found.parameters + found.gradients + found.optimizer + found.activations + found.transient
+    assert (found.rows, found.length) == (4, 6)
+    assert f"peak memory     {found}"[:40] in str(explanation.report())
+
+
+@pytest.mark.filterwarnings("ignore:running without CUDA graphs")
+def test_a_recording_keeps_gradients_and_workspaces() -> None:
+    plain, recorded = explained(), explained(cuda_graphs=True)
+    more = recorded.memory().gradients - plain.memory().gradients
+    assert more * GIB == size_of(plain)
+    assert recorded.memory().transient - plain.memory().transient == pytest.approx(4 * memory.WORKSPACE / GIB)
+
+
+def test_the_largest_batch_that_fits() -> None:
+    explanation = explained()
+    limit = explanation.memory(61).peak
+    found = explanation.batch_that_fits(limit)
+    assert found.rows >= 61
+    assert found.peak <= limit < explanation.memory(found.rows + 1).peak
+
+
+def test_more_rows_take_more() -> None:
+    explanation = explained()
+    peaks = [explanation.memory(rows).activations for rows in (8, 64, 512)]
+    assert peaks == sorted(peaks)
+    assert peaks[2] > 6 * peaks[1]
+
+
+def test_nothing_fits() -> None:
+    explanation = explained()
+    one = explanation.memory(1)
+    with pytest.raises(
+        CannotOptimize, match=f"one row of 6 tokens takes {one.peak * GIB:,.0f} bytes, more than 0.01 GiB"
+    ):
+        explanation.batch_that_fits(0.01)
+
+
+def test_rows_are_positive() -> None:
+    with pytest.raises(ValueError, match="rows=0 is no batch"):
+        explained().memory(0)
+
+
+def test_a_batch_of_one_row_says_nothing_of_others() -> None:
+    explanation = cggr.explain(Toy().train(), toy_batch(rows=1), ratio=1.0)
+    assert explanation.memory().rows == 1
+    with pytest.raises(CannotOptimize, match="the captured batch has one row"):
+        explanation.memory(2)
+
+
+def test_the_device_of_the_model_does_not_matter() -> None:
+    """Providers are a CUDA device's, wherever the step was captured."""
+    on_cpu = cggr.explain(Toy().train(), toy_batch(), ratio=0.5, selection="random")
+    assert on_cpu.memory() == explained().memory()
+
+
+def test_a_provider_of_cuda_alone_on_the_meta_device() -> None:
+    """With it, the loss holds less than with the default."""
+    forced = explained(loss="triton_recompute")
+    assert dict(forced.program.routing.providers)["masked_loss"] == "triton_recompute"
+    assert forced.memory() != explained().memory()
