@@ -178,8 +178,8 @@ class _Rehearsal(Shared):
         of_backward = sum(size for size, backward in self._alive.values() if backward)
         return sum(size for size, _ in self._alive.values()) - of_backward, of_backward
 
-    def _see(self, *held: int) -> None:
-        self._most = max(self._most, held, key=sum)
+    def _see(self, activations: int, gradients: int, transient: int) -> None:
+        self._most = max(self._most, (activations, gradients, transient), key=sum)
 
 
 def _storage(x: torch.Tensor) -> StorageWeakRef:

@@ -7,9 +7,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
-from torch._functorch.partitioners import OpTypes, get_default_op_list
+from torch._functorch.partitioners import OpTypes, get_default_op_list, min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 
 Run = Callable[[list[Any]], Any]
