@@ -51,6 +51,7 @@ def test_explain_writes_text_page_and_json(tmp_path: Path) -> None:
     assert read["sizes"] == {"batch": 6, "sequence": 512, "kept": 3}
 
 
+@pytest.mark.long
 def test_explain_says_which_batch_fits(tmp_path: Path) -> None:
     path = saved(LlamaConfig(**TINY), tmp_path)
     small = ("--batch", "64", "--sequence", "16", "--selection", "random")
@@ -60,6 +61,13 @@ def test_explain_says_which_batch_fits(tmp_path: Path) -> None:
     assert found is not None, result.output
     assert int(found[1]) > 64
     assert float(found[2]) <= 0.07
+
+
+def test_explain_says_that_no_row_fits(tmp_path: Path) -> None:
+    path = saved(LlamaConfig(**TINY), tmp_path)
+    result = run("explain", str(path), "--batch", "4", "--sequence", "16", "--selection", "random", "--memory", "0.01")
+    assert result.exit_code == 1
+    assert "one row of 16 tokens takes" in result.output
 
 
 def test_explain_reads_a_folder_and_picks_the_masked_model(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from architectures import build, token_batch
 from cggr_compile.kernels.reference.rows import LossArguments
 from cggr_compile.kernels.triton import loss
-from torch import fx
+from torch import fx, nn
 from torch._inductor.fx_passes import joint_graph
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,26 +66,33 @@ def saved_by_a_step(routed: plans.Routed, batch: dict[str, torch.Tensor]) -> int
     return saved
 
 
-@pytest.mark.sample(2)
-@pytest.mark.parametrize(
-    "options", [{"ratio": 0.5}, {"ratio": 0.5, "route": "token", "selection": "random"}, {"ratio": 1.0}], ids=str
-)
+OPTIONS = [{"ratio": 0.5}, {"ratio": 0.5, "route": "token", "selection": "random"}, {"ratio": 1.0}]
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_what_the_forward_leaves(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    check_saved(build(name), token_batch(masked=False), options, monkeypatch)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_the_forward_of_a_toy_leaves(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    check_saved(Toy(layers=4).train(), toy_batch(), options, monkeypatch)
+
+
+def check_saved(
+    model: nn.Module, batch: dict[str, torch.Tensor], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the byte, by the partitioner alone: torch's own backend leaves inductor's rewriting of the joint graph out."""
     monkeypatch.setattr(joint_graph, "joint_graph_passes", lambda graph: graph)
-    model, batch = build(name), token_batch(masked=False)
     program = plans.captured(model, batch)
     routed = plans.Routed(model, program, inner=PARTITIONED, outline_layers=True, kernels="triton", **options)
     rows = len(batch["input_ids"])
     held = held_by(routed.plan, dict(model.named_parameters(remove_duplicate=False)), rows)
-    numbers_of_rows = 0 if program_selects_rows(routed) else 8 * rows  # made by the step, beside its graph
+    numbers_of_rows = 0 if routed.plan.program.routing.rows is not None else 8 * rows  # the step's, beside its graph
     assert held.saved + numbers_of_rows == saved_by_a_step(routed, batch)
     assert held.gradients_of_parameters == sum(x.nbytes for x in model.parameters())
-
-
-def program_selects_rows(routed: plans.Routed) -> bool:
-    return routed.plan.program.routing.rows is not None
 
 
 def test_frozen_parameters_have_no_gradients_and_save_less() -> None:
