@@ -316,6 +316,11 @@ class Report:
                 f"{c.step_ratio:.1%} of a plain step ({c.random_ratio:.4g} for what is kept"
                 + (f" + {c.router_share / (1 + cost.BACKWARD):.3f} for the router)" if self.router else ")"),
             ),
+            (
+                "measured",
+                f"steps took {cost.MEASURED[0]:.2f} to {cost.MEASURED[1]:.2f} times this share under CUDA graphs, "
+                "and more where the GPU waits for the host (docs/performance.md)",
+            ),
             ("break-even", f"ω = 1 + c / (3 m (1 + η)) = {c.break_even:.3f}"),
             ("", self.break_even_in_words()),
         ]

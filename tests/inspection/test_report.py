@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -17,12 +19,13 @@ from cggr_compile.inspection.diff import compare
 from cggr_compile.inspection.explanation import Diff, Explanation, Report
 from cggr_compile.inspection.figure import figure
 from cggr_compile.inspection.graph_text import Line
-from cggr_compile.ir.cost import break_even
+from cggr_compile.ir.cost import MEASURED, break_even
 from cggr_compile.run.runtime import Runtime
 
 LAYERS, HIDDEN, INNER, HEADS, KV, VOCABULARY = 3, 32, 48, 4, 2, 97
 BATCH, SEQUENCE, RATIO = 8, 12, 0.25
 HEAD_DIM = HIDDEN // HEADS
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def llama(tied: bool = False) -> LlamaForCausalLM:
@@ -105,6 +108,22 @@ def test_cost_model_follows_the_formula(trained: cggr.Handle) -> None:
     assert cost.step_ratio / cost.random_ratio == pytest.approx(cost.break_even, rel=0.01)
     forward = LAYERS * layer_flops() + head_flops()
     assert cost.router_share == pytest.approx((router * layer_flops() + head_flops()) / forward, rel=0.01)
+
+
+def test_the_report_says_how_far_off_the_cost_model_is() -> None:
+    ratios = []
+    for path in sorted(RESULTS.glob("step_time-*.json")):
+        if path.name == "step_time-outlined-h100.json":  # when the host still waited for the device after every step
+            continue
+        measured = json.loads(path.read_text())["samples"]
+        runs = {arm: found[-1] for arm, found in measured.items() if found and "matmul" not in arm}
+        runs = {arm: run for arm, run in runs.items() if "steps" in run}
+        medians = {arm: median(run["steps"]) for arm, run in runs.items()}
+        whole = [seconds for arm, seconds in medians.items() if arm.partition("+")[0] == "all"]
+        routed = [arm for arm, run in runs.items() if "graphs" in arm and "predicted_share" in run]
+        ratios += [medians[arm] / min(whole) / runs[arm]["predicted_share"] for arm in routed if whole]
+    assert len(ratios) > 20
+    assert tuple(round(ratio, 2) for ratio in (min(ratios), max(ratios))) == MEASURED
 
 
 @pytest.mark.parametrize(
