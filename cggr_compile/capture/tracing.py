@@ -26,6 +26,7 @@ def compiled_whole(forward: Callable[..., Any], backend: Callable[..., Any]) -> 
 def _as_a_routed_step() -> Iterator[None]:
     with (
         dynamo_traces.tracing_options(),
+        dynamo_traces.places_written_once(),
         step_options(),
         dynamo_traces.fake_runs_by(FakeRuns().run),
         decisions.written_down(),

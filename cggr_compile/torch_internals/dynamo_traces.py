@@ -8,17 +8,19 @@ and a step that traces nothing changes nothing.
 
 from __future__ import annotations
 
+import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from logging import Logger
-from types import CodeType
+from itertools import pairwise
+from logging import DEBUG, Logger
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
 from torch import fx
 from torch._C._dynamo.eval_frame import reset_code
-from torch._dynamo import utils
+from torch._dynamo import output_graph, symbolic_convert, utils
 from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.eval_frame import OptimizeContext
 from torch._guards import TracingContext
@@ -147,6 +149,47 @@ def tracing_options() -> Iterator[None]:
         stack.enter_context(replaced(config, ignored, functions))
         stack.enter_context(replaced(config, "fake_tensor_cache_enabled", False))
         stack.enter_context(replaced(config, "run_gc_after_compile", False))
+        yield
+
+
+def _stacks() -> type[traceback.StackSummary]:
+    """Stacks that have the lines of earlier ones, where those have been at the same place."""
+    lines: dict[tuple[Any, ...], list[str]] = {}
+
+    class Stack(traceback.StackSummary):
+        @classmethod
+        def from_list(cls, a_list: Iterable[Any]) -> Stack:
+            return cls(traceback.StackSummary.from_list(list(a_list)))
+
+        def format(self) -> list[str]:
+            places = [_place(frame) for frame in self]
+            if any(place[:3] == following[:3] for place, following in pairwise(places)):
+                return super().format()  # which counts lines that are repeated
+            for place, frame in zip(places, self, strict=True):
+                if place not in lines:
+                    lines[place] = traceback.format_list([frame])
+            return [line for place in places for line in lines[place]]
+
+    return Stack
+
+
+def _place(frame: traceback.FrameSummary) -> tuple[Any, ...]:
+    columns = (getattr(frame, name, None) for name in ("end_lineno", "colno", "end_colno"))
+    return (frame.filename, frame.lineno, frame.name, *columns)
+
+
+@contextmanager
+def places_written_once() -> Iterator[None]:
+    """A node's place in the source, a line of text for each call around it, is put together of lines that other nodes
+    have. The names of functions, which a log alone has, are looked up where there is one."""
+    known = ModuleType(traceback.__name__)
+    vars(known).update(vars(traceback), StackSummary=_stacks())
+    logs = (symbolic_convert.trace_call_log, symbolic_convert.trace_source_log)
+    logged = any(log.isEnabledFor(DEBUG) for log in logs)
+    with ExitStack() as stack:
+        stack.enter_context(replaced(output_graph, "traceback", known))
+        if not logged:
+            stack.enter_context(replaced(symbolic_convert, "get_funcname", lambda filename, line: None))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from cggr_compile.capture.fake_runs import FakeRuns
 from cggr_compile.ir.program import describe
 from cggr_compile.torch_internals import transformers
-from cggr_compile.torch_internals.dynamo_traces import fake_runs_by, tracing_options
+from cggr_compile.torch_internals.dynamo_traces import (
+    fake_runs_by,
+    places_written_once,
+    tracing_options,
+)
 
 
 def _graph(function: Callable[..., Any], batch: dict[str, Any], run: Callable[..., Any]) -> list[dict[str, Any]]:
@@ -158,3 +163,29 @@ def test_dynamo_is_itself_again_afterwards() -> None:
     with pytest.raises(RuntimeError, match="stop"), fake_runs_by(FakeRuns().run):
         raise RuntimeError("stop")
     assert utils.run_node is before
+
+
+def test_places_in_the_source_are_those_that_dynamo_writes() -> None:
+    model = ARCHITECTURES["gpt2"].build().train()
+    transformers.install_output_hooks(model)
+
+    def deep(depth: int, x: torch.Tensor) -> torch.Tensor:
+        return deep(depth - 1, x) if depth else x * 2
+
+    def forward(**batch: Any) -> Any:
+        return model(**batch), deep(6, batch["input_ids"])  # lines that are repeated are counted
+
+    found: list[list[str | None]] = []
+
+    def read(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        found.append([node.stack_trace for node in gm.graph.nodes])
+        return gm.forward
+
+    for written in (nullcontext, places_written_once):
+        torch._dynamo.reset()
+        with written(), tracing_options():
+            torch.compile(forward, backend=read, dynamic=True, fullgraph=True)(**token_batch(6, 16), use_cache=False)
+    plain, once = found
+    assert plain == once
+    for part in ("modeling_gpt2.py", "Previous line repeated"):
+        assert any(place and part in place for place in once)
