@@ -52,8 +52,8 @@ def values_of(item: Any) -> list[Any] | None:
 def described(item: Any) -> Any:
     """`describe`, telling apart all that may end up in a node or its value."""
     if isinstance(item, torch.Tensor):
-        more = (item.storage_offset(), item.layout, item.is_conj(), item.is_neg(), item.is_inference())
-        return (describe(item), describe(more))
+        more = (item.layout, item.is_conj(), item.is_neg(), item.is_inference())
+        return (describe(item), describe(item.storage_offset()), more)
     if isinstance(item, slice):
         return (slice, described(item.start), described(item.stop), described(item.step))
     if isinstance(item, (tuple, list)):

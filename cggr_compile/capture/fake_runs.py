@@ -21,24 +21,17 @@ from torch import fx
 from cggr_compile.capture.alike import described, is_torchs, modes_of, pattern_of, values_of
 from cggr_compile.capture.memory import memory_of
 from cggr_compile.torch_internals import autograd, fake_tensors, symbols
-from cggr_compile.torch_internals.fake_tensors import FakeTensor, FakeTensorMode
+from cggr_compile.torch_internals.fake_tensors import FakeTensor, FakeTensorMode, NewFakes
 
 
 @dataclass(frozen=True)
 class _New:
-    """A tensor that a call computed, in a storage of so many elements."""
+    """A tensor that a call computed."""
 
-    elements: Any
-    shape: torch.Size
-    stride: tuple[Any, ...]
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
+    alike: NewFakes
 
     def again(self, mode: FakeTensorMode, _: list[FakeTensor]) -> torch.Tensor:
-        return fake_tensors.new_fake(
-            mode, self.elements, self.shape, self.stride, self.dtype, self.device, self.requires_grad
-        )
+        return self.alike.another(mode)
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,8 @@ def _outcome(result: Any, arguments: list[FakeTensor]) -> _New | _View | None:
     sources = [place for place, x in enumerate(arguments) if memory_of(x) == storage]
     if not sources and result.storage_offset() == 0:
         elements = result.untyped_storage().nbytes() // result.itemsize
-        return _New(elements, result.shape, result.stride(), result.dtype, result.device, result.requires_grad)
+        description = (result.shape, result.stride(), result.dtype, result.device, result.requires_grad)
+        return _New(NewFakes(elements, *description))
     if len(sources) == 1 and _is_view_of(result, arguments[sources[0]]):
         return _View(sources[0], result.shape, result.stride(), result.storage_offset())
     return None

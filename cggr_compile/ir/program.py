@@ -377,6 +377,8 @@ def is_tensor(node: Any) -> bool:
 
 def describe(item: Any) -> Any:
     """A hashable description of an argument: all of a tensor that the fake run of an operator can depend on."""
+    if type(item) is int:  # most are: sizes and strides
+        return (int, item)
     if isinstance(item, torch.Tensor):
         return (item.dtype, item.device, item.requires_grad, *map(describe, (*item.shape, *item.stride())))
     if isinstance(item, (tuple, list)):

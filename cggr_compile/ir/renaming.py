@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from cggr_compile.ir.program import REGION, Program, value
-from cggr_compile.torch_internals import fake_tensors, symbols
-from cggr_compile.torch_internals.fake_tensors import FakeTensor
+from cggr_compile.torch_internals import symbols
+from cggr_compile.torch_internals.fake_tensors import FakeTensor, NewFakes
 
 # Which kernel computes attention depends on whether gradients are recorded, and its result's strides on the kernel.
 _CHOOSES = torch.ops.aten.scaled_dot_product_attention.default
@@ -79,7 +79,7 @@ class Renaming:
         elements = self._size(part.untyped_storage().nbytes() // part.itemsize)
         shape, stride = ([*map(self._size, sizes)] for sizes in (part.shape, part.stride()))
         requires_grad = part.requires_grad and recorded
-        return fake_tensors.new_fake(self._mode, elements, shape, stride, part.dtype, part.device, requires_grad)
+        return NewFakes(elements, shape, stride, part.dtype, part.device, requires_grad).another(self._mode)
 
     def _size(self, size: Any) -> Any:
         if not isinstance(size, torch.SymInt):

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import snapshot_fake
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["FakeTensor", "FakeTensorMode", "copy_of_fake", "new_fake", "view_of_fake"]
+__all__ = ["FakeTensor", "FakeTensorMode", "NewFakes", "copy_of_fake", "view_of_fake"]
 
 
 class _Computed(torch.autograd.Function):
@@ -36,25 +36,34 @@ def copy_of_fake(value: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     return _Computed.apply(_LEAF, partial(snapshot_fake, value)) if requires_grad else snapshot_fake(value)
 
 
-def new_fake(
-    mode: FakeTensorMode,
-    elements: Any,
-    shape: Sequence[Any],
-    stride: Sequence[Any],
-    dtype: torch.dtype,
-    device: torch.device,
-    requires_grad: bool,
-) -> torch.Tensor:
-    """A fake tensor, its storage of so many elements its own; where it requires grad, not a leaf, as results are."""
+class NewFakes:
+    """Fake tensors of one description, the storage of each, of so many elements, its own; where they require grad, they
+    are no leaves, as results are."""
 
-    def make() -> torch.Tensor:
+    def __init__(
+        self,
+        elements: Any,
+        shape: Sequence[Any],
+        stride: Sequence[Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        requires_grad: bool,
+    ) -> None:
         with (
             no_dispatch()
         ):  # from shape and strides alone, torch would work out how long a storage is, symbol by symbol
-            meta = torch.empty((elements,), dtype=dtype, device="meta").as_strided(shape, stride)
-        return FakeTensor(mode, meta, device)
+            self._meta = torch.empty((elements,), dtype=dtype, device="meta").as_strided(shape, stride)
+        self._device = device
+        self._requires_grad = requires_grad
 
-    return _Computed.apply(_LEAF, make) if requires_grad else make()
+    def another(self, mode: FakeTensorMode) -> torch.Tensor:
+        """One more of them."""
+        make = partial(self._make, mode)
+        return _Computed.apply(_LEAF, make) if self._requires_grad else make()
+
+    def _make(self, mode: FakeTensorMode) -> torch.Tensor:
+        with no_dispatch():  # a lazy clone takes over the sizes as they are; others compute with the symbols
+            return FakeTensor(mode, torch._lazy_clone(self._meta), self._device)
 
 
 class _ByStrides(TorchDispatchMode):

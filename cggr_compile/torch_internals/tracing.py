@@ -52,10 +52,11 @@ def traced_node(tracer: Any, value: Any) -> fx.Node | None:
 
 
 def trace_call(tracer: Any, target: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
-    """Adds a call to the trace under way without running it, named as the tracer names those that run."""
+    """Adds a call to the trace under way without running it, named as the tracer names those that run. What the tracer
+    keeps of the arguments' values for some operators (`eager_input_vals`) it does not look for."""
     packet = getattr(target, "overloadpacket", target)
     name = tracer.graph._target_to_str(packet.__name__)
-    return tracer.create_node("call_function", target, args, kwargs, name)
+    return fx.Tracer.create_node(tracer, "call_function", target, args, kwargs, name)
 
 
 def track(tracer: Any, tensor: torch.Tensor, node: fx.Node) -> None:
