@@ -34,6 +34,7 @@ def verify(before: Program, after: Program, pass_name: str) -> None:
     _check_effects(before, after, pass_name)
     gathered = isinstance(after, Analysed) and after.routing.gathered
     by_token = isinstance(after, Analysed) and after.routing.documents is not None
+    by_row, by_place = _Sizes(after, after.batch), _Sizes(after, after.sequence)
     for node in after.graph.nodes:
         if node.op == "get_attr" and isinstance(getattr(after.root, str(node.target)), torch.nn.Parameter):
             raise VerificationError(pass_name, "a parameter was copied into the graph", node)
@@ -41,13 +42,11 @@ def verify(before: Program, after: Program, pass_name: str) -> None:
             raise VerificationError(pass_name, f"the {node.meta[PART]} part records gradients", node)
         if gathered and node.meta.get(PART) in ("main", "loss"):
             if by_token:
-                _check_no_size(
-                    after, node, pass_name, after.sequence, "the sequence length is left in the k-token part"
-                )
+                _check_no_size(by_place, node, pass_name, "the sequence length is left in the k-token part")
             else:
-                _check_no_size(after, node, pass_name, after.batch, "the batch size is left in the k-row part")
+                _check_no_size(by_row, node, pass_name, "the batch size is left in the k-row part")
         if node.meta.get(PART) == "middle":
-            _check_no_size(after, node, pass_name, after.sequence, "the sequence length is left in the k-token part")
+            _check_no_size(by_place, node, pass_name, "the sequence length is left in the k-token part")
 
 
 def _check_inputs(before: Program, after: Program, pass_name: str) -> None:
@@ -88,10 +87,26 @@ def _effects(program: Program) -> Counter:
     )
 
 
-def _check_no_size(program: Program, node: fx.Node, pass_name: str, symbol: object, problem: str) -> None:
-    if node.op != "call_function" or not isinstance(symbol, torch.SymInt):
-        return
+class _Sizes:
+    """Which sizes of a program depend on one of its symbols: few expressions, and many values that have them."""
+
+    def __init__(self, program: Program, symbol: torch.SymInt | int) -> None:
+        self._program = program
+        self._symbol = symbol
+        self._known: dict[object, bool] = {}
+
+    def has(self, size: object) -> bool:
+        """Whether a size is one of them."""
+        if not isinstance(self._symbol, torch.SymInt) or not isinstance(size, (torch.SymInt, torch.SymFloat)):
+            return False
+        expression = size.node.expr
+        if expression not in self._known:
+            self._known[expression] = self._program.mentions(size, self._symbol)
+        return self._known[expression]
+
+
+def _check_no_size(sizes: _Sizes, node: fx.Node, pass_name: str, problem: str) -> None:
     val = value(node)
-    sizes = val.shape if isinstance(val, torch.Tensor) else (val,)
-    if any(program.mentions(size, symbol) for size in sizes):
-        raise VerificationError(pass_name, f"{problem}, in shape {sizes}", node)
+    shape = val.shape if isinstance(val, torch.Tensor) else (val,)
+    if node.op == "call_function" and any(map(sizes.has, shape)):
+        raise VerificationError(pass_name, f"{problem}, in shape {shape}", node)
