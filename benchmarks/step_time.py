@@ -18,9 +18,9 @@ sampled head, `ahead` with the router of the next step beside each. `floor` is `
 `NAME@R` keeps the fraction R instead of `--ratio`. Switches of this package's arms: `…+outlined`, `…+recompute` and
 `…+graphs` are `outline_layers=True`, `recompute_elementwise=True` and `cuda_graphs=True` (which outlines too),
 `…+small` the loss in small blocks (`triton_one_pass_small`), `…+fp8` a router whose layers multiply in float8
-(`router_body="fp8"`), `…+matmul` a step whose layers do (`matmul="fp8"`), `…+layers=N` a router of N layers.
-`…+budget=F` runs any arm that compiles under torch's `activation_memory_budget` F, `…+checkpoint` any arm with
-transformers' gradient checkpointing.
+(`router_body="fp8"`), `…+inductor` `inner="inductor"` on the CPU too, `…+matmul` a step whose layers do
+(`matmul="fp8"`), `…+layers=N` a router of N layers. `…+budget=F` runs any arm that compiles under torch's
+`activation_memory_budget` F, `…+checkpoint` any arm with transformers' gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ SHAPES = {
         Shape("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 151936, 16, 1024),
         Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256, 16, 1024),
         Shape("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128256, 8, 1024),
+        Shape("5M", 256, 688, 6, 4, 2, 4096, 8, 128),
         Shape("tiny", 64, 96, 4, 4, 2, 257, 8, 32),
     )
 }
@@ -100,6 +101,7 @@ def _ours(**options: Any) -> Callable[..., Any]:
     def make(model: torch.nn.Module, arm: Arm) -> Callable[..., Any]:
         switches = {"cuda_graphs": arm.graphs, "outline_layers": arm.outlined or "auto"}
         switches |= {"recompute_elementwise": arm.recompute, "router_layers": arm.layers or "auto"}
+        switches |= {"inner": "inductor" if arm.inductor else "auto"}
         switches |= {"router_body": "fp8" if arm.fp8 else "exact", "matmul": "fp8" if arm.matmul else "exact"}
         switches["kernels"] = {"masked_loss": "triton_one_pass_small"} if arm.small else "auto"
         return cggr.optimize(model, **{"ratio": arm.ratio, **options}, **switches)

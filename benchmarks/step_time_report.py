@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 import typer
 
 GRAPHS, OUTLINED = "graphs", "outlined"
-_SWITCHES = ("+outlined", "+recompute", "+small", "+fp8", "+matmul", "+layers=N", "+budget=F", "+graphs")
+_SWITCHES = (
+    *("+outlined", "+recompute", "+small", "+fp8", "+matmul", "+checkpoint", "+inductor", "+graphs"),
+    *("+layers=N", "+budget=F"),
+)
 
 
 class Arm(NamedTuple):
@@ -32,6 +35,7 @@ class Arm(NamedTuple):
     fp8: bool = False
     matmul: bool = False
     checkpoint: bool = False
+    inductor: bool = False
     layers: int | None = None
     budget: float = 1.0
 
@@ -47,7 +51,7 @@ class Arm(NamedTuple):
             kept, budget, layers = float(own or ratio), float(numbers.get("budget", 1)), int(numbers.get("layers", 1))
         except ValueError:
             kept = budget = layers = math.nan
-        known = flags <= {GRAPHS, OUTLINED, "recompute", "small", "fp8", "matmul", "checkpoint"}
+        known = flags <= {GRAPHS, OUTLINED, "recompute", "small", "fp8", "matmul", "checkpoint", "inductor"}
         known = known and set(numbers) <= {"budget", "layers"}
         if not (known and 0 < kept <= 1 and 0 <= budget <= 1 and layers >= 1):
             raise typer.BadParameter(f"arm: got {text!r}, expected NAME[@RATIO][+SWITCH…] of {', '.join(_SWITCHES)}")
