@@ -13,6 +13,7 @@ from cggr_compile.ir.liveness import nbytes
 from cggr_compile.ir.program import hint
 from cggr_compile.run.held import held_by
 from cggr_compile.run.plan import Plan
+from cggr_compile.values import ConfigError
 
 GIBIBYTE = 2**30
 WORKSPACE = 2**25
@@ -61,9 +62,10 @@ def predict(plan: Plan, model: nn.Module, rows: int) -> Memory:
 
     Raises:
         CannotOptimize: it cannot be predicted, or not for another number of rows than was captured.
+        ValueError: `rows` is no whole number above 0.
     """
-    if rows < 1:
-        raise ValueError(f"rows={rows} is no batch; pass 1 or more")
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"rows={rows!r} is no batch; pass a whole number, 1 or more")
     captured = hint(plan.captured.batch)
     if rows != captured and not isinstance(plan.captured.batch, torch.SymInt):
         raise CannotOptimize(
@@ -92,7 +94,10 @@ def largest_that_fits(plan: Plan, model: nn.Module, gibibytes: float) -> Memory:
 
     Raises:
         CannotOptimize: a single row does not fit, or memory cannot be predicted.
+        ConfigError: `gibibytes` is not a finite number above 0.
     """
+    if isinstance(gibibytes, str) or not 0 < gibibytes < math.inf:
+        raise ConfigError(f"{gibibytes!r} GiB is no card's memory; pass a finite number above 0")
     one = best = before = predict(plan, model, 1)
     if one.peak > gibibytes:
         size = f"{one.peak * GIBIBYTE:,.0f} bytes"

@@ -159,14 +159,7 @@ def is_argument(source: str) -> bool:
 
 
 def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]]) -> NoReturn:
-    """Marks dimensions of real inputs as dynamic and makes Dynamo trace the frame again.
-
-    Where the graph ends at a graph break, Dynamo has noted the way to it, which other sizes need not go: the note is
-    dropped.
-    """
-    translator = _translator()
-    if translator is not None:
-        translator.speculation_log.clear()
+    """Marks dimensions of real inputs as dynamic and makes Dynamo trace the frame again."""
     for index, marked in dims.items():
         torch._dynamo.maybe_mark_dynamic(example_inputs[index], list(marked))
     trace_again("cggr needs sizes that may be the batch or the sequence as symbols of their own")
@@ -174,9 +167,16 @@ def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]])
 
 def trace_again(why: str) -> NoReturn:
     """Makes Dynamo trace the frame again, asked from inside a backend: `TensorifyScalarRestartAnalysis` is the one
-    exception that Dynamo lets a backend restart the analysis with."""
+    exception that Dynamo lets a backend restart the analysis with.
+
+    Dynamo has noted the way that it went, which it need not go again: sizes may be others, and a module of a function
+    has our hooks by now. The note is dropped.
+    """
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
+    translator = _translator()
+    if translator is not None:
+        translator.speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=why)
 
 

@@ -105,6 +105,15 @@ def test_a_functions_model_is_found_however_it_is_reached() -> None:
     assert torch.equal(step(**batch)[0], model(**batch)[0])
 
 
+def test_functions_share_a_batch() -> None:
+    """Whose sizes have been marked: Dynamo traces for other reasons again, by when the second model has hooks."""
+    batch = toy_batch()
+    for model in (Toy().train(), Toy().train()):
+        step = torch.compile(_Holder(model).step, backend="cggr", options=OPTIONS)
+        rows = torch.tensor(route(model, batch).hardest(2))
+        assert torch.equal(step(**batch)[0], model(**oracle.rows_of(batch, rows))[0])
+
+
 def test_options_are_validated() -> None:
     compiled = torch.compile(Toy().train(), backend="cggr", options={"ration": 0.4})
     with pytest.raises(Exception, match="unknown option 'ration', did you mean 'ratio'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import pytest
@@ -12,6 +13,7 @@ import cggr_compile as cggr
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.inspection import memory
 from cggr_compile.inspection.explanation import Explanation
+from cggr_compile.values import ConfigError
 
 GIB = 2**30
 
@@ -75,9 +77,16 @@ def test_nothing_fits() -> None:
         explanation.batch_that_fits(0.01)
 
 
-def test_rows_are_positive() -> None:
-    with pytest.raises(ValueError, match="rows=0 is no batch"):
-        explained().memory(0)
+@pytest.mark.parametrize("rows", [0, -1, 2.5, math.nan])
+def test_rows_are_positive(rows: float) -> None:
+    with pytest.raises(ValueError, match=f"rows={rows} is no batch; pass a whole number"):
+        explained().memory(rows)
+
+
+@pytest.mark.parametrize("gibibytes", [0, -1, math.nan, math.inf])
+def test_a_card_has_memory(gibibytes: float) -> None:
+    with pytest.raises(ConfigError, match=f"{gibibytes} GiB is no card's memory"):
+        explained().batch_that_fits(gibibytes)
 
 
 def test_a_batch_of_one_row_says_nothing_of_others() -> None:
