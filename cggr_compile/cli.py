@@ -6,6 +6,7 @@ configuration and no memory is taken by weights.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -71,6 +72,8 @@ def explain(
 ) -> None:
     """Show what routing would do to a model, from its configuration alone (no weights, no memory)."""
     try:
+        if memory is not None and not 0 < memory < math.inf:
+            raise ConfigError(f"--memory {memory:g} is no card's; pass a finite number of GiB above 0")
         config = RoutingConfig(
             ratio=ratio,
             router_layers=int(router_layers) if router_layers.isdecimal() else router_layers,

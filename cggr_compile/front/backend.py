@@ -102,7 +102,7 @@ def cggr(
             f"mode={mode!r} is not an option of the backend", hint="choose a backend with options={'inner': …}"
         )
     model = dynamo.captured_module()
-    dynamo.keep_to_captured_module()
+    dynamo.keep_to_modes()
     runtime = _runtime(model, RoutingConfig.from_options(options or {}))
     try:
         if model is None or not is_sharded(model):
@@ -162,10 +162,7 @@ def runtimes_of(model: nn.Module) -> list[Runtime]:
 def _passive_reason() -> str | None:
     if not torch.is_grad_enabled():
         return "gradients are disabled"
-    model = dynamo.captured_module()
-    if model is not None and not model.training:
-        return "the model is in eval mode"
-    return None
+    return "the model is in eval mode" if dynamo.is_in_eval_mode() else None
 
 
 def _no_loss_wanted(program: Program) -> str | None:

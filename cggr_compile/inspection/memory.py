@@ -13,7 +13,6 @@ from cggr_compile.ir.liveness import nbytes
 from cggr_compile.ir.program import hint
 from cggr_compile.run.held import held_by
 from cggr_compile.run.plan import Plan
-from cggr_compile.values import ConfigError
 
 GIBIBYTE = 2**30
 WORKSPACE = 2**25
@@ -94,10 +93,10 @@ def largest_that_fits(plan: Plan, model: nn.Module, gibibytes: float) -> Memory:
 
     Raises:
         CannotOptimize: a single row does not fit, or memory cannot be predicted.
-        ConfigError: `gibibytes` is not a finite number above 0.
+        ValueError: `gibibytes` is not a finite number above 0.
     """
-    if isinstance(gibibytes, str) or not 0 < gibibytes < math.inf:
-        raise ConfigError(f"{gibibytes!r} GiB is no card's memory; pass a finite number above 0")
+    if not 0 < gibibytes < math.inf:
+        raise ValueError(f"{gibibytes!r} GiB is no card's memory; pass a finite number above 0")
     one = best = before = predict(plan, model, 1)
     if one.peak > gibibytes:
         size = f"{one.peak * GIBIBYTE:,.0f} bytes"

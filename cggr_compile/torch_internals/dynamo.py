@@ -181,39 +181,49 @@ def trace_again(why: str) -> NoReturn:
 
 
 def captured_module() -> nn.Module | None:
-    """The module that Dynamo is tracing a call of, asked from inside a backend: the outermost that holds a tensor of
-    the graph, however the frame reaches it; None where none does."""
-    found = _captured_module()
-    return None if found is None else found[1]
+    """The module whose forward Dynamo is tracing, asked from inside a backend; None where the frame has none."""
+    translator = _translator()
+    if translator is None:
+        return None
+    modules = [local for local in translator.output.root_tx.f_locals.values() if isinstance(local, nn.Module)]
+    return modules[0] if modules else None
 
 
-def keep_to_captured_module() -> None:
-    """Makes another module, or `train()` and `eval()`, a capture of their own, asked from inside a backend: Dynamo
-    guards neither where a forward does not read its mode and its parameters are inputs."""
+def is_in_eval_mode() -> bool:
+    """Whether nothing trains of the models that Dynamo traces calls of, asked from inside a backend: the outermost
+    modules that hold tensors of the graph, however the frame reaches them."""
+    modes = [module.training for _, module in _outermost_modules()]
+    return bool(modes) and not any(modes)
+
+
+def keep_to_modes() -> None:
+    """Makes `train()` and `eval()` of these models captures of their own, asked from inside a backend: Dynamo does not
+    where a forward does not read its mode."""
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import AttrSource
 
-    if (found := _captured_module()) is not None:
-        mode = AttrSource(found[0], "training")
-        install_guard(found[0].make_guard(GuardBuilder.ID_MATCH), mode.make_guard(GuardBuilder.CONSTANT_MATCH))
+    for source, _ in _outermost_modules():
+        install_guard(AttrSource(source, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
-def _captured_module() -> tuple[Any, nn.Module] | None:
-    """With Dynamo's source of it."""
+def _outermost_modules() -> list[tuple[Any, nn.Module]]:
+    """With Dynamo's source of each."""
     from torch._dynamo.guards import _get_closure_vars
 
     translator = _translator()
     if translator is None:
-        return None
+        return []
     frame = translator.output.root_tx
-    names = {"L": frame.f_locals, "G": frame.f_globals}
+    names, known = {"L": frame.f_locals, "G": frame.f_globals}, _get_closure_vars()
+    found: dict[int, tuple[Any, nn.Module]] = {}
+    values: dict[Any, Any] = {}
     for argument in translator.output.graphargs:
         way = _way_to(argument.source) if argument.is_tensor else ()
-        modules = [(source, source.get_value(names, _get_closure_vars(), {})) for source in way]
-        modules = [found for found in modules if isinstance(found[1], nn.Module)]
+        modules = [(source, source.get_value(names, known, values)) for source in way]
+        modules = [each for each in modules if isinstance(each[1], nn.Module)]
         if modules:
-            return modules[-1]
-    return None
+            found.setdefault(id(modules[-1][1]), modules[-1])
+    return list(found.values())
 
 
 def _way_to(source: Any) -> Iterator[Any]:

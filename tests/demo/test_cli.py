@@ -70,6 +70,13 @@ def test_explain_says_that_no_row_fits(tmp_path: Path) -> None:
     assert "one row of 16 tokens takes" in result.output
 
 
+@pytest.mark.parametrize("memory", ["0", "inf"])
+def test_explain_says_that_no_card_has_such_memory(memory: str) -> None:
+    result = run("explain", "llama", "--memory", memory)
+    assert result.exit_code == 1
+    assert first_line(result) == f"error: --memory {memory} is no card's; pass a finite number of GiB above 0"
+
+
 def test_explain_reads_a_folder_and_picks_the_masked_model(tmp_path: Path) -> None:
     saved(BertConfig(**TINY), tmp_path)
     result = run("explain", str(tmp_path), "--selection", "random", "--sequence", "16")

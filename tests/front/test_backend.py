@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import oracle
 import pytest
@@ -68,23 +69,6 @@ def test_graphs_that_do_not_train_pass_through() -> None:
     assert {"no labels were passed", "gradients are disabled", "the model is in eval mode"} <= set(passive)
 
 
-def test_what_trains_is_told_for_each_module_and_each_call() -> None:
-    """Also where the forward reads no mode, and where an equal module, with parameters of its own, trained before."""
-    models = [Toy().train() for _ in range(2)]
-    compiled = [torch.compile(model, backend="cggr", options=OPTIONS) for model in models]
-    batch = toy_batch()
-    assert torch.equal(models[1].eval()(**batch)[0], compiled[1](**batch)[0])
-    models[1].train()
-    for model, step in zip(models, compiled, strict=True):
-        rows = torch.tensor(route(model, batch).hardest(2))
-        for _ in range(2):
-            assert_routed(step, copy.deepcopy(model), batch, rows)
-            model.eval()
-            assert torch.equal(model(**batch)[0], step(**batch)[0])
-            model.train()
-        assert cggr.handle(step).captures == 1
-
-
 class _Holder:
     def __init__(self, model: torch.nn.Module) -> None:
         self.models = [model]
@@ -95,14 +79,37 @@ class _Holder:
         return outputs
 
 
-def test_a_functions_model_is_found_however_it_is_reached() -> None:
-    model, batch = Toy().train(), toy_batch()
-    step = torch.compile(_Holder(model).step, backend="cggr", options=OPTIONS)
-    rows = torch.tensor(route(model, batch).hardest(2))
-    assert torch.equal(step(**batch)[0], model(**oracle.rows_of(batch, rows))[0])
-    assert torch.equal(cggr.handle(model).selected, rows)
-    model.eval()
-    assert torch.equal(step(**batch)[0], model(**batch)[0])
+@pytest.mark.parametrize(
+    "callable_of", [lambda model: model, lambda model: _Holder(model).step], ids=["model", "method"]
+)
+def test_what_trains_is_told_for_each_call(callable_of: Callable[..., Callable[..., tuple]]) -> None:
+    """Also where the forward reads no mode, and where an equal module trained before."""
+    batch = toy_batch()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = Toy().train()
+        step = torch.compile(callable_of(model), backend="cggr", options=OPTIONS)
+        rows = torch.tensor(route(model, batch).hardest(2))
+        for _ in range(2):
+            assert torch.equal(step(**batch)[0], model(**oracle.rows_of(batch, rows))[0])
+            model.eval()
+            assert torch.equal(step(**batch)[0], model(**batch)[0])
+            model.train()
+
+
+def test_a_student_trains_behind_a_teacher_that_does_not() -> None:
+    teacher, student, batch = Toy().eval().requires_grad_(False), Toy().train(), toy_batch()
+
+    def step(**batch: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            taught = teacher(batch["input_ids"])[0]
+        return student(**batch)[0] + 0 * taught.mean()
+
+    compiled = torch.compile(step, backend="cggr", options=OPTIONS)
+    rows = torch.tensor(route(student, batch).hardest(2))
+    torch.testing.assert_close(compiled(**batch), step(**oracle.rows_of(batch, rows)))
+    student.eval()
+    torch.testing.assert_close(compiled(**batch), step(**batch))
 
 
 def test_functions_share_a_batch() -> None:

@@ -13,7 +13,6 @@ import cggr_compile as cggr
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.inspection import memory
 from cggr_compile.inspection.explanation import Explanation
-from cggr_compile.values import ConfigError
 
 GIB = 2**30
 
@@ -85,7 +84,7 @@ def test_rows_are_positive(rows: float) -> None:
 
 @pytest.mark.parametrize("gibibytes", [0, -1, math.nan, math.inf])
 def test_a_card_has_memory(gibibytes: float) -> None:
-    with pytest.raises(ConfigError, match=f"{gibibytes} GiB is no card's memory"):
+    with pytest.raises(ValueError, match=f"{gibibytes} GiB is no card's memory"):
         explained().batch_that_fits(gibibytes)
 
 
