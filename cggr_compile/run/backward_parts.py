@@ -80,6 +80,8 @@ class _Call(NamedTuple):
 
 
 class _Tape:
+    """The calls of a step's pieces, in order, and the gradients that the backward has found so far."""
+
     def __init__(self, sources: Sequence[Tensor]) -> None:
         self.sources = sources
         self.calls: list[_Call] = []
