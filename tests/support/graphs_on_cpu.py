@@ -136,6 +136,8 @@ def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def put_graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything of torch.cuda that `cuda_graphs` and `graph_memory` use, on the CPU; models there are recorded."""
+    with torch.device("cpu"):
+        torch.zeros(0)  # torch notes once, under a device, which functions make tensors: not the one put in below
     pools: list[Pool] = []
 
     def handle() -> Pool:
