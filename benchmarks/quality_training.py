@@ -161,7 +161,7 @@ class Clock:
 
     def stop(self) -> float:
         """Stands still, once the device has done what it was given; all seconds so far."""
-        self.spent += self._now() - self.started
+        self.spent = self.wait()
         return self.spent
 
     def seconds(self) -> float:

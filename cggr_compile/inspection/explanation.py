@@ -52,6 +52,7 @@ class Explanation:
 
         Raises:
             CannotOptimize: it cannot be predicted; as `program`.
+            ValueError: `rows` is no whole number above 0.
         """
         plan = latest_plan(self.runtime)
         rows = hint(plan.captured.batch) if rows is None else rows
@@ -67,8 +68,9 @@ class Explanation:
 
         Raises:
             CannotOptimize: a single row takes more, or as `memory`.
+            ValueError: `gibibytes` is not a finite number above 0.
         """
-        return largest_that_fits(latest_plan(self.runtime), self.model, gibibytes)
+        return largest_that_fits(self.memory, hint(latest_plan(self.runtime).captured.batch), gibibytes)
 
     def diff(self) -> Diff:
         """The rewrite; raises as `program`."""

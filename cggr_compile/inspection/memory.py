@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -86,18 +87,18 @@ def predict(plan: Plan, model: nn.Module, rows: int) -> Memory:
     return Memory(rows, hint(plan.captured.sequence), *(size / GIBIBYTE for size in parts))
 
 
-def largest_that_fits(plan: Plan, model: nn.Module, gibibytes: float) -> Memory:
+def largest_that_fits(predicted: Callable[[int], Memory], rows: int, gibibytes: float) -> Memory:
     """The memory of the largest batch, of rows of the captured length, whose step is predicted to take at most so much.
 
-    Memory grows evenly with the rows, for the most part, so that few batches have to be tried.
+    Memory grows evenly with the rows, for the most part, so that few batches have to be tried: one row, then `rows`.
 
     Raises:
-        CannotOptimize: a single row does not fit, or memory cannot be predicted.
+        CannotOptimize: a single row does not fit, or as `predicted`, which gives the memory of so many rows.
         ValueError: `gibibytes` is not a finite number above 0.
     """
     if not 0 < gibibytes < math.inf:
         raise ValueError(f"{gibibytes!r} GiB is no card's memory; pass a finite number above 0")
-    one = best = before = predict(plan, model, 1)
+    one = best = before = predicted(1)
     if one.peak > gibibytes:
         size = f"{one.peak * GIBIBYTE:,.0f} bytes"
         raise CannotOptimize(
@@ -105,9 +106,9 @@ def largest_that_fits(plan: Plan, model: nn.Module, gibibytes: float) -> Memory:
             hint="docs/inspecting.md says what takes less memory; or shorten the rows",
         )
     too_large: int | None = None
-    rows = max(2, hint(plan.captured.batch))
+    rows = max(2, rows)
     while too_large is None or too_large - best.rows > 1:
-        tried = predict(plan, model, rows)
+        tried = predicted(rows)
         if tried.peak <= gibibytes:
             best = tried
         else:

@@ -106,4 +106,4 @@ def _bytes(buffer: Buffer) -> int:
 
 def nbytes(x: Any) -> int:
     """Bytes of a tensor, 0 for all else."""
-    return x.numel() * x.itemsize if isinstance(x, torch.Tensor) else 0
+    return x.nbytes if isinstance(x, torch.Tensor) else 0

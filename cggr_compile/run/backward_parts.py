@@ -89,7 +89,7 @@ class _Tape:
         self._numbers: dict[int, int] = {}  # of what pieces made, by identity; one that is gone may have had it before
         self._made = 0
         self._found: dict[int, Tensor] = {}  # gradients of what pieces made, so far
-        self._complete: list[Tensor | None] = [None] * len(sources)
+        self._complete: dict[int, Tensor] = {}  # and of the sources, by their places
 
     def call(self, piece: Callable[..., Any], inputs: Sequence[Any]) -> Any:
         """Runs a piece in a graph of its own."""
@@ -147,7 +147,7 @@ class _Tape:
                 _add(self._found, number, gradient)
             while calls:
                 self._differentiate(calls.pop(0))
-            return [self._complete[place] for place in places]
+            return [self._complete.get(place) for place in places]
 
         return run
 
@@ -164,8 +164,7 @@ class _Tape:
             _add(self._complete, place, next(found))
 
 
-def _add(gradients: Any, key: int, gradient: Tensor | None) -> None:
+def _add(gradients: dict[int, Tensor], key: int, gradient: Tensor | None) -> None:
     """Adds a share of a gradient to those that came before."""
     if gradient is not None:
-        before = gradients[key] if isinstance(gradients, list) else gradients.get(key)
-        gradients[key] = gradient if before is None else before + gradient
+        gradients[key] = gradients[key] + gradient if key in gradients else gradient

@@ -215,11 +215,6 @@ class _Recording:
         torch._foreach_copy_(self._of_outputs, list(of_outputs))
         return self._parts[0].replay(self.pool)
 
-    @property
-    def has_one_part(self) -> bool:
-        """Whether the first part is all of the backward."""
-        return len(self._parts) == 1
-
 
 class _RecordedPart:
     """A part of a backward at fixed addresses."""
@@ -244,7 +239,7 @@ class _Replay(torch.autograd.Function):
     def forward(
         ctx: Any, recording: _Recording, turn: Turn, inputs: tuple[Any, ...], token: Tensor | None, *sources: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.recording, ctx.turn = recording, turn
+        ctx.recording, ctx.turn, ctx.is_last = recording, turn, token is None
         found = recording.forward(inputs)
         ctx.constants = recording.constants
         ctx.mark_non_differentiable(*(x for x, constant in zip(found, ctx.constants, strict=True) if constant))
@@ -260,8 +255,8 @@ class _Replay(torch.autograd.Function):
         ctx.turn.begun = True
         wanted = [grad for grad, constant in zip(grads, ctx.constants, strict=True) if not constant]
         found = ctx.recording.backward(wanted)
-        ctx.turn.over = ctx.recording.has_one_part
-        return (None, None, None, None if ctx.turn.over else grads[0].new_zeros(0), *found)
+        ctx.turn.over = ctx.is_last
+        return (None, None, None, None if ctx.is_last else grads[0].new_zeros(0), *found)
 
 
 class _LaterPart(torch.autograd.Function):

@@ -33,6 +33,7 @@ from cggr_compile.torch_internals.partitioner import Run, divided
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_DROPOUT = 4  # the place of its `dropout_p`
 
 
 class Held(NamedTuple):
@@ -196,7 +197,8 @@ def _move(node: fx.Node) -> None:
     args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), moved)
     if node.target is torch.amp.autocast_mode._enter_autocast:
         args = ("cpu", *args[1:])
-    if node.target is _ATTENTION:
-        args, kwargs = (*args[:4], *(0.0 for _ in args[4:5]), *args[5:]), {**kwargs, "dropout_p": 0.0}
-        kwargs = kwargs if len(args) < 5 else {k: v for k, v in kwargs.items() if k != "dropout_p"}
+    if node.target is _ATTENTION and len(args) > _DROPOUT:
+        args = (*args[:_DROPOUT], 0.0, *args[_DROPOUT + 1 :])
+    elif node.target is _ATTENTION:
+        kwargs = {**kwargs, "dropout_p": 0.0}
     node.args, node.kwargs = args, kwargs

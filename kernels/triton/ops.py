@@ -273,11 +273,7 @@ def scratch_bytes(target: Any, args: Sequence[Any]) -> int:
     if target is masked_loss_backward._opoverload:
         return loss_kernels.backward_scratch(LossArguments(*args[1 : size + 1]))
     if target in (score._opoverload, sampled_score._opoverload):
-        return _nbytes(args[0])  # its rows, counted ones first
+        return args[0].nbytes  # its rows, counted ones first
     if target is fp8_score._opoverload:
-        return _nbytes(args[0]) + args[0].numel() + args[1].numel()
+        return args[0].nbytes + args[0].numel() + args[1].numel()
     return 0
-
-
-def _nbytes(x: Tensor) -> int:
-    return x.numel() * x.itemsize
