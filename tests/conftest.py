@@ -11,6 +11,8 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
+# Around a model that sees several GPUs transformers' Trainer puts DataParallel, which is refused.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 # Triton decides when a kernel is defined whether it is compiled or interpreted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -15,6 +15,7 @@ from architectures import ARCHITECTURES, build, token_batch
 from fsdp_models import rows_for
 from fsdp_worker import Watch
 from graphs_on_cpu import put_graphs_on_cpu
+from ranks import process_group
 from small import small
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from toys import Toy, noisy
@@ -29,8 +30,7 @@ SHARES = {"one": (0.3, 0.0), "none": (0.0, 0.0)}
 def deciding_rank(rank: int, ranks: int, folder: str, case: str) -> None:
     """Fails where two ranks do not select in the same steps, or not by what both of them have seen."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{case}", rank=rank, world_size=ranks)
-    try:
+    with process_group(rank, ranks, f"{folder}/{case}"):
         torch.manual_seed(0)
         auto.EVERY = 2
         model = cggr.optimize(Toy().train(), selection="auto", router_layers=2, inner="eager", seed=0)
@@ -48,15 +48,12 @@ def deciding_rank(rank: int, ranks: int, folder: str, case: str) -> None:
         dist.all_gather(others, own)
         assert torch.equal(*others), "the ranks switched in different steps"
         assert any(selects) is (case == "one")
-    finally:
-        dist.destroy_process_group()
 
 
 def routed_rank(rank: int, ranks: int, folder: str) -> None:
     """Fails where the routed gradients are not the mean over the ranks of eager's on each rank's selected rows."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    try:
+    with process_group(rank, ranks, f"{folder}/store"):
         eager = oracle.truncated(build("gpt2"), ARCHITECTURES["gpt2"], 2)
         model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner="eager")
         batch = token_batch(6, 12, seed=rank)
@@ -69,8 +66,6 @@ def routed_rank(rank: int, ranks: int, folder: str) -> None:
             gradient /= ranks
         oracle.assert_same_gradients(oracle.gradients(model), expected, rtol=1e-6, atol=1e-8)
         assert cggr.handle(wrapper) is model.cggr
-    finally:
-        dist.destroy_process_group()
 
 
 def trainer_rank(rank: int, ranks: int, folder: str) -> None:
@@ -79,8 +74,7 @@ def trainer_rank(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # Accelerate wants them, though the ranks have met
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    try:
+    with process_group(rank, ranks, f"{folder}/store"):
         plain, losses = _trained(folder, "plain")
         every, same_losses = _trained(folder, "every", ratio=1.0)
         assert losses == same_losses
@@ -89,8 +83,6 @@ def trainer_rank(rank: int, ranks: int, folder: str) -> None:
         assert not all(torch.equal(half[name], tensor) for name, tensor in every.items())
         resumed, _ = _trained(folder, "half", f"{folder}/half/checkpoint-2", ratio=0.5)
         assert all(torch.equal(half[name], tensor) for name, tensor in resumed.items())
-    finally:
-        dist.destroy_process_group()
 
 
 def _trained(
@@ -125,16 +117,13 @@ def overlapping_rank(rank: int, ranks: int, folder: str) -> None:
     """Fails where DistributedDataParallel does not get the gradients of a layer, or of a part of a replayed backward,
     while the layers in front of it run backward, or gets any before the backward's end where the step is one piece."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    try:
+    with process_group(rank, ranks, f"{folder}/store"):
         assert _handed_over(outline_layers=False) == ".BBBBBBB"
         assert _handed_over(outline_layers=True) == ".B.B.B.B.B.BB"
         with pytest.MonkeyPatch.context() as patch:
             put_graphs_on_cpu(patch)
             assert _handed_over(cuda_graphs=True) == ".B.B.B.B.B.BB"
             assert _handed_over(cuda_graphs=True, outline_layers=False) == ".BBBBBBB"
-    finally:
-        dist.destroy_process_group()
 
 
 def _handed_over(**options: bool) -> str:

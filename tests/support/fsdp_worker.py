@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ from fsdp_models import (
 )
 from fsdp_training import on_one_rank, on_two_ranks_again, training
 from padded import padded
-from ranks import found_wrong
+from ranks import found_wrong, process_group
 from small import small
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -315,17 +313,6 @@ LONG: dict[str, Callable[..., None]] = {
     "depth": growing,
     "padding left out": padding_left_out,
 }
-
-
-@contextmanager
-def process_group(rank: int, ranks: int, store: Path) -> Iterator[None]:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def run(rank: int, ranks: int, folder: str, checks: Sequence[str]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,24 @@ def on_two_ranks(worker: Callable[..., None], *args: Any) -> None:
     """`worker(rank, RANKS, *args)` in two processes; raises what one of them raised."""
     multiprocessing.set_forkserver_preload([*IMPORTED])
     torch.multiprocessing.start_processes(_run, (worker, args), nprocs=RANKS, start_method="forkserver")
+
+
+_ended: list[dist.ProcessGroup] = []
+"""Groups that are not destructed: a destructor, called with the GIL, waits for a thread of gloo's, which needs the GIL
+to let go of the tensors of its last collective."""
+
+
+@contextmanager
+def process_group(rank: int, ranks: int, store: Path | str) -> Iterator[None]:
+    """The ranks meet by a file."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
+    )
+    try:
+        yield
+    finally:
+        _ended.extend(dist.distributed_c10d._world.pg_map)
+        dist.destroy_process_group()
 
 
 def outcomes_of(run: Callable[..., None], checks: Sequence[str], folder: Path) -> dict[str, str]:
@@ -44,6 +64,4 @@ def found_wrong(check: Callable[[], None]) -> str:
 
 def _run(rank: int, worker: Callable[..., None], args: tuple[Any, ...]) -> None:
     worker(rank, RANKS, *args)
-    # Without destructors: that of a process group, called with the GIL, waits for a thread of gloo's, which needs the
-    # GIL to let go of the tensors of its last collective.
-    os._exit(0)
+    os._exit(0)  # `_ended` has no end

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from architectures import ARCHITECTURES, Architecture, build, token_batch
 from cggr_compile.kernels.reference.selection import rule_of
 from fsdp_models import mean_over_ranks, rows_for, shard, whole_gradients
-from fsdp_worker import process_group, watched
-from ranks import found_wrong
+from fsdp_worker import watched
+from ranks import found_wrong, process_group
 from small import small
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
