@@ -6,11 +6,11 @@ changed inside of Dynamo's lock (`torch_internals/dynamo_traces.py`).
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cggr_compile.capture import collector
 from cggr_compile.capture.fake_runs import FakeRuns
 from cggr_compile.torch_internals import decisions, dynamo_traces
 from cggr_compile.torch_internals.autograd import beside_checkpoints
@@ -30,20 +30,7 @@ def _as_a_routed_step() -> Iterator[None]:
         step_options(),
         dynamo_traces.fake_runs_by(FakeRuns().run),
         decisions.written_down(),
-        _collector_paused(),
+        collector.paused(),
         beside_checkpoints(),
     ):
         yield
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keeps Python from looking for garbage: a trace makes many objects that live as long as it does, and each search
-    goes through all of them, and through all that the process had before."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

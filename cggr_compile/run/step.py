@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cggr_compile.capture.collector import collected_at_the_end
 from cggr_compile.ir.amounts import Amount, amounts_of, sizes_of
 from cggr_compile.ir.program import StepOutputs
 from cggr_compile.ir.roles import changes_of, ranks_of
@@ -53,8 +54,11 @@ class Step:
             self._grow(inputs)
             inputs = self._held(inputs)
             self._compare(inputs)
-            self._prepare(inputs)
-            return self._step(self.plan.in_force, inputs)
+            if not self._unprepared:
+                return self._step(self.plan.in_force, inputs)
+            with collected_at_the_end():
+                self._prepare(inputs)
+                return self._step(self.plan.in_force, inputs)
 
     def _held(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The inputs that this rank has: of parameters that FSDP2 shards, the shards."""
@@ -93,14 +97,24 @@ class Step:
         given, options = runtime.given.waiting, runtime.together.options
         runtime.together.compare(Offer(rows, length, kept, form, given, unprepared, options))
 
+    @property
+    def _unprepared(self) -> bool:
+        """Whether later steps of this capture may run programs that are not compiled yet."""
+        plan = self.plan
+        if plan.inner == "eager" or changes_of(plan.captured):
+            return False
+        return not plan.prepared or self._awaits_auto
+
+    @property
+    def _awaits_auto(self) -> bool:
+        return self.runtime.auto is not None and self.runtime.counted and not self.plan.prepared_auto
+
     def _prepare(self, inputs: tuple[Any, ...]) -> None:
         """In the first step of a capture, compiles the programs that its later steps run; those of `"auto"` in the
         first step after which steps are counted."""
         plan, runtime = self.plan, self.runtime
-        if plan.inner == "eager" or changes_of(plan.captured):
-            return
         generator = torch.Generator(plan.device).manual_seed(0)  # draws of the steps themselves are the runtime's
-        if runtime.auto is not None and runtime.counted and not plan.prepared_auto:
+        if self._awaits_auto:
             plan.prepared_auto = True
             for stage in plan.to_come:
                 self._prepare_auto(stage, inputs, generator)
