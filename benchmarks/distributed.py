@@ -8,10 +8,10 @@ Each measurement is a torchrun of its own (`--only` is what its ranks run). Forw
 fp32, and on CUDA a step runs in bf16: by autocast, or under FSDP2 by its MixedPrecisionPolicy, which reduces gradients
 in fp32. Every round runs each arm once, one after another; its first step compiles.
 
-Arms are WRAP:ARM[@RATIO]. WRAP is `none` (on one rank, where no other runs), `ddp` or `fsdp2` (layers and root;
-`fsdp2_kept` with reshard_after_forward=False). ARM is `eager`, `compile` (torch.compile of the wrapped model, under
-FSDP2 of each layer), `all` (this package, ratio=1) or `sampled` (scored rows, the sampled head). `…+graphs` is
-`cuda_graphs=True`, `…+outlined` is `outline_layers=True`.
+Arms are WRAP:ARM[@RATIO]. WRAP is `none` (on one rank, where no other runs), `ddp` (`ddp_views` with
+gradient_as_bucket_view=True) or `fsdp2` (layers and root; `fsdp2_kept` with reshard_after_forward=False). ARM is
+`eager`, `compile` (torch.compile of the wrapped model, under FSDP2 of each layer), `all` (this package, ratio=1) or
+`sampled` (scored rows, the sampled head). `…+graphs` is `cuda_graphs=True`, `…+outlined` is `outline_layers=True`.
 
 Per arm and number of ranks: seconds of each step on rank 0, the largest peak of memory of any rank, and of one step on
 CUDA the milliseconds in kernels and in NCCL's among them.
@@ -32,7 +32,6 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from harness import WARM_UP
 from step_time import SHAPES, Shape, build, outcome, start
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +41,9 @@ from cggr_compile.environment import environment
 from cggr_compile.run.router_time import mark, seconds_between
 
 OURS: dict[str, dict[str, Any]] = {"all": {"ratio": 1.0}, "sampled": {"router_head": "sampled"}}
-WRAPS, ARMS = ("none", "ddp", "fsdp2", "fsdp2_kept"), ("eager", "compile", *OURS)
+WRAPS, ARMS = ("none", "ddp", "ddp_views", "fsdp2", "fsdp2_kept"), ("eager", "compile", *OURS)
+WARM_UP = 12
+"""DistributedDataParallel times its own first eleven steps, which makes them longer."""
 DEFAULT_ARMS = [f"{wrap}:{arm}" for wrap in ("none", "ddp", "fsdp2") for arm in ("compile", "all", "sampled")]
 
 
@@ -73,8 +74,9 @@ def wrapped(model: torch.nn.Module, wrap: str, arm: str, options: dict[str, Any]
             fully_shard(layer, mp_policy=policy, reshard_after_forward=wrap == "fsdp2")
         return fully_shard(model, mp_policy=policy, reshard_after_forward=wrap == "fsdp2")
     called: Any = model
-    if wrap == "ddp":
-        called = DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+    if wrap.startswith("ddp"):
+        devices = None if device.type == "cpu" else [device.index]
+        called = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=wrap == "ddp_views")
     return torch.compile(called) if arm == "compile" else called
 
 

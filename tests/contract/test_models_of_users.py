@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toys import WIDTH, WORDS, Toy, toy_batch
+from toys import WIDTH, WORDS, Statistics, Toy, toy_batch
 
 import cggr_compile as cggr
 
@@ -39,22 +39,6 @@ def pair(kind: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, nn.M
     torch.manual_seed(0)
     eager = kind().train()
     return cggr.optimize(copy.deepcopy(eager), **{**OPTIONS, **options}), eager
-
-
-class Statistics(Toy):
-    """Batch norm, a mean over steps changed in place and read in the next step, and a buffer that nothing reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(WIDTH)
-        self.register_buffer("mean", torch.zeros(WIDTH))
-        self.register_buffer("unread", torch.zeros((), dtype=torch.long))
-
-    def middle(self, hidden: Tensor) -> Tensor:
-        hidden = super().middle(hidden - self.mean)
-        with torch.no_grad():
-            self.mean.mul_(0.9).add_(hidden.mean((0, 1)))
-        return self.norm(hidden.transpose(1, 2)).transpose(1, 2)
 
 
 class Reassigned(Toy):

@@ -1,4 +1,4 @@
-"""Libraries around a routed model: PEFT, Accelerate, DistributedDataParallel; and the guard against bypasses."""
+"""Libraries around a routed model: PEFT, Accelerate; and the guard against bypasses."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 from architectures import ARCHITECTURES, build, token_batch
-from ddp_worker import overlapping_rank, routed_rank, trainer_rank
 from documents import examples
-from ranks import on_two_ranks
 
 import cggr_compile as cggr
 
@@ -285,18 +283,3 @@ def test_accelerates_wrapper_comes_off_a_routed_model() -> None:
         twin.train()(**batch)
         assert torch.equal(twin.cggr.selected, model.cggr.selected)
     assert "forward" not in vars(cggr.restore(model))
-
-
-@pytest.mark.long
-def test_distributed_data_parallel_averages_the_routed_gradients(tmp_path: Path) -> None:
-    on_two_ranks(routed_rank, str(tmp_path))
-
-
-@pytest.mark.long
-def test_gradients_of_outlined_layers_are_reduced_during_the_backward(tmp_path: Path) -> None:
-    on_two_ranks(overlapping_rank, str(tmp_path))
-
-
-@pytest.mark.long
-def test_trainers_of_two_ranks_count_their_tokens_together_and_resume(tmp_path: Path) -> None:
-    on_two_ranks(trainer_rank, str(tmp_path))

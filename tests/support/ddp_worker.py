@@ -1,24 +1,35 @@
-"""One rank under DistributedDataParallel on the CPU; a module of its own, because spawned processes import it."""
+"""One rank under DistributedDataParallel on the CPU; a module of its own, because spawned processes import it.
+
+Checks compare with eager models that nobody wrapped: gradients with the mean over the ranks of those on each rank's rows.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
+import token_oracle
 import torch
 import torch.distributed as dist
 import transformers
 from architectures import ARCHITECTURES, build, token_batch
-from fsdp_models import rows_for
+from fsdp_models import ATOL, RTOL, mean_over_ranks, routed, rows_for
+from fsdp_training import adamw, micro_batch
 from fsdp_worker import Watch
 from graphs_on_cpu import put_graphs_on_cpu
-from ranks import process_group
+from ranks import found_wrong, process_group
 from small import small
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from toys import Toy, noisy
+from toys import Statistics, Toy, noisy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile.run import auto
@@ -50,22 +61,171 @@ def deciding_rank(rank: int, ranks: int, folder: str, case: str) -> None:
         assert any(selects) is (case == "one")
 
 
-def routed_rank(rank: int, ranks: int, folder: str) -> None:
-    """Fails where the routed gradients are not the mean over the ranks of eager's on each rank's selected rows."""
-    torch.set_num_threads(1)
-    with process_group(rank, ranks, f"{folder}/store"):
-        eager = oracle.truncated(build("gpt2"), ARCHITECTURES["gpt2"], 2)
-        model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner="eager")
-        batch = token_batch(6, 12, seed=rank)
-        # Dynamo splits the graph of a model that fills several buckets; buckets as small as this model's it rejects.
-        wrapper = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)
+Wrapper = torch.nn.parallel.DistributedDataParallel
+LAYERS = 2
+
+
+def gradients(name: str, route: str) -> None:
+    """Of one architecture and route; the wrapper's handle is the model's."""
+    architecture = ARCHITECTURES[name]
+    eager = oracle.truncated(build(name), architecture, LAYERS)
+    batch = token_batch(6, 12, seed=dist.get_rank())
+    model = routed(copy.deepcopy(eager), route=route, **({"last_layers": 0} if route == "token" else {}))
+    wrapper = Wrapper(model, bucket_cap_mb=0.01)
+    loss = wrapper(**batch).loss
+    loss.backward()
+    if route == "sequence":
+        wanted = oracle.expected_rows(eager, architecture, batch, 0.5, 1)
+        expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, wanted))
+    else:
+        wanted = token_oracle.expected_positions(eager, architecture, batch, 0.5, 1)
+        expected_loss, expected = token_oracle.step(eager, architecture, batch, range(1, LAYERS), wanted)
+    assert torch.equal(model.cggr.selected, wanted)
+    torch.testing.assert_close(loss.detach(), expected_loss, rtol=RTOL, atol=0)
+    oracle.assert_same_gradients(oracle.gradients(model), mean_over_ranks(expected), RTOL, ATOL)
+    assert cggr.handle(wrapper) is model.cggr
+
+
+def training(wrapped_with: dict[str, bool], routed_with: dict[str, Any]) -> None:
+    """Five steps of AdamW, each of two micro-batches, the first without reducing but for a static graph, where torch fails
+    on that, and clipped; then a run that is resumed at the third is the whole one, bit for bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "cuda_graphs" in routed_with:
+            put_graphs_on_cpu(patch)
+        run, eager = Run(wrapped_with, routed_with), small()
+        optimizer = adamw(eager)
+        states: list[Any] = []
+        for number in range(5):
+            if number == 3:
+                states = copy.deepcopy([each.state_dict() for each in run.parts])
+            rows = run.step(number)
+            eager.zero_grad()
+            for micro, own in enumerate(rows):
+                (eager(**oracle.rows_of(micro_batch(number, micro), own)).loss / 2).backward()
+            mean_over_ranks(oracle.gradients(eager))
+            torch.nn.utils.clip_grad_norm_(eager.parameters(), 0.3)
+            optimizer.step()
+            for name, parameter in run.model.named_parameters():
+                torch.testing.assert_close(parameter, eager.get_parameter(name), rtol=1e-5, atol=1e-6)
+        again = Run(wrapped_with, routed_with)
+        for part, state in zip(again.parts, states, strict=True):
+            part.load_state_dict(state)
+        for number in range(3, 5):
+            again.step(number)
+        for (name, one), other in zip(run.model.named_parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(one, other), name
+
+
+class Run:
+    """A routed model under the wrapper, and its optimiser."""
+
+    def __init__(self, wrapped_with: dict[str, bool], routed_with: dict[str, Any]) -> None:
+        self.model = routed(small(), **routed_with)
+        self.wrapper = Wrapper(self.model, bucket_cap_mb=0.002, **wrapped_with)
+        self.reduces = (bool(wrapped_with.get("static_graph")), True)
+        self.optimizer = adamw(self.model)
+        cggr.attach(self.model, self.optimizer)
+
+    @property
+    def parts(self) -> list[Any]:
+        """What a checkpoint has."""
+        return [self.wrapper, self.optimizer, self.model.cggr]
+
+    def step(self, number: int) -> list[torch.Tensor]:
+        """One optimiser step; the rows that each micro-batch trained."""
+        rows = []
+        for micro, reduces in enumerate(self.reduces):
+            with nullcontext() if reduces else self.wrapper.no_sync():
+                (self.wrapper(**micro_batch(number, micro)).loss / 2).backward()
+            rows.append(self.model.cggr.selected)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.3)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return rows
+
+
+def buffers() -> None:
+    """Statistics of rank 0 are everybody's before each forward, as the wrapper says."""
+    eager = Statistics().train()
+    model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, inner="eager", selection="random", seed=0)
+    wrappers = [Wrapper(each) for each in (model, eager)]
+    for number in range(3):
+        batch = toy_batch(8, seed=10 * number + dist.get_rank())
+        wrappers[0](**batch)[0].backward()
+        wrappers[1](**oracle.rows_of(batch, model.cggr.selected))[0].backward()
+        for (name, found), wanted in zip(model.named_buffers(), eager.buffers(), strict=True):
+            assert torch.equal(found, wanted), name
+    oracle.assert_same_gradients(oracle.gradients(model), oracle.gradients(eager), RTOL, ATOL)
+    assert eager.mean.abs().sum() > 0
+
+
+def uneven() -> None:
+    """`join`: a rank with fewer batches takes part in the others' reductions."""
+    model, eager = routed(small()), small()
+    wrappers = [Wrapper(each) for each in (model, eager)]
+    rows = []
+    with wrappers[0].join():
+        for number in range(2 + dist.get_rank()):
+            wrappers[0](**micro_batch(number, 0)).loss.backward()
+            rows.append(model.cggr.selected)
+    with wrappers[1].join():
+        for number, own in enumerate(rows):
+            wrappers[1](**oracle.rows_of(micro_batch(number, 0), own)).loss.backward()
+    oracle.assert_same_gradients(oracle.gradients(model), oracle.gradients(eager), RTOL, ATOL)
+
+
+def frozen_and_unused() -> None:
+    """A parameter that does not train, and one that a step on some ranks does not use."""
+    model, eager = small(), small()
+    for each in (model, eager):
+        each.layers[0].qkv.bias.requires_grad_(False)
+        each.spare = torch.nn.Parameter(torch.ones(3))
+    wrapper = Wrapper(routed(model), find_unused_parameters=True, bucket_cap_mb=0.002)
+    for number in range(2):
+        batch = micro_batch(number, 0)
         wrapper(**batch).loss.backward()
         _, expected = oracle.step(eager, oracle.rows_of(batch, model.cggr.selected))
-        for gradient in expected.values():
-            dist.all_reduce(gradient)
-            gradient /= ranks
-        oracle.assert_same_gradients(oracle.gradients(model), expected, rtol=1e-6, atol=1e-8)
-        assert cggr.handle(wrapper) is model.cggr
+        oracle.assert_same_gradients(oracle.gradients(model), mean_over_ranks(expected), RTOL, ATOL)
+        model.zero_grad()
+
+
+WRAPPED: dict[str, dict[str, bool]] = {
+    "plainly": {},
+    "views": {"gradient_as_bucket_view": True},
+    "static": {"static_graph": True},
+    "unused": {"find_unused_parameters": True},
+}
+ROUTED: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "outlined": {"inner": "aot_eager", "outline_layers": True},
+    "replayed": {"inner": "aot_eager", "cuda_graphs": True},
+}
+TRAINED = {
+    f"training, {how}, {what}": partial(training, wrapped_with, routed_with)
+    for how, wrapped_with in WRAPPED.items()
+    for what, routed_with in ROUTED.items()
+}
+USUAL: dict[str, Callable[[], None]] = {
+    **{
+        f"{name}, {route}": partial(gradients, name, route)
+        for name in ("llama", "gpt2", "mixtral", "gemma3")
+        for route in ("sequence", "token")
+    },
+    **{name: TRAINED.pop(name) for name in ("training, plainly, whole", "training, views, replayed")},
+    "buffers": buffers,
+    "uneven": uneven,
+    "frozen and unused": frozen_and_unused,
+}
+LONG = TRAINED
+
+
+def run(rank: int, ranks: int, folder: str, checks: Sequence[str]) -> None:
+    """Some checks; `outcomes.json` has what rank 0 found wrong, or else rank 1, by the check's name."""
+    torch.set_num_threads(1)
+    with process_group(rank, ranks, f"{folder}/store"):
+        outcomes = {name: found_wrong({**USUAL, **LONG}[name]) for name in checks}
+    if rank == 0:
+        Path(folder, "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
 
 
 def trainer_rank(rank: int, ranks: int, folder: str) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 WIDTH, WORDS = 16, 31
 
@@ -41,6 +41,22 @@ class Toy(nn.Module):
         if labels is None:
             return (logits,)
         return (self.loss(logits, labels), logits)
+
+
+class Statistics(Toy):
+    """Batch norm, a mean over steps changed in place and read in the next step, and a buffer that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("unread", torch.zeros((), dtype=torch.long))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden = super().middle(hidden - self.mean)
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(hidden.mean((0, 1)))
+        return self.norm(hidden.transpose(1, 2)).transpose(1, 2)
 
 
 def toy_batch(rows: int = 4, length: int = 6, seed: int = 0, ignored: float = 0.0) -> dict[str, torch.Tensor]:
