@@ -1,6 +1,7 @@
 """One rank under DistributedDataParallel on the CPU; a module of its own, because spawned processes import it.
 
-Checks compare with eager models that nobody wrapped: gradients with the mean over the ranks of those on each rank's rows.
+Checks compare with eager models that nobody wrapped: gradients with the mean over the ranks of those on each rank's
+rows.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def gradients(name: str, route: str) -> None:
 
 
 def training(wrapped_with: dict[str, bool], routed_with: dict[str, Any]) -> None:
-    """Five steps of AdamW, each of two micro-batches, the first without reducing but for a static graph, where torch fails
-    on that, and clipped; then a run that is resumed at the third is the whole one, bit for bit."""
+    """Five steps of AdamW, each of two micro-batches, the first without reducing (but for a static graph, where torch
+    fails on that), and clipped; then a run that is resumed at the third is the whole one, bit for bit."""
     with pytest.MonkeyPatch.context() as patch:
         if "cuda_graphs" in routed_with:
             put_graphs_on_cpu(patch)
