@@ -286,7 +286,8 @@ class Training:
         self.curve.append([round(at, 2), self.steps, _mean(self.losses())])
         if self.arm.name in ("auto", "default"):
             found = self.model.cggr.metrics()
-            self.auto.append([round(found[name].item(), 3) for name in ("auto_selects", "auto_tail") if name in found])
+            told = [found[name] for name in ("auto_selects", "auto_progress") if name in found]
+            self.auto.append([round(each.item(), 3) for each in told])
         self.clock.start()
 
     @property

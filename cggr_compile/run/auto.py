@@ -1,14 +1,12 @@
-"""`selection="auto"`: every row trains until the scores show rows that spoil the data, then the rule `trimmed`.
+"""`selection="auto"`: every row trains until their losses show that a share of them is noise, then the rule `trimmed`.
 
-Where a share of the rows is noise, selecting may pay (docs/auto.md has what was measured). Noise is hard for a model of
-any depth and stays so, which stretches the upper tail of the scores (`tail_of`), as they lie about the median of their
-batch: of the last WINDOW scored rows, the distance from the median to the 95th percentile over that from the 5th
-percentile to the median. It is about 1 for clean text. Tails shorter than LEAST nats are not of noise: a model that has
-learnt its data has scores near 0, of any shape.
+Noise cannot be learnt: the losses of other rows fall, and those of noise stay where they are. So the *progress* of the
+hard rows tells: from the first WINDOW rows to the last WINDOW, the fall of the losses' 95th percentile over that of
+their median (docs/auto.md has what was measured). Where the median has not fallen by LEAST nats nothing can be told.
 
-Scores cost nothing: steps that keep every row put out the rows' losses, steps that select the router's scores of all
-rows. They stay on the device for EVERY optimiser steps, then travel to the host by themselves, and are read at the end
-of as many steps more.
+Losses cost nothing: steps that keep every row put them out. They stay on the device for EVERY optimiser steps, then
+travel to the host by themselves, and are read at the end of as many steps more. Once rows are selected, one in PROBE
+optimiser steps keeps every row.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
-from statistics import median
 from typing import Any
 
 import torch
@@ -33,11 +30,13 @@ from cggr_compile.run.arriving import Arriving
 WINDOW = 512
 EVERY = 50
 """Optimiser steps between two decisions. The first such interval decides nothing: a new model scores all rows alike."""
+PROBE = 200
+"""Once rows are selected, every such optimiser step keeps all of them."""
 LEAST = 0.5
-PAYS, PAYS_NO_MORE = 1.45, 1.25
-"""Tails at which rows are selected, and at which every row trains again."""
+PAYS, PAYS_NO_MORE = 0.4, 0.6
+"""Progress below which rows are selected, and above which every row trains again."""
 TAU = 0.125
-"""Share of the hardest rows that are left out as noise: the tail tells noise that more than a twentieth of them is."""
+"""Share of the hardest rows that are left out as noise: progress tells noise that more than a twentieth of them is."""
 
 _log = logging.getLogger("cggr_compile")
 
@@ -48,7 +47,8 @@ class Auto:
     Attributes:
         due: the optimiser step before which the next decision falls.
         selects: whether rows are selected.
-        tail: of the last WINDOW scores, None before there are as many; of several ranks, the mean of theirs.
+        probes: whether this optimiser step keeps every row all the same.
+        progress: of the hard rows, None before it can be told; of several ranks, the mean of theirs.
         agreement: how several ranks find that mean, None for one.
     """
 
@@ -57,9 +57,10 @@ class Auto:
     def __init__(self, config: RoutingConfig) -> None:
         self.choices = (everything(config), by_score(config))
         self.due = 2 * EVERY
-        self.selects = False
-        self.tail: float | None = None
-        self._scores: deque[float] = deque(maxlen=WINDOW)
+        self.selects = self.probes = False
+        self.progress: float | None = None
+        self._first: tuple[float, float] | None = None  # quantiles
+        self._losses: deque[float] = deque(maxlen=WINDOW)
         self._seen: deque[Tensor] = deque()
         self._coming: Arriving | None = None
         self._sizes: list[int] = []  # of the batches that come
@@ -67,11 +68,11 @@ class Auto:
     @property
     def in_force(self) -> RoutingConfig:
         """The options that steps run under."""
-        return self.choices[self.selects]
+        return self.choices[self.selects and not self.probes]
 
     def see(self, found: StepOutputs, steps: int) -> None:
-        """Takes what a step scored."""
-        if steps < EVERY:
+        """Takes the losses of a step that kept every row."""
+        if steps < EVERY or self.in_force is not self.choices[False]:
             return
         # NaN counts for nothing; a tensor of its own, as a replay writes its outputs again.
         self._seen.append(torch.where(found.counts > 0, found.scores, math.nan))
@@ -80,63 +81,77 @@ class Auto:
 
     def decide(self, steps: int) -> None:
         """Decides, if it is time, which program runs from this step on."""
-        if steps < self.due:
-            return
-        self.due = steps + EVERY
-        self._take(self._arrived(), steps)
-        self._sizes, self._coming = list(map(len, self._seen)), None
-        if self._seen:
-            device = self._seen[-1].device
-            self._coming = Arriving(torch.cat([scores.to(device) for scores in self._seen]))
-            self._seen.clear()
+        if steps >= self.due:
+            self.due = steps + EVERY
+            self._take(self._arrived(), steps)
+            self._sizes, self._coming = list(map(len, self._seen)), None
+            if self._seen:
+                device = self._seen[-1].device
+                self._coming = Arriving(torch.cat([losses.to(device) for losses in self._seen]))
+                self._seen.clear()
+        self.probes = self.selects and steps % PROBE == 0
 
     def _arrived(self) -> list[list[float]]:
-        """The scores of each batch that was sent by the decision before."""
+        """The losses of each batch that was sent by the decision before."""
         if self._coming is None:
             return []
         return [batch.tolist() for batch in self._coming.there().split(self._sizes)]
 
     def _take(self, batches: Iterable[Sequence[float]], steps: int) -> None:
-        for batch in batches:
-            found = [score for score in batch if math.isfinite(score)]
-            self._scores.extend(score - median(found) for score in found)
-        found_tail = tail_of(self._scores) if len(self._scores) == WINDOW else None
-        self.tail = found_tail if self.agreement is None else self._agreed(self.agreement, found_tail)
-        if self.tail is None:
+        self._losses.extend(filter(math.isfinite, chain.from_iterable(batches)))
+        found = self._found()
+        self.progress = found if self.agreement is None else self._agreed(self.agreement, found)
+        if self.progress is None:
             return
         before = self.selects
-        self.selects = self.tail > (PAYS_NO_MORE if before else PAYS)
+        self.selects = self.progress < (PAYS_NO_MORE if before else PAYS)
         if self.selects != before:
             _log.warning("step %d: %s%s", steps, self, "; ratio=1 keeps every row" if self.selects else "")
 
-    def _agreed(self, agreement: Agreement, tail: float | None) -> float | None:
-        """The mean tail of the ranks, of the decision before this one; so all of them switch in the same step."""
+    def _found(self) -> float | None:
+        """This rank's progress so far."""
+        if len(self._losses) < WINDOW:
+            return None
+        last = quantiles(self._losses)
+        if self._first is None:
+            self._first = last
+        return progress(self._first, last)
+
+    def _agreed(self, agreement: Agreement, found: float | None) -> float | None:
+        """The mean progress of the ranks, of the decision before this one; so all of them switch in the same step."""
         everybody, mean = agreement.found()
         if everybody:
-            agreement.tell(tail)
-        return self.tail if mean is None else mean
+            agreement.tell(found)
+        return self.progress if mean is None else mean
 
     def metrics(self, device: torch.device) -> dict[str, Tensor]:
-        """`auto_selects`, and `auto_tail` once it is known."""
-        found = {"auto_selects": float(self.selects), **({} if self.tail is None else {"auto_tail": self.tail})}
+        """`auto_selects`, and `auto_progress` once it is known."""
+        known = {} if self.progress is None else {"auto_progress": self.progress}
+        found = {"auto_selects": float(self.selects), **known}
         return {name: torch.full((), number, device=device) for name, number in found.items()}
 
     def __str__(self) -> str:
         kept = "trimmed rows train" if self.selects else "every row trains"
-        if self.tail is None:
-            return f"{kept}; {len(self._scores)} of the {WINDOW} rows that are needed have been scored"
-        against = f"at most {PAYS_NO_MORE} ends it" if self.selects else f"more than {PAYS} is needed to select"
-        return f"{kept}; the tail of the scores is {self.tail:.2f}, and {against}"
+        if self.progress is not None:
+            against = f"more than {PAYS_NO_MORE} ends it" if self.selects else f"less than {PAYS} is needed to select"
+            return f"{kept}; losses of hard rows fell {self.progress:.2f} times as much as the median, and {against}"
+        if self._first is None:
+            return f"{kept}; {len(self._losses)} of the {WINDOW} rows that are needed have been seen"
+        fell = self._first[0] - quantiles(self._losses)[0]
+        return f"{kept}; the median loss fell {fell:.2f} nats since the first {WINDOW} rows, and {LEAST} are needed"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later decisions depend on and metrics show; numbers and lists of them."""
-        found = {"due": self.due, "selects": self.selects, "tail": self.tail, "scores": list(self._scores)}
-        return {**found, "coming": self._arrived(), "seen": [scores.tolist() for scores in self._seen]}
+        first = None if self._first is None else list(self._first)
+        found = {"due": self.due, "selects": self.selects, "progress": self.progress, "first": first}
+        waiting = {"coming": self._arrived(), "seen": [losses.tolist() for losses in self._seen]}
+        return {**found, "losses": list(self._losses), **waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        self.due, self.selects, self.tail = state["due"], state["selects"], state["tail"]
-        self._scores = deque(state["scores"], WINDOW)
+        self.due, self.selects, self.progress = state["due"], state["selects"], state["progress"]
+        self._first = None if state["first"] is None else tuple(state["first"])
+        self._losses = deque(state["losses"], WINDOW)
         self._sizes = list(map(len, state["coming"]))
         self._coming = Arriving(torch.tensor(list(chain.from_iterable(state["coming"])))) if self._sizes else None
         self._seen = deque(map(torch.tensor, state["seen"]))
@@ -152,7 +167,13 @@ def by_score(config: RoutingConfig) -> RoutingConfig:
     return replace(config, selection="trimmed", selection_options={"tau": TAU, **(config.selection_options or {})})
 
 
-def tail_of(scores: Iterable[float]) -> float:
-    """(q95 - q50) / (q50 - q05) of some numbers; 1 where the upper tail is shorter than LEAST."""
-    low, middle, high = torch.tensor(list(scores)).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-    return (high - middle) / max(middle - low, 1e-9) if high - middle >= LEAST else 1.0
+def quantiles(losses: Iterable[float]) -> tuple[float, float]:
+    """The median and the 95th percentile."""
+    middle, high = torch.tensor(list(losses)).quantile(torch.tensor([0.5, 0.95])).tolist()
+    return middle, high
+
+
+def progress(first: tuple[float, float], last: tuple[float, float]) -> float | None:
+    """The fall of the 95th percentile over that of the median; None where the latter is less than LEAST."""
+    fell, hard = (before - after for before, after in zip(first, last, strict=True))
+    return hard / fell if fell >= LEAST else None

@@ -40,7 +40,8 @@ METRICS: dict[str, str] = {
     "router_seconds": "median time of the router by itself on one batch; absent before `Handle.time_router()`",
     "mean_confidence": "mean over the counted tokens of the router's largest probability, with dynamic_threshold only",
     "auto_selects": "1 where selection='auto' selects rows, 0 where every row trains",
-    "auto_tail": "what that goes by: the upper over the lower tail of the scores; absent before enough are known",
+    "auto_progress": "what that goes by: the fall of hard rows' losses over that of the median; absent before it can "
+    "be told",
     "token_kept_ratio": "share of each sequence's tokens that the middle layers, or their experts, ran on, or that are "
     "of kept documents; token and segment route only",
     "documents_total": "documents with counted tokens; segment route only, as what follows, where it selects",

@@ -22,7 +22,7 @@ OF_TOKEN_ROUTES = {
     *("token_kept_ratio", "loss_kept_ratio"),
     *("documents_total", "documents_selected", "documents_too_long"),
 }
-OF_OTHERS = {"auto_selects", "auto_tail", "steps_selected_locally"}  # of "auto", and of several ranks
+OF_OTHERS = {"auto_selects", "auto_progress", "steps_selected_locally"}  # of "auto", and of several ranks
 
 
 @st.composite
