@@ -32,8 +32,8 @@ EVERY = 50
 """Optimiser steps between two decisions. The first such interval decides nothing: a new model scores all rows alike."""
 PROBE = 200
 """Once rows are selected, every such optimiser step keeps all of them."""
-LEAST = 0.5
-PAYS, PAYS_NO_MORE = 0.4, 0.6
+LEAST = 1.0
+PAYS, PAYS_NO_MORE = 0.3, 0.5
 """Progress below which rows are selected, and above which every row trains again."""
 TAU = 0.125
 """Share of the hardest rows that are left out as noise: progress tells noise that more than a twentieth of them is."""

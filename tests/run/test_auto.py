@@ -135,7 +135,7 @@ def test_too_few_losses_and_those_that_are_not_finite_decide_nothing() -> None:
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "auto-tails-h200.jsonl"
 
 
-@pytest.mark.parametrize(("regime", "by"), [("clean", None), ("repeats", None), ("noise", 250), ("dirty", 350)])
+@pytest.mark.parametrize(("regime", "by"), [("clean", None), ("repeats", None), ("noise", 450), ("dirty", 350)])
 def test_recorded_runs_are_told_apart(regime: str, by: int | None) -> None:
     """Of a 55M model on an H200: the losses of 128 rows every 25 steps."""
     [losses] = [found["losses"] for found in map(json.loads, RECORDED.open()) if found["regime"] == regime]
@@ -346,16 +346,16 @@ def test_a_run_that_is_resumed_before_it_selects_is_the_whole_one(monkeypatch: p
             found.append((loss.item(), model.cggr.runtime.auto.selects))
         return found
 
-    whole = losses(*made(), range(12))
+    whole = losses(*made(), range(40))
     assert {selects for _, selects in whole} == {False, True}
     model, optimizer = made()
-    first = losses(model, optimizer, range(3))
+    first = losses(model, optimizer, range(9))
     assert not first[-1][1]
     states = copy.deepcopy((model.state_dict(), optimizer.state_dict(), model.cggr.state_dict()))
     model, optimizer = made()
     for each, state in zip((model, optimizer, model.cggr), states, strict=True):
         each.load_state_dict(state)
-    assert first + losses(model, optimizer, range(3, 12)) == whole
+    assert first + losses(model, optimizer, range(9, 40)) == whole
 
 
 def test_saving_changes_nothing() -> None:
