@@ -120,7 +120,7 @@ def main(
     tokens: Annotated[Path | None, typer.Argument(help="Token file of quality_data.py.")] = None,
     output: Annotated[Path | None, typer.Argument(help="A line of JSON for each run.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
-    regime: Annotated[list[str] | None, typer.Option(help="clean, repeats, noise, dirty; repeatable.")] = None,
+    regime: Annotated[list[str] | None, typer.Option(help="clean, repeats, noise, dirty, rare; repeatable.")] = None,
     seconds: Annotated[list[float] | None, typer.Option(help="Budget; repeatable.")] = None,
     seeds: int = 5,
     size: Annotated[str, typer.Option(help="Of a fresh model: 55M, 135M, 1M or tiny.")] = "55M",

@@ -18,10 +18,10 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import typer
 
-REGIMES = ("clean", "repeats", "noise", "dirty")
+REGIMES = ("clean", "repeats", "noise", "dirty", "rare")
 LEAST_HELD_OUT, MOST_HELD_OUT = 16, 128
-COPIED, SOURCE, NOISE = 0.45, 0.03, 0.10
-"""Of the training rows: the share that is copied, the share that it is copied from, and the share of noise."""
+COPIED, SOURCE, NOISE, RARE = 0.45, 0.03, 0.10, 0.10
+"""Of the training rows: the share that is copied, that it is copied from, of noise, and of the rare domain."""
 
 _CHUNK = 1 << 20  # characters
 
@@ -39,7 +39,7 @@ def rows_of(path: Path, length: int, regime: str, most: int = 0) -> Rows:
     """The rows of a token file under a regime, the same for every run; with `most`, so many of those that train.
 
     "repeats": COPIED of the training rows are copies of SOURCE of them. "noise": NOISE of them are tokens drawn from
-    the whole corpus one by one. "dirty": both.
+    the whole corpus one by one. "dirty": both. "rare": RARE of them are the first domain's, the others the last one's.
     """
     if regime not in REGIMES:
         raise ValueError(f"regime: got {regime!r}, expected one of {', '.join(REGIMES)}")
@@ -52,6 +52,10 @@ def rows_of(path: Path, length: int, regime: str, most: int = 0) -> Rows:
         held = max(LEAST_HELD_OUT, min(MOST_HELD_OUT, number // 20))
         held_out[domain], rest = rows[:held], rows[held:]
         train.append(rest)
+    if regime == "rare":
+        first, last = train[0], train[-1]
+        number = min(len(first), int(len(last) * RARE / (1 - RARE)))
+        train = [first[:number], last[: int(number * (1 - RARE) / RARE)]]
     rows = np.concatenate(train)
     rows = rows[order.permutation(len(rows))]
     return Rows(_spoilt(rows[: most or len(rows)], regime, order), held_out)
