@@ -50,7 +50,7 @@ def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[
     """
 
     def entry(arguments: dict[str, Any], global_hooks: str) -> Any:
-        str(global_hooks)  # so that Dynamo guards on them
+        {global_hooks}  # noqa: B018  so that Dynamo guards on them: a member of a set has to be known
         if not torch.compiler.is_dynamo_compiling():
             raise NotCompiled  # nothing has run yet
         return forward(**arguments)

@@ -35,6 +35,8 @@ _LOGGING = (
 )
 
 
+_REQUIRES_GRAD = "_check_requires_grad_intermediate_outputs"
+
 Context = Callable[[], AbstractContextManager[Any]]
 
 
@@ -139,6 +141,9 @@ def tracing_options() -> Iterator[None]:
     Calls of `logging` loggers, which it cannot trace otherwise, are passed over: a compiled step would not log either.
     Not for traces of others, which may rely on the graph break. Fake tensors are computed, not cached: an entry costs
     more than it saves where sizes are symbols. Garbage is left to Python's collector, which looks for it anyway.
+
+    Torch 2.14 refuses what depends on an intermediate tensor's `requires_grad_()`, which its own functionalization
+    loses; what is made of Dynamo's graph here (`capture/retrace.py`) does not.
     """
     config = torch._dynamo.config
     # Its name in older versions is the second.
@@ -149,6 +154,8 @@ def tracing_options() -> Iterator[None]:
         stack.enter_context(replaced(config, ignored, functions))
         stack.enter_context(replaced(config, "fake_tensor_cache_enabled", False))
         stack.enter_context(replaced(config, "run_gc_after_compile", False))
+        if hasattr(output_graph.OutputGraph, _REQUIRES_GRAD):
+            stack.enter_context(replaced(output_graph.OutputGraph, _REQUIRES_GRAD, lambda *_: None))
         yield
 
 
