@@ -1,4 +1,4 @@
-"""DistributedDataParallel on two ranks: gradients are those of eager models that nobody wrapped."""
+"""DistributedDataParallel, and trainers, on two ranks: gradients are those of eager models that nobody wrapped."""
 
 from __future__ import annotations
 
@@ -30,5 +30,6 @@ def test_gradients_of_outlined_layers_are_reduced_during_the_backward(tmp_path: 
 
 
 @pytest.mark.long
-def test_trainers_of_two_ranks_count_their_tokens_together_and_resume(tmp_path: Path) -> None:
-    on_two_ranks(trainer_rank, str(tmp_path))
+@pytest.mark.parametrize("shards", [False, True], ids=["DistributedDataParallel", "FSDP2"])
+def test_trainers_of_two_ranks_count_their_tokens_together_and_resume(shards: bool, tmp_path: Path) -> None:
+    on_two_ranks(trainer_rank, str(tmp_path), shards)

@@ -22,14 +22,17 @@ import token_oracle
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from architectures import ARCHITECTURES, build, token_batch
-from fsdp_models import ATOL, RTOL, mean_over_ranks, routed, rows_for
+from fsdp_models import ATOL, RTOL, mean_over_ranks, routed, rows_for, whole_parameters
 from fsdp_training import adamw, micro_batch
 from fsdp_worker import Watch
 from graphs_on_cpu import put_graphs_on_cpu
 from ranks import found_wrong, process_group
 from small import small
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.fsdp import FSDPModule
 from toys import Statistics, Toy, noisy, toy_batch
 
 import cggr_compile as cggr
@@ -229,27 +232,38 @@ def run(rank: int, ranks: int, folder: str, checks: Sequence[str]) -> None:
         Path(folder, "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
 
 
-def trainer_rank(rank: int, ranks: int, folder: str) -> None:
+def trainer_rank(rank: int, ranks: int, folder: str, shards: bool) -> None:
     """Fails where transformers' Trainer, with accumulation and the tokens of all ranks counted together, trains another
-    model when it is routed and keeps every row, or where a routed run that is resumed is not the whole one."""
+    model when it is routed and keeps every row, or where a routed run that is resumed is not the whole one. With
+    `shards` it is FSDP2's, which sums in another order."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # Accelerate wants them, though the ranks have met
+    trained = partial(_trained, folder, shards)
     with process_group(rank, ranks, f"{folder}/store"):
-        plain, losses = _trained(folder, "plain")
-        every, same_losses = _trained(folder, "every", ratio=1.0)
-        assert losses == same_losses
-        assert all(torch.equal(plain[name], tensor) for name, tensor in every.items())
-        half, _ = _trained(folder, "half", ratio=0.5)
-        assert not all(torch.equal(half[name], tensor) for name, tensor in every.items())
-        resumed, _ = _trained(folder, "half", f"{folder}/half/checkpoint-2", ratio=0.5)
-        assert all(torch.equal(half[name], tensor) for name, tensor in resumed.items())
+        plain, losses = trained("plain")
+        every, same_losses = trained("every", ratio=1.0)
+        assert losses == (pytest.approx(same_losses, rel=1e-6) if shards else same_losses)
+        for name, parameter in every.items():
+            torch.testing.assert_close(parameter, plain[name], rtol=0, atol=1e-7 if shards else 0)
+        half, _ = trained("half", ratio=0.5)
+        assert any((half[name] - parameter).abs().max() > 1e-5 for name, parameter in every.items())
+        resumed, _ = trained("half", f"{folder}/half/checkpoint-2", ratio=0.5)
+        assert all(torch.equal(half[name], parameter) for name, parameter in resumed.items())
+
+
+SHARDS = {
+    "fsdp_version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    "state_dict_type": "SHARDED_STATE_DICT",
+}
 
 
 def _trained(
-    folder: str, name: str, checkpoint: str | None = None, **options: float
+    folder: str, shards: bool, name: str, checkpoint: str | None = None, **options: float
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Parameters after four steps of two micro-batches, and the losses."""
+    """Parameters after four steps of two micro-batches, and the losses of training and evaluation."""
     rows = token_batch(48, 10, seed=3)  # as many labels in some as in others there are not
     arguments = transformers.TrainingArguments(
         output_dir=f"{folder}/{name}",
@@ -257,21 +271,29 @@ def _trained(
         gradient_accumulation_steps=2,
         max_steps=4,
         save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
         logging_steps=1,
         average_tokens_across_devices=True,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
+        **({"fsdp": True, "fsdp_config": SHARDS} if shards else {}),
     )
+    if shards:  # Accelerate shards on GPUs alone
+        AcceleratorState._reset_state(True)
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = oracle.truncated(build("llama"), ARCHITECTURES["llama"], 2)
     data = [{key: tensor[row] for key, tensor in rows.items()} for row in range(48)]
-    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data[:12])
     if options:
         cggr.route(trainer, router_layers=1, inner="eager", **options)
     trainer.train(resume_from_checkpoint=checkpoint)
-    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    return {key: parameter.detach() for key, parameter in model.named_parameters()}, losses
+    assert isinstance(trainer.model_wrapped, FSDPModule if shards else Wrapper)
+    losses = [log[key] for log in trainer.state.log_history for key in ("loss", "eval_loss") if key in log]
+    parameters = whole_parameters(model) if shards else dict(model.named_parameters())
+    return {key: parameter.detach() for key, parameter in parameters.items()}, losses
 
 
 def overlapping_rank(rank: int, ranks: int, folder: str) -> None:
