@@ -33,6 +33,7 @@ EVERY = 50
 PROBE = 200
 """Once rows are selected, every such optimiser step keeps all of them."""
 LEAST = 1.0
+"""Nats."""
 PAYS, PAYS_NO_MORE = 0.3, 0.5
 """Progress below which rows are selected, and above which every row trains again."""
 TAU = 0.125
