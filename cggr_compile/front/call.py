@@ -65,7 +65,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
     for name, dims in dynamic_dims(tensors, token_ids_of(tensors), "labels").items():
         torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
     try:
-        return compiled(arguments, dynamo.global_hooks())
+        return dynamo.beside_other_threads(lambda: compiled(arguments, dynamo.global_hooks()))
     except NotCompiled as error:
         raise passed_over() from error
     except BackendCompilerFailed as error:

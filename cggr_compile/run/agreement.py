@@ -25,16 +25,22 @@ class Agreement:
         self._store, self._ranks = store, ranks
         self._name, self._round = f"cggr/agreement/{next(_made)}", 0
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was told yet."""
+        return self._round == 0
+
     def tell(self, number: float | None) -> None:
-        """Adds this rank's number, 1e6 at most, to the next round; None where it has measured nothing so far."""
+        """Adds this rank's number, of at most 1e6 either way, to the next round; None where it has measured nothing so
+        far."""
         self._round += 1
-        self._add("sum", round(min(number or 0.0, _LARGEST) / _UNIT))
+        self._add("sum", round(max(-_LARGEST, min(number or 0.0, _LARGEST)) / _UNIT))
         self._add("known", int(number is not None))
         self._add("told", 1)
 
     def found(self) -> tuple[bool, float | None]:
         """Whether every rank told its number in the last round, and their mean, None where no rank had one."""
-        if self._round == 0:
+        if self.is_new:
             return True, None
         end = time.monotonic() + PATIENCE
         while self._add("told", 0) < self._ranks:

@@ -48,7 +48,7 @@ class Auto:
     Attributes:
         due: the optimiser step before which the next decision falls.
         selects: whether rows are selected.
-        probes: whether this optimiser step keeps every row all the same.
+        probes: whether the step under way keeps every row all the same.
         progress: of the hard rows, None before it can be told; of several ranks, the mean of theirs.
         agreement: how several ranks find that mean, None for one.
     """
@@ -62,6 +62,7 @@ class Auto:
         self.progress: float | None = None
         self._first: tuple[float, float] | None = None  # quantiles
         self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._told: list[float | None] = []  # to the other ranks, last, once there was something to tell
         self._seen: deque[Tensor] = deque()
         self._coming: Arriving | None = None
         self._sizes: list[int] = []  # of the batches that come
@@ -72,8 +73,9 @@ class Auto:
         return self.choices[self.selects and not self.probes]
 
     def see(self, found: StepOutputs, steps: int) -> None:
-        """Takes the losses of a step that kept every row."""
-        if steps < EVERY or self.in_force is not self.choices[False]:
+        """Takes what a step left: its rows' losses, if it kept every row."""
+        whole, self.probes = self.in_force is self.choices[False], False
+        if steps < EVERY or not whole:
             return
         # NaN counts for nothing; a tensor of its own, as a replay writes its outputs again.
         self._seen.append(torch.where(found.counts > 0, found.scores, math.nan))
@@ -102,10 +104,9 @@ class Auto:
         self._losses.extend(filter(math.isfinite, chain.from_iterable(batches)))
         found = self._found()
         self.progress = found if self.agreement is None else self._agreed(self.agreement, found)
-        if self.progress is None:
-            return
         before = self.selects
-        self.selects = self.progress < (PAYS_NO_MORE if before else PAYS)
+        below = PAYS_NO_MORE if before else PAYS
+        self.selects = self.choices[True].ratio < 1 and self.progress is not None and self.progress < below
         if self.selects != before:
             _log.warning("step %d: %s%s", steps, self, "; ratio=1 keeps every row" if self.selects else "")
 
@@ -120,10 +121,13 @@ class Auto:
 
     def _agreed(self, agreement: Agreement, found: float | None) -> float | None:
         """The mean progress of the ranks, of the decision before this one; so all of them switch in the same step."""
+        if agreement.is_new and self._told:  # before this run was resumed
+            agreement.tell(self._told[0])
         everybody, mean = agreement.found()
         if everybody:
             agreement.tell(found)
-        return self.progress if mean is None else mean
+            self._told = [found]
+        return mean if everybody else self.progress
 
     def metrics(self, device: torch.device) -> dict[str, Tensor]:
         """`auto_selects`, and `auto_progress` once it is known."""
@@ -146,13 +150,13 @@ class Auto:
         first = None if self._first is None else list(self._first)
         found = {"due": self.due, "selects": self.selects, "progress": self.progress, "first": first}
         waiting = {"coming": self._arrived(), "seen": [losses.tolist() for losses in self._seen]}
-        return {**found, "losses": list(self._losses), **waiting}
+        return {**found, "losses": list(self._losses), "told": list(self._told), **waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.due, self.selects, self.progress = state["due"], state["selects"], state["progress"]
         self._first = None if state["first"] is None else tuple(state["first"])
-        self._losses = deque(state["losses"], WINDOW)
+        self._losses, self._told = deque(state["losses"], WINDOW), list(state["told"])
         self._sizes = list(map(len, state["coming"]))
         self._coming = Arriving(torch.tensor(list(chain.from_iterable(state["coming"])))) if self._sizes else None
         self._seen = deque(map(torch.tensor, state["seen"]))

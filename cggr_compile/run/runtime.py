@@ -159,10 +159,11 @@ class Runtime:
         expected = {"steps", "seed", "generators", "confidence"}
         expected |= {"auto"} if self.auto is not None else set()
         expected |= set(_DEPTH) if self.config.deepens else set()
-        if set(state) != expected:
+        if set(state) != expected or (self.auto is not None and set(state["auto"]) != set(self.auto.state_dict())):
             raise ValueError(
                 f"the state of a model with these options has entries {sorted(expected)}, got {sorted(state)}; give "
-                "optimize the options that the state was saved under (selection='auto' and route='depth' save more)"
+                "optimize the options that the state was saved under (selection='auto' and route='depth' save more) "
+                "and load it with the version that saved it"
             )
         self.steps, self.seed = state["steps"], state["seed"]
         self._generators = {}

@@ -6,14 +6,14 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo import eval_frame
+from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.utils import counters
 from torch.nn.modules import module as nn_module
 
@@ -22,12 +22,31 @@ from cggr_compile.errors import Refusal
 # Captures of one model that Dynamo keeps. Each costs memory, and each step may look through all of them.
 MAX_CAPTURES = 64
 
+_NESTED = "using FX to symbolically trace a dynamo-optimized function"
+
 _GLOBAL_HOOKS = (
     "_global_forward_pre_hooks",
     "_global_forward_hooks",
     "_global_backward_pre_hooks",
     "_global_backward_hooks",
 )
+
+
+def one_at_a_time() -> AbstractContextManager[Any]:
+    """Dynamo's lock, which it holds through traces and what its backends compile: these patch torch for the process."""
+    return convert_frame.compile_lock
+
+
+def beside_other_threads(call: Callable[[], Any]) -> Any:
+    """A call of compiled code, made again once no other thread compiles where Dynamo refuses it because one does: while
+    `torch.fx` traces, it takes every thread's call for a part of the trace."""
+    try:
+        return call()
+    except RuntimeError as error:
+        if _NESTED not in str(error):
+            raise
+    with one_at_a_time():
+        return call()
 
 
 @contextmanager

@@ -36,9 +36,9 @@ def nothing_is_left_behind() -> Iterator[None]:
     assert state() == before
 
 
-def optimized(seed: int = 0) -> Toy:
+def optimized(seed: int = 0, inner: str = "eager") -> Toy:
     torch.manual_seed(seed)
-    return cggr.optimize(Toy().train(), ratio=0.5, inner="eager")
+    return cggr.optimize(Toy().train(), ratio=0.5, inner=inner)
 
 
 def losses_of(model: Toy, seeds: range) -> list[float]:
@@ -61,8 +61,9 @@ def in_threads(works: list[Callable[[], Any]]) -> list[Any]:
         return [each.result() for each in [pool.submit(at_once, work) for work in works]]
 
 
-def test_two_threads_with_a_model_each() -> None:
-    models = [optimized(seed) for seed in (0, 1)]
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_two_threads_with_a_model_each(inner: str) -> None:
+    models = [optimized(seed, inner) for seed in (0, 1)]
     alone = [losses_of(copy.deepcopy(model), range(20)) for model in models]
     assert in_threads([lambda model=model: losses_of(model, range(20)) for model in models]) == alone
 

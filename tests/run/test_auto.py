@@ -105,6 +105,24 @@ def test_it_selects_by_progress_and_holds_on_for_a_while(found: tuple[float, ...
     assert auto.in_force.ratio == (0.875 if selects else 1.0)
 
 
+def test_it_goes_back_where_nothing_can_be_told_any_more() -> None:
+    auto = Auto(cggr.RoutingConfig(selection="auto"))
+    seen(auto, torch.full((WINDOW,), 8.0), 1000)
+    seen(auto, losses_of(0.0), 2000)
+    assert auto.selects
+    seen(auto, torch.full((WINDOW,), 7.5), 5000)  # harder text
+    assert not auto.selects
+    assert auto.progress is None
+    assert str(auto).startswith("every row trains; the median loss fell 0.50 nats")
+
+
+def test_with_every_row_kept_nothing_is_selected() -> None:
+    auto = Auto(cggr.RoutingConfig(selection="auto", ratio=1.0))
+    seen(auto, torch.full((WINDOW,), 8.0), 1000)
+    seen(auto, losses_of(0.0), 2000)
+    assert not auto.selects
+
+
 def test_one_step_in_many_keeps_every_row_while_rows_are_selected() -> None:
     auto = Auto(cggr.RoutingConfig(selection="auto"))
     seen(auto, torch.full((WINDOW,), 8.0), 1000)
@@ -114,6 +132,7 @@ def test_one_step_in_many_keeps_every_row_while_rows_are_selected() -> None:
         auto.decide(step)
         kept.append(auto.in_force.ratio)
         auto.see(step_with(torch.full((WINDOW,), 1.0 if kept[-1] == 1 else math.inf)), step)
+        assert auto.in_force.ratio == (0.875 if auto.selects else 1.0)  # what is shown between steps
     assert [step for step, ratio in enumerate(kept) if ratio == 1][:2] == [0, 2 * EVERY]  # then the noise is over
     assert not auto.selects
 
@@ -292,6 +311,39 @@ def test_an_agreement_is_the_mean_of_what_is_known_once_everybody_told(monkeypat
         assert [rank.found() for rank in ranks] == [(True, mean if mean is None else pytest.approx(mean))] * 3
 
 
+@pytest.mark.parametrize("resumed", [325, 350, 351, 375, 399, 400])
+def test_ranks_that_resume_decide_as_the_whole_run(resumed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each from its own state; one of them has noise."""
+
+    def ranks() -> list[Auto]:
+        store, made = torch.distributed.HashStore(), []
+        for _ in range(2):
+            monkeypatch.setattr(agreement, "_made", itertools.count())  # as in processes of their own
+            made.append(Auto(cggr.RoutingConfig(selection="auto")))
+            made[-1].agreement = agreement.Agreement(store, 2)
+        return made
+
+    def decisions(pair: list[Auto], steps: range) -> list[tuple[bool, float | None]]:
+        found = []
+        for step in steps:
+            for rank, auto in enumerate(pair):
+                auto.decide(step)
+                auto.see(step_with((losses_of(rank * 1.0) if step >= 150 else torch.full((WINDOW,), 8.0))[::8]), step)
+            found.append((pair[0].selects, pair[0].progress))
+            assert found[-1] == (pair[1].selects, pair[1].progress)
+        return found
+
+    monkeypatch.setattr(auto_module, "PAYS", 0.6)
+    monkeypatch.setattr(agreement, "PATIENCE", 0.0)
+    whole = decisions(ranks(), range(50, 600))
+    assert len(set(whole)) > 2
+    first, again = ranks(), ranks()
+    before = decisions(first, range(50, resumed))
+    for auto, other in zip(first, again, strict=True):
+        other.load_state_dict(auto.state_dict())
+    assert before + decisions(again, range(resumed, 600)) == whole
+
+
 def test_ranks_go_on_deciding_together_when_a_model_is_optimised_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     store = torch.distributed.HashStore()
     monkeypatch.setattr(agreement, "shared_store", lambda: (store, 2))
@@ -356,6 +408,15 @@ def test_a_run_that_is_resumed_before_it_selects_is_the_whole_one(monkeypatch: p
     for each, state in zip((model, optimizer, model.cggr), states, strict=True):
         each.load_state_dict(state)
     assert first + losses(model, optimizer, range(9, 40)) == whole
+
+
+def test_the_state_of_another_version_is_refused_before_any_of_it_is_taken() -> None:
+    model = cggr.optimize(Toy().train(), **OPTIONS)
+    state = {**model.cggr.state_dict(), "steps": 7}
+    del state["auto"]["first"]
+    with pytest.raises(ValueError, match="load it with the version that saved it"):
+        model.cggr.load_state_dict(state)
+    assert model.cggr.runtime.steps == 0
 
 
 def test_saving_changes_nothing() -> None:

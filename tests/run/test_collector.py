@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
+from cggr_compile.capture.collector import paused
 
 
 @pytest.fixture
@@ -56,3 +58,14 @@ def test_nothing_is_searched_where_nothing_is_compiled_or_the_loop_does_it_itsel
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_pauses_of_several_threads_end_with_the_last_one() -> None:
+    one, other = paused(), paused()
+    with ThreadPoolExecutor(1) as thread:
+        one.__enter__()
+        thread.submit(other.__enter__).result()
+        one.__exit__(None, None, None)
+        assert not gc.isenabled()
+        thread.submit(other.__exit__, None, None, None).result()
+    assert gc.isenabled()
