@@ -96,13 +96,15 @@ def training(wrapped_with: dict[str, bool], routed_with: dict[str, Any]) -> None
     with pytest.MonkeyPatch.context() as patch:
         if "cuda_graphs" in routed_with:
             put_graphs_on_cpu(patch)
-        run, eager = Run(wrapped_with, routed_with), small()
+        run, eager = Run(wrapped_with, routed_with), tied()
         optimizer = adamw(eager)
         states: list[Any] = []
+        kept = []
         for number in range(5):
             if number == 3:
                 states = copy.deepcopy([each.state_dict() for each in run.parts])
             rows = run.step(number)
+            kept.append(len(rows[0]))
             eager.zero_grad()
             for micro, own in enumerate(rows):
                 (eager(**oracle.rows_of(micro_batch(number, micro), own)).loss / 2).backward()
@@ -111,6 +113,7 @@ def training(wrapped_with: dict[str, bool], routed_with: dict[str, Any]) -> None
             optimizer.step()
             for name, parameter in run.model.named_parameters():
                 torch.testing.assert_close(parameter, eager.get_parameter(name), rtol=1e-5, atol=1e-6)
+        assert kept[0] == len(micro_batch(0, 0)["labels"]) > kept[-1]
         again = Run(wrapped_with, routed_with)
         for part, state in zip(again.parts, states, strict=True):
             part.load_state_dict(state)
@@ -121,14 +124,21 @@ def training(wrapped_with: dict[str, bool], routed_with: dict[str, Any]) -> None
 
 
 class Run:
-    """A routed model under the wrapper, and its optimiser."""
+    """A model with a tied table, random rows of it on a schedule, under the wrapper, and its optimiser: what trains
+    hangs on all that `cggr` saves."""
 
     def __init__(self, wrapped_with: dict[str, bool], routed_with: dict[str, Any]) -> None:
-        self.model = routed(small(), **routed_with)
+        self.model = routed(tied(), selection="random", warmup_steps=6, **routed_with)
         self.wrapper = Wrapper(self.model, bucket_cap_mb=0.002, **wrapped_with)
+        self.reduced = 0
+        self.wrapper.register_comm_hook(None, self._reduced)
         self.reduces = (bool(wrapped_with.get("static_graph")), True)
         self.optimizer = adamw(self.model)
         cggr.attach(self.model, self.optimizer)
+
+    def _reduced(self, group, bucket):  # torch reads annotations, and takes none in text
+        self.reduced += 1
+        return default_hooks.allreduce_hook(None, bucket)
 
     @property
     def parts(self) -> list[Any]:
@@ -139,13 +149,21 @@ class Run:
         """One optimiser step; the rows that each micro-batch trained."""
         rows = []
         for micro, reduces in enumerate(self.reduces):
+            before = self.reduced
             with nullcontext() if reduces else self.wrapper.no_sync():
                 (self.wrapper(**micro_batch(number, micro)).loss / 2).backward()
+            assert (self.reduced > before) is reduces
             rows.append(self.model.cggr.selected)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.3)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return rows
+
+
+def tied() -> torch.nn.Module:
+    model = small()
+    model.head.weight = model.embed.weight
+    return model
 
 
 def buffers() -> None:
