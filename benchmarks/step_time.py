@@ -27,10 +27,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, repeat
 from pathlib import Path
@@ -271,6 +273,18 @@ def save(report: dict[str, Any], output: Path | None) -> None:
         output.with_suffix(".md").write_text(page(report))
 
 
+@contextmanager
+def cores_kept_busy(number: int) -> Iterator[None]:
+    """So many other processes compute."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for each in others:
+            each.kill()
+            each.wait()
+
+
 def main(
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     model: Annotated[str, typer.Option(help=" or ".join(SHAPES))] = "SmolLM-135M",
@@ -288,6 +302,7 @@ def main(
     timeout: Annotated[float, typer.Option(help="seconds after which a process is stopped")] = 300,
     budget: Annotated[float, typer.Option(help="seconds after which all of them are, and no other starts")] = math.inf,
     again: Annotated[bool, typer.Option("--resume", help="go on where the run that wrote the output ended")] = False,
+    busy: Annotated[int, typer.Option(help="processes that keep as many cores busy meanwhile")] = 0,
     quick: Annotated[bool, typer.Option(help="the tiny model, one round")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON; the table goes beside it")] = None,
     commit: Annotated[str | None, typer.Option(help="the commit measured, where there is no checkout")] = None,
@@ -320,7 +335,8 @@ def main(
     report = {
         **environment(torch.device(device), commit),
         "shape": asdict(shape), "ratio": ratio, "optimizer": optimizer, "autocast": autocast,
-        "side_by_side": side_by_side, "cold": cold, "samples": samples,
+        "side_by_side": side_by_side, "busy": busy, "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "cold": cold, "samples": samples,
     }  # fmt: skip
     if again and output is not None and output.exists():
         resume(report, output)
@@ -343,7 +359,8 @@ def main(
         for name in arms:
             if len(samples[name]) > turn or left() <= 0:
                 continue
-            samples[name].append(outcome(start([*command, "--steps", str(steps), "--only", name]), left()))
+            with cores_kept_busy(busy):
+                samples[name].append(outcome(start([*command, "--steps", str(steps), "--only", name]), left()))
             print(f"{name}: {samples[name][-1]}", file=sys.stderr, flush=True)
             save(report, output)
     print(table(report))
