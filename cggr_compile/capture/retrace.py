@@ -148,6 +148,7 @@ class _Inliner(Replayer):
                 node.meta["ac_graph_id"] = self.regions
             return self._inlined(body, inputs)
         if target is torch.ops.higher_order.autograd_function_apply:
+            _refuse_lost_gradients(args[0])
             return _opaque(target, args, kwargs)
         name = getattr(target, "__name__", "")
         if getattr(target, "__module__", "") == F.__name__ and getattr(F, name, target) is not target:
@@ -248,6 +249,22 @@ def _refuse_read_again(detached: fx.Node) -> None:
 def _lies_in(node: fx.Node, memory: Memory) -> bool:
     known = node.meta.get("example_value")
     return isinstance(known, torch.Tensor) and memory_of(known) == memory
+
+
+def _refuse_lost_gradients(forward: fx.GraphModule) -> None:
+    """Torch 2.11 gives the argument of a `torch.autograd.Function` that returns what it changed in place a gradient of
+    zero, in torch.compile too."""
+    if not torch.__version__.startswith("2.11."):
+        return
+    results: Any = forward.graph.output_node().args[0]
+    returned = results[0]
+    for node in returned if isinstance(returned, tuple) else ():
+        if isinstance(node, fx.Node) and str(node.target).endswith("_") and node.args[0] in returned:
+            raise CannotOptimize(
+                "a torch.autograd.Function returns what it changed in place, whose gradient torch 2.11 loses",
+                node=node,
+                hint="change a clone in its forward, or use torch 2.12",
+            )
 
 
 def _opaque(target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
