@@ -253,13 +253,14 @@ def _lies_in(node: fx.Node, memory: Memory) -> bool:
 
 def _refuse_lost_gradients(forward: fx.GraphModule) -> None:
     """Torch 2.11 gives the argument of a `torch.autograd.Function` that returns what it changed in place a gradient of
-    zero, in torch.compile too."""
+    zero, in torch.compile too. Its body returns such a tensor twice, before and after the change."""
     if not torch.__version__.startswith("2.11."):
         return
     results: Any = forward.graph.output_node().args[0]
-    returned = results[0]
-    for node in returned if isinstance(returned, tuple) else ():
-        if isinstance(node, fx.Node) and str(node.target).endswith("_") and node.args[0] in returned:
+    returned = results[0] if isinstance(results[0], tuple) else ()
+    known: dict[int, fx.Node] = {}
+    for node in dict.fromkeys(each for each in returned if isinstance(each, fx.Node)):
+        if known.setdefault(id(node.meta.get("example_value", node)), node) is not node:
             raise CannotOptimize(
                 "a torch.autograd.Function returns what it changed in place, whose gradient torch 2.11 loses",
                 node=node,

@@ -108,8 +108,37 @@ class _InBodies(torch.autograd.Function):
         return changed
 
 
-def test_what_the_bodies_of_autograd_functions_change_stays_changed() -> None:
-    eager: nn.Module = Changing(lambda hidden: _InBodies.apply(hidden * 1.0))
+class _Augmented(_InBodies):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y *= 3
+        return y
+
+
+class _Given(_InBodies):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        torch.mul(y, 3, out=y)
+        return y
+
+
+class _View(_InBodies):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return (x * 6).view(x.shape)
+
+
+def test_autograd_functions_that_return_views_are_eagers() -> None:
+    eager: nn.Module = Changing(lambda hidden: _View.apply(hidden * 1.0))
+    model = cggr.optimize(copy.deepcopy(eager), inner="eager")
+    oracle.assert_same_step(*oracle.step(model, toy_batch()), *oracle.step(eager, toy_batch()))
+
+
+@pytest.mark.parametrize("function", [_InBodies, _Augmented, _Given])
+def test_what_the_bodies_of_autograd_functions_change_stays_changed(function: Any) -> None:
+    eager: nn.Module = Changing(lambda hidden: function.apply(hidden * 1.0))
     model = cggr.optimize(copy.deepcopy(eager), inner="eager")
     if OLDEST:
         with pytest.raises(cggr.CannotOptimize, match=r"what it changed in place, whose gradient torch 2\.11 loses"):
