@@ -7,7 +7,6 @@ rows.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -18,18 +17,28 @@ from typing import Any
 
 import oracle
 import pytest
-import token_oracle
 import torch
 import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from architectures import ARCHITECTURES, build, token_batch
-from fsdp_models import ATOL, RTOL, mean_over_ranks, routed, rows_for, whole_parameters
+from fsdp_models import (
+    ATOL,
+    LAYERS,
+    RTOL,
+    expected_on,
+    mean_over_ranks,
+    on_each_route,
+    routed,
+    routed_on,
+    rows_for,
+    whole_parameters,
+)
 from fsdp_training import adamw, micro_batch
 from fsdp_worker import Watch
 from graphs_on_cpu import put_graphs_on_cpu
-from ranks import found_wrong, process_group
+from ranks import make_checks, process_group
 from small import small
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp import FSDPModule
@@ -66,27 +75,20 @@ def deciding_rank(rank: int, ranks: int, folder: str, case: str) -> None:
 
 
 Wrapper = torch.nn.parallel.DistributedDataParallel
-LAYERS = 2
 
 
 def gradients(name: str, route: str) -> None:
     """Of one architecture and route; the wrapper's handle is the model's."""
-    architecture = ARCHITECTURES[name]
-    eager = oracle.truncated(build(name), architecture, LAYERS)
+    eager = oracle.truncated(build(name), ARCHITECTURES[name], LAYERS)
     batch = token_batch(6, 12, seed=dist.get_rank())
-    model = routed(copy.deepcopy(eager), route=route, **({"last_layers": 0} if route == "token" else {}))
+    model = routed_on(copy.deepcopy(eager), route)
     wrapper = Wrapper(model, bucket_cap_mb=0.01)
     loss = wrapper(**batch).loss
     loss.backward()
-    if route == "sequence":
-        wanted = oracle.expected_rows(eager, architecture, batch, 0.5, 1)
-        expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, wanted))
-    else:
-        wanted = token_oracle.expected_positions(eager, architecture, batch, 0.5, 1)
-        expected_loss, expected = token_oracle.step(eager, architecture, batch, range(1, LAYERS), wanted)
+    wanted, expected_loss, expected = expected_on(eager, name, batch, route)
     assert torch.equal(model.cggr.selected, wanted)
     torch.testing.assert_close(loss.detach(), expected_loss, rtol=RTOL, atol=0)
-    oracle.assert_same_gradients(oracle.gradients(model), mean_over_ranks(expected), RTOL, ATOL)
+    oracle.assert_same_gradients(oracle.gradients(model), expected, RTOL, ATOL)
     assert cggr.handle(wrapper) is model.cggr
 
 
@@ -228,11 +230,7 @@ TRAINED = {
     for what, routed_with in ROUTED.items()
 }
 USUAL: dict[str, Callable[[], None]] = {
-    **{
-        f"{name}, {route}": partial(gradients, name, route)
-        for name in ("llama", "gpt2", "mixtral", "gemma3")
-        for route in ("sequence", "token")
-    },
+    **on_each_route(gradients),
     **{name: TRAINED.pop(name) for name in ("training, plainly, whole", "training, views, replayed")},
     "buffers": buffers,
     "uneven": uneven,
@@ -242,12 +240,8 @@ LONG = TRAINED
 
 
 def run(rank: int, ranks: int, folder: str, checks: Sequence[str]) -> None:
-    """Some checks; `outcomes.json` has what rank 0 found wrong, or else rank 1, by the check's name."""
-    torch.set_num_threads(1)
-    with process_group(rank, ranks, f"{folder}/store"):
-        outcomes = {name: found_wrong({**USUAL, **LONG}[name]) for name in checks}
-    if rank == 0:
-        Path(folder, "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
+    """Some checks in one process group."""
+    make_checks(rank, ranks, Path(folder), {name: {**USUAL, **LONG}[name] for name in checks})
 
 
 def trainer_rank(rank: int, ranks: int, folder: str, shards: bool) -> None:

@@ -5,13 +5,15 @@ The eager model is one that nobody sharded; gradients are the mean over the rank
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import oracle
+import token_oracle
 import torch
 import torch.distributed as dist
-from architectures import token_batch
+from architectures import ARCHITECTURES, token_batch
 from small import small
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -50,6 +52,35 @@ def mean_over_ranks(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor 
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
     return dict(gradients)
+
+
+LAYERS = 2
+"""Of the models that `on_each_route` checks."""
+
+
+def on_each_route(check: Callable[[str, str], None]) -> dict[str, Callable[[], None]]:
+    """`check(name, route)` of four architectures on two routes, by its name."""
+    names = ("llama", "gpt2", "mixtral", "gemma3")
+    return {f"{name}, {route}": partial(check, name, route) for name in names for route in ("sequence", "token")}
+
+
+def routed_on(model: nn.Module, route: str) -> nn.Module:
+    """Routed so that `expected_on` says what a step gives."""
+    return routed(model, route=route, **({"last_layers": 0} if route == "token" else {}))
+
+
+def expected_on(
+    eager: nn.Module, name: str, batch: dict[str, Tensor], route: str
+) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    """What an eager router selects, and eager's loss and gradients on that, the mean over the ranks."""
+    architecture = ARCHITECTURES[name]
+    if route == "sequence":
+        wanted = oracle.expected_rows(eager, architecture, batch, 0.5, 1)
+        loss, gradients = oracle.step(eager, oracle.rows_of(batch, wanted))
+    else:
+        wanted = token_oracle.expected_positions(eager, architecture, batch, 0.5, 1)
+        loss, gradients = token_oracle.step(eager, architecture, batch, range(1, LAYERS), wanted)
+    return wanted, loss, mean_over_ranks(gradients)
 
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor | None]:

@@ -8,7 +8,6 @@ rank's rows. `run` leaves what came of the checks, by name, in a file.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,18 +16,21 @@ from typing import Any
 from unittest.mock import patch
 
 import oracle
-import token_oracle
 import torch
 import torch.distributed as dist
 from architectures import ARCHITECTURES, COMMON, VOCABULARY, build, token_batch
 from fsdp_models import (
     ATOL,
+    LAYERS,
     RTOL,
     assert_step_on_rows,
+    expected_on,
     forget,
     mean_over_ranks,
+    on_each_route,
     own_rows,
     routed,
+    routed_on,
     rows_for,
     shard,
     whole_gradients,
@@ -36,7 +38,7 @@ from fsdp_models import (
 )
 from fsdp_training import on_one_rank, on_two_ranks_again, training
 from padded import padded
-from ranks import found_wrong, process_group
+from ranks import found_wrong, process_group, write_outcomes
 from small import small
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -47,8 +49,6 @@ import cggr_compile as cggr
 from cggr_compile.run import auto
 from cggr_compile.run.variant import Variant
 
-LAYERS = 2
-
 
 def gradients(name: str, route: str) -> None:
     """Of one architecture and route; the vocabulary, 97, is uneven over two ranks. The model generates as ever."""
@@ -56,17 +56,11 @@ def gradients(name: str, route: str) -> None:
     eager = oracle.truncated(build(name), architecture, LAYERS)
     batch = token_batch(6, 12, seed=dist.get_rank())
     model = shard(copy.deepcopy(eager), architecture.layers)
-    model = routed(model, route=route, **({"last_layers": 0} if route == "token" else {}))
+    model = routed_on(model, route)
     loss = model(**batch).loss
     loss.backward()
     selected = model.cggr.selected
-    if route == "sequence":
-        wanted = oracle.expected_rows(eager, architecture, batch, 0.5, 1)
-        expected_loss, expected = oracle.step(eager, oracle.rows_of(batch, wanted))
-    else:
-        wanted = token_oracle.expected_positions(eager, architecture, batch, 0.5, 1)
-        expected_loss, expected = token_oracle.step(eager, architecture, batch, range(1, LAYERS), wanted)
-    mean_over_ranks(expected)
+    wanted, expected_loss, expected = expected_on(eager, name, batch, route)
     assert torch.equal(selected, wanted)
     torch.testing.assert_close(loss.detach(), expected_loss, rtol=RTOL, atol=0)
     oracle.assert_same_gradients(whole_gradients(model), expected, RTOL, ATOL)
@@ -294,11 +288,7 @@ def padding_left_out() -> None:
 
 USUAL: dict[str, Callable[..., None]] = {"training": training}
 LONG: dict[str, Callable[..., None]] = {
-    **{
-        f"{name}, {route}": partial(gradients, name, route)
-        for name in ("llama", "gpt2", "mixtral", "gemma3")
-        for route in ("sequence", "token")
-    },
+    **on_each_route(gradients),
     "mixed precision": mixed_precision,
     "other calls": other_calls,
     "adapters": adapters,
@@ -331,4 +321,4 @@ def run(rank: int, ranks: int, folder: str, checks: Sequence[str]) -> None:
         with process_group(rank, ranks, path / "third"):
             outcomes["on two ranks again"] = found_wrong(partial(on_two_ranks_again, path))
     if rank == 0:
-        Path(folder, "outcomes.json").write_text(json.dumps(outcomes))
+        write_outcomes(path, outcomes)

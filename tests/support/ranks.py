@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
@@ -60,6 +61,21 @@ def found_wrong(check: Callable[[], None]) -> str:
     found: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return next(filter(None, found), "")
+
+
+def make_checks(rank: int, ranks: int, folder: Path, checks: Mapping[str, Callable[[], None]]) -> None:
+    """Checks in one process group, one after the other; by each one's name what it found wrong is written, on rank 0 or
+    else on the next."""
+    torch.set_num_threads(1)
+    with process_group(rank, ranks, folder / "store"):
+        outcomes = {name: found_wrong(check) for name, check in checks.items()}
+    if rank == 0:
+        write_outcomes(folder, outcomes)
+
+
+def write_outcomes(folder: Path, outcomes: Mapping[str, str]) -> None:
+    """Where `outcomes_of` reads them."""
+    Path(folder, "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
 
 
 def _run(rank: int, worker: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -7,7 +7,6 @@ the mean over the ranks of eager's on each rank's part. `run` leaves what came o
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,7 +24,7 @@ from architectures import ARCHITECTURES, Architecture, build, token_batch
 from cggr_compile.kernels.reference.selection import rule_of
 from fsdp_models import mean_over_ranks, rows_for, shard, whole_gradients
 from fsdp_worker import watched
-from ranks import found_wrong, process_group
+from ranks import make_checks
 from small import small
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -450,11 +449,5 @@ LONG: dict[str, Callable[[], None]] = {
 
 
 def run(rank: int, ranks: int, folder: str, checks: Sequence[str]) -> None:
-    """Some checks; `outcomes.json` has what rank 0 found wrong, or else rank 1, by the check's name."""
-    torch.set_num_threads(1)
-    outcomes: dict[str, str] = {}
-    with process_group(rank, ranks, Path(folder, "store")):
-        for name in checks:
-            outcomes[name] = found_wrong({**USUAL, **LONG}[name])
-    if rank == 0:
-        Path(folder, "outcomes.json").write_text(json.dumps(outcomes))
+    """Some checks in one process group."""
+    make_checks(rank, ranks, Path(folder), {name: {**USUAL, **LONG}[name] for name in checks})
