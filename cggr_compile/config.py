@@ -255,12 +255,9 @@ class RoutingConfig(Schedule):
             if wrong or self.ratio not in (None, 1):
                 name = [*wrong, "ratio"][0]
                 raise ConfigError(f"{name} with route='depth', which selects nothing; use route=('depth', 'sequence')")
-        plain = (self.route, self.selection_scope, self.unpad is True) == ("sequence", "local", False)
-        if plain and not asked and self.ratio is None:
-            object.__setattr__(self, "selection", "auto")
         if self.ratio is None:
+            selects = asked or self.route not in ("sequence", "depth")
             usual = WITHOUT_NOISE if self.selection == "auto" else 0.5
-            selects = asked or self.selection == "auto" or self.route not in ("sequence", "depth")
             object.__setattr__(self, "ratio", usual if selects else 1.0)
         if self.selection is None:
             object.__setattr__(self, "selection", "topk")

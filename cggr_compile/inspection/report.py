@@ -46,7 +46,7 @@ from cggr_compile.ir.names import operator_counts, part_sizes
 from cggr_compile.ir.program import Shortened, hint
 from cggr_compile.ir.roles import ranks_of
 from cggr_compile.kernels.reference.selection import rule_name
-from cggr_compile.run.plan import Plan, Unpadded
+from cggr_compile.run.plan import Plan
 from cggr_compile.run.runtime import Runtime
 
 aten = torch.ops.aten
@@ -361,8 +361,6 @@ def _auto(runtime: Runtime, plan: Plan) -> str | None:
         return "every row trains; nothing is decided until steps are counted (cggr.attach, CGGRCallback)"
     if not plan.routable:
         return "every row trains; a batch of one row leaves none to choose from"
-    if isinstance(plan.unpadded, Unpadded):
-        return "every row trains; batches like this one are unpadded"
     if plan.unscorable is not None:
         return f"every row trains; there are no scores: {plan.unscorable.reason}"
     return str(runtime.auto)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -80,8 +79,8 @@ class Plan:
         self.analysed = analyse(captured, owner.config) if analysed is None else analysed
         self.routes: dict[str, Route] = {}
         self.unscorable: CannotOptimize | None = None
-        self.device = value(self.analysed.head.weight).device
-        self.inner = self.route.variant.inner  # now: what cannot be routed is refused at once, and passes read autocast
+        # Now: what cannot be routed is refused at once, and passes read the caller's autocast.
+        self.device, self.inner = self.route.device, self.route.variant.inner
         # What passes went by beside the capture, and whether they made its guards stricter: no other capture has these.
         self.autocast = callers_region(self.device.type)
         self.guarded = len(captured.shape_env.guards) > guards
@@ -119,24 +118,14 @@ class Plan:
     def can_select(self, config: RoutingConfig) -> bool:
         """Whether steps could select rows under a configuration of `"auto"`; makes the program if it is the first to
         ask."""
-        if self._may_select:
+        if self.routable:
             self.routed(config)
-        return self._may_select
-
-    @property
-    def _may_select(self) -> bool:
-        return self.routable and self.unscorable is None and not isinstance(self.unpadded, Unpadded)
+        return self.routable and self.unscorable is None
 
     @property
     def selects(self) -> bool:
         """Whether steps select anything under the configuration in force."""
-        return self._may_select and keeps_less(self.owner.in_force)
-
-    @property
-    def configured(self) -> RoutingConfig:
-        """The configuration in force; where `"auto"` cannot select, that which keeps every row."""
-        may = self._may_select or len(self.owner.choices) == 1
-        return self.owner.in_force if may else self.owner.choices[0]
+        return self.routable and self.unscorable is None and keeps_less(self.owner.in_force)
 
     @property
     def unrouted_because(self) -> str:
@@ -159,7 +148,7 @@ class Plan:
 
         Where `"auto"` could not select, it goes on keeping every row, and `unscorable` says why.
         """
-        if self._may_select and keeps_less(config):
+        if self.routable and self.unscorable is None and keeps_less(config):
             try:
                 return self._derived(_name(config), config, passes_for(config), trains=True)
             except CannotOptimize as error:
@@ -206,10 +195,10 @@ class Plan:
     def unpadded(self) -> Unpadded | Refusal:
         """The program that leaves out what no token sees: padding, or attention between documents; or why there is
         none."""
-        config = self.owner.choices[0]
+        config = self.owner.config
         if not config.unpad:
             return Refusal("off")
-        if keeps_less(config) or "loss" in config.routes:
+        if keeps_less(config) or len(self.owner.choices) > 1 or "loss" in config.routes:
             return Refusal("for steps on every row and every token only")
         paths = {entry.path for entry in self.captured.inputs}
         padded = PADDING in paths
@@ -219,7 +208,6 @@ class Plan:
             return Refusal("the captured batch has one row")
         if config.unpad == "auto" and self.device.type != "cuda":
             return Refusal("attention of variable lengths needs CUDA")
-        config = replace(config, selection="topk", selection_options=None)  # losses of rows are for `"auto"`
         try:
             route = self._derived("unpadded", config, passes_unpadded(config, padded), trains=True)
         except CannotOptimize as error:

@@ -143,13 +143,11 @@ class Step:
         """One training step: what it is given, its outputs, and what is remembered of it."""
         runtime = self.runtime
         auto = runtime.auto if runtime.counted else None
-        if auto is not None and not plan.can_select(auto.choices[1]):
-            auto = None
-        if auto is not None:
+        if auto is not None and plan.can_select(auto.choices[1]):
             auto.decide(runtime.steps)
         runtime.router_time.before_step(plan, inputs, runtime.in_force)
         rows, length = plan.sizes(inputs)
-        config, steps = plan.configured, runtime.steps
+        config, steps = runtime.in_force, runtime.steps
         confidence = runtime.confidence.last() if config.follows_confidence else None
         amounts = amounts_of(plan.program, config, steps, rows, length, confidence)
         # Where only the threshold keeps every row the router still runs: nothing else would lower k again.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from architectures import build, token_batch
@@ -21,7 +20,6 @@ from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
 from hypothesis import given
 from hypothesis import strategies as st
 from logs import logged_warnings
-from padded import padded
 from ranks import on_two_ranks
 from torch import Tensor
 from toys import Toy, noisy, toy_batch
@@ -225,12 +223,8 @@ def test_every_row_trains_as_in_eager() -> None:
 @pytest.mark.parametrize(
     ("options", "selection", "ratio"),
     [
-        ({}, "auto", 0.875),
-        ({"unpad": "auto", "router_layers": 1}, "auto", 0.875),
-        ({"unpad": True}, "topk", 1.0),
-        ({"selection_scope": "global"}, "topk", 1.0),
+        ({}, "topk", 1.0),
         ({"ratio": 1}, "topk", 1.0),
-        ({"route": "sequence", "ratio": 1}, "topk", 1.0),
         ({"route": ("depth", "sequence"), "depth_layers": 1}, "topk", 0.5),
         ({"route": ("depth", "token"), "depth_layers": 1}, "topk", 0.5),
         ({"route": ("depth", "sequence"), "depth_layers": 1, "selection": "auto"}, "auto", 0.875),
@@ -257,26 +251,6 @@ def test_a_single_row_is_no_choice_and_no_cause_to_warn(recwarn: pytest.Warnings
         model.cggr.step()
     assert "auto            every row trains; a batch of one row leaves none to choose from" in str(model.cggr.report())
     assert not [warning for warning in recwarn if "one row" in str(warning.message)]
-
-
-def test_what_is_unpadded_trains_on_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where other batches have shown noise; without a mask there is nothing to leave out."""
-    monkeypatch.setattr(cggr.RoutingConfig, "_check_unpad", lambda self: None)  # as `"auto"` on CUDA
-    eager = build("llama")
-    model = cggr.optimize(copy.deepcopy(eager), selection="auto", unpad=True, inner="eager")
-    batches = [padded([7, 4, 9, 2, 5, 3, 8, 6], seed) for seed in range(6)]
-    for each in batches:
-        oracle.assert_step_within(oracle.rounding(128), *oracle.step(model, each), *oracle.step(eager, each))
-        model.cggr.step()
-        model.cggr.runtime.auto.selects = True
-    assert len(model.cggr.selected) == 8
-    assert model.cggr.metrics()["kept_ratio"] == model.cggr.metrics()["ratio_target"] == 1
-    assert model.cggr.report().auto == "every row trains; batches like this one are unpadded"
-    assert not model.cggr.runtime.auto._seen
-    assert set(model.cggr.runtime.plans[-1].variants) == {"unrouted", "unpadded"}
-    unmasked = {name: x for name, x in token_batch(8, 9).items() if name != "attention_mask"}
-    model(**unmasked).loss.backward()
-    assert len(model.cggr.selected) == 7
 
 
 class NoStack(Toy):
