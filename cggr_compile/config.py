@@ -24,8 +24,6 @@ COMPOSITIONS = (
     *(("depth", "sequence", "loss"), ("depth", "token", "loss")),
 )
 SELECTING = ("selection", "dynamic_threshold", "warmup_steps", "dense_after_steps")
-WITHOUT_NOISE = 0.875
-"""What `"auto"` keeps unless told otherwise, once it selects."""
 TOKEN_OPTIONS = ("first_layers", "last_layers", "resample", "skip", "allow_compressed_recurrence")
 """Options of the token route alone."""
 PADDINGS = ("any", "right")
@@ -54,7 +52,7 @@ class RoutingConfig(Schedule):
             as a tuple: `("sequence", "loss")` or `("token", "loss")`, and `"depth"` in front of any.
         ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
             (segment, token) or both multiplied (loss); 1 keeps everything, always. None is 1, and where another route,
-            a selection, a threshold or a schedule is asked for 0.5; 0.875 of the selection `"auto"`.
+            a selection, a threshold or a schedule is asked for 0.5.
         router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); the score of a row or document is the mean over its counted tokens, in fp32.
@@ -257,8 +255,7 @@ class RoutingConfig(Schedule):
                 raise ConfigError(f"{name} with route='depth', which selects nothing; use route=('depth', 'sequence')")
         if self.ratio is None:
             selects = asked or self.route not in ("sequence", "depth")
-            usual = WITHOUT_NOISE if self.selection == "auto" else 0.5
-            object.__setattr__(self, "ratio", usual if selects else 1.0)
+            object.__setattr__(self, "ratio", 0.5 if selects else 1.0)
         if self.selection is None:
             object.__setattr__(self, "selection", "topk")
 

@@ -168,7 +168,7 @@ def everything(config: RoutingConfig) -> RoutingConfig:
 
 
 def by_score(config: RoutingConfig) -> RoutingConfig:
-    """The options of the program that selects: the noise goes, and, below WITHOUT_NOISE, the easiest rows."""
+    """The options of the program that selects: the noise goes, and the easiest rows."""
     return replace(config, selection="trimmed", selection_options={"tau": TAU, **(config.selection_options or {})})
 
 

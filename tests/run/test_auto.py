@@ -102,7 +102,7 @@ def test_it_selects_by_progress_and_holds_on_for_a_while(found: tuple[float, ...
         seen(auto, losses_of(each), 1001 + 1000 * (number + 1))
     assert auto.progress == pytest.approx(found[-1])
     assert auto.selects is selects
-    assert auto.in_force.ratio == (0.875 if selects else 1.0)
+    assert auto.in_force.ratio == (0.5 if selects else 1.0)
 
 
 def test_it_goes_back_where_nothing_can_be_told_any_more() -> None:
@@ -132,7 +132,7 @@ def test_one_step_in_many_keeps_every_row_while_rows_are_selected() -> None:
         auto.decide(step)
         kept.append(auto.in_force.ratio)
         auto.see(step_with(torch.full((WINDOW,), 1.0 if kept[-1] == 1 else math.inf)), step)
-        assert auto.in_force.ratio == (0.875 if auto.selects else 1.0)  # what is shown between steps
+        assert auto.in_force.ratio == (0.5 if auto.selects else 1.0)  # what is shown between steps
     assert [step for step, ratio in enumerate(kept) if ratio == 1][:2] == [0, 2 * EVERY]  # then the noise is over
     assert not auto.selects
 
@@ -191,7 +191,7 @@ def test_noise_in_the_data_is_seen_while_training(share: float, selects: bool, o
     assert len(switches) == selects
     metrics = {name: value.item() for name, value in model.cggr.metrics().items()}
     assert metrics["auto_selects"] == selects, metrics
-    assert len(model.cggr.selected) == (28 if selects else 32)
+    assert len(model.cggr.selected) == (16 if selects else 32)
     assert model.cggr.captures == 1
     assert ("none: everything is kept" in str(model.cggr.report())) is not selects
     assert ("+ select: trimmed" in model.cggr.diff().summary()) is selects
@@ -227,11 +227,11 @@ def test_every_row_trains_as_in_eager() -> None:
         ({"ratio": 1}, "topk", 1.0),
         ({"route": ("depth", "sequence"), "depth_layers": 1}, "topk", 0.5),
         ({"route": ("depth", "token"), "depth_layers": 1}, "topk", 0.5),
-        ({"route": ("depth", "sequence"), "depth_layers": 1, "selection": "auto"}, "auto", 0.875),
+        ({"route": ("depth", "sequence"), "depth_layers": 1, "selection": "auto"}, "auto", 0.5),
         ({"route": "depth", "depth_layers": 1}, "topk", 1.0),
         ({"ratio": 0.25}, "topk", 0.25),
         ({"warmup_steps": 3}, "topk", 0.5),
-        ({"selection": "auto"}, "auto", 0.875),
+        ({"selection": "auto"}, "auto", 0.5),
         ({"selection": "random"}, "random", 0.5),
         ({"selection": "auto", "ratio": 0.25}, "auto", 0.25),
         ({"route": "token"}, "topk", 0.5),
@@ -294,7 +294,7 @@ def test_programs_that_may_come_are_compiled_as_soon_as_steps_are_counted_and_no
     model.cggr.runtime.auto.selects = True
     model(**toy_batch(8))[0].backward()
     assert {name: variant.compilations for name, variant in plan.variants.items()} == compiled
-    assert len(model.cggr.selected) == 7
+    assert len(model.cggr.selected) == 4
 
 
 def test_an_agreement_is_the_mean_of_what_is_known_once_everybody_told(monkeypatch: pytest.MonkeyPatch) -> None:
