@@ -66,10 +66,9 @@ class Sharded:
 
     def shards(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """A step's inputs, shards in the place of the stand-ins."""
-        return tuple(
-            x if place is None else self.root.parameters[place].sharded_param.to_local()
-            for x, place in ((x, self._places.get(id(x))) for x in inputs)
-        )
+        shards = self.root.shards()
+        places = (self._places.get(id(x)) for x in inputs)
+        return tuple(x if place is None else shards[place] for x, place in zip(inputs, places, strict=True))
 
     def described(self, example_inputs: Sequence[Any], inputs: Sequence[Input]) -> dict[str, Shard]:
         """What a captured program is given in the place of its inputs, by their names."""

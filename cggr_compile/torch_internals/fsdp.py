@@ -182,6 +182,11 @@ class Root:
         args, kwargs = self.state._pre_forward(self.model, args, kwargs)
         return self.state._post_forward(self.model, args, forward(*args, **kwargs))
 
+    def shards(self) -> list[torch.Tensor]:
+        """What the rank has of each parameter, as functions of the DTensors, where gradients are accumulated; those of
+        a group are one function, which spares the host `DTensor.to_local` and its backward for each."""
+        return [x for group in self.groups for x in _Shards.apply(group.fsdp_params, *_sharded(group))]
+
     def described(self) -> tuple[Group, ...]:
         """The groups as they are."""
         return tuple(map(_described, self.groups))
@@ -224,6 +229,27 @@ class Root:
                 hooks[key] = hook
             for each in self.parameters:
                 each._setattr_on_modules(each.sharded_param)
+
+
+def _sharded(group: Any) -> list[DTensor]:
+    return [each.sharded_param for each in group.fsdp_params]
+
+
+class _Shards(torch.autograd.Function):
+    """The shards of the parameters of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, parameters: list[Any], *sharded: DTensor) -> tuple[torch.Tensor, ...]:
+        ctx.parameters = parameters
+        ctx.set_materialize_grads(False)
+        found = tuple(each._local_tensor.view_as(each._local_tensor) for each in sharded)
+        ctx.mark_non_differentiable(*(x for x, each in zip(found, sharded, strict=True) if not each.requires_grad))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[DTensor | None, ...]:
+        pairs = zip(ctx.parameters, gradients, strict=True)
+        return None, *(None if gradient is None else each.to_sharded_dtensor(gradient) for each, gradient in pairs)
 
 
 def _described(group: Any) -> Group:
