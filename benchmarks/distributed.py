@@ -1,6 +1,8 @@
-"""Weak scaling: how long a training step takes on several GPUs of one host, each with a batch of its own.
+"""How long a training step takes on several GPUs of one host, each with a batch of its own (weak scaling), or with its
+part of one batch (`--strong`).
 
     python benchmarks/distributed.py --ranks 1 --ranks 2 --output benchmarks/results/distributed-h200.json
+    python benchmarks/distributed.py --ranks 1 --ranks 2 --strong
     python benchmarks/distributed.py --ranks 2 --arm fsdp2:compile --arm fsdp2:all --model Llama-3.2-1B
     python benchmarks/distributed.py --quick        # a tiny model, two processes on the CPU with gloo
 
@@ -137,8 +139,10 @@ def run_rank(name: str, shape: Shape, device: str, ratio: float, steps: int) -> 
 
 
 def table(report: dict[str, Any]) -> str:
-    """Medians by arm and ranks; weak scaling is the one-rank step of the same arm over the step (100 % is ideal)."""
-    lines = ["| arm | ranks | ms | weak scaling | GiB a rank |", "| --- | --- | --- | --- | --- |"]
+    """Medians by arm and ranks; scaling is the one-rank step of the same arm over the step, of ranks that share a batch
+    over as many of them (100 % is ideal)."""
+    scales = "strong scaling" if report.get("strong") else "weak scaling"
+    lines = [f"| arm | ranks | ms | {scales} | GiB a rank |", "| --- | --- | --- | --- | --- |"]
     found = {
         key: median(step for run in runs for step in run.get("steps", [])) * 1e3
         for key, runs in report["samples"].items()
@@ -150,7 +154,8 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"| {name} | {ranks} | {(runs or [{}])[-1].get('failed', 'not run')} | | |")
             continue
         alone = found.get(f"none:{name.partition(':')[2]} ×1")
-        scaling = f"{alone / found[key]:.0%}" if alone else ""
+        share = int(ranks) if report.get("strong") else 1
+        scaling = f"{alone / found[key] / share:.0%}" if alone else ""
         peak = max(run.get("peak_bytes", 0) for run in runs) / 2**30
         lines.append(f"| {name} | {ranks} | {found[key]:.1f} | {scaling} | {peak:.1f} |" if peak else
                      f"| {name} | {ranks} | {found[key]:.1f} | {scaling} | |")  # fmt: skip
@@ -164,6 +169,7 @@ def main(
     sequence: Annotated[int | None, typer.Option(help="tokens a row")] = None,
     ratio: float = 0.25,
     ranks: Annotated[list[int] | None, typer.Option(help="repeatable")] = None,
+    strong: Annotated[bool, typer.Option(help="--batch is that of all ranks together")] = False,
     arm: Annotated[list[str] | None, typer.Option(help="repeatable, WRAP:ARM[@RATIO][+SWITCH…]")] = None,
     steps: int = 20,
     rounds: int = 2,
@@ -182,18 +188,21 @@ def main(
         run_rank(only, shape, device, ratio, steps)
         return
     counts, arms = ranks or [1, 2], arm or DEFAULT_ARMS
+    if strong and any(shape.batch % n for n in counts):
+        raise typer.BadParameter(f"batch: {shape.batch} rows cannot be divided among {counts} ranks")
     wanted = [(name, n) for n in counts for name in arms if (n == 1) == (parse(name, ratio)[0] == "none")]
     samples: dict[str, list[dict[str, Any]]] = {f"{name} ×{n}": [] for name, n in wanted}
     report = {
         **environment(torch.device(device), commit),
-        "shape": asdict(shape), "ratio": ratio, "optimizer": "AdamW", "samples": samples,
+        "shape": asdict(shape), "strong": strong, "ratio": ratio, "optimizer": "AdamW", "samples": samples,
     }  # fmt: skip
     own = [__file__, "--device", device, "--model", model, "--ratio", str(ratio), "--steps", str(steps)]
-    own += ["--batch", str(shape.batch), "--sequence", str(shape.sequence)]
+    own += ["--sequence", str(shape.sequence)]
     for _ in range(rounds):
         for name, n in wanted:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-            samples[f"{name} ×{n}"].append(outcome(start([*launch, *own, "--only", name]), timeout))
+            rows = ["--batch", str(shape.batch // n if strong else shape.batch)]
+            samples[f"{name} ×{n}"].append(outcome(start([*launch, *own, *rows, "--only", name]), timeout))
             print(f"{name} ×{n}: {samples[f'{name} ×{n}'][-1]}", file=sys.stderr, flush=True)
             if output is not None:
                 output.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,72 @@
+"""The benchmark of several ranks: its arms, its table, and, in the long profile, a run of its own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+
+
+@pytest.fixture
+def distributed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("distributed")
+
+
+@pytest.mark.parametrize(
+    ("name", "parsed"),
+    [
+        ("none:compile", ("none", "compile", {"ratio": 0.25})),
+        ("ddp_views:all+graphs", ("ddp_views", "all", {"ratio": 1.0, "cuda_graphs": True})),
+        ("fsdp2:sampled@0.5+outlined", ("fsdp2", "sampled",
+                                        {"ratio": 0.5, "router_head": "sampled", "outline_layers": True})),
+    ],
+)  # fmt: skip
+def test_arms(distributed: ModuleType, name: str, parsed: tuple[str, str, dict[str, Any]]) -> None:
+    assert distributed.parse(name, 0.25) == parsed
+
+
+@pytest.mark.parametrize("name", ["fsdp1:all", "ddp:routed", "ddp:compile+graphs", "ddp:all+fast", "all"])
+def test_other_arms_are_refused(distributed: ModuleType, name: str) -> None:
+    with pytest.raises(typer.BadParameter, match="expected WRAP:ARM of none, ddp"):
+        distributed.parse(name, 0.25)
+
+
+@pytest.mark.parametrize(("strong", "scaling"), [(False, "80%"), (True, "40%")])
+def test_table(distributed: ModuleType, strong: bool, scaling: str) -> None:
+    """Twice as many ranks in 1.25 of the time: of twice the work, or of the same."""
+    samples = {
+        "none:all ×1": [{"steps": [0.07, 0.08, 0.09], "peak_bytes": 2**30}],
+        "ddp:all ×2": [{"steps": [0.1]}, {"steps": [0.1, 0.2]}],
+        "ddp:eager ×2": [{"failed": "not done in 3 s"}],
+        "fsdp2:all ×2": [],
+    }
+    lines = distributed.table({"samples": samples, "strong": strong}).splitlines()
+    assert lines[0].split("|")[4].split() == ["strong" if strong else "weak", "scaling"]
+    assert lines[2:] == [
+        f"| none:all | 1 | 80.0 | {'100%'} | 1.0 |",
+        f"| ddp:all | 2 | 100.0 | {scaling} | |",
+        "| ddp:eager | 2 | not done in 3 s | | |",
+        "| fsdp2:all | 2 | not run | | |",
+    ]
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(distributed: ModuleType) -> None:
+    with pytest.raises(typer.BadParameter, match=r"batch: 3 rows cannot be divided among \[1, 2\] ranks"):
+        distributed.main(device="cpu", model="tiny", batch=3, strong=True)
+
+
+@pytest.mark.long
+def test_ranks_share_a_batch(distributed: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    arms = ["ddp:all", "fsdp2:sampled"]
+    distributed.main(device="cpu", quick=True, strong=True, batch=4, arm=arms, output=output)
+    report = json.loads(output.read_text())
+    assert report["strong"]
+    assert report["shape"]["batch"] == 4
+    assert [len(run["steps"]) for runs in report["samples"].values() for run in runs] == [3, 3]
