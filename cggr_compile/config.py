@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from cggr_compile.kernels.providers import PROVIDERS
 from cggr_compile.kernels.reference import rows as reference
 from cggr_compile.kernels.reference.selection import RULES, RuleFunction, is_number, rule_name, rule_of
@@ -53,7 +55,7 @@ class RoutingConfig(Schedule):
         ratio: fraction kept, in (0, 1]: k = max(1, ceil(ratio * N)), N the batch size (sequence), the sequence length
             (segment, token) or both multiplied (loss); 1 keeps everything, always. None is 1, and where another route,
             a selection, a threshold or a schedule is asked for 0.5.
-        router_layers: layers of the router, a positive int, or `"auto"` for max(2, L // 8), at most L - 1.
+        router_layers: layers of the router, a positive int, or `"auto"`: max(2, L // 8), but at most L - 1.
         scoring: `"loss"` (negative log-likelihood), `"entropy"`, `"margin"` (1 - (p1 - p2)) or `"combined"`
             (their sum); the score of a row or document is the mean over its counted tokens, in fp32.
         router_body: how the products of the router's layers with the model's weights are made: `"exact"`, as the model
@@ -347,7 +349,12 @@ class RoutingConfig(Schedule):
         rule, options = self.selection, {} if self.selection_options is None else self.selection_options
         if not callable(rule):
             choice("selection", rule, (*RULES, "auto"), " or a function (scores, valid, k, noise)")
-            check_options("trimmed" if rule == "auto" else rule, options)
+            named = "trimmed" if rule == "auto" else rule
+            check_options(named, options)
+            try:  # on four rows: a rule says itself what its options may be
+                rule_of(named).function(torch.zeros(4), torch.ones(4, dtype=torch.bool), 2, torch.zeros(4), **options)
+            except ValueError as error:
+                raise ConfigError(f"selection_options: {error}") from error
             return
         signature = signature_of(rule)
         check_options(rule, options)

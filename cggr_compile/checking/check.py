@@ -24,7 +24,8 @@ from cggr_compile.checking.eager_documents import first_ignored, hardest_documen
 from cggr_compile.checking.eager_layers import Batch, inputs_of, layer_calls, outputs_replaced
 from cggr_compile.checking.eager_tokens import TokensNotTold, on_tokens
 from cggr_compile.config import RoutingConfig
-from cggr_compile.front.api import optimize, restore
+from cggr_compile.errors import CannotOptimize
+from cggr_compile.front.api import check_batch, check_module, handle, optimize, restore
 
 Step = tuple[torch.Tensor, dict[str, torch.Tensor | None]]
 
@@ -48,6 +49,7 @@ class Check:
             the positions, sequence by sequence.
         expected: for each batch, what the eager router selects.
         layers: how many layers the compiler found, `path` where and `proof` how.
+        route, ratio, router_layers: what was checked.
     """
 
     difference: float
@@ -57,6 +59,9 @@ class Check:
     layers: int
     path: str
     proof: str
+    route: str
+    ratio: float
+    router_layers: int
 
     @property
     def exact(self) -> bool:
@@ -72,12 +77,17 @@ class Check:
         if self.selected != self.expected:
             return f"{self.selected} selected, {self.expected} by the eager router"
         if self.exact:
-            return f"exact: {self.layers} layers ({self.path or 'unnamed'}, {self.proof})"
+            checked = f"route {self.route}, ratio {self.ratio:g}, router of {self.router_layers}"
+            return f"exact: {checked} of {self.layers} layers ({self.path or 'unnamed'}, {self.proof})"
         return f"differs by {self.difference:.1e} ({self.where})"
 
 
 def check(
-    model: nn.Module, *batches: Batch, ratio: float = 0.5, router_layers: int = 1, route: str = "sequence"
+    model: nn.Module,
+    *batches: Batch,
+    ratio: float | None = None,
+    router_layers: int | None = None,
+    route: str | None = None,
 ) -> Check:
     """Compares routed training steps of `model` with eager training on what an eager router selects.
 
@@ -87,31 +97,43 @@ def check(
     and attention whose kernel does not depend on the mask's data (`attn_implementation="eager"`).
 
     Args:
-        model: a language model on the CPU in fp32; whether it is optimised makes no difference.
+        model: a language model on the CPU in fp32. Of an optimised one route, ratio and router layers are checked where
+            they are not given; what else it is optimised with (selection, scoring, heads, float8, depth) is not.
         batches: `input_ids` [B, S] int64, `labels` [B, S] int64, and whatever else its forward takes, one entry for
             each row, or n for each, row by row (images); on the segment route `position_ids` [B, S] that restart, and
             else one entry for each token.
-        ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1).
-        router_layers: layers of the router.
-        route: "sequence", "segment" or "token".
+        ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1). None is the model's, or 0.5.
+        router_layers: layers of the router. None is the model's, or 1.
+        route: "sequence", "segment" or "token". None is the model's, or "sequence".
 
     Raises:
-        ValueError: no batch was given, or another route.
+        ValueError: no batch was given, one without labels, or another route.
+        TypeError: a batch is no mapping.
         CannotOptimize: the model cannot be routed.
         LayerStackNotFound: the eager side finds no layers to make a router of.
         TokensNotTold: the eager side cannot tell how something that a layer is given holds tokens, or a layer numbers
             its tokens itself and the results differ.
     """
-    if route not in ("sequence", "segment", "token"):
-        raise ValueError(f"check: route={route!r} is none of 'sequence', 'segment' and 'token', which it can judge")
+    check_module(model)
+    own = _own_options(model)
+    judged = own.route if route is None else route
+    if not isinstance(judged, str) or judged not in ("sequence", "segment", "token"):
+        raise ValueError(f"check: route={judged!r} is none of 'sequence', 'segment' and 'token', which it can judge")
+    ratio = (own.ratio if own.ratio < 1 else 0.5) if ratio is None else ratio
+    if router_layers is None:
+        router_layers = own.router_layers if isinstance(own.router_layers, int) else 1
     if not batches:
         raise ValueError("check: no batch was given; pass at least one, check(model, {'input_ids': …, 'labels': …})")
+    for batch in batches:
+        check_batch(batch)
+        if batch.get("labels") is None:
+            raise ValueError("check: a batch has no labels, so there is no loss; add 'labels' [batch, sequence]")
     eager, routed = (restore(copy.deepcopy(model)).train() for _ in range(2))
     for each in (eager, routed):
         if hasattr(each, "config"):
             each.config.use_cache = False
-    config = RoutingConfig(route=route, ratio=ratio, router_layers=router_layers, inner="eager", warmup_steps=1)
-    if route == "token":
+    config = RoutingConfig(route=judged, ratio=ratio, router_layers=router_layers, inner="eager", warmup_steps=1)
+    if judged == "token":
         config = replace(config, last_layers=0)
     optimize(routed, config)
     differences = [_difference(eager_step(routed, batch), eager_step(eager, batch)) for batch in batches]
@@ -124,15 +146,33 @@ def check(
     for batch in batches:
         actual = eager_step(routed, batch)
         chosen = routed.cggr.selected
-        wanted, step = judges[route](eager, batch, chosen, router_layers)
+        wanted, step = judges[judged](eager, batch, chosen, router_layers)
         selected.append(_nested(chosen))
         expected.append(_nested(wanted))
         differences.append(_difference(actual, step))
-    found = Check(*max(differences), tuple(selected), tuple(expected), len(stack), stack.path, stack.proof)
+    found = Check(
+        *max(differences),
+        tuple(selected),
+        tuple(expected),
+        layers=len(stack),
+        path=stack.path,
+        proof=stack.proof,
+        route=judged,
+        ratio=ratio,
+        router_layers=router_layers,
+    )
     if counting and not found.within_rounding:
         names = " and ".join(sorted(counting))
         raise TokensNotTold(f"{names}: it numbers its tokens itself, from 0 to k - 1; check it with route='sequence'")
     return found
+
+
+def _own_options(model: nn.Module) -> RoutingConfig:
+    """Those of an optimised model, else the defaults."""
+    try:
+        return handle(model).config
+    except CannotOptimize:
+        return RoutingConfig()
 
 
 def eager_step(model: nn.Module, batch: Batch) -> Step:

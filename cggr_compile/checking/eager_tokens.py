@@ -1,6 +1,7 @@
 """The eager side of `check` on the token route: layers that run on some tokens of each sequence.
 
-Nothing of the compiler is used here. What a layer is given holds tokens along each dimension of the sequence's size.
+Nothing of the compiler is used here. What a layer is given holds tokens along each dimension of the sequence's size:
+the residual [batch, sequence, …] along its second, attention's masks along their last two.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def on_tokens(
             if entry.shape[:2] != (len(positions), length):
                 raise TokensNotTold(f"{name}: its residual of shape {tuple(entry.shape)} is not [batch, sequence, …]")
             with Counting(positions.shape[1]) as watched:
-                output = forward(*_at(positions, length, args), **_at(positions, length, kwargs))
+                output = forward(*_at(positions, entry, args), **_at(positions, entry, kwargs))
             if watched.seen:
                 counting.add(name)
             short = residual_of(output)
@@ -77,25 +78,38 @@ def on_tokens(
         yield
 
 
-def _at(positions: torch.Tensor, length: int, given: Any) -> Any:
-    """What a layer is given, for the tokens at the positions."""
+def _at(positions: torch.Tensor, entry: torch.Tensor, given: Any) -> Any:
+    """What a layer that `entry` [batch, sequence, …] enters is given, for the tokens at the positions."""
     if isinstance(given, Mapping):
-        return {name: _at(positions, length, item) for name, item in given.items()}
+        return {name: _at(positions, entry, item) for name, item in given.items()}
     if isinstance(given, (tuple, list)):
-        return type(given)(_at(positions, length, item) for item in given)
+        return type(given)(_at(positions, entry, item) for item in given)
     if not isinstance(given, torch.Tensor) or not given.dim():
         return given
-    batch = len(positions)
+    if given is entry:
+        return _taken(given, positions, [1])
+    batch, length = entry.shape[:2]
     if given.shape[0] == batch * length:
         return _taken(given.unflatten(0, (batch, length)), positions, [1]).flatten(0, 1)
     dims = [dim for dim, size in enumerate(given.shape) if size == length]
     if not dims:
         return given
+    last = [given.dim() - 2, given.dim() - 1]
+    if len(dims) > 1 and not (dims == last and (given.dim() == 4 or _is_mask(given))):
+        raise TokensNotTold(
+            f"a layer is given a tensor of shape {tuple(given.shape)}: which of its dimensions is the sequence cannot "
+            f"be told while that has {length} tokens; check it with a batch of another length"
+        )
     if given.shape[0] in (1, batch):
         return _taken(given, positions, dims)
     if dims[0] == 0 or given.shape[0] % batch:
         raise TokensNotTold(f"a layer is given a tensor of shape {tuple(given.shape)}, whose batch cannot be told")
     return _taken(given.unflatten(0, (batch, -1)), positions, [dim + 1 for dim in dims]).flatten(0, 1)
+
+
+def _is_mask(x: torch.Tensor) -> bool:
+    """Whether a tensor says of pairs of tokens whether one sees the other."""
+    return x.dtype == torch.bool or (x.is_floating_point() and bool(((x == 0) | (x < -1e4)).all()))
 
 
 def _taken(x: torch.Tensor, positions: torch.Tensor, dims: list[int]) -> torch.Tensor:

@@ -45,8 +45,10 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
             raise it too).
     """
     resolved = resolve_config(config, options)
+    check_module(model)
     before = vars(model).get("cggr")
-    restore(model)
+    if isinstance(before, Handle):
+        _restore([model])
     check_model(model, resolved)
     undo = {name: vars(model)[name] for name in ("forward",) if name in vars(model)}
     handle = Handle(model, Runtime(resolved), {**undo, **_prepare(model)})
@@ -59,14 +61,41 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
 
 
 def restore(model: M) -> M:
-    """Undoes `optimize`; a model that is not optimised is returned as it is.
+    """Undoes `optimize`, of the model or of those inside a wrapper (PEFT, DistributedDataParallel); a model that is not
+    optimised is returned as it is.
 
     Raises:
         RuntimeError: something patched `forward` again after `optimize`; undo that first. Nothing is changed.
+        CannotOptimize: the model was compiled with `backend="cggr"`, which patches nothing.
     """
-    handle = vars(model).get("cggr")
-    if not isinstance(handle, Handle):
-        return model
+    check_module(model)
+    inner = getattr(model, "_orig_mod", model)
+    parts = [part for _, part in optimized_parts(inner) if isinstance(vars(part)["cggr"], Handle)]
+    if not parts and runtimes_of(model):
+        raise CannotOptimize(
+            "torch.compile(model, backend='cggr') patches nothing that could be undone",
+            hint="go on with the model that was given to torch.compile",
+        )
+    _restore(parts)
+    return model
+
+
+def _restore(models: list[nn.Module]) -> None:
+    for model in models:
+        _refuse_patched(model, vars(model)["cggr"])
+    for model in models:
+        handle = vars(model)["cggr"]
+        del vars(model)["forward"], vars(model)["cggr"]
+        for hook in handle.undo["hooks"]:
+            hook.remove()
+        if handle.runtime.sharded is not None:
+            handle.runtime.sharded.root.release()
+        _put_back(model, handle.undo)
+        if "forward" in handle.undo:
+            vars(model)["forward"] = handle.undo["forward"]
+
+
+def _refuse_patched(model: nn.Module, handle: Handle) -> None:
     if handle.model is not model:
         raise RuntimeError("cannot restore a shallow copy of an optimized model; copy it by copy.deepcopy")
     if not is_routed(vars(model).get("forward")):
@@ -74,15 +103,6 @@ def restore(model: M) -> M:
             f"cannot restore {type(model).__name__}: its forward was patched again after cggr.optimize; "
             "undo that patch first (for Accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
         )
-    del vars(model)["forward"], vars(model)["cggr"]
-    for hook in handle.undo["hooks"]:
-        hook.remove()
-    if handle.runtime.sharded is not None:
-        handle.runtime.sharded.root.release()
-    _put_back(model, handle.undo)
-    if "forward" in handle.undo:
-        vars(model)["forward"] = handle.undo["forward"]
-    return model
 
 
 def handle(model: nn.Module) -> Handle:
@@ -92,6 +112,7 @@ def handle(model: nn.Module) -> Handle:
     Raises:
         CannotOptimize: the model is none of these.
     """
+    check_module(model)
     inner = getattr(model, "_orig_mod", model)
     for _, part in optimized_parts(inner):
         return vars(part)["cggr"]
@@ -127,6 +148,8 @@ def explain(
         ConfigError: an option is unknown or has a bad value.
         CannotOptimize: the model or the batch cannot be routed.
     """
+    check_module(model)
+    check_batch(batch)
     optimized = vars(model).get("cggr")
     if config is None and not options and isinstance(optimized, Handle):
         config = optimized.config
@@ -188,10 +211,23 @@ def resolve_config(config: RoutingConfig | None, options: Mapping[str, Any]) -> 
     return config
 
 
-def check_model(model: nn.Module, config: RoutingConfig) -> None:
-    """Raises `CannotOptimize` for models that can be refused without capturing them."""
+def check_module(model: object) -> None:
+    """Raises `CannotOptimize` for what is no module."""
     if not isinstance(model, nn.Module):
         raise CannotOptimize(f"{type(model).__name__} is not a torch.nn.Module", hint="pass the model itself")
+
+
+def check_batch(batch: object) -> None:
+    """Raises `TypeError` for what is no mapping of the arguments of a call."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch is a {type(batch).__name__}, expected the keyword arguments of a training call, "
+            "{'input_ids': …, 'labels': …}"
+        )
+
+
+def check_model(model: nn.Module, config: RoutingConfig) -> None:
+    """Raises `CannotOptimize` for models that can be refused without capturing them."""
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise CannotOptimize(
             "the model is wrapped by torch.compile already",

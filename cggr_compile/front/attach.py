@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -27,25 +28,38 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int 
         TypeError: `optimizer` is not a torch optimiser.
         ValueError: `total_steps` is no positive int.
     """
-    found = handle(model)
-    routed = found.model
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    found = handle(model)
+    routed = found.model
     if total_steps is not None:
         if type(total_steps) is not int or total_steps < 1:
             raise ValueError(
                 f"total_steps={total_steps!r} is not a positive integer; give how many steps there will be"
             )
-        found.runtime.total_steps = total_steps
+        found.runtime.tell_total(total_steps)
     own = optimizer
     # Accelerate's wrapper is an optimiser in name; the one inside takes the steps and runs the hooks.
     while isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):
         own = own.optimizer
+    _warn_of_others(routed, own)
     hooks = own._optimizer_step_post_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Count) and hook.model is routed]:
         del hooks[key]
     found.runtime.attach()
     return own.register_step_post_hook(_Count(routed))
+
+
+def _warn_of_others(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """An optimiser may step copies of the parameters (ZeRO, master weights), so that it has none is no error."""
+    own = set(map(id, model.parameters()))
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        warnings.warn(
+            f"the optimizer has no parameter of {type(model).__name__}: if it is another model's, schedules of this "
+            "one follow the wrong steps; attach the optimizer that steps this model",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 class _Count:

@@ -68,7 +68,7 @@ class CGGRCallback(TrainerCallback, ExportableState):
             )
         else:
             self._handle.runtime.steps = state.global_step
-        self._handle.runtime.total_steps = state.max_steps
+        self._handle.runtime.tell_total(state.max_steps)
         self._handle.runtime.attach()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -64,6 +64,7 @@ class Report:
         follows_confidence: whether the dynamic threshold moves k.
         routed: whether anything is selected; where every row trains, `unrouted` is why.
         depth: on the depth route, which layers train until when.
+        schedule: where options follow optimiser steps and none is counted, that; None else.
         selection: the rule in force; `"auto"` while that keeps every row.
         auto: for `"auto"`, what trains and why.
         scope: of how many ranks' rows is selected, and how many steps selected locally; None where every step does.
@@ -95,6 +96,7 @@ class Report:
     routed: bool
     unrouted: str | None
     depth: str | None
+    schedule: str | None
     sizes: Sizes
     selection: str
     auto: str | None
@@ -143,6 +145,7 @@ class Report:
             routed=plan.selects,
             unrouted=None if plan.selects else plan.unrouted_because,
             depth=_depth(runtime),
+            schedule=_schedule(runtime),
             sizes=Sizes(batch, length, routes["sequence"].kept if "sequence" in routes else batch),
             selection=rule_name(runtime.in_force.selection),
             auto=_auto(runtime, plan),
@@ -219,6 +222,7 @@ class Report:
 
     def _rewrite(self) -> list[tuple[str, str]]:
         pairs = [("depth", self.depth)] if self.depth is not None else []
+        pairs += [("schedule", self.schedule)] if self.schedule is not None else []
         pairs += [] if self.routed else [("routing", f"none: {self.unrouted}")]
         pairs += self._router_lines()
         if self.routed:
@@ -244,11 +248,16 @@ class Report:
             ("outlined layers", self.outlined),
             ("CUDA graphs", self.cuda_graphs),
             ("passes", " → ".join(self.passes)),
-            ("captures", f"{self.captures}; compiled: {_listing(self.compilations)}"),
+            ("captures", f"{self.captures}; {self._compiled()}"),
         ]
         if self.passive:
             pairs.append(("not routed", "; ".join(f"{why} (×{count})" for why, count in self.passive.items())))
         return pairs
+
+    def _compiled(self) -> str:
+        if not any(self.compilations.values()):
+            return f"nothing compiled by {self.inner}: {', '.join(self.compilations)}"
+        return f"compiled: {_listing(self.compilations)}"
 
     def _causal_masks(self) -> str:
         if not self.causal_attentions:
@@ -379,6 +388,12 @@ def _depth(runtime: Runtime) -> str | None:
         return None
     stages = runtime.config.stages[runtime.growths :]
     return depth_text(stages, len(runtime.plans[-1].analysed.stack), runtime.config.grow)
+
+
+def _schedule(runtime: Runtime) -> str | None:
+    if runtime.counted or not runtime.config.is_scheduled:
+        return None
+    return "stands still until optimizer steps are counted (cggr.attach, CGGRCallback)"
 
 
 def _listing(counts: dict[str, int]) -> str:

@@ -72,6 +72,10 @@ class Auto:
         """The options that steps run under."""
         return self.choices[self.selects and not self.probes]
 
+    @property
+    def _may(self) -> bool:
+        return self.choices[True].ratio < 1
+
     def see(self, found: StepOutputs, steps: int) -> None:
         """Takes what a step left: its rows' losses, if it kept every row."""
         whole, self.probes = self.in_force is self.choices[False], False
@@ -106,7 +110,7 @@ class Auto:
         self.progress = found if self.agreement is None else self._agreed(self.agreement, found)
         before = self.selects
         below = PAYS_NO_MORE if before else PAYS
-        self.selects = self.choices[True].ratio < 1 and self.progress is not None and self.progress < below
+        self.selects = self._may and self.progress is not None and self.progress < below
         if self.selects != before:
             _log.warning("step %d: %s%s", steps, self, "; ratio=1 keeps every row" if self.selects else "")
 
@@ -136,6 +140,8 @@ class Auto:
         return {name: torch.full((), number, device=device) for name, number in found.items()}
 
     def __str__(self) -> str:
+        if not self._may:
+            return "every row trains: ratio=1"
         kept = "trimmed rows train" if self.selects else "every row trains"
         if self.progress is not None:
             against = f"more than {PAYS_NO_MORE} ends it" if self.selects else f"less than {PAYS} is needed to select"
@@ -154,7 +160,8 @@ class Auto:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        self.due, self.selects, self.progress = state["due"], state["selects"], state["progress"]
+        self.due, self.progress = state["due"], state["progress"]
+        self.selects = self._may and state["selects"]
         self._first = None if state["first"] is None else tuple(state["first"])
         self._losses, self._told = deque(state["losses"], WINDOW), list(state["told"])
         self._sizes = list(map(len, state["coming"]))

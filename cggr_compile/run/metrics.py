@@ -27,7 +27,8 @@ METRICS: dict[str, str] = {
     "weight_max": "the largest weight of a selected row",
     "parameters_without_gradient": "trainable parameters that the last backward left without a gradient; absent "
     "before the first, and while all gradients are cleared unless step() saw them",
-    "tokens_total": "counted tokens of the batch; absent, as what follows, where every row is kept unrouted",
+    "tokens_total": "counted tokens of the batch; absent, as what follows, where every row is kept unrouted, unless by "
+    "selection='auto', whose scores are then the rows' own losses",
     "tokens_selected": "counted tokens of the rows or documents that trained; with the loss route, tokens in the loss",
     "selection_rate_short": "share that was selected of the rows with fewer counted tokens than the median row; rows "
     "without any are left out; 0 where there is none",
@@ -39,7 +40,8 @@ METRICS: dict[str, str] = {
     "rows_nan_score": "rows with counted tokens whose score is NaN: they train only where others are fewer than k",
     "router_seconds": "median time of the router by itself on one batch; absent before `Handle.time_router()`",
     "mean_confidence": "mean over the counted tokens of the router's largest probability, with dynamic_threshold only",
-    "auto_selects": "1 where selection='auto' selects rows, 0 where every row trains",
+    "auto_selects": "1 while selection='auto' selects rows (but for the probes among these steps, see rows_selected), "
+    "0 while every row trains",
     "auto_progress": "what that goes by: the fall of hard rows' losses over that of the median; absent before it can "
     "be told",
     "token_kept_ratio": "share of each sequence's tokens that the middle layers, or their experts, ran on, or that are "

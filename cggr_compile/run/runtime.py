@@ -64,6 +64,18 @@ class Runtime:
         if self.auto is not None and self._attached:
             self.auto.agreement = before.auto.agreement if before.auto is not None else of_all_ranks()
 
+    def tell_total(self, steps: int) -> None:
+        """How many steps there will be; warns where the model would not grow within them."""
+        self.total_steps = steps
+        late = [until for _, until in self.config.stages if until is not None and until >= max(steps, 1)]
+        if late:
+            warnings.warn(
+                f"depth_until={late[0]} is not reached in {steps} steps, so not all layers will train; give a share of "
+                "them, e.g. depth_until=0.5",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
     def attach(self) -> None:
         """Steps will be counted. Of a distributed run, all ranks say so, and decide together from then on."""
         self._attached = True

@@ -429,6 +429,15 @@ def test_a_total_that_is_no_number_of_steps_is_refused(total: Any) -> None:
     assert model.cggr.runtime.total_steps is None
 
 
+@pytest.mark.parametrize("until", [5, 6, (2, 5)])
+def test_steps_that_do_not_reach_the_growth_are_warned_of(until: Any) -> None:
+    model = Toy().train()
+    layers = (1, 2) if isinstance(until, tuple) else 1
+    cggr.optimize(model, route="depth", depth_layers=layers, depth_until=until)
+    with pytest.warns(RuntimeWarning, match=r"depth_until=[56] is not reached in 5 steps, so not all"):
+        cggr.attach(model, optimizer_of(model), total_steps=5)
+
+
 def test_a_model_that_is_optimised_anew_keeps_what_was_said_of_its_steps() -> None:
     model = cggr.optimize(Toy().train(), route="depth", depth_layers=1, depth_until=0.5, inner="eager")
     optimizer = optimizer_of(model)

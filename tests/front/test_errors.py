@@ -323,3 +323,62 @@ def test_errors_survive_pickling() -> None:
     error = CannotOptimize("reason", source="file.py:1: x", hint="do this")
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.reason, again.hint) == (str(error), "reason", "do this")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        cggr.optimize,
+        cggr.restore,
+        cggr.handle,
+        lambda model: cggr.explain(model, {}),
+        lambda model: cggr.check(model, {}),
+        lambda model: cggr.attach(model, torch.optim.SGD([torch.zeros(1)])),
+    ],
+)
+@pytest.mark.parametrize("model", ["llama", None, torch.nn.Linear])
+def test_what_is_no_model_is_named(call: Callable[[Any], Any], model: object) -> None:
+    with pytest.raises(CannotOptimize, match=rf"{type(model).__name__} is not a torch.nn.Module; pass"):
+        call(model)
+
+
+@pytest.mark.parametrize("call", [cggr.explain, cggr.check])
+@pytest.mark.parametrize("batch", [torch.zeros(2, 4), None, [1]])
+def test_what_is_no_batch_is_named(call: Callable[[Any, Any], Any], batch: object) -> None:
+    with pytest.raises(TypeError, match=rf"batch is a {type(batch).__name__}, expected the keyword arguments"):
+        call(build("llama"), batch)
+
+
+def test_check_wants_labels() -> None:
+    with pytest.raises(ValueError, match="a batch has no labels, so there is no loss"):
+        cggr.check(build("llama"), {"input_ids": token_batch()["input_ids"]})
+
+
+def test_attach_wants_an_optimizer_and_warns_of_another_models() -> None:
+    model = cggr.optimize(Toy(), warmup_steps=2, inner="eager")
+    with pytest.raises(TypeError, match=r"optimizer is a Toy, expected a torch\.optim\.Optimizer"):
+        cggr.attach(torch.optim.SGD(model.parameters()), model)
+    with pytest.warns(RuntimeWarning, match="the optimizer has no parameter of Toy: if it is another model's"):
+        cggr.attach(model, torch.optim.SGD(Toy().parameters()))
+
+
+@pytest.mark.parametrize(
+    ("selection", "options", "reason"),
+    [
+        ("trimmed", {"tau": 2.0}, "selection_options: trimmed: tau"),
+        ("auto", {"tau": -1}, "selection_options: trimmed: tau"),
+        ("importance", {"floor": 0}, "selection_options: importance: floor"),
+    ],
+)
+def test_a_rule_says_what_its_options_may_be(selection: str, options: dict[str, float], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        RoutingConfig(ratio=0.5, selection=selection, selection_options=options)
+
+
+def test_a_schedule_that_nobody_counts_for_is_in_the_report() -> None:
+    model = cggr.optimize(Toy().train(), ratio=0.5, warmup_steps=2, inner="eager")
+    model(**toy_batch())[0].backward()
+    assert "schedule        stands still until optimizer steps are counted" in str(model.cggr.report())
+    cggr.attach(model, torch.optim.SGD(model.parameters()))
+    assert "stands still" not in str(model.cggr.report())
+    assert model.cggr.report().schedule is None

@@ -180,6 +180,26 @@ def test_two_routings_of_one_step_are_refused() -> None:
         wrapper(**token_batch())
 
 
+def test_a_model_inside_a_wrapper_is_restored() -> None:
+    inner = cggr.optimize(two_layers(), **OPTIONS)
+    wrapper = adapted(inner)
+    assert cggr.restore(wrapper) is wrapper
+    assert "cggr" not in vars(inner)
+    assert "forward" not in vars(inner)
+    cggr.optimize(wrapper, **OPTIONS)
+    assert cggr.restore(wrapper) is wrapper
+    with pytest.raises(cggr.CannotOptimize, match="has no handle"):
+        cggr.handle(wrapper)
+
+
+def test_what_torch_compile_routes_is_not_patched_and_says_so() -> None:
+    compiled = torch.compile(two_layers(), backend="cggr", options={"ratio": 0.5, "inner": "eager"})
+    assert cggr.restore(compiled) is compiled
+    compiled(**token_batch()).loss.backward()
+    with pytest.raises(cggr.CannotOptimize, match=r"patches nothing.*go on with the model that was given"):
+        cggr.restore(compiled)
+
+
 def test_a_wrapper_without_labels_in_its_signature_is_told_what_to_do() -> None:
     wrapper = peft.get_peft_model(two_layers(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(cggr.CannotOptimize, match=r"takes no labels.*optimize the model inside"):

@@ -197,6 +197,17 @@ def test_noise_in_the_data_is_seen_while_training(share: float, selects: bool, o
     assert ("+ select: trimmed" in model.cggr.diff().summary()) is selects
 
 
+def test_with_a_ratio_of_one_nothing_is_selected_whatever_the_losses_show() -> None:
+    auto, halves = (Auto(cggr.RoutingConfig(selection="auto", ratio=ratio)) for ratio in (1.0, 0.5))
+    for each in (auto, halves):
+        seen(each, torch.full((WINDOW,), 8.0), 1000)
+        seen(each, losses_of(PAYS - 0.1), each.due)
+    assert (auto.selects, halves.selects) == (False, True)
+    assert str(auto) == "every row trains: ratio=1"
+    auto.load_state_dict(halves.state_dict())
+    assert not auto.selects
+
+
 # What trains
 
 

@@ -195,12 +195,12 @@ def test_llama4_is_exact_but_for_positions_that_its_layers_count() -> None:
 
 def test_what_a_layer_is_given_is_taken_at_the_tokens() -> None:
     """Per row, shared by the rows, in two dimensions, flattened, folded into the batch, and without tokens."""
-    positions, length = torch.tensor([[0, 2], [1, 3]]), 5
+    positions = torch.tensor([[0, 2], [1, 3]])
     hidden = torch.arange(2 * 5 * 3).view(2, 5, 3)
     mask = torch.arange(25).view(1, 1, 5, 5)
     shared, table = hidden[:1], torch.arange(7)
     folded = torch.arange(2 * 4 * 5).view(8, 1, 5)
-    given = _at(positions, length, {"x": (hidden, mask), "y": [shared, hidden.flatten(0, 1)], "z": (folded, table, 5)})
+    given = _at(positions, hidden, {"x": (hidden, mask), "y": [shared, hidden.flatten(0, 1)], "z": (folded, table, 5)})
     for row, places in enumerate(positions.tolist()):
         assert torch.equal(given["x"][0][row], hidden[row, places])
         assert torch.equal(given["x"][1][row, 0], mask[0, 0][places][:, places])
@@ -209,7 +209,32 @@ def test_what_a_layer_is_given_is_taken_at_the_tokens() -> None:
         assert torch.equal(given["z"][0].view(2, 4, 1, 2)[row], folded.view(2, 4, 1, 5)[row][..., places])
     assert given["z"][1] is table
     with pytest.raises(TokensNotTold, match=r"tensor of shape \(5, 3\), whose batch cannot be told"):
-        _at(positions, length, torch.zeros(5, 3))
+        _at(positions, hidden, torch.zeros(5, 3))
+
+
+def test_sizes_that_are_the_sequences_by_chance_are_told_or_refused() -> None:
+    """The residual by its place, masks by their last dimensions; what else could be either is not guessed."""
+    positions, length = torch.tensor([[0, 2], [1, 3]]), 5
+    entry, mask = torch.rand(2, length, length), torch.rand(2, 1, length, length)
+    causal = torch.full((length, length), -torch.inf).triu(1)
+    short, *masked = _at(positions, entry, (entry, mask, causal[None], causal[None] == 0))
+    assert torch.equal(short[1], entry[1, [1, 3]])
+    for found, whole in zip(masked, (mask[1, 0], causal, causal == 0), strict=True):
+        assert torch.equal(found[1].reshape(2, 2), whole[[1, 3]][:, [1, 3]])
+    for given in (torch.rand(2, length, length), torch.rand(length, length), torch.rand(length, 1, length, length)):
+        with pytest.raises(TokensNotTold, match="cannot be told while that has 5 tokens; check it with"):
+            _at(positions, entry, given)
+
+
+def test_check_of_an_optimised_model_is_of_its_route() -> None:
+    """Where that is not given; what is given counts."""
+    model, given = RandomModel(SPEC), random_ids()
+    checked = cggr.check(cggr.optimize(model, route="token", ratio=0.25, router_layers=2), given)
+    assert str(checked).startswith("exact: route token, ratio 0.25, router of 2 of ")
+    torch._dynamo.reset()
+    checked = cggr.check(model, given, route="sequence", ratio=0.75, router_layers=1)
+    assert str(checked).startswith("exact: route sequence, ratio 0.75, router of 1 of ")
+    assert model.cggr.config.route == "token"
 
 
 def test_check_sees_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
