@@ -230,7 +230,8 @@ def _describe(source: str, val: Any, batch: Any, sequence: Any) -> tuple[str, st
 def _path(source: str) -> str:
     """`L['model']._modules['h']._modules['0']._parameters['weight']` becomes `h.0.weight`; `L['kw']['ids']`, `ids`."""
     if _is_state(source, None):
-        members = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)(?=$|\.|\[)", source)
+        member = r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)(?=$|\.|\[)"
+        members = re.findall(member, dynamo.of_members(source))
         return ".".join(part for pair in members for part in pair if part and not part.startswith("_"))
     names = re.findall(r"\['([^']+)'\]", re.sub(r"\.size\(\)\[\d+\]", "", source))
     suffix = re.findall(r"\.size\(\)\[\d+\]$", source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from operator import getitem
@@ -11,6 +10,7 @@ import torch
 from torch import fx
 
 from cggr_compile.ir.program import PART, PROVIDER
+from cggr_compile.torch_internals.dynamo import module_path
 
 
 def operator_of(node: fx.Node) -> str:
@@ -35,9 +35,7 @@ def module_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
-    plain = re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", path)
-    return re.sub(r"^[LG]\[[^\]]*\](\.__self__)?\.?", "", plain)
+    return module_path(list(stack.values())[-1][0])
 
 
 def gathered_of(node: fx.Node) -> fx.Node | None:

@@ -8,7 +8,6 @@ only writes down, in the trace's `ShapeEnv`, what it passes on.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch._dynamo.variables.tensor import SymNodeVariable
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from cggr_compile.torch_internals.dynamo import modules_around, trace_again
+from cggr_compile.torch_internals.dynamo import module_path, modules_around, trace_again
 
 _TAKEN = "_cggr_decisions"
 
@@ -91,7 +90,7 @@ def _writing_down(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         if node is not None and node._expr.free_symbols:
             frames = TracingContext.extract_stack()
             line = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-            modules = tuple(re.sub(r"\._modules\['([^']+)'\]", r".\1", path) for path in modules_around())
+            modules = tuple(map(module_path, modules_around()))
             vars(node.shape_env).setdefault(_TAKEN, {})[Decision(node._expr, line, modules)] = outcome
         return outcome
 

@@ -171,6 +171,21 @@ def source_name(source: Any) -> str:
     return name() if callable(name) else name
 
 
+def of_members(source: str) -> str:
+    """The expression that Dynamo reads an input by, of submodules in one spelling (`module_path` has the other)."""
+    return source.replace(".__dict__['_modules']", "._modules")
+
+
+def module_path(source: str) -> str:
+    """The path `model.layers.3` of a module, by the expression that Dynamo reads it by; empty for the root.
+
+    That is `L['self']._modules['model']…`, or, where a module has a `__getattr__` of its own (PEFT),
+    `L['self'].__dict__['_modules']['model']…`.
+    """
+    plain = re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", of_members(source))
+    return re.sub(r"^[LG]\[[^\]]*\](\.__self__)?\.?", "", plain)
+
+
 def is_argument(source: str) -> bool:
     """Whether an input is an argument of the call, or an item of one, by the expression that Dynamo reads it by: not
     what a module, a closure or a global holds. (`data` is where transformers' batches keep their items.)"""

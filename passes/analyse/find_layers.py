@@ -22,7 +22,6 @@ After::
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from cggr_compile.errors import Refusal
 from cggr_compile.ir.dataflow import ancestors, cut_vertices
 from cggr_compile.ir.program import Analysed, Head, Layers, is_tensor, value
 from cggr_compile.ir.roles import is_state
+from cggr_compile.torch_internals.dynamo import module_path
 
 aten = torch.ops.aten
 
@@ -162,8 +162,7 @@ def _carries_rows(program: Analysed, node: fx.Node) -> bool:
 def _modules(node: fx.Node) -> list[tuple[str, ...]]:
     """Paths of the modules around a node, without the expression that names the root, as component tuples."""
     stack = node.meta.get("nn_module_stack") or {}
-    plain = [re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", path) for path, *_ in stack.values()]
-    return [tuple(re.sub(r"^[LG]\[[^\]]*\](\.__self__)?\.?", "", path).split(".")) for path in plain]
+    return [tuple(module_path(path).split(".")) for path, *_ in stack.values()]
 
 
 def _layer_indices(node: fx.Node) -> dict[tuple[str, ...], int]:

@@ -35,7 +35,7 @@ def lower_regions(program: Program, checkpoints: bool) -> fx.GraphModule:
     """
     root = nn.Module()
     for name, member in _attributes(program):
-        setattr(root, name, member)
+        _give(root, name, member)
     graph = fx.Graph(root)
     writer = _Writer(graph)
     nodes = [node for node in program.graph.nodes if node.op != "output"]
@@ -77,7 +77,7 @@ def lower_pieces(
             known[node] = expression if symbols else concrete(expression, sizes)
         if node.op == "get_attr":
             member = getattr(program.root, str(node.target))
-            setattr(root, str(node.target), member)
+            _give(root, str(node.target), member)
             if not isinstance(member, nn.Module):
                 env[node] = graph.get_attr(str(node.target))
     for run in pieces:
@@ -114,6 +114,14 @@ class _Unknown:
 def _attributes(program: Program) -> list[tuple[str, Any]]:
     names = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
     return [(name, getattr(program.root, name)) for name in sorted(names)]
+
+
+def _give(root: nn.Module, name: str, member: Any) -> None:
+    """A module or a tensor under its name; a tensor as a buffer, which `fx.GraphModule` makes of it."""
+    if isinstance(member, torch.Tensor) and not isinstance(member, nn.Parameter):
+        root.register_buffer(name, member)
+    else:
+        setattr(root, name, member)
 
 
 def _checkpoint_id(node: fx.Node) -> int | None:
@@ -179,7 +187,7 @@ class Body:
         for node in self.taken:
             inner.env[node] = self.graph.placeholder(node.name)
         for node in (*modules, *(each for each in run if each.op == "get_attr")):
-            setattr(self._owner, str(node.target), getattr(root, str(node.target)))
+            _give(self._owner, str(node.target), getattr(root, str(node.target)))
         for node in modules:
             inner.env[node] = self.graph.get_attr(str(node.target))
         for size in dict.fromkeys(source for node in run for source in node.all_input_nodes if source in known):

@@ -192,6 +192,22 @@ def test_a_model_inside_a_wrapper_is_restored() -> None:
         cggr.handle(wrapper)
 
 
+def test_a_wrapper_with_a_getattr_of_its_own_has_plain_paths(recwarn: pytest.WarningsRecorder) -> None:
+    """Dynamo reads PEFT's submodules by another expression; evaluation of the layers in use needs their path."""
+    wrapper = adapted(two_layers())
+    cggr.optimize(wrapper, route="depth", depth_layers=1, inner="eager")
+    wrapper(**token_batch()).loss.backward()
+    report = wrapper.cggr.report()
+    assert report.stack.path == "base_model.model.model.layers"
+    assert report.head.weight == "base_model.model.lm_head.weight"
+    with wrapper.cggr.in_use():
+        assert len(wrapper.base_model.model.model.layers) == 1
+    assert len(wrapper.base_model.model.model.layers) == 2
+    memory = cggr.explain(wrapper, token_batch(), ratio=0.5).memory()
+    assert memory.optimizer < memory.parameters
+    assert not [warning for warning in recwarn if "get_attr" in str(warning.message)]
+
+
 def test_what_torch_compile_routes_is_not_patched_and_says_so() -> None:
     compiled = torch.compile(two_layers(), backend="cggr", options={"ratio": 0.5, "inner": "eager"})
     assert cggr.restore(compiled) is compiled
