@@ -8,7 +8,9 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from cggr_compile.kernels.reference.selection import RuleFunction, is_number, options_of, rule_name
+import torch
+
+from cggr_compile.kernels.reference.selection import RULES, RuleFunction, is_number, options_of, rule_name
 
 
 class ConfigError(ValueError):
@@ -59,3 +61,14 @@ def check_options(rule: str | RuleFunction, given: object) -> None:
             raise ConfigError(f"selection_options[{name!r}]={value!r} is not a number")
         if isinstance(known[name], int) and not float(value).is_integer():
             raise ConfigError(f"selection_options[{name!r}]={value!r} is not an integer")
+    if isinstance(rule, str) and given:
+        _try(rule, {name: int(value) if isinstance(known[name], int) else value for name, value in given.items()})
+
+
+def _try(rule: str, options: Mapping[str, float]) -> None:
+    """Runs a rule on four rows: it says itself what its options may be."""
+    scores = torch.zeros(4, dtype=torch.float32, device="cpu")
+    try:
+        RULES[rule].function(scores, torch.ones_like(scores, dtype=torch.bool), 2, scores, **options)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"selection_options: {error}") from error

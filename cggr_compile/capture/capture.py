@@ -232,7 +232,7 @@ def _path(source: str) -> str:
     if _is_state(source, None):
         member = r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)(?=$|\.|\[)"
         members = re.findall(member, dynamo.of_members(source))
-        return ".".join(part for pair in members for part in pair if part and not part.startswith("_"))
+        return ".".join(name or attribute for name, attribute in members if not attribute.startswith("_"))
     names = re.findall(r"\['([^']+)'\]", re.sub(r"\.size\(\)\[\d+\]", "", source))
     suffix = re.findall(r"\.size\(\)\[\d+\]$", source)
     return (names[-1] if names else source) + "".join(suffix)

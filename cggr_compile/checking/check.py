@@ -32,6 +32,8 @@ Step = tuple[torch.Tensor, dict[str, torch.Tensor | None]]
 Judge = Callable[[nn.Module, Batch, torch.Tensor, int], tuple[torch.Tensor, Step]]
 """Of a model, a batch, what was selected and the router's layers: what an eager router selects, and eager's step."""
 
+JUDGED = ("sequence", "segment", "token")
+"""Routes that `check` can judge."""
 IGNORED = -100
 # Difference, relative to the largest entry of the gradient, that reordered fp32 sums explain.
 ROUNDING = 1e-6
@@ -86,7 +88,7 @@ def check(
     model: nn.Module,
     *batches: Batch,
     ratio: float | None = None,
-    router_layers: int | None = None,
+    router_layers: int | str | None = None,
     route: str | None = None,
 ) -> Check:
     """Compares routed training steps of `model` with eager training on what an eager router selects.
@@ -98,13 +100,14 @@ def check(
 
     Args:
         model: a language model on the CPU in fp32. Of an optimised one route, ratio and router layers are checked where
-            they are not given; what else it is optimised with (selection, scoring, heads, float8, depth) is not.
+            they are not given; what else it is optimised with is not (selection, scoring, heads, float8, the loss and
+            the depth route, first and last layers of the token route).
         batches: `input_ids` [B, S] int64, `labels` [B, S] int64, and whatever else its forward takes, one entry for
             each row, or n for each, row by row (images); on the segment route `position_ids` [B, S] that restart, and
             else one entry for each token.
         ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1). None is the model's, or 0.5.
-        router_layers: layers of the router. None is the model's, or 1.
-        route: "sequence", "segment" or "token". None is the model's, or "sequence".
+        router_layers: layers of the router, or "auto". None is the model's, or 1.
+        route: "sequence", "segment" or "token". None is that of these which is the model's, or "sequence".
 
     Raises:
         ValueError: no batch was given, one without labels, or another route.
@@ -116,12 +119,12 @@ def check(
     """
     check_module(model)
     own = _own_options(model)
-    judged = own.route if route is None else route
-    if not isinstance(judged, str) or judged not in ("sequence", "segment", "token"):
-        raise ValueError(f"check: route={judged!r} is none of 'sequence', 'segment' and 'token', which it can judge")
+    if route is None:
+        route = next((each for each in own.routes if each in JUDGED), "sequence")
+    if route not in JUDGED:
+        raise ValueError(f"check: route={route!r} is none of 'sequence', 'segment' and 'token', which it can judge")
     ratio = (own.ratio if own.ratio < 1 else 0.5) if ratio is None else ratio
-    if router_layers is None:
-        router_layers = own.router_layers if isinstance(own.router_layers, int) else 1
+    router_layers = own.router_layers if router_layers is None else router_layers
     if not batches:
         raise ValueError("check: no batch was given; pass at least one, check(model, {'input_ids': …, 'labels': …})")
     for batch in batches:
@@ -132,21 +135,23 @@ def check(
     for each in (eager, routed):
         if hasattr(each, "config"):
             each.config.use_cache = False
-    config = RoutingConfig(route=judged, ratio=ratio, router_layers=router_layers, inner="eager", warmup_steps=1)
-    if judged == "token":
+    config = RoutingConfig(route=route, ratio=ratio, router_layers=router_layers, inner="eager", warmup_steps=1)
+    if route == "token":
         config = replace(config, last_layers=0)
     optimize(routed, config)
     differences = [_difference(eager_step(routed, batch), eager_step(eager, batch)) for batch in batches]
     routed.cggr.step()
     selected, expected = [], []
     counting: set[str] = set()
-    stack = routed.cggr.runtime.plans[-1].program.layers
+    program = routed.cggr.runtime.plans[-1].program
+    stack = program.layers
+    layers = router_layers if isinstance(router_layers, int) else program.routing.router_layers
     short = partial(_on_tokens, middle=len(stack) - 1, counting=counting)
     judges: dict[str, Judge] = {"sequence": _on_rows, "segment": _on_documents, "token": short}
     for batch in batches:
         actual = eager_step(routed, batch)
         chosen = routed.cggr.selected
-        wanted, step = judges[judged](eager, batch, chosen, router_layers)
+        wanted, step = judges[route](eager, batch, chosen, layers)
         selected.append(_nested(chosen))
         expected.append(_nested(wanted))
         differences.append(_difference(actual, step))
@@ -157,9 +162,9 @@ def check(
         layers=len(stack),
         path=stack.path,
         proof=stack.proof,
-        route=judged,
+        route=route,
         ratio=ratio,
-        router_layers=router_layers,
+        router_layers=layers,
     )
     if counting and not found.within_rounding:
         names = " and ".join(sorted(counting))
@@ -172,7 +177,7 @@ def _own_options(model: nn.Module) -> RoutingConfig:
     try:
         return handle(model).config
     except CannotOptimize:
-        return RoutingConfig()
+        return RoutingConfig(router_layers=1)
 
 
 def eager_step(model: nn.Module, batch: Batch) -> Step:

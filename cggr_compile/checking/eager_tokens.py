@@ -89,16 +89,18 @@ def _at(positions: torch.Tensor, entry: torch.Tensor, given: Any) -> Any:
     if given is entry:
         return _taken(given, positions, [1])
     batch, length = entry.shape[:2]
-    if given.shape[0] == batch * length:
-        return _taken(given.unflatten(0, (batch, length)), positions, [1]).flatten(0, 1)
     dims = [dim for dim, size in enumerate(given.shape) if size == length]
+    flat = given.shape[0] == batch * length
+    if flat and set(dims) <= {0}:
+        return _taken(given.unflatten(0, (batch, length)), positions, [1]).flatten(0, 1)
     if not dims:
         return given
-    last = [given.dim() - 2, given.dim() - 1]
-    if len(dims) > 1 and not (dims == last and (given.dim() == 4 or _is_mask(given))):
+    if given.dim() == 4 and given.shape[0] == batch:
+        dims = [dim for dim in dims if dim]
+    if flat or (len(dims) > 1 and not _is_of_pairs(given, dims)):
         raise TokensNotTold(
             f"a layer is given a tensor of shape {tuple(given.shape)}: which of its dimensions is the sequence cannot "
-            f"be told while that has {length} tokens; check it with a batch of another length"
+            f"be told while that has {length} tokens; check it with a batch of another length, or on the sequence route"
         )
     if given.shape[0] in (1, batch):
         return _taken(given, positions, dims)
@@ -107,9 +109,13 @@ def _at(positions: torch.Tensor, entry: torch.Tensor, given: Any) -> Any:
     return _taken(given.unflatten(0, (batch, -1)), positions, [dim + 1 for dim in dims]).flatten(0, 1)
 
 
-def _is_mask(x: torch.Tensor) -> bool:
-    """Whether a tensor says of pairs of tokens whether one sees the other."""
-    return x.dtype == torch.bool or (x.is_floating_point() and bool(((x == 0) | (x < -1e4)).all()))
+def _is_of_pairs(x: torch.Tensor, dims: list[int]) -> bool:
+    """Whether a tensor of three dimensions or more says something of each pair of tokens, along its last two: a mask,
+    or a bias [.., heads, sequence, sequence]."""
+    if x.dim() < 3 or dims != [x.dim() - 2, x.dim() - 1]:
+        return False
+    masks = not x.is_floating_point() or bool(((x == 0) | (x < -1e4)).all())
+    return masks or (x.dim() == 4 and x.shape[1] > 1)
 
 
 def _taken(x: torch.Tensor, positions: torch.Tensor, dims: list[int]) -> torch.Tensor:

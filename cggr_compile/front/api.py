@@ -70,7 +70,7 @@ def restore(model: M) -> M:
     """
     check_module(model)
     inner = getattr(model, "_orig_mod", model)
-    parts = [part for _, part in optimized_parts(inner) if isinstance(vars(part)["cggr"], Handle)]
+    parts = [part for _, part in optimized_parts(inner)]
     if not parts and runtimes_of(model):
         raise CannotOptimize(
             "torch.compile(model, backend='cggr') patches nothing that could be undone",
@@ -233,6 +233,8 @@ def check_model(model: nn.Module, config: RoutingConfig) -> None:
             "the model is wrapped by torch.compile already",
             hint="optimize the model before compiling it, or compile it with backend='cggr'",
         )
+    if not isinstance(vars(model).get("cggr"), Handle | None):
+        raise CannotOptimize(f"{type(model).__name__} has an attribute cggr of its own", hint="rename it")
     refuse_nested(model)
     refuse_undistributable(model, config)
     parameters = inspect.signature(model.forward).parameters

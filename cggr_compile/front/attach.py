@@ -42,7 +42,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int 
     # Accelerate's wrapper is an optimiser in name; the one inside takes the steps and runs the hooks.
     while isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):
         own = own.optimizer
-    _warn_of_others(routed, own)
+    _warn_of_others(model, own)
     hooks = own._optimizer_step_post_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Count) and hook.model is routed]:
         del hooks[key]

@@ -27,9 +27,13 @@ from cggr_compile.torch_internals.dynamo_errors import (
 from cggr_compile.values import ConfigError
 
 
+class Optimized:
+    """What stands at `model.cggr` of an optimised model."""
+
+
 def optimized_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules of the optimised models in a module: itself, named "", and submodules."""
-    return (part for part in model.named_modules() if "cggr" in vars(part[1]))
+    return (part for part in model.named_modules() if isinstance(vars(part[1]).get("cggr"), Optimized))
 
 
 def refuse_nested(model: nn.Module) -> None:

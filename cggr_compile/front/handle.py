@@ -17,7 +17,7 @@ from cggr_compile.capture.arguments import check_call, named_arguments
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, NotCompiled
 from cggr_compile.front.backend import Backend
-from cggr_compile.front.call import call_compiled, compiled_forward, refuse_nested
+from cggr_compile.front.call import Optimized, call_compiled, compiled_forward, refuse_nested
 from cggr_compile.front.score_ahead import scored_ahead
 from cggr_compile.inspection.explanation import Diff, Report
 from cggr_compile.inspection.report import latest_plan
@@ -31,7 +31,7 @@ from cggr_compile.torch_internals import dynamo
 from cggr_compile.torch_internals.fsdp import is_root, is_sharded
 
 
-class Handle:
+class Handle(Optimized):
     """State and inspection of one optimised model; `cggr.optimize` puts it at `model.cggr`.
 
     Copying or pickling the model copies configuration, step and generator; the copy compiles anew at its first step.
@@ -115,7 +115,7 @@ class Handle:
         plan = latest_plan(self.runtime)
         path = plan.analysed.stack.path
         owner, _, name = path.rpartition(".")
-        container = self.model.get_submodule(path) if path else None
+        container = dict(self.model.named_modules()).get(path) if path else None
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             raise CannotOptimize(
                 "the layers are in no nn.ModuleList, from which the others could be taken for a while",

@@ -60,14 +60,19 @@ class Runtime:
 
     def follow(self, before: Runtime) -> None:
         """Takes the place of another configuration's runtime: what was said of the steps to come holds."""
-        self.total_steps, self._attached = before.total_steps, before._attached
+        self._attached = before._attached
+        if before.total_steps is not None:
+            self.tell_total(before.total_steps)
         if self.auto is not None and self._attached:
             self.auto.agreement = before.auto.agreement if before.auto is not None else of_all_ranks()
 
     def tell_total(self, steps: int) -> None:
         """How many steps there will be; warns where the model would not grow within them."""
         self.total_steps = steps
-        late = [until for _, until in self.config.stages if until is not None and until >= max(steps, 1)]
+        stages = self.config.stages[self.growths + self.grows :]
+        late = [
+            until for _, until in stages if until is not None and (until if until >= 1 else until * steps) > steps - 1
+        ]
         if late:
             warnings.warn(
                 f"depth_until={late[0]} is not reached in {steps} steps, so not all layers will train; give a share of "

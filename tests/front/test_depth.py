@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -429,13 +430,22 @@ def test_a_total_that_is_no_number_of_steps_is_refused(total: Any) -> None:
     assert model.cggr.runtime.total_steps is None
 
 
-@pytest.mark.parametrize("until", [5, 6, (2, 5)])
+@pytest.mark.parametrize("until", [5, 6, 0.95, (2, 5)])
 def test_steps_that_do_not_reach_the_growth_are_warned_of(until: Any) -> None:
+    """Also by a model that is optimised anew, but not by one that has grown or is about to."""
     model = Toy().train()
     layers = (1, 2) if isinstance(until, tuple) else 1
-    cggr.optimize(model, route="depth", depth_layers=layers, depth_until=until)
-    with pytest.warns(RuntimeWarning, match=r"depth_until=[56] is not reached in 5 steps, so not all"):
+    options = {"route": "depth", "depth_layers": layers, "depth_until": until, "inner": "eager"}
+    cggr.optimize(model, **options)
+    with pytest.warns(RuntimeWarning, match=r"depth_until=(5|6|0\.95) is not reached in 5 steps, so not all"):
         cggr.attach(model, optimizer_of(model), total_steps=5)
+    with pytest.warns(RuntimeWarning, match="is not reached in 5 steps"):
+        cggr.optimize(model, **options)
+    model.cggr.grow()
+    if layers == 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            cggr.attach(model, optimizer_of(model), total_steps=5)
 
 
 def test_a_model_that_is_optimised_anew_keeps_what_was_said_of_its_steps() -> None:

@@ -360,6 +360,10 @@ def test_attach_wants_an_optimizer_and_warns_of_another_models() -> None:
         cggr.attach(torch.optim.SGD(model.parameters()), model)
     with pytest.warns(RuntimeWarning, match="the optimizer has no parameter of Toy: if it is another model's"):
         cggr.attach(model, torch.optim.SGD(Toy().parameters()))
+    wrapper = nn.ModuleList([model, nn.Linear(2, 2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cggr.attach(wrapper, torch.optim.SGD(wrapper[1].parameters()))
 
 
 @pytest.mark.parametrize(
@@ -373,6 +377,32 @@ def test_attach_wants_an_optimizer_and_warns_of_another_models() -> None:
 def test_a_rule_says_what_its_options_may_be(selection: str, options: dict[str, float], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         RoutingConfig(ratio=0.5, selection=selection, selection_options=options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_options_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        RoutingConfig(ratio=0.5)
+        RoutingConfig(selection="auto", selection_options={"tau": 0.1})
+        RoutingConfig(selection="stratified", selection_options={"num_strata": 4.0})
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_an_attribute_of_the_models_own_is_no_handle() -> None:
+    model = build("llama")
+    model.cggr = "mine"
+    assert cggr.restore(model) is model
+    with pytest.raises(CannotOptimize, match="has no handle"):
+        cggr.handle(model)
+    with pytest.raises(CannotOptimize, match="LlamaForCausalLM has an attribute cggr of its own; rename it"):
+        cggr.optimize(model, ratio=0.5)
+    assert model.cggr == "mine"
+    wrapper = nn.Sequential(nn.Linear(2, 2), cggr.optimize(build("llama")))
+    wrapper.cggr = "mine"
+    assert cggr.handle(wrapper) is wrapper[1].cggr
 
 
 def test_a_schedule_that_nobody_counts_for_is_in_the_report() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import oracle
+import pytest
 import torch
 import torch.distributed as dist
 from architectures import ARCHITECTURES, COMMON, VOCABULARY, build, token_batch
@@ -172,6 +173,15 @@ def adapters() -> None:
     assert_step_on_rows(model, adapted().requires_grad_(True), own_rows())
 
 
+def differentiated_twice() -> None:
+    """Gradients of shards have no history: what asks for one is told, and not given gradients without it."""
+    model = routed(shard(small()), inner="eager")
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(model(**own_rows()).loss, parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(each.to_local().square().sum() for each in found).backward()
+
+
 def checkpointed_layers() -> None:
     """Activation checkpoints of the layers, as they are and compiled."""
     for inner in ("eager", "aot_eager"):
@@ -292,6 +302,7 @@ LONG: dict[str, Callable[..., None]] = {
     "mixed precision": mixed_precision,
     "other calls": other_calls,
     "adapters": adapters,
+    "differentiated twice": differentiated_twice,
     "ranks that differ": ranks_that_differ,
     "gathered twice": gathered_twice,
     "gathered once": gathered_once,

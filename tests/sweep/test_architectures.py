@@ -215,13 +215,16 @@ def test_what_a_layer_is_given_is_taken_at_the_tokens() -> None:
 def test_sizes_that_are_the_sequences_by_chance_are_told_or_refused() -> None:
     """The residual by its place, masks by their last dimensions; what else could be either is not guessed."""
     positions, length = torch.tensor([[0, 2], [1, 3]]), 5
-    entry, mask = torch.rand(2, length, length), torch.rand(2, 1, length, length)
+    entry, mask = torch.rand(2, length, length), torch.rand(2, 1, length, length).gt(0.5)
     causal = torch.full((length, length), -torch.inf).triu(1)
     short, *masked = _at(positions, entry, (entry, mask, causal[None], causal[None] == 0))
     assert torch.equal(short[1], entry[1, [1, 3]])
     for found, whole in zip(masked, (mask[1, 0], causal, causal == 0), strict=True):
         assert torch.equal(found[1].reshape(2, 2), whole[[1, 3]][:, [1, 3]])
-    for given in (torch.rand(2, length, length), torch.rand(length, length), torch.rand(length, 1, length, length)):
+    bias = torch.rand(1, 4, length, length)
+    assert torch.equal(_at(positions, entry, bias)[1], bias[0][:, [1, 3]][:, :, [1, 3]])
+    tables = torch.rand(2, length, length), torch.rand(length, length), torch.rand(1, 1, length, length)
+    for given in (*tables, torch.rand(2 * length, 1, length), torch.ones(length, length, dtype=torch.bool)):
         with pytest.raises(TokensNotTold, match="cannot be told while that has 5 tokens; check it with"):
             _at(positions, entry, given)
 
@@ -232,9 +235,15 @@ def test_check_of_an_optimised_model_is_of_its_route() -> None:
     checked = cggr.check(cggr.optimize(model, route="token", ratio=0.25, router_layers=2), given)
     assert str(checked).startswith("exact: route token, ratio 0.25, router of 2 of ")
     torch._dynamo.reset()
+    assert cggr.check(cggr.optimize(model, route=("depth", "token"), depth_layers=1), given).route == "token"
+    torch._dynamo.reset()
+    assert cggr.check(cggr.optimize(model, route="loss"), given).route == "sequence"
+    torch._dynamo.reset()
+    assert cggr.check(cggr.optimize(model), given).router_layers == 2
+    torch._dynamo.reset()
     checked = cggr.check(model, given, route="sequence", ratio=0.75, router_layers=1)
     assert str(checked).startswith("exact: route sequence, ratio 0.75, router of 1 of ")
-    assert model.cggr.config.route == "token"
+    assert model.cggr.config.route == "sequence"
 
 
 def test_check_sees_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
