@@ -70,5 +70,5 @@ def _try(rule: str, options: Mapping[str, float]) -> None:
     scores = torch.zeros(4, dtype=torch.float32, device="cpu")
     try:
         RULES[rule].function(scores, torch.ones_like(scores, dtype=torch.bool), 2, scores, **options)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, RuntimeError) as error:  # the last where a number is too large for a tensor
         raise ConfigError(f"selection_options: {error}") from error

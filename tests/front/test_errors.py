@@ -372,6 +372,8 @@ def test_attach_wants_an_optimizer_and_warns_of_another_models() -> None:
         ("trimmed", {"tau": 2.0}, "selection_options: trimmed: tau"),
         ("auto", {"tau": -1}, "selection_options: trimmed: tau"),
         ("importance", {"floor": 0}, "selection_options: importance: floor"),
+        ("stratified", {"num_strata": 2.0**62}, "^selection_options: "),
+        ("stratified", {"num_strata": 2.0**70}, "^selection_options: "),
     ],
 )
 def test_a_rule_says_what_its_options_may_be(selection: str, options: dict[str, float], reason: str) -> None:
