@@ -4,16 +4,20 @@ part of one batch (`--strong`).
     python benchmarks/distributed.py --ranks 1 --ranks 2 --output benchmarks/results/distributed-h200.json
     python benchmarks/distributed.py --ranks 1 --ranks 2 --strong
     python benchmarks/distributed.py --ranks 2 --arm fsdp2:compile --arm fsdp2:all --model Llama-3.2-1B
+    python benchmarks/distributed.py --ranks 1 --ranks 2 --ranks 4 --beside --rounds 1
     python benchmarks/distributed.py --quick        # a tiny model, two processes on the CPU with gloo
 
 Each measurement is a torchrun of its own (`--only` is what its ranks run). Forward, backward and AdamW; parameters are
 fp32, and on CUDA a step runs in bf16: by autocast, or under FSDP2 by its MixedPrecisionPolicy, which reduces gradients
-in fp32. Every round runs each arm once, one after another; its first step compiles.
+in fp32. Every round runs each arm once, one after another; its first step compiles. With `--beside` arms run at once
+where there are GPUs for each; they share the host's cores, so first steps are then not to be compared. With `--resume`
+the output keeps what it has, of other arms and ranks too, and only what is missing is measured.
 
 Arms are WRAP:ARM[@RATIO]. WRAP is `none` (on one rank, where no other runs), `ddp` (`ddp_views` with
-gradient_as_bucket_view=True) or `fsdp2` (layers and root; `fsdp2_kept` with reshard_after_forward=False). ARM is
-`eager`, `compile` (torch.compile of the wrapped model, under FSDP2 of each layer), `all` (this package, ratio=1) or
-`sampled` (scored rows, the sampled head). `…+graphs` is `cuda_graphs=True`, `…+outlined` is `outline_layers=True`.
+gradient_as_bucket_view=True, `ddp_bf16` with it and PyTorch's bf16_compress_hook) or `fsdp2` (layers and root;
+`fsdp2_kept` with reshard_after_forward=False). ARM is `eager`, `compile` (torch.compile of the wrapped model, under
+FSDP2 of each layer), `all` (this package, ratio=1) or `sampled` (scored rows, the sampled head). `…+graphs` is
+`cuda_graphs=True`, `…+outlined` is `outline_layers=True`.
 
 Per arm and number of ranks: seconds of each step on rank 0, the largest peak of memory of any rank, and of one step on
 CUDA the milliseconds in kernels and in NCCL's among them.
@@ -24,17 +28,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from threading import Condition
 from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import typer
-from step_time import SHAPES, Shape, build, outcome, start
+from harness import gpus
+from step_time import SHAPES, Shape, build, earlier, outcome, start
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,7 +53,8 @@ from cggr_compile.environment import environment
 from cggr_compile.run.router_time import mark, seconds_between
 
 OURS: dict[str, dict[str, Any]] = {"all": {"ratio": 1.0}, "sampled": {"router_head": "sampled"}}
-WRAPS, ARMS = ("none", "ddp", "ddp_views", "fsdp2", "fsdp2_kept"), ("eager", "compile", *OURS)
+WRAPS = ("none", "ddp", "ddp_views", "ddp_bf16", "fsdp2", "fsdp2_kept")
+ARMS = ("eager", "compile", *OURS)
 WARM_UP = 12
 """DistributedDataParallel times its own steps at first: the first eleven were 10 % longer than those behind them."""
 DEFAULT_ARMS = [f"{wrap}:{arm}" for wrap in ("none", "ddp", "fsdp2") for arm in ("compile", "all", "sampled")]
@@ -78,7 +89,9 @@ def wrapped(model: torch.nn.Module, wrap: str, arm: str, options: dict[str, Any]
     called: Any = model
     if wrap.startswith("ddp"):
         devices = None if device.type == "cpu" else [device.index]
-        called = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=wrap == "ddp_views")
+        called = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=wrap != "ddp")
+        if wrap == "ddp_bf16":
+            called.register_comm_hook(None, bf16_compress_hook)
     return torch.compile(called) if arm == "compile" else called
 
 
@@ -162,6 +175,28 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+class Devices:
+    """Which GPUs (CUDA's names) no measurement uses. On the CPU, which has none, there is one place for all ranks."""
+
+    def __init__(self, device: str) -> None:
+        self.names = gpus() if device == "cuda" else []
+        self._free, self._changed = sorted(self.names), Condition()
+
+    @contextmanager
+    def taken(self, number: int) -> Iterator[list[str]]:
+        """As many GPUs, once they are free."""
+        number = min(number, len(self.names))
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._free) >= number)
+            own, self._free = self._free[:number], self._free[number:]
+        try:
+            yield own
+        finally:
+            with self._changed:
+                self._free = sorted(self._free + own)
+                self._changed.notify_all()
+
+
 def main(
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     model: Annotated[str, typer.Option(help=" or ".join(SHAPES))] = "SmolLM-135M",
@@ -174,6 +209,9 @@ def main(
     steps: int = 20,
     rounds: int = 2,
     timeout: Annotated[float, typer.Option(help="seconds after which a measurement is stopped")] = 300,
+    beside: Annotated[bool, typer.Option(help="arms at once, each on GPUs of its own")] = False,
+    limit: Annotated[float, typer.Option(help="seconds for everything; what is over then is not measured")] = 1e9,
+    again: Annotated[bool, typer.Option("--resume", help="measure only what the output does not have")] = False,
     quick: Annotated[bool, typer.Option(help="the tiny model, one round of three steps, two ranks")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON; the table goes beside it")] = None,
     commit: Annotated[str | None, typer.Option(help="the commit measured, where there is no checkout")] = None,
@@ -190,6 +228,9 @@ def main(
     counts, arms = ranks or [1, 2], arm or DEFAULT_ARMS
     if strong and any(shape.batch % n for n in counts):
         raise typer.BadParameter(f"batch: {shape.batch} rows cannot be divided among {counts} ranks")
+    devices = Devices(device)
+    if device == "cuda" and max(counts) > len(devices.names):
+        raise typer.BadParameter(f"ranks: {max(counts)} need as many GPUs, and there are {len(devices.names)}")
     wanted = [(name, n) for n in counts for name in arms if (n == 1) == (parse(name, ratio)[0] == "none")]
     samples: dict[str, list[dict[str, Any]]] = {f"{name} ×{n}": [] for name, n in wanted}
     report = {
@@ -198,15 +239,35 @@ def main(
     }  # fmt: skip
     own = [__file__, "--device", device, "--model", model, "--ratio", str(ratio), "--steps", str(steps)]
     own += ["--sequence", str(shape.sequence)]
-    for _ in range(rounds):
-        for name, n in wanted:
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-            rows = ["--batch", str(shape.batch // n if strong else shape.batch)]
-            samples[f"{name} ×{n}"].append(outcome(start([*launch, *own, *rows, "--only", name]), timeout))
-            print(f"{name} ×{n}: {samples[f'{name} ×{n}'][-1]}", file=sys.stderr, flush=True)
-            if output is not None:
-                output.write_text(json.dumps(report, indent=1) + "\n")
-                output.with_suffix(".md").write_text(table(report) + "\n")
+    if again and output is not None and output.exists():
+        before = earlier(report, output)
+        report["command"] = f"{before['command']} && {report['command']}"
+        for key, runs in before["samples"].items():
+            samples.setdefault(key, []).extend(run for run in runs if "steps" in run)
+    end = time.monotonic() + limit
+
+    def measured(name: str, n: int) -> tuple[str, dict[str, Any]]:
+        """The key and what was found, nothing where the time is over."""
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+        rows = ["--batch", str(shape.batch // n if strong else shape.batch)]
+        with devices.taken(n) as names:
+            left = min(timeout, end - time.monotonic())
+            if left <= 0:
+                return f"{name} ×{n}", {}
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(names)} if names else {}
+            process = start([*launch, *own, *rows, "--only", name], visible)
+            return f"{name} ×{n}", outcome(process, left)
+
+    for turn in range(rounds):
+        missing = [each for each in wanted if len(samples["{} ×{}".format(*each)]) <= turn]
+        with ThreadPoolExecutor(max(len(devices.names), 1) if beside else 1) as threads:
+            for each in as_completed([threads.submit(measured, *each) for each in missing]):
+                key, record = each.result()
+                samples[key] += [record] if record else []
+                print(f"{key}: {record}", file=sys.stderr, flush=True)
+                if output is not None:
+                    output.write_text(json.dumps(report, indent=1) + "\n")
+                    output.with_suffix(".md").write_text(table(report) + "\n")
     print(table(report))
 
 

@@ -191,6 +191,13 @@ def _steps_on_cpu(call: Callable[[], Tensor], clear: Callable[[], None], steps: 
     return milliseconds, []
 
 
+def gpus() -> list[str]:
+    """What CUDA calls the GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return list(map(str, range(count))) if visible is None else visible.split(",")[:count]
+
+
 def first_line(text: str) -> str:
     """The first line of `text` that holds anything."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

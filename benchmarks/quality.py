@@ -35,6 +35,7 @@ import quality_data
 import torch
 import transformers
 import typer
+from harness import gpus
 from quality_arms import Arm
 from quality_report import page
 from quality_training import SCHEDULES, SIZES, Run, Source, trained
@@ -91,7 +92,7 @@ def _queue(runs: list[Run], job: list[str], output: Path, until: float) -> Itera
     done = {Run.key(record) for record in records if "mean" in record}
     waiting = [run for run in runs if Run.key(asdict(run)) not in done]
     with tempfile.TemporaryDirectory() as folder:
-        places = [_Place(name, Path(folder) / f"turn{name}") for name in _gpus() or [None]]
+        places = [_Place(name, Path(folder) / f"turn{name}") for name in gpus() or [None]]
         while waiting or any(place.runs for place in places):
             for place in places:
                 yield from place.ended()
@@ -101,13 +102,6 @@ def _queue(runs: list[Run], job: list[str], output: Path, until: float) -> Itera
                 print(f"out of time; not run: {[f'{run.arm} {run.seed}' for run in waiting]}")
                 return
             time.sleep(0.2)
-
-
-def _gpus() -> list[str]:
-    """What CUDA calls the GPUs that this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return list(map(str, range(count))) if visible is None else visible.split(",")[:count]
 
 
 def _record(run: Run, text: str) -> dict[str, Any]:

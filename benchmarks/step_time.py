@@ -31,11 +31,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, repeat
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -230,8 +231,10 @@ def measure(
     return record
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(command: list[str], variables: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen[str]:
+    """The command, with these environment variables beside this process's own."""
+    own = {**os.environ, **variables}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own)
 
 
 def outcome(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
@@ -239,7 +242,7 @@ def outcome(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
     try:
         out, err = process.communicate(timeout=max(timeout, 0))
     except subprocess.TimeoutExpired:
-        process.kill()
+        process.terminate()  # torchrun then ends its ranks; killed, it would leave them on their GPUs
         process.communicate()
         return {"failed": f"not done in {timeout:.0f} s"}
     if process.returncode != 0:
@@ -252,15 +255,24 @@ def outcome(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
     return json.loads(out.splitlines()[-1])
 
 
-def resume(report: dict[str, Any], output: Path) -> None:
-    """Takes over what an interrupted run of the same commit, machine and options has measured; `typer.BadParameter`
-    where the output is of another one."""
+MUST_AGREE = ("commit", "device", "versions", "shape", "strong", "ratio", "optimizer", "autocast")
+
+
+def earlier(report: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The report of an interrupted run of the same commit, machine and options; `typer.BadParameter` where the output
+    is of another one."""
     before = json.loads(output.read_text())
-    for key in ("commit", "device", "versions", "shape", "ratio", "optimizer", "autocast"):
-        if before[key] != report[key]:
+    for key in MUST_AGREE:
+        if before.get(key) != report.get(key):
             raise typer.BadParameter(
-                f"resume: {output} has {key} {before[key]}, not {report[key]}; name another output"
+                f"resume: {output} has {key} {before.get(key)}, not {report.get(key)}; name another output"
             )
+    return before
+
+
+def resume(report: dict[str, Any], output: Path) -> None:
+    """Takes over what an interrupted run has measured."""
+    before = earlier(report, output)
     report["cold"] |= {name: found for name, found in before["cold"].items() if isinstance(found, float)}
     for name, runs in report["samples"].items():
         runs += [run for run in before["samples"].get(name, []) if "steps" in run]

@@ -11,8 +11,12 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
-# Around a model that sees several GPUs transformers' Trainer puts DataParallel, which is refused.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+# Each process sees one GPU: around a model that sees several transformers' Trainer puts DataParallel, which is refused.
+# Workers of xdist get the environment of the process that starts them, and take turns at what that one saw at first.
+_SEEN = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+_GPUS = os.environ.setdefault("GPUS_OF_TESTS", _SEEN).split(",")
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+os.environ["CUDA_VISIBLE_DEVICES"] = _GPUS[_WORKER % len(_GPUS)]
 # Triton decides when a kernel is defined whether it is compiled or interpreted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
+import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +62,56 @@ def test_table(distributed: ModuleType, strong: bool, scaling: str) -> None:
 def test_a_batch_that_ranks_cannot_share_is_refused(distributed: ModuleType) -> None:
     with pytest.raises(typer.BadParameter, match=r"batch: 3 rows cannot be divided among \[1, 2\] ranks"):
         distributed.main(device="cpu", model="tiny", batch=3, strong=True)
+
+
+def test_more_ranks_than_gpus_are_refused(distributed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "gpus", lambda: ["0", "1"])
+    with pytest.raises(typer.BadParameter, match="ranks: 4 need as many GPUs, and there are 2"):
+        distributed.main(device="cuda", model="tiny", ranks=[1, 4])
+
+
+@pytest.mark.parametrize(("beside", "most"), [(False, 1), (True, 3)])
+def test_measurements_never_share_a_gpu(
+    distributed: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, beside: bool, most: int
+) -> None:
+    """With `beside`, one of two ranks and two of one rank fill four GPUs; a rank more than there is room for waits."""
+    running: list[set[str]] = []
+    overlaps: list[int] = []
+    guard = threading.Lock()
+
+    def start(command: list[str], variables: dict[str, str]) -> tuple[set[str], int]:
+        number = int(next(word for word in command if word.startswith("--nproc")).partition("=")[2])
+        own = set(variables["CUDA_VISIBLE_DEVICES"].split(","))
+        assert len(own) == number
+        with guard:
+            assert not own & set().union(*running)
+            running.append(own)
+            overlaps.append(len(running))
+        return own, number
+
+    def outcome(process: tuple[set[str], int], timeout: float) -> dict[str, Any]:
+        time.sleep(0.3)
+        with guard:
+            running.remove(process[0])
+        return {"first": 1.0, "steps": [float(process[1])]}
+
+    monkeypatch.setattr(distributed, "gpus", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setattr(distributed, "environment", lambda device, commit: {"commit": commit, "command": "this"})
+    monkeypatch.setattr(distributed, "start", start)
+    monkeypatch.setattr(distributed, "outcome", outcome)
+    arms, output = ["none:all", "none:compile", "ddp:all", "fsdp2:all"], tmp_path / "out.json"
+    run = partial(distributed.main, device="cuda", model="tiny", arm=arms, rounds=2, beside=beside, output=output)
+    run(ranks=[1, 2], limit=0)
+    assert not overlaps
+    run(ranks=[1, 2])
+    assert len(overlaps) == 8
+    run(ranks=[2, 4], again=True)
+    assert len(overlaps) == 12
+    samples = json.loads(output.read_text())["samples"]
+    assert {key: [run["steps"] for run in runs] for key, runs in samples.items()} == {
+        f"{name} ×{n}": [[float(n)]] * 2 for n, names in ((1, arms[:2]), (2, arms[2:]), (4, arms[2:])) for name in names
+    }
+    assert max(overlaps) == most
 
 
 @pytest.mark.long

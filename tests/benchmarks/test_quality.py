@@ -368,14 +368,14 @@ def test_a_run_waits_for_its_turn_once_it_has_its_rows(quality: None, tokens: Pa
 def test_the_gpus_of_a_queue_are_those_that_it_may_use(
     quality: None, visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import quality
     import torch
+    from harness import gpus
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert quality._gpus() == names
+    assert gpus() == names
 
 
 class Handle:
