@@ -23,6 +23,7 @@ from cggr_compile.ir.amounts import Sizes
 from cggr_compile.ir.program import Program
 from cggr_compile.kernels.collectives import start_gather, start_rows
 from cggr_compile.passes.lower.lower_regions import Body, lower_pieces
+from cggr_compile.passes.lower.unshard_parameters import prefetch_gathers
 from cggr_compile.torch_internals import dynamo, inductor
 from cggr_compile.torch_internals.autograd import beside_checkpoints
 from cggr_compile.torch_internals.fake_tensors import FakeTensor, FakeTensorMode
@@ -61,12 +62,13 @@ def compile_in(
     real = [x for x in wanted if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
     fakes = [mode.from_tensor(each, static_shapes=True) for each in real]
     written = _with_numbers(module, inputs)
-    in_order = any(node.target in (start_gather, start_rows) for node in written.graph.nodes)
-    compiling = inductor.compiling(mode, _named_functions(written), recompute, in_order)
-    with dynamo.one_at_a_time(), compiling, beside_checkpoints():
-        compiled = torch._dynamo.lookup_backend(inner)(written, wanted)
+    gathers = any(node.target in (start_gather, start_rows) for node in written.graph.nodes)
+    options = inductor.options(_named_functions(written), prefetch_gathers if gathers else None)
+    given = {"config_patches": options} if inner == "inductor" else {}
+    with dynamo.one_at_a_time(), inductor.compiling(mode, recompute), beside_checkpoints():
+        compiled = torch._dynamo.lookup_backend(inner)(written, wanted, **given)
     del fakes
-    return lambda *given: compiled(*(given[place] for place in places))
+    return lambda *inputs: compiled(*(inputs[place] for place in places))
 
 
 class Shared:

@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import getsource
+from typing import Any
 
 import torch
 import torch._inductor.config
+from torch import fx
 from torch._guards import TracingContext, tracing
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from cggr_compile.torch_internals.fake_tensors import FakeTensorMode
 
 
-@contextmanager
-def compiling(
-    mode: FakeTensorMode, functions: Mapping[str, str], recompute: bool, in_order: bool = False
-) -> Iterator[None]:
-    """What an inner backend compiles in: with the fake tensors of `mode`.
+class _Last(CustomGraphPass):
+    """A pass over ATen's graphs, forward and backward, behind inductor's own and behind the one that was set."""
 
-    `functions` are those that the graph names, each with the fingerprint that stands for it in keys of inductor's
-    cache. `recompute` is `RoutingConfig.recompute_elementwise`. `in_order` keeps inductor from ordering operators by
-    the memory that it expects, by which it would gather all sharded parameters at the beginning.
-    """
-    cacheable = torch._inductor.config.patch(unsafe_marked_cacheable_functions=dict(functions))
+    def __init__(self, last: Callable[[fx.Graph], None]) -> None:
+        given = torch._inductor.config.post_grad_custom_post_pass
+        self._passes = [*(given if isinstance(given, (list, tuple)) else [given] if given else []), last]
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for each in self._passes:
+            each(graph)
+
+    def uuid(self) -> Any | None:
+        *given, last = self._passes
+        own = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in given]
+        return None if None in own else (*own, getsource(last))
+
+
+@contextmanager
+def compiling(mode: FakeTensorMode, recompute: bool) -> Iterator[None]:
+    """What an inner backend compiles in: with the fake tensors of `mode`. `recompute` is
+    `RoutingConfig.recompute_elementwise`."""
     # torch forbids it by default, because it is slower, if little.
     partition = torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute)
-    order = torch._inductor.config.patch({"reorder_for_peak_memory": False} if in_order else {})
-    with tracing(TracingContext(mode)), cacheable, partition, order:
+    with tracing(TracingContext(mode)), partition:
         yield
+
+
+def options(functions: Mapping[str, str], in_order: Callable[[fx.Graph], None] | None) -> dict[str, Any]:
+    """Options of inductor, which hold for the backward too, though that is compiled when it first runs.
+
+    `functions` are those that the graph names, each with the fingerprint that stands for it in keys of inductor's
+    cache. `in_order` is a pass that puts ATen's operators in order; they stay so: inductor would order them by the
+    memory that it expects, and gather all sharded parameters at the beginning.
+    """
+    found: dict[str, Any] = {"unsafe_marked_cacheable_functions": dict(functions)}
+    if in_order is not None:
+        found |= {"reorder_for_peak_memory": False, "post_grad_custom_post_pass": _Last(in_order)}
+    return found
 
 
 def start_inductor_workers() -> None:

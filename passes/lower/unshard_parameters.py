@@ -7,7 +7,9 @@ reads them, which is the same on all ranks, whatever each of them selects. Autog
 unit at once, when the last one is there (`kernels/collectives.py`).
 
 Where a unit reshards, its gathering is tagged to be computed again in the backward, as FSDP2 does, for inner backends
-that own a partitioner; `inner="eager"` keeps what it gathered until the backward has used it.
+that own a partitioner; `inner="eager"` keeps what it gathered until the backward has used it. The partitioner puts what
+it computes again in front of what first reads it, so there a unit would be gathered while nothing computes, and behind
+the gradients that are being sent: `prefetch_gathers`, which inductor calls, has each start a unit earlier.
 
 Before::
 
@@ -24,7 +26,7 @@ After::
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import getitem
 
 import torch
@@ -62,6 +64,20 @@ def unshard_parameters(program: Analysed, config: RoutingConfig) -> Analysed:
                 builder.copy(node)
     builder.output(fx.map_arg(program.output.args[0], lambda old: builder.env[old]))
     return builder.finish("unshard_parameters")
+
+
+def prefetch_gathers(graph: fx.Graph) -> None:
+    """Starts each gathering of a graph of ATen's operators in front of the wait for the one before it; one that needs
+    what was gathered before (scores do) stays where it is."""
+    wait, gather = (getattr(torch.ops._c10d_functional, x).default for x in ("wait_tensor", "all_gather_into_tensor"))
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    waits = [node for node in place if node.target is wait and node.args[0].target is gather]
+    for before, own in pairwise(waits):
+        needed = ancestors([own.args[0]])
+        if not any(node.target is wait for node in needed):
+            for node in sorted(needed, key=place.__getitem__):
+                if place[node] > place[before]:
+                    before.prepend(node)
 
 
 def _checkpoint(node: fx.Node) -> tuple[int | None, bool]:
