@@ -151,16 +151,18 @@ def run_rank(name: str, shape: Shape, device: str, ratio: float, steps: int) -> 
         dist.destroy_process_group()
 
 
+def medians(report: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of what was measured, by arm and ranks."""
+    steps = {key: [step for run in runs for step in run.get("steps", [])] for key, runs in report["samples"].items()}
+    return {key: median(found) * 1e3 for key, found in steps.items() if found}
+
+
 def table(report: dict[str, Any]) -> str:
     """Medians by arm and ranks; scaling is the one-rank step of the same arm over the step, of ranks that share a batch
     over as many of them (100 % is ideal)."""
     scales = "strong scaling" if report.get("strong") else "weak scaling"
     lines = [f"| arm | ranks | ms | {scales} | GiB a rank |", "| --- | --- | --- | --- | --- |"]
-    found = {
-        key: median(step for run in runs for step in run.get("steps", [])) * 1e3
-        for key, runs in report["samples"].items()
-        if any(run.get("steps") for run in runs)
-    }
+    found = medians(report)
     for key, runs in report["samples"].items():
         name, _, ranks = key.rpartition(" ×")
         if key not in found:
