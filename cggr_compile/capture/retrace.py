@@ -38,6 +38,7 @@ from cggr_compile.capture.copies import Calls, Mutation, Replayer, mutates
 from cggr_compile.capture.in_place import out_of_place
 from cggr_compile.capture.memory import Memories, Memory, memory_of
 from cggr_compile.errors import CannotOptimize
+from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.torch_internals import autograd, dynamo, tracing
 
 aten = torch.ops.aten
@@ -84,35 +85,70 @@ def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
 
 
 def _write_back(traced: fx.GraphModule, changed: list[int], fakes: list[Any]) -> None:
-    """Writes what a forward changed in place, the last of the outputs, into the inputs at the places `changed`: state
-    that it keeps, as batch norm keeps its statistics.
+    """Writes what a forward changed in place, the last of the outputs, into the inputs at the places `changed`.
+
+    State that it keeps, as batch norm its statistics, is written at the end, so that what a backward has saved of the
+    input is not found changed. A parameter that trains is written where it is changed, and read from there: the changed
+    one is the parameter, which has the gradient.
 
     Raises:
-        CannotOptimize: it changed a parameter that trains, whose gradient is that of the changed one.
+        CannotOptimize: a parameter that trains is changed by more than its own values, or read before.
     """
     graph, output = traced.graph, next(iter(traced.graph.find_nodes(op="output")))
     own, new = output.args[0][: -len(changed)], output.args[0][-len(changed) :]
+    output.args = (own,)
     inputs = graph.find_nodes(op="placeholder", sort=True)
-    written = [(inputs[place], fakes[place], value) for place, value in zip(changed, new, strict=True)]
-    for _, fake, value in written:
-        if fake.requires_grad:
-            raise CannotOptimize(
-                "the forward changes a parameter in place",
-                node=value,
-                hint="change it after optimizer.step(), or make it a buffer",
-            )
-    for source, _, _ in written:  # a backward that has saved the input must not find it changed
+    kept = []
+    for place, value in zip(changed, new, strict=True):
+        if fakes[place].requires_grad:
+            _write_parameter(graph, inputs[place], value)
+        else:
+            kept.append((inputs[place], value))
+    for source, _ in kept:
         with graph.inserting_after(inputs[-1]):
             before = graph.call_function(aten.clone.default, (source,))
         before.meta = {**source.meta, "val": source.meta["val"].clone()}
         source.replace_all_uses_with(before)
         before.args = (source,)
     with graph.inserting_before(output):
-        graph.call_function(torch._C._set_grad_enabled, (False,))
-        for source, _, value in written:
-            graph.call_function(aten.copy_.default, (source, value)).meta = {**value.meta, "val": source.meta["val"]}
-        graph.call_function(torch._C._set_grad_enabled, (True,))
-    output.args = (own,)
+        _copy_into(graph, kept)
+
+
+def _write_parameter(graph: fx.Graph, source: fx.Node, value: fx.Node) -> None:
+    """A checkpointed region computes again what it holds, so one is written in front of it: once in a step."""
+    computing = ancestors([value], stop=[source])
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    if any(node.op == "placeholder" for node in computing) or any(
+        place[user] < place[value] and user not in computing for node in (source, *computing) for user in node.users
+    ):
+        raise CannotOptimize(
+            "the forward changes a parameter in place, by more than its own values or behind where it reads it",
+            node=value,
+            hint="change it after optimizer.step(), or make it a buffer",
+        )
+    region = value.meta.get("ac_graph_id")
+    there = value.next
+    if region is not None:
+        there = next(node for node in place if node.meta.get("ac_graph_id") == region and node not in computing)
+        for node in sorted(computing, key=place.__getitem__):
+            there.prepend(node)
+            for tag in ("ac_graph_id", "recompute"):
+                node.meta.pop(tag, None)
+    modes = [node.args[0] for node in place if node.target is torch._C._set_grad_enabled and place[node] < place[there]]
+    with graph.inserting_before(there):
+        [written] = _copy_into(graph, [(source, value)], [True, *modes][-1])
+    for node in (source, value):
+        node.replace_all_uses_with(written, delete_user_cb=lambda user: user not in computing and user is not written)
+
+
+def _copy_into(graph: fx.Graph, values: list[tuple[fx.Node, fx.Node]], mode: bool = True) -> list[fx.Node]:
+    """Writes values into inputs, without gradients, in front of a place where gradients are enabled or not (`mode`)."""
+    graph.call_function(torch._C._set_grad_enabled, (False,))
+    found = [graph.call_function(aten.copy_.default, pair) for pair in values]
+    for node, (source, value) in zip(found, values, strict=True):
+        node.meta = {**value.meta, "val": source.meta["val"]}
+    graph.call_function(torch._C._set_grad_enabled, (mode,))
+    return found
 
 
 class _Inliner(Replayer):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
+import torch
 from torch import fx
 
 from cggr_compile.ir.builder import Builder
-from cggr_compile.ir.program import is_tensor, value
+from cggr_compile.ir.program import TRAINED_PARTS, is_tensor, value
 from cggr_compile.torch_internals import symbols
 
 
@@ -86,7 +87,8 @@ def clone(
         substitution: old node -> new node; these are not copied, nor is what only they need.
         rewrite: may return another new node for an old one instead of the plain copy.
 
-    Copies run under the gradient mode and autocasts of the original where the builder's region does not say more.
+    Copies run under the gradient mode and autocasts of the original where the builder's region does not say more. A
+    parameter that the forward changes is changed in a part that trains; others only read what it becomes.
     """
     env = dict(substitution)
     needed = ancestors(roots, stop=env)
@@ -94,6 +96,8 @@ def clone(
         if node not in needed:
             continue
         replacement = rewrite(builder, node, env) if rewrite is not None else None
+        if node.target is torch.ops.aten.copy_.default and builder.part not in TRAINED_PARTS:
+            replacement = env[node.args[1]]
         env[node] = replacement if replacement is not None else builder.copy_call(node, env)
     return env
 

@@ -32,6 +32,7 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.ir.dataflow import ancestors, descendants
 from cggr_compile.ir.program import Analysed, Head, Program, is_tensor, value
+from cggr_compile.ir.roles import changes_of
 
 aten = torch.ops.aten
 
@@ -108,6 +109,12 @@ def _match(program: Program, loss: fx.Node) -> Head | Refusal:
         return found
     linear, row_ops, arithmetic = found
     bias = linear.args[2] if len(linear.args) > 2 else None
+    parameters = ancestors([node for node in (linear.args[1], bias) if node is not None])
+    changed = next((node for node in changes_of(program) if node in parameters), None)
+    if changed is not None:
+        return Refusal(
+            "the forward changes a parameter of the head in place", changed, "change it after optimizer.step()"
+        )
     scale, divisor, softcap = arithmetic
     head = Head(
         linear=linear,

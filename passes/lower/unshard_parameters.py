@@ -35,9 +35,11 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Analysed, is_tensor, value
+from cggr_compile.ir.roles import changes_of
 from cggr_compile.ir.shards import Unit
 
 # Of all regions that are computed again the last: a gathering that one of the others reads stays one of its own.
@@ -45,7 +47,18 @@ _REGION = 1_000_000
 
 
 def unshard_parameters(program: Analysed, config: RoutingConfig) -> Analysed:
-    """Makes inputs of the shards, and writes the gathering of each unit that something reads."""
+    """Makes inputs of the shards, and writes the gathering of each unit that something reads.
+
+    Raises:
+        CannotOptimize: the forward changes a parameter.
+    """
+    for node in changes_of(program):
+        if node.args[0].name in program.shards:
+            raise CannotOptimize(
+                "the forward changes a parameter in place, of which each rank has a shard (fully_shard)",
+                node=node,
+                hint="change it after optimizer.step(), or train by DistributedDataParallel",
+            )
     builder = Builder(program)
     members: dict[Unit, list[fx.Node]] = {}
     for node in program.placeholders:

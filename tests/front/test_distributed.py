@@ -155,6 +155,21 @@ def test_a_model_of_which_parts_are_sharded_is_refused_at_its_first_step() -> No
         model(**batch())
 
 
+class Clamped(nn.Linear):
+    """Clamps its weight in its forward, as Gemma 3n does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.weight.data.clamp_(-1, 1)
+        return super().forward(input)
+
+
+def test_a_parameter_that_the_forward_changes_is_not_sharded() -> None:
+    model = small()
+    model.layers[1].up.__class__ = Clamped
+    with pytest.raises(CannotOptimize, match=r"of which each rank has a shard.*DistributedDataParallel"):
+        cggr.optimize(fully_shard(model), ratio=0.5)(**batch())
+
+
 def test_with_fallback_a_step_that_is_refused_is_fsdps_own() -> None:
     model = cggr.optimize(fully_shard(sharded()), ratio=0.5, fallback="eager")
     with pytest.warns(RuntimeWarning, match="training without routing"):
