@@ -166,7 +166,8 @@ def _normalize(
     batch: torch.SymInt | int,
     sequence: torch.SymInt | int,
 ) -> tuple[fx.Graph, tuple[Input, ...]]:
-    """Names the placeholders, turns mode switches into regions and drops assertions that guards imply."""
+    """Names the placeholders, turns mode switches into regions, and drops assertions that guards imply and casts that
+    give the tensor itself."""
     graph = fx.Graph(traced)
     env: dict[fx.Node, fx.Node] = {}
     inputs: list[Input] = []
@@ -185,6 +186,9 @@ def _normalize(
             continue
         elif _is_guarded(node):
             continue
+        elif _gives_itself(node):
+            env[node] = env[node.args[0]]
+            continue
         else:
             env[node] = graph.node_copy(node, lambda old: env[old])
         env[node].meta.update({REGION: region if node.op not in ("placeholder", "output") else Region()})
@@ -202,6 +206,18 @@ def _is_guarded(node: fx.Node) -> bool:
     if node.target == aten._assert_scalar.default:
         return not symbols.data_symbols(value(node.args[0]))
     return node.target == aten._assert_tensor_metadata.default
+
+
+def _gives_itself(node: fx.Node) -> bool:
+    """Whether the node is a cast to what the tensor is. A trace takes what it gives for the tensor from there on, in
+    whatever module it was written."""
+    if node.target not in (aten.to.dtype, aten.to.device, aten.to.dtype_layout):
+        return False
+    given, made = value(node.args[0]), value(node)
+    names = [argument.name for argument in node.target._schema.arguments]
+    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    copies = arguments.get("copy") or arguments.get("memory_format") is not None or arguments.get("pin_memory")
+    return not copies and (given.dtype, given.device, given.layout) == (made.dtype, made.device, made.layout)
 
 
 def _enter(node: fx.Node, region: Region) -> Region | None:

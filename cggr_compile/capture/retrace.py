@@ -118,7 +118,11 @@ def _write_parameter(graph: fx.Graph, source: fx.Node, value: fx.Node) -> None:
     """A checkpointed region computes again what it holds, so one is written in front of it: once in a step."""
     computing = ancestors([value], stop=[source])
     place = {node: index for index, node in enumerate(graph.nodes)}
-    if any(node.op == "placeholder" for node in computing) or any(
+    by_more = any(
+        node.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        for node in computing
+    )
+    if by_more or any(
         place[user] < place[value] and user not in computing for node in (source, *computing) for user in node.users
     ):
         raise CannotOptimize(

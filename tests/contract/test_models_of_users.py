@@ -226,6 +226,11 @@ class ChangesByBatch(ChangesWeights):
         return Toy.middle(self, hidden)
 
 
+class ChangesByChance(ChangesWeights):
+    def change(self, layer: nn.Linear) -> None:
+        layer.weight.data.add_(torch.randn_like(layer.weight))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "reason"),
     [
@@ -234,6 +239,7 @@ class ChangesByBatch(ChangesWeights):
             (kind, {}, "the forward changes a parameter in place")
             for kind in (ReadsBefore, ChangesTwice, ChangesByBatch)
         ),
+        (ChangesByChance, {}, "the forward changes a parameter in place"),
         (ChangesHead, {}, "the forward changes a parameter of the head in place"),
     ],
 )
@@ -241,6 +247,35 @@ def test_what_may_not_be_changed_is_named(kind: type[Toy], options: dict[str, An
     model, _ = pair(kind, **options)
     with pytest.raises(cggr.CannotOptimize, match=reason):
         model(**toy_batch(8))
+
+
+class Casting(nn.Linear):
+    """A layer that casts its input to what it is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        input = input.to(torch.float32).to(input.device)
+        return input + super().forward(input).tanh()
+
+
+class ReadsEmbeddingsLater(Toy):
+    """Its layers are chained by one tensor, and what enters them is added behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Casting(WIDTH, WIDTH) for _ in range(3))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        entered = hidden
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden + entered
+
+
+def test_a_cast_that_gives_the_tensor_itself_is_no_layers() -> None:
+    """A trace takes what the first layer's cast gives for what enters it, so that seems to leave the layer, too."""
+    model, eager = pair(ReadsEmbeddingsLater, selection="random")
+    agrees(model, eager, toy_batch(8))
+    assert "layers: 3 layers, found by metadata" in str(model.cggr.report())
 
 
 DIVISORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
