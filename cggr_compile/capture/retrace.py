@@ -190,6 +190,8 @@ class _Inliner(Replayer):
         if target is torch.ops.higher_order.autograd_function_apply:
             _refuse_lost_gradients(args[0])
             return _opaque(target, args, kwargs)
+        if target is torch._C._autograd._get_data_attr:  # torch 2.11 cannot functionalise it
+            return args[0].detach()
         name = getattr(target, "__name__", "")
         if getattr(target, "__module__", "") == F.__name__ and getattr(F, name, target) is not target:
             # A library has put another function into its place, which the model called and Dynamo traced into. Under a
