@@ -259,15 +259,16 @@ MUST_AGREE = ("commit", "device", "versions", "shape", "strong", "ratio", "optim
 
 
 def earlier(report: dict[str, Any], output: Path) -> dict[str, Any]:
-    """The report of an interrupted run of the same commit, machine and options; `typer.BadParameter` where the output
-    is of another one."""
+    """The report of an interrupted run of the same commit, machine and options, without what failed;
+    `typer.BadParameter` where the output is of another one."""
     before = json.loads(output.read_text())
     for key in MUST_AGREE:
         if before.get(key) != report.get(key):
             raise typer.BadParameter(
                 f"resume: {output} has {key} {before.get(key)}, not {report.get(key)}; name another output"
             )
-    return before
+    good = {name: [run for run in runs if "steps" in run] for name, runs in before["samples"].items()}
+    return {**before, "samples": good}
 
 
 def resume(report: dict[str, Any], output: Path) -> None:
@@ -275,7 +276,7 @@ def resume(report: dict[str, Any], output: Path) -> None:
     before = earlier(report, output)
     report["cold"] |= {name: found for name, found in before["cold"].items() if isinstance(found, float)}
     for name, runs in report["samples"].items():
-        runs += [run for run in before["samples"].get(name, []) if "steps" in run]
+        runs += before["samples"].get(name, [])
 
 
 def save(report: dict[str, Any], output: Path | None) -> None:

@@ -115,7 +115,10 @@ def _write_back(traced: fx.GraphModule, changed: list[int], fakes: list[Any]) ->
 
 
 def _write_parameter(graph: fx.Graph, source: fx.Node, value: fx.Node) -> None:
-    """A checkpointed region computes again what it holds, so one is written in front of it: once in a step."""
+    """Writes the value of a parameter where it is computed, and lets what reads it behind that read the parameter.
+
+    A checkpointed region computes again what it holds, so there it is in front of the region: once in a step.
+    """
     computing = ancestors([value], stop=[source])
     place = {node: index for index, node in enumerate(graph.nodes)}
     by_more = any(

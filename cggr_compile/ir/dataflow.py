@@ -11,6 +11,8 @@ from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.program import TRAINED_PARTS, is_tensor, value
 from cggr_compile.torch_internals import symbols
 
+aten = torch.ops.aten
+
 
 def ancestors(
     roots: Iterable[fx.Node],
@@ -95,9 +97,10 @@ def clone(
     for node in next(iter(needed)).graph.nodes if needed else ():
         if node not in needed:
             continue
+        if node.target is aten.copy_.default and builder.part not in TRAINED_PARTS:
+            env[node] = env[node.args[1]]
+            continue
         replacement = rewrite(builder, node, env) if rewrite is not None else None
-        if node.target is torch.ops.aten.copy_.default and builder.part not in TRAINED_PARTS:
-            replacement = env[node.args[1]]
         env[node] = replacement if replacement is not None else builder.copy_call(node, env)
     return env
 

@@ -94,12 +94,11 @@ def changes_of(program: Program) -> list[fx.Node]:
 
 
 def main_roots(program: Analysed) -> list[fx.Node]:
-    """What the main pass must compute: the outputs, and nodes that act by side effect alone; one that is read (a
-    parameter that was changed) is needed where it is."""
+    """What the main pass must compute: the outputs, and nodes that act by side effect."""
     outputs = [out for out in program.outputs if isinstance(out, fx.Node)]
     effects = [
         node
         for node in program.graph.nodes
-        if node.op == "call_function" and node.meta[PART] in TRAINED_PARTS and node.is_impure() and not node.users
+        if node.op == "call_function" and node.meta[PART] in TRAINED_PARTS and node.is_impure()
     ]
     return outputs + effects

@@ -64,9 +64,9 @@ def compile_in(
     written = _with_numbers(module, inputs)
     gathers = any(node.target in (start_gather, start_rows) for node in written.graph.nodes)
     options = inductor.options(_named_functions(written), prefetch_gathers if gathers else None)
-    given = {"config_patches": options} if inner == "inductor" else {}
-    with dynamo.one_at_a_time(), inductor.compiling(mode, recompute), beside_checkpoints():
-        compiled = torch._dynamo.lookup_backend(inner)(written, wanted, **given)
+    patches = {"config_patches": options} if inner == "inductor" else {}
+    with dynamo.one_at_a_time(), inductor.compiling(mode, options, recompute), beside_checkpoints():
+        compiled = torch._dynamo.lookup_backend(inner)(written, wanted, **patches)
     del fakes
     return lambda *inputs: compiled(*(inputs[place] for place in places))
 

@@ -34,17 +34,20 @@ class _Last(CustomGraphPass):
 
 
 @contextmanager
-def compiling(mode: FakeTensorMode, recompute: bool) -> Iterator[None]:
-    """What an inner backend compiles in: with the fake tensors of `mode`. `recompute` is
-    `RoutingConfig.recompute_elementwise`."""
+def compiling(mode: FakeTensorMode, options: Mapping[str, Any], recompute: bool) -> Iterator[None]:
+    """What an inner backend compiles in: with the fake tensors of `mode` and these `options` of inductor.
+
+    `recompute` is `RoutingConfig.recompute_elementwise`.
+    """
     # torch forbids it by default, because it is slower, if little.
     partition = torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute)
-    with tracing(TracingContext(mode)), partition:
+    with tracing(TracingContext(mode)), partition, torch._inductor.config.patch(dict(options)):
         yield
 
 
 def options(functions: Mapping[str, str], in_order: Callable[[fx.Graph], None] | None) -> dict[str, Any]:
-    """Options of inductor, which hold for the backward too, though that is compiled when it first runs.
+    """Options of inductor. Given with what it compiles they hold for the backward too, which is compiled when it first
+    runs.
 
     `functions` are those that the graph names, each with the fingerprint that stands for it in keys of inductor's
     cache. `in_order` is a pass that puts ATen's operators in order; they stay so: inductor would order them by the

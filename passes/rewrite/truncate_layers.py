@@ -46,6 +46,8 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     outputs = tuple(out if reads.get(out) is None else None for out in program.outputs)
     loss = program.outputs[program.loss_output]
     effects = [root for root in reads if root not in program.outputs and root not in left_out]
+    # A parameter that only the layers left out read, once changed, does not change.
+    effects = [root for root in effects if not root.users or not left_out.issuperset(root.users)]
     for root in (loss, *effects):
         if reads[root] is not None:
             raise CannotOptimize(

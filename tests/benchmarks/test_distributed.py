@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import threading
-import time
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -77,7 +76,7 @@ def test_measurements_never_share_a_gpu(
     """With `beside`, one of two ranks and two of one rank fill four GPUs; a rank more than there is room for waits."""
     running: list[set[str]] = []
     overlaps: list[int] = []
-    guard = threading.Lock()
+    guard, filled = threading.Lock(), threading.Event()
 
     def start(command: list[str], variables: dict[str, str]) -> tuple[set[str], int]:
         number = int(next(word for word in command if word.startswith("--nproc")).partition("=")[2])
@@ -87,10 +86,12 @@ def test_measurements_never_share_a_gpu(
             assert not own & set().union(*running)
             running.append(own)
             overlaps.append(len(running))
+            if len(running) == most:
+                filled.set()
         return own, number
 
     def outcome(process: tuple[set[str], int], timeout: float) -> dict[str, Any]:
-        time.sleep(0.3)
+        assert filled.wait(60)
         with guard:
             running.remove(process[0])
         return {"first": 1.0, "steps": [float(process[1])]}

@@ -237,9 +237,8 @@ class ChangesByChance(ChangesWeights):
         (ChangesIds, {}, "the forward changes input_ids in place"),
         *(
             (kind, {}, "the forward changes a parameter in place")
-            for kind in (ReadsBefore, ChangesTwice, ChangesByBatch)
+            for kind in (ReadsBefore, ChangesTwice, ChangesByBatch, ChangesByChance)
         ),
-        (ChangesByChance, {}, "the forward changes a parameter in place"),
         (ChangesHead, {}, "the forward changes a parameter of the head in place"),
     ],
 )

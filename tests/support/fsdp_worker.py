@@ -148,13 +148,17 @@ def one_unit_ahead() -> None:
         given, names = watched(call)
         return given, re.sub(r"\.+", ".", "".join(signs.get(name, "") for name in names))
 
-    last = "R(wR|Rw)ww"  # when the gradients of the layer before the last are waited for is inductor's choice
-    for inner, backward in (("aot_eager", r"\.Gw\.RGw\.RwGw\." + last), ("inductor", r"\.GGw\.RGw\.Rww\." + last)):
+    # Where the last gradients but one are waited for is inductor's choice, which is another one in torch 2.14.
+    backwards = {
+        "aot_eager": (".Gw.RGw.RwGw.RwRww",),
+        "inductor": (".GGw.RGw.Rww.RwRww", ".GGw.RGw.Rww.RRwww"),
+    }
+    for inner, backward in backwards.items():
         model = routed(shard(small()), inner=inner)
         model(**own_rows()).loss.backward()
         loss, forward = order(lambda model=model: model(**own_rows()).loss)
         assert forward == "GGwGw.Gw.w.", inner
-        assert re.fullmatch(backward, order(loss.backward)[1]), inner
+        assert order(loss.backward)[1] in backward, inner
 
 
 def adapters() -> None:
