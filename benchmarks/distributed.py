@@ -20,12 +20,13 @@ FSDP2 of each layer), `all` (this package, ratio=1) or `sampled` (scored rows, t
 `cuda_graphs=True`, `…+outlined` is `outline_layers=True`.
 
 Per arm and number of ranks: seconds of each step on rank 0, the largest peak of memory of any rank, and of one step on
-CUDA the milliseconds in kernels and in NCCL's among them.
+CUDA the milliseconds in kernels, in NCCL's among them, and in which NCCL's alone ran (exposed communication).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -44,6 +45,7 @@ import torch.distributed as dist
 import typer
 from harness import gpus
 from step_time import SHAPES, Shape, build, earlier, outcome, start
+from torch.autograd import DeviceType
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -130,10 +132,34 @@ def measure(name: str, shape: Shape, device: torch.device, ratio: float, steps: 
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             one_step()
             torch.cuda.synchronize()
-        times = {event.key: event.self_device_time_total / 1000 for event in profile.key_averages()}
-        record["kernel_milliseconds"] = sum(times.values())
-        record["nccl_milliseconds"] = sum(time for key, time in times.items() if "nccl" in key.lower())
+        record |= kernel_times(
+            [
+                (event.name, event.time_range.start, event.time_range.end)
+                for event in profile.events()
+                if event.device_type == DeviceType.CUDA
+            ]
+        )
     return record
+
+
+def kernel_times(kernels: list[tuple[str, float, float]]) -> dict[str, float]:
+    """Milliseconds in kernels (name, start, end in microseconds), in NCCL's, and in which nothing but NCCL's ran."""
+    nccl = [kernel for kernel in kernels if "nccl" in kernel[0].lower()]
+    rest = [kernel for kernel in kernels if "nccl" not in kernel[0].lower()]
+    return {
+        "kernel_milliseconds": sum(end - begin for _, begin, end in kernels) / 1000,
+        "nccl_milliseconds": sum(end - begin for _, begin, end in nccl) / 1000,
+        "exposed_milliseconds": (_covered(kernels) - _covered(rest)) / 1000,
+    }
+
+
+def _covered(kernels: list[tuple[str, float, float]]) -> float:
+    """Microseconds in which at least one of the kernels ran."""
+    covered, until = 0.0, -math.inf
+    for _, begin, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        covered += max(end - max(begin, until), 0.0)
+        until = max(until, end)
+    return covered
 
 
 def run_rank(name: str, shape: Shape, device: str, ratio: float, steps: int) -> None:
@@ -157,23 +183,33 @@ def medians(report: dict[str, Any]) -> dict[str, float]:
     return {key: median(found) * 1e3 for key, found in steps.items() if found}
 
 
+def _line(*cells: str) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+
+def _figure(number: float | str | None) -> str:
+    return "" if number is None else number if isinstance(number, str) else f"{number:.1f}"
+
+
 def table(report: dict[str, Any]) -> str:
     """Medians by arm and ranks; scaling is the one-rank step of the same arm over the step, of ranks that share a batch
     over as many of them (100 % is ideal)."""
     scales = "strong scaling" if report.get("strong") else "weak scaling"
-    lines = [f"| arm | ranks | ms | {scales} | GiB a rank |", "| --- | --- | --- | --- | --- |"]
+    columns = ("arm", "ranks", "ms", scales, "GiB a rank", "exposed ms")
+    lines = [_line(*columns), _line(*("---" for _ in columns))]
     found = medians(report)
     for key, runs in report["samples"].items():
         name, _, ranks = key.rpartition(" ×")
         if key not in found:
-            lines.append(f"| {name} | {ranks} | {(runs or [{}])[-1].get('failed', 'not run')} | | |")
+            lines.append(_line(name, ranks, (runs or [{}])[-1].get("failed", "not run"), "", "", ""))
             continue
         alone = found.get(f"none:{name.partition(':')[2]} ×1")
         share = int(ranks) if report.get("strong") else 1
         scaling = f"{alone / found[key] / share:.0%}" if alone else ""
-        peak = max(run.get("peak_bytes", 0) for run in runs) / 2**30
-        lines.append(f"| {name} | {ranks} | {found[key]:.1f} | {scaling} | {peak:.1f} |" if peak else
-                     f"| {name} | {ranks} | {found[key]:.1f} | {scaling} | |")  # fmt: skip
+        peak = max((run["peak_bytes"] / 2**30 for run in runs if "peak_bytes" in run), default=None)
+        exposed = [run["exposed_milliseconds"] for run in runs if "exposed_milliseconds" in run]
+        figures = (found[key], scaling, peak, median(exposed) if exposed else None)
+        lines.append(_line(name, ranks, *(_figure(figure) for figure in figures)))
     return "\n".join(lines)
 
 

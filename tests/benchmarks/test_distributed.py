@@ -43,7 +43,7 @@ def test_other_arms_are_refused(distributed: ModuleType, name: str) -> None:
 def test_table(distributed: ModuleType, strong: bool, scaling: str) -> None:
     """Twice as many ranks in 1.25 of the time: of twice the work, or of the same."""
     samples = {
-        "none:all ×1": [{"steps": [0.07, 0.08, 0.09], "peak_bytes": 2**30}],
+        "none:all ×1": [{"steps": [0.07, 0.08, 0.09], "peak_bytes": 2**30, "exposed_milliseconds": 0.0}],
         "ddp:all ×2": [{"steps": [0.1]}, {"steps": [0.1, 0.2]}],
         "ddp:eager ×2": [{"failed": "not done in 3 s"}],
         "fsdp2:all ×2": [],
@@ -51,11 +51,22 @@ def test_table(distributed: ModuleType, strong: bool, scaling: str) -> None:
     lines = distributed.table({"samples": samples, "strong": strong}).splitlines()
     assert lines[0].split("|")[4].split() == ["strong" if strong else "weak", "scaling"]
     assert lines[2:] == [
-        "| none:all | 1 | 80.0 | 100% | 1.0 |",
-        f"| ddp:all | 2 | 100.0 | {scaling} | |",
-        "| ddp:eager | 2 | not done in 3 s | | |",
-        "| fsdp2:all | 2 | not run | | |",
+        "| none:all | 1 | 80.0 | 100% | 1.0 | 0.0 |",
+        f"| ddp:all | 2 | 100.0 | {scaling} | | |",
+        "| ddp:eager | 2 | not done in 3 s | | | |",
+        "| fsdp2:all | 2 | not run | | | |",
     ]
+
+
+def test_kernel_times(distributed: ModuleType) -> None:
+    """Communication is exposed where nothing computes beside it, however kernels overlap each other."""
+    kernels = [
+        ("gemm", 0.0, 4000.0), ("ncclDevKernel_AllGather", 1000.0, 6000.0), ("gemm", 5000.0, 7000.0),
+        ("ncclDevKernel_ReduceScatter", 5500.0, 9000.0), ("ncclDevKernel_AllGather", 8000.0, 10000.0),
+    ]  # fmt: skip
+    assert distributed.kernel_times(kernels) == {
+        "kernel_milliseconds": 16.5, "nccl_milliseconds": 10.5, "exposed_milliseconds": 4.0,
+    }  # fmt: skip
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(distributed: ModuleType) -> None:
