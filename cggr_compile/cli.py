@@ -63,7 +63,7 @@ def explain(
     ratio: Annotated[float, typer.Option(help="Fraction of rows kept, in (0, 1].")] = 0.25,
     router_layers: Annotated[str, typer.Option(help="Layers of the router, or auto.")] = "auto",
     scoring: Annotated[str, typer.Option(help="loss, entropy, margin or combined.")] = "loss",
-    selection: Annotated[str, typer.Option(help="A rule by name: topk, random, trimmed, ...")] = "topk",
+    selection: Annotated[str | None, typer.Option(help="A rule by name: topk, random, trimmed, ...")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the explained batch.")] = 8,
     sequence: Annotated[int, typer.Option(min=2, help="Tokens of each row.")] = 512,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB of a card: say which batch fits.")] = None,
@@ -78,7 +78,7 @@ def explain(
             ratio=ratio,
             router_layers=int(router_layers) if router_layers.isdecimal() else router_layers,
             scoring=scoring,
-            selection=selection,
+            selection=selection,  # type: ignore[arg-type]  # None is the default's
         )
         built = build_on_meta(read_config(model))
         ids = torch.zeros(batch, sequence, dtype=torch.long, device="meta")

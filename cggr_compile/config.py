@@ -63,19 +63,19 @@ class RoutingConfig(Schedule):
             vocabulary; `"loss"` and `"entropy"` only) or `"fp8"`. The loss is always exact.
         router_head_frequent, router_head_sampled: sampled head: how many of the batch's most frequent tokens, and how
             many others drawn at random, stand for the vocabulary.
-        selection: `"topk"` (hardest rows), `"fixed_quota"` (the same, of a k that the dynamic threshold leaves alone),
-            `"random"` (uniform rows; no router is run), or a rule that draws by the scores
-            (`kernels/reference/selection.py`):
-            `"trimmed"` (top-k without outliers, and a uniform share), `"stratified"` (uniform within strata by score;
-            the loss is the stratified estimate of the batch's) or `"importance"` (rows with probability by score; the
-            loss is an unbiased estimate of the batch's). `"auto"` keeps every row until their losses show that
-            a share of the rows is noise, then it is `"trimmed"` with a `tau` of 0.125; it may switch back. Or a
-            function `(scores, valid, k, noise, **options) -> (index, weight)`: float32 scores [N], bool valid [N] (rows
-            with a counted label), an int k and float32 noise [N], uniform in [0, 1), to int64 rows [k] and float32
-            weights [k]. `"auto"` and a function are for the sequence route alone. A row of weight 0 only fills up; the
-            loss is Σ w·l / Σ w over the kept rows' counted tokens, so weights of 1 are a plain mean. The function runs
-            at every step as one operator that compilers do not look into, and nothing is read back unless it does; what
-            it returns is checked by type and shape.
+        selection: None is `"trimmed"` where rows or documents are selected, `"topk"` where tokens are
+            (docs/learning.md). `"topk"` (hardest rows), `"fixed_quota"` (the same, of a k that the dynamic threshold
+            leaves alone), `"random"` (uniform rows; no router is run), or a rule that draws by the scores
+            (`kernels/reference/selection.py`): `"trimmed"` (top-k without outliers, and a uniform share),
+            `"stratified"` (uniform within strata by score; the loss is the stratified estimate of the batch's) or
+            `"importance"` (rows with probability by score; the loss is an unbiased estimate of the batch's). `"auto"`
+            keeps every row until their losses show that a share of the rows is noise, then it is `"trimmed"` with a
+            `tau` of 0.125; it may switch back. Or a function `(scores, valid, k, noise, **options) -> (index, weight)`:
+            float32 scores [N], bool valid [N] (rows with a counted label), an int k and float32 noise [N], uniform in
+            [0, 1), to int64 rows [k] and float32 weights [k]. `"auto"` and a function are for the sequence route alone.
+            A row of weight 0 only fills up; the loss is Σ w·l / Σ w over the kept rows' counted tokens, so weights of 1
+            are a plain mean. The function runs at every step as one operator that compilers do not look into, and
+            nothing is read back unless it does; what it returns is checked by type and shape.
         selection_scope: sequence route: among which rows a rank of a distributed run selects. `"local"`: its own;
             `"global"`: the R ranks select R · k of their R · B rows together, and each trains k of these, whose
             arguments travel to it (docs/distributed.md). In a step in which the sizes of their batches differ, each
@@ -157,7 +157,7 @@ class RoutingConfig(Schedule):
     router_head: str = "exact"
     router_head_frequent: int = 1024
     router_head_sampled: int = 1024
-    selection: str | RuleFunction = field(default=None, hash=False)  # type: ignore[assignment]  # "topk", likewise
+    selection: str | RuleFunction = field(default=None, hash=False)  # type: ignore[assignment]  # a rule, likewise
     selection_scope: str = "local"
     selection_options: Mapping[str, float] | None = field(default=None, hash=False)
     warmup_steps: int = 0
@@ -248,8 +248,9 @@ class RoutingConfig(Schedule):
     def _resolve_selection(self) -> None:
         """Gives `selection` and `ratio` their values where they are left out."""
         asked = [name for name in SELECTING if getattr(self, name)]
+        default = "trimmed" if {"sequence", "segment"}.issuperset(self.routes) else "topk"
         if not self.routes:
-            wrong = [name for name in asked if getattr(self, name) != "topk"]
+            wrong = [name for name in asked if getattr(self, name) != default]
             if wrong or self.ratio not in (None, 1):
                 name = [*wrong, "ratio"][0]
                 raise ConfigError(f"{name} with route='depth', which selects nothing; use route=('depth', 'sequence')")
@@ -257,7 +258,7 @@ class RoutingConfig(Schedule):
             selects = asked or self.route not in ("sequence", "depth")
             object.__setattr__(self, "ratio", 0.5 if selects else 1.0)
         if self.selection is None:
-            object.__setattr__(self, "selection", "topk")
+            object.__setattr__(self, "selection", default)
 
     def _check_token_route(self) -> None:
         for name, least in (("first_layers", 1), ("last_layers", 0)):

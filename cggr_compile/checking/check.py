@@ -135,7 +135,9 @@ def check(
     for each in (eager, routed):
         if hasattr(each, "config"):
             each.config.use_cache = False
-    config = RoutingConfig(route=route, ratio=ratio, router_layers=router_layers, inner="eager", warmup_steps=1)
+    config = RoutingConfig(
+        route=route, ratio=ratio, router_layers=router_layers, selection="topk", inner="eager", warmup_steps=1
+    )
     if route == "token":
         config = replace(config, last_layers=0)
     optimize(routed, config)

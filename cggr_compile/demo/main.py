@@ -240,7 +240,7 @@ def predicted(routed: Report) -> str:
     return (
         "predicted from counted operations, on any device, not measured:\n"
         f"  a step of the first {FIRST_LAYERS} of {LAYERS} layers   {share:.0%} of a whole one\n"
-        f"  a step on the hardest quarter of rows  {whole.step_ratio:.0%} of a whole one "
+        f"  a step on a quarter of the rows  {whole.step_ratio:.0%} of a whole one "
         "(cggr.optimize(model, ratio=0.25); the rewrite is diff.html)\n"
         "measured on GPUs: docs/performance.md, docs/learning.md"
     )

@@ -334,11 +334,12 @@ def test_bfloat16_weights() -> None:
     oracle.assert_same_step(loss, gradients, expected_loss, expected)
 
 
-def test_no_operator_reads_back_to_the_host(llama: tuple[nn.Module, Program]) -> None:
+@pytest.mark.parametrize(("selection", "operator"), [("topk", "select"), ("trimmed", "draw"), ("importance", "draw")])
+def test_no_operator_reads_back_to_the_host(llama: tuple[nn.Module, Program], selection: str, operator: str) -> None:
     reading = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default, torch.ops.aten.nonzero.default}
-    graph = routed(llama).plan.program.graph
+    graph = routed(llama, selection=selection).plan.program.graph
     targets = {node.target for node in graph.nodes}
-    assert "cggr.select[reference]" in operator_counts(graph)
+    assert f"cggr.{operator}[reference]" in operator_counts(graph)
     assert not targets & reading
 
 

@@ -21,6 +21,7 @@ RATIO, LAYERS, SEED = 0.4, 2, 7
 FREQUENT, SAMPLED = 5, 12
 OPTIONS = {
     "ratio": RATIO,
+    "selection": "topk",
     "router_layers": LAYERS,
     "seed": SEED,
     "router_head_frequent": FREQUENT,
@@ -123,7 +124,7 @@ def test_a_head_that_reads_everything_is_the_exact_one() -> None:
     config = cggr.RoutingConfig(router_head="sampled")
     assert describe(config, VOCABULARY) == "exact head"
     assert cost_factor(config, VOCABULARY) == 1.0
-    explained = cggr.explain(Toy(), toy_batch(), ratio=0.5, router_head="sampled")
+    explained = cggr.explain(Toy(), toy_batch(), ratio=0.5, selection="topk", router_head="sampled")
     assert "score" in dict(explained.program.routing.providers)
     assert [entry.name for entry in explained.program.inputs if entry.kind == "added"] == ["kept"]
 

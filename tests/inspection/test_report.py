@@ -147,7 +147,7 @@ def test_report_states_what_was_found_and_chosen(trained: cggr.Handle) -> None:
     assert report.head.weight_shape == (VOCABULARY, HIDDEN)
     assert dict(report.gathered) == {"input_ids": 0, "attention_mask": 0, "labels": 0}
     assert (report.sizes.batch, report.sizes.sequence, report.sizes.kept) == (BATCH, SEQUENCE, 2)
-    assert set(report.providers) == {"score", "select", "gather", "masked_loss"}
+    assert set(report.providers) == {"score", "draw", "gather", "masked_loss"}
     assert (report.captures, report.inner) == (1, "eager")
     assert report.passes[-1] == "lower_kernels"
     assert all(len(line) <= 100 for line in str(report).splitlines())
@@ -174,7 +174,7 @@ def test_diff_speaks_of_the_model(trained: cggr.Handle) -> None:
     assert lines[:4] == [
         "+ router: layers 0–1 of 3 (model.layers), final norm, head; exact body; shared weights, no gradient",
         "+ score: loss, exact head, fp32, mean over counted tokens",
-        "+ select: topk, k = ceil(0.25 · B)",
+        "+ select: trimmed, k = ceil(0.25 · B)",
         lines[3],
     ]
     assert set(re.findall(r"input_ids|attention_mask|labels", lines[3])) == {"input_ids", "attention_mask", "labels"}

@@ -227,19 +227,21 @@ def test_every_row_trains_as_in_eager() -> None:
 @pytest.mark.parametrize(
     ("options", "selection", "ratio"),
     [
-        ({}, "topk", 1.0),
-        ({"ratio": 1}, "topk", 1.0),
-        ({"route": ("depth", "sequence"), "depth_layers": 1}, "topk", 0.5),
+        ({}, "trimmed", 1.0),
+        ({"ratio": 1}, "trimmed", 1.0),
+        ({"route": ("depth", "sequence"), "depth_layers": 1}, "trimmed", 0.5),
         ({"route": ("depth", "token"), "depth_layers": 1}, "topk", 0.5),
         ({"route": ("depth", "sequence"), "depth_layers": 1, "selection": "auto"}, "auto", 0.5),
-        ({"route": "depth", "depth_layers": 1}, "topk", 1.0),
-        ({"ratio": 0.25}, "topk", 0.25),
-        ({"warmup_steps": 3}, "topk", 0.5),
+        ({"route": "depth", "depth_layers": 1}, "trimmed", 1.0),
+        ({"ratio": 0.25}, "trimmed", 0.25),
+        ({"warmup_steps": 3}, "trimmed", 0.5),
         ({"selection": "auto"}, "auto", 0.5),
         ({"selection": "random"}, "random", 0.5),
         ({"selection": "auto", "ratio": 0.25}, "auto", 0.25),
         ({"route": "token"}, "topk", 0.5),
-        ({"dynamic_threshold": True}, "topk", 0.5),
+        ({"route": "segment"}, "trimmed", 0.5),
+        ({"route": ("sequence", "loss")}, "topk", 0.5),
+        ({"dynamic_threshold": True}, "trimmed", 0.5),
     ],
 )
 def test_what_is_chosen_where_it_is_left_out(options: dict[str, Any], selection: str, ratio: float) -> None:
