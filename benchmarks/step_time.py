@@ -237,13 +237,20 @@ def start(command: list[str], variables: Mapping[str, str] = MappingProxyType({}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own)
 
 
+GRACE = 60
+"""Seconds in which a process that is told to end has to."""
+
+
 def outcome(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
     """What the process printed last, or why it failed."""
     try:
         out, err = process.communicate(timeout=max(timeout, 0))
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun then ends its ranks; killed, it would leave them on their GPUs
-        process.communicate()
+        try:
+            process.communicate(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
         return {"failed": f"not done in {timeout:.0f} s"}
     if process.returncode != 0:
         lines = err.splitlines()[::-1]

@@ -56,6 +56,15 @@ def test_an_arm_that_dies_says_why(printed: str, reason: str) -> None:
     assert step_time.outcome(process, timeout=60) == {"failed": reason}
 
 
+def test_a_process_that_does_not_end_when_told_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_time = importlib.import_module("step_time")
+    monkeypatch.setattr(step_time, "GRACE", 0.1)
+    forever = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); [signal.pause() for _ in iter(int, 1)]"
+    process = step_time.start([sys.executable, "-c", forever])
+    assert step_time.outcome(process, timeout=1) == {"failed": "not done in 1 s"}
+    assert process.wait(timeout=60) < 0
+
+
 @pytest.mark.long
 def test_the_step_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # arms are processes, as for a user
