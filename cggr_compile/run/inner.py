@@ -22,6 +22,7 @@ from cggr_compile import kernels
 from cggr_compile.ir.amounts import Sizes
 from cggr_compile.ir.program import Program
 from cggr_compile.kernels.collectives import start_gather, start_rows
+from cggr_compile.kernels.op import fp8_linear
 from cggr_compile.passes.lower.lower_regions import Body, lower_pieces
 from cggr_compile.passes.lower.unshard_parameters import prefetch_gathers
 from cggr_compile.torch_internals import dynamo, inductor
@@ -63,10 +64,14 @@ def compile_in(
     fakes = [mode.from_tensor(each, static_shapes=True) for each in real]
     written = _with_numbers(module, inputs)
     gathers = any(node.target in (start_gather, start_rows) for node in written.graph.nodes)
-    options = inductor.options(_named_functions(written), prefetch_gathers if gathers else None)
-    patches = {"config_patches": options} if inner == "inductor" else {}
+    rounds = any(node.target in (fp8_linear.scaled_mm, fp8_linear.fp8_linear) for node in written.graph.nodes)
+    functions = _named_functions(written) | (inductor.ROWS_HELD if rounds else {})
+    options = inductor.options(functions, prefetch_gathers if gathers else None)
+    arguments: dict[str, Any] = {"config_patches": options} if inner == "inductor" else {}
+    if arguments and rounds:
+        arguments["inner_compile"] = inductor.compile_holding_rows
     with dynamo.one_at_a_time(), inductor.compiling(mode, options, recompute), beside_checkpoints():
-        compiled = torch._dynamo.lookup_backend(inner)(written, wanted, **patches)
+        compiled = torch._dynamo.lookup_backend(inner)(written, wanted, **arguments)
     del fakes
     return lambda *inputs: compiled(*(inputs[place] for place in places))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from inspect import getsource
 from typing import Any
 
@@ -57,6 +58,39 @@ def options(functions: Mapping[str, str], in_order: Callable[[fx.Graph], None] |
     if in_order is not None:
         found |= {"reorder_for_peak_memory": False, "post_grad_custom_post_pass": _Last(in_order)}
     return found
+
+
+WHOLE_ROW = 8192
+"""Elements of the longest rows that were measured (docs/performance.md)."""
+
+
+def compile_holding_rows(*args: Any, **kwargs: Any) -> Any:
+    """inductor's compiler of one graph, whose reductions over rows of up to WHOLE_ROW elements hold the row: by itself
+    it reads rows of more than 1024 a second time where their values are needed behind the sum. It is an argument of the
+    backend, which calls it for the backward too; `ROWS_HELD` is to be among `options`, as its cache asks for these."""
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    choices = copy(V.choices)
+    by_itself = choices.should_use_persistent_reduction
+
+    def holds(features: Any, cooperative: bool) -> bool:
+        rows = features.get_reduction_hint() == ReductionHint.INNER and _in_any_order(features)
+        short = rows and V.graph.sizevars.statically_known_leq(features.reduction_numel, WHOLE_ROW)
+        return short or by_itself(features, cooperative)
+
+    choices.should_use_persistent_reduction = holds
+    with V.set_choices_handler(choices):
+        return compile_fx_inner(*args, **kwargs)
+
+
+ROWS_HELD = {f"{__name__}.{compile_holding_rows.__name__}": str(WHOLE_ROW)}
+
+
+def _in_any_order(features: Any) -> bool:
+    """Whether no option asks for sums in a certain order (torch 2.14: `numerics="strict"`)."""
+    return not hasattr(features, "strict_sum_rblock") or features.strict_sum_rblock() is None
 
 
 def start_inductor_workers() -> None:

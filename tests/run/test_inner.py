@@ -5,20 +5,31 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import oracle
 import pytest
+import sympy
 import torch
+from cggr_compile.kernels.op import fp8_linear
 from cggr_compile.kernels.reference import rows as reference
 from functorch.compile import make_boxed_func
 from torch._dynamo import register_backend
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_inductor_cache
+from torch._inductor import compile_fx
+from torch._inductor.choices import InductorChoices
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.sizevars import SizeVarAllocator
+from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
+from torch._inductor.virtualized import V
 from toys import Toy, toy_batch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import cggr_compile as cggr
 from cggr_compile.run import inner
+from cggr_compile.torch_internals import inductor
 
 
 @pytest.mark.long
@@ -79,3 +90,74 @@ def test_the_key_of_the_caches_holds_the_sources_of_what_a_graph_names() -> None
     named = inner._named_functions(torch.fx.GraphModule({}, graph))
     assert set(named) == {"cggr_compile", "cggr_compile.kernels.reference.rows.score"}
     assert set(named.values()) == {inner._fingerprint()}
+
+
+def linear_module(rounded: bool) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    target = fp8_linear.fp8_linear if rounded else torch.ops.aten.linear.default
+    graph.output((graph.call_function(target, (x, weight)),))
+    return torch.fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_rows_are_held_where_products_are_in_float8(monkeypatch: pytest.MonkeyPatch, rounded: bool) -> None:
+    """And inductor's cache is asked for code that does."""
+    given = {}
+
+    def backend(module: torch.fx.GraphModule, _: list[object], **arguments: Any) -> torch.fx.GraphModule:
+        given.update(arguments)
+        return module
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda _: backend)
+    inner.compile_static(linear_module(rounded), [torch.ones(2, 16), torch.ones(16, 16)], "inductor")
+    assert given.get("inner_compile") is (inductor.compile_holding_rows if rounded else None)
+    key = given["config_patches"]["unsafe_marked_cacheable_functions"]
+    assert (key.keys() >= inductor.ROWS_HELD.keys()) == rounded
+
+
+@pytest.mark.parametrize(
+    ("hint", "length", "own", "held"),
+    [
+        (ReductionHint.INNER, 2048, False, True),
+        (ReductionHint.INNER, inductor.WHOLE_ROW, False, True),
+        (ReductionHint.INNER, inductor.WHOLE_ROW + 1, False, False),
+        (ReductionHint.OUTER, 2048, False, False),
+        (ReductionHint.OUTER, 2048, True, True),
+    ],
+)
+def test_which_rows_are_held(
+    monkeypatch: pytest.MonkeyPatch, hint: ReductionHint, length: int, own: bool, held: bool
+) -> None:
+    """Short ones, and what inductor holds by itself; its own choices are back behind it."""
+    by_itself = staticmethod(lambda features, cooperative: own)
+    monkeypatch.setattr(InductorChoices, "should_use_persistent_reduction", by_itself)
+    features = SimpleNamespace(get_reduction_hint=lambda: hint, reduction_numel=sympy.Integer(length))
+
+    def compile_fx_inner(*given: Any, **named: Any) -> tuple[Any, ...]:
+        return V.choices.should_use_persistent_reduction(features, False), given, named
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", compile_fx_inner)
+    before = V.choices
+    with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
+        assert inductor.compile_holding_rows("graph", is_backward=True) == (held, ("graph",), {"is_backward": True})
+    assert V.choices is before
+    assert before.should_use_persistent_reduction(features, False) == own
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("held", [False, True])
+def test_kernels_that_round_read_their_rows_once(monkeypatch: pytest.MonkeyPatch, held: bool) -> None:
+    """In the forward and in the backward; without, inductor makes loops of them (`triton_red_…`)."""
+    if not held:
+        monkeypatch.setattr(inductor, "compile_holding_rows", compile_fx.compile_fx_inner)
+    config = LlamaConfig(vocab_size=128, hidden_size=2048, intermediate_size=4096, num_hidden_layers=2,
+                         num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
+    model = cggr.optimize(LlamaForCausalLM(config).cuda().bfloat16().train(), matmul="fp8")
+    ids = torch.randint(0, 128, (2, 64), device="cuda")
+    with fresh_inductor_cache():
+        _, codes = run_and_get_code(lambda: model(input_ids=ids, labels=ids).loss.backward())
+    kernels = [kernel for code in codes for kernel in code.split("async_compile.triton(")[1:]]
+    rounding = [kernel.partition("'")[2].partition("'")[0] for kernel in kernels if "*fp8e4nv" in kernel]
+    assert len(rounding) > 4
+    assert all(name.startswith("triton_per_") for name in rounding) == held, rounding
