@@ -23,6 +23,8 @@ COMPOSITIONS = (
     *(("depth", "sequence"), ("depth", "segment"), ("depth", "token"), ("depth", "loss")),
     *(("depth", "sequence", "loss"), ("depth", "token", "loss")),
 )
+HOW_TO_SCORE = {"scoring": "loss", "router_layers": "auto", "router_body": "exact", "router_head": "exact"}
+"""Options of the router, and what they are where nobody asks."""
 SELECTING = ("selection", "dynamic_threshold", "warmup_steps", "dense_after_steps")
 TOKEN_OPTIONS = ("first_layers", "last_layers", "resample", "skip", "allow_compressed_recurrence")
 """Options of the token route alone."""
@@ -38,6 +40,12 @@ CHOICES = {
 }
 """What options that are names may be."""
 OPTIONAL_PASSES = ("join_loss", "join_head", "elide_causal_masks", "fuse_experts")
+
+
+class _Default(str):
+    """The name of a rule that nobody asked for."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class RoutingConfig(Schedule):
             vocabulary; `"loss"` and `"entropy"` only) or `"fp8"`. The loss is always exact.
         router_head_frequent, router_head_sampled: sampled head: how many of the batch's most frequent tokens, and how
             many others drawn at random, stand for the vocabulary.
-        selection: None is `"trimmed"` where rows or documents are selected, `"topk"` where tokens are
+        selection: None is `"trimmed"` where rows or documents are selected, `"random"` where tokens are
             (docs/learning.md). `"topk"` (hardest rows), `"fixed_quota"` (the same, of a k that the dynamic threshold
             leaves alone), `"random"` (uniform rows; no router is run), or a rule that draws by the scores
             (`kernels/reference/selection.py`): `"trimmed"` (top-k without outliers, and a uniform share),
@@ -213,13 +221,13 @@ class RoutingConfig(Schedule):
         self._check_unpad()
         if not is_int(self.warmup_steps, 0):
             raise ConfigError(f"warmup_steps={self.warmup_steps!r} is not a non-negative integer")
+        self._check_whole_rows()
         self._check_threshold()
         if self.dense_after_steps is not None and not is_int(self.dense_after_steps, self.warmup_steps + 1):
             raise ConfigError(
                 f"dense_after_steps={self.dense_after_steps!r} is neither None nor an integer above "
                 f"warmup_steps={self.warmup_steps}"
             )
-        self._check_whole_rows()
         self.check_stages()
         self.check_scope()
         self._check_token_route()
@@ -247,18 +255,23 @@ class RoutingConfig(Schedule):
 
     def _resolve_selection(self) -> None:
         """Gives `selection` and `ratio` their values where they are left out."""
-        asked = [name for name in SELECTING if getattr(self, name)]
-        default = "trimmed" if {"sequence", "segment"}.issuperset(self.routes) else "topk"
-        if not self.routes:
-            wrong = [name for name in asked if getattr(self, name) != default]
-            if wrong or self.ratio not in (None, 1):
-                name = [*wrong, "ratio"][0]
-                raise ConfigError(f"{name} with route='depth', which selects nothing; use route=('depth', 'sequence')")
+        left_out = self.selection is None or isinstance(self.selection, _Default)
+        asked = [name for name in SELECTING if getattr(self, name) and not (name == "selection" and left_out)]
+        default = "trimmed" if {"sequence", "segment"}.issuperset(self.routes) else "random"
+        if not self.routes and (asked or self.ratio not in (None, 1)):
+            name = [*asked, "ratio"][0]
+            raise ConfigError(f"{name} with route='depth', which selects nothing; use route=('depth', 'sequence')")
         if self.ratio is None:
             selects = asked or self.route not in ("sequence", "depth")
             object.__setattr__(self, "ratio", 0.5 if selects else 1.0)
-        if self.selection is None:
-            object.__setattr__(self, "selection", default)
+        if left_out:
+            of_scores = [name for name, plain in HOW_TO_SCORE.items() if getattr(self, name) != plain]
+            if of_scores and default == "random":
+                raise ConfigError(
+                    f"{of_scores[0]}={getattr(self, of_scores[0])!r} with route={self.route!r}, where the default, "
+                    "selection='random', reads no scores; leave it out, or give selection='topk' or 'trimmed' as well"
+                )
+            object.__setattr__(self, "selection", _Default(default))
 
     def _check_token_route(self) -> None:
         for name, least in (("first_layers", 1), ("last_layers", 0)):

@@ -76,7 +76,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
         cause = error.inner_exception
         if isinstance(cause, CannotOptimize):
             raise recognised(cause) from None
-        if isinstance(cause, (ConfigError, PlanComplete, VerificationError)):
+        if isinstance(cause, (ConfigError, PlanComplete, VerificationError, MemoryError, torch.OutOfMemoryError)):
             raise cause from None
         if isinstance(cause, GuardOnDataDependentSymNode):
             raise refusal_of(cause, model) from error

@@ -281,7 +281,7 @@ class Handle(Optimized):
         self._thread.reached = True
         original = self.original()
         try:
-            with self.runtime.lock:
+            with self.runtime.lock, self.runtime.given.for_one_step():
                 return self._step(named_arguments(original, args, kwargs))
         except CannotOptimize as error:
             self.refuse(error)

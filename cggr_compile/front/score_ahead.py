@@ -24,17 +24,19 @@ class Scorer(Protocol):
 
 def scored_ahead(handle: Scorer, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """The batches, each scored while the one before it trains."""
-    remaining = iter(batches)
+    remaining, given = iter(batches), handle.runtime.given
     current = next(remaining, None)
     scores: Tensor | None = None
-    while current is not None:
-        following = next(remaining, None)
-        if scores is not None:
-            handle.runtime.given.join()  # for a batch that no step was made of
-            handle.runtime.given.give(scores)
-        scores = None if following is None else _score(handle, following)
-        yield current
-        current = following
+    try:
+        while current is not None:
+            following = next(remaining, None)
+            given.join()  # for a batch that no step was made of
+            given.give(scores)
+            scores = None if following is None else _score(handle, following)
+            yield current
+            current = following
+    finally:
+        given.give(None)
 
 
 def _score(handle: Scorer, batch: Mapping[str, Any]) -> Tensor | None:

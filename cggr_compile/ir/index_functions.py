@@ -32,7 +32,7 @@ def axis(dim: int) -> sympy.Symbol:
 
 
 def element_of(name: str, *places: Expression) -> Expression:
-    """The element of a named integer tensor at some indices."""
+    """The element of a named integer tensor at some indices; 0 or another number for that of a boolean one."""
     return sympy.Function(name, integer=True)(*places)
 
 
@@ -63,9 +63,12 @@ class IndexFunctions:
             self.name(node, name)
 
     def name(self, node: fx.Node, name: str) -> None:
-        """Lets `name` stand for the elements of an integer tensor, whatever they are."""
+        """Lets `name` stand for the elements of an integer tensor, whatever they are; of a boolean one, where they are
+        not 0."""
         sizes = tuple(map(self.size, value(node).shape))
-        self._found[node] = IndexFunction(sizes, element_of(name, *map(axis, range(len(sizes)))))
+        element = element_of(name, *map(axis, range(len(sizes))))
+        boolean = value(node).dtype == torch.bool
+        self._found[node] = IndexFunction(sizes, sympy.Ne(element, 0) if boolean else element)
 
     def of(self, node: fx.Node) -> IndexFunction | None:
         """The node's index function, or None where its elements are not known to depend on their indices alone."""

@@ -7,7 +7,8 @@ The step waits for the router between its forward and its backward, so no optimi
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -42,9 +43,18 @@ class GivenScores:
         self._running = False
         self._region = Region()
 
-    def give(self, scores: Tensor) -> None:
-        """For the next training step."""
-        self._given = scores
+    def give(self, scores: Tensor | None) -> None:
+        """For the next training step, and for no other: it trains by these scores, or it does not take place."""
+        self._given = None if scores is None else scores.detach().clone()
+
+    @contextmanager
+    def for_one_step(self) -> Iterator[None]:
+        """A training step; one that does not take place leaves its scores to no other."""
+        try:
+            yield
+        except BaseException:
+            self._given = None
+            raise
 
     @property
     def waiting(self) -> int:

@@ -63,8 +63,12 @@ def drawn(
         name: value if isinstance(defaults[name], float) or not value.is_integer() else int(value)
         for name, value in zip(names, values, strict=True)
     }
-    index, weight = selection.rule_of(function).function(scores, valid, k, noise, **options)
-    if not isinstance(function, str):
+    if isinstance(function, str):
+        index, weight = selection.rule_of(function).function(scores, valid, k, noise, **options)
+    else:
+        # What a user's function writes to is its own.
+        own = scores.clone(), valid.clone(), k, noise.clone()
+        index, weight = selection.rule_of(function).function(*own, **options)
         # A user's rule may return any order, and views of what it was given, which an operator must not.
         index, order = index.sort(stable=True)
         weight = weight.gather(0, order)

@@ -168,7 +168,7 @@ def test_num_items_keeps_the_gradient_scale() -> None:
     eager = LLAMA.build().train()
     eager.config.use_cache = False
     batch = token_batch() | {"num_items_in_batch": torch.tensor(200)}
-    model = cggr.optimize(copy.deepcopy(eager), route="loss", ratio=0.25, router_layers=2, inner="eager")
+    model = cggr.optimize(copy.deepcopy(eager), route="loss", ratio=0.25, inner="eager")
     loss, gradients = oracle.step(model, batch)
     mask, counted = model.cggr.selected, int((labels_of(batch) != -100).sum())
     assert mask.sum() == 18
@@ -197,7 +197,7 @@ def first(scores: torch.Tensor, valid: torch.Tensor, k: int, noise: torch.Tensor
         ({"route": ("sequence", "loss"), "dynamic_threshold": True}, r"route=\('sequence', 'loss'\) selects tokens"),
         ({"route": "loss", "selection": "auto"}, "selection='auto' is for whole sequences .*name a rule"),
         ({"route": "token", "selection": first}, "selection=first is for whole sequences .*name a rule"),
-        ({"route": "token", "resample": "layer"}, "would select the same tokens for every layer"),
+        ({"route": "token", "selection": "topk", "resample": "layer"}, "would select the same tokens for every layer"),
         ({"route": "token", "resample": "lair"}, "did you mean 'layer'"),
         *(
             ({name: value}, f"{name}={value!r} is for the token route, not route='sequence'; use route='token'")

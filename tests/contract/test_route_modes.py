@@ -37,7 +37,7 @@ Step = tuple[torch.Tensor, dict[str, torch.Tensor | None]]
 
 
 def routed(eager: nn.Module, route: Any, **options: Any) -> nn.Module:
-    options = {"ratio": RATIO, "router_layers": ROUTER_LAYERS, "inner": "eager", **options}
+    options = {"ratio": RATIO, "selection": "topk", "router_layers": ROUTER_LAYERS, "inner": "eager", **options}
     return cggr.optimize(copy.deepcopy(eager), route=route, **options)
 
 

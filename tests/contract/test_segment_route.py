@@ -164,11 +164,11 @@ def test_report_diff_and_metrics(llama: tuple[nn.Module, Program]) -> None:
     batch = packed([[5, 3, 2, 3], [1, 4, 4, 4]])
     step.step(batch)
     text, diff = str(Report.of(step.runtime)), Diff.of(step.runtime)
-    assert "trimmed, k = ceil(0.25 · S) = 4 of 13 tokens of each sequence, in whole documents" in text
+    assert "topk, k = ceil(0.25 · S) = 4 of 13 tokens of each sequence, in whole documents" in text
     assert "mean over a document's counted tokens" in text
     assert "input_ids (dim 1), position_ids (dim 1), labels (dim 1)" in text
     summary = diff.summary()
-    assert "+ select: trimmed, k = ceil(0.25 · S) tokens of each sequence, in whole documents" in summary
+    assert "+ select: topk, k = ceil(0.25 · S) tokens of each sequence, in whole documents" in summary
     assert "inputs gathered: input_ids, position_ids, labels (dim 1: S → k)" in summary
     assert "~ main pass: S → k in " in summary
     added = [row.text for row in diff.rows() if row.mark == "+" and "aten.linear" in row.text]

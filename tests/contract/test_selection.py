@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, build, token_batch
 from cggr_compile.kernels.reference import selection
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from toys import Toy, route, row_losses, toy_batch
 
 import cggr_compile as cggr
@@ -122,6 +124,43 @@ def test_a_users_function_selects_and_weighs_as_one_operator_for_any_k() -> None
     assert "selection       middling, k = ceil(0.5 · B)" in str(report)
     assert "+ select: middling, k" in model.cggr.diff().summary()
     assert pickle.loads(pickle.dumps(model)).cggr.config == model.cggr.config
+
+
+def easiest_in_place(scores: Tensor, valid: Tensor, k: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws in favour of low scores, and leaves nothing of what it was given."""
+    rows = scores.neg_().add_(noise.log_().neg_().log_().neg_())[valid].argsort(descending=True)[:k]
+    rows = valid.nonzero().flatten()[rows]
+    scores.fill_(torch.nan)
+    valid.fill_(False)
+    noise.fill_(2)
+    return rows, torch.ones(len(rows))
+
+
+def easiest(scores: Tensor, valid: Tensor, k: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    return easiest_in_place(scores.clone(), valid.clone(), k, noise.clone())
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_function_may_write_to_what_it_is_given(given: bool) -> None:
+    """It trains the rows, weighs them and counts them as one that does not, also in a backward that runs the step
+    again; scores of the user's stay what they are."""
+    found = []
+    for rule in (easiest, easiest_in_place):
+        torch.manual_seed(0)
+        model = optimized(Toy().train(), selection=rule)
+        mine, steps = torch.arange(7.0), []
+        for seed in range(3):
+            if given:
+                model.cggr.use_scores(mine)
+            model.zero_grad()
+            batch = toy_batch(7, seed=seed)
+            loss = checkpoint(model, **batch, use_reentrant=False)[0]
+            loss.backward()
+            steps.append((model.cggr.selected.tolist(), loss, model.cggr.metrics()["score_mean"]))
+            steps.append(oracle.gradients(model))
+        assert mine.tolist() == list(range(7))
+        found.append(steps)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_what_a_function_returns_is_checked_while_training() -> None:

@@ -59,7 +59,8 @@ def test_families(name: str, padded: bool) -> None:
     eager = build(name)
     if not padded and name != "falcon":  # Falcon's classes choose their attention when they are built
         eager.set_attn_implementation("eager")
-    options = {"route": "token", "ratio": 0.5, "router_layers": 2, "inner": "eager", "warmup_steps": 1}
+    options = {"route": "token", "ratio": 0.5, "selection": "topk", "router_layers": 2, "inner": "eager"}
+    options["warmup_steps"] = 1
     model = cggr.optimize(copy.deepcopy(eager), **options)
     batches = [token_batch(masked=padded, seed=1), token_batch(9, 14, masked=padded, seed=2)]
     for batch in batches:

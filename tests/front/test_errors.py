@@ -414,3 +414,19 @@ def test_a_schedule_that_nobody_counts_for_is_in_the_report() -> None:
     cggr.attach(model, torch.optim.SGD(model.parameters()))
     assert "stands still" not in str(model.cggr.report())
     assert model.cggr.report().schedule is None
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_that_runs_out_in_a_capture_is_no_refusal(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A trainer halves its batches then (`auto_find_batch_size`); training without routing would take more."""
+
+    def plan(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(backend, "Plan", plan)
+    model = cggr.optimize(Toy().train(), ratio=0.5, fallback="eager")
+    with pytest.raises(type(error), match="memory"):
+        model(**toy_batch())
+    monkeypatch.undo()
+    model(**toy_batch())
+    assert model.cggr.captures == 1

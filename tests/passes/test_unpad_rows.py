@@ -109,6 +109,17 @@ def _assert_is_eagers(name: str, implementation: str, side: str) -> None:
     )
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8])
+def test_masks_of_other_dtypes(dtype: torch.dtype, implementation: str) -> None:
+    eager = build("llama")
+    eager.set_attn_implementation(implementation)
+    batch = padded([7, 4, 9, 2])
+    model = cggr.optimize(copy.deepcopy(eager), unpad=True)
+    found = oracle.step(model, {**batch, "attention_mask": batch["attention_mask"].to(dtype)})
+    oracle.assert_step_within(ROUNDING, *found, *oracle.step(eager, batch))
+
+
 def test_batches_that_cannot_are_trained_as_they_are(unpadded: plans.Routed) -> None:
     """Padding that predicts a label, or is between tokens; nothing is lost of either."""
     predicting, between = padded([7, 4, 9]), padded([7, 4, 9])

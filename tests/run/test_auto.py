@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import build, token_batch
+from cggr_compile.kernels.reference.selection import RULES
 from ddp_worker import deciding_rank
 from graphs_on_cpu import graphs_on_cpu  # noqa: F401  a fixture
 from hypothesis import given
@@ -230,7 +232,7 @@ def test_every_row_trains_as_in_eager() -> None:
         ({}, "trimmed", 1.0),
         ({"ratio": 1}, "trimmed", 1.0),
         ({"route": ("depth", "sequence"), "depth_layers": 1}, "trimmed", 0.5),
-        ({"route": ("depth", "token"), "depth_layers": 1}, "topk", 0.5),
+        ({"route": ("depth", "token"), "depth_layers": 1}, "random", 0.5),
         ({"route": ("depth", "sequence"), "depth_layers": 1, "selection": "auto"}, "auto", 0.5),
         ({"route": "depth", "depth_layers": 1}, "trimmed", 1.0),
         ({"ratio": 0.25}, "trimmed", 0.25),
@@ -238,9 +240,9 @@ def test_every_row_trains_as_in_eager() -> None:
         ({"selection": "auto"}, "auto", 0.5),
         ({"selection": "random"}, "random", 0.5),
         ({"selection": "auto", "ratio": 0.25}, "auto", 0.25),
-        ({"route": "token"}, "topk", 0.5),
+        ({"route": "token"}, "random", 0.5),
         ({"route": "segment"}, "trimmed", 0.5),
-        ({"route": ("sequence", "loss")}, "topk", 0.5),
+        ({"route": ("sequence", "loss")}, "random", 0.5),
         ({"dynamic_threshold": True}, "trimmed", 0.5),
     ],
 )
@@ -248,6 +250,29 @@ def test_what_is_chosen_where_it_is_left_out(options: dict[str, Any], selection:
     config = cggr.RoutingConfig.from_options(options)
     assert (config.selection, config.ratio) == (selection, ratio)
     assert dataclasses.replace(config) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_what_was_left_out_follows_the_route() -> None:
+    config = cggr.RoutingConfig(ratio=0.5)
+    assert dataclasses.replace(config, route="token").selection == "random"
+    assert dataclasses.replace(config, route="token", selection="trimmed").selection == "trimmed"
+    named = dataclasses.replace(cggr.RoutingConfig(ratio=0.5, selection="trimmed"), route="token")
+    assert named.selection == "trimmed"
+
+
+@pytest.mark.parametrize("rule", [*RULES, "auto"])
+def test_growing_alone_selects_by_no_rule(rule: str) -> None:
+    with pytest.raises(cggr.ConfigError, match=r"selection with route='depth', which selects nothing; use route=\("):
+        cggr.RoutingConfig(route="depth", depth_layers=1, selection=rule)
+
+
+@pytest.mark.parametrize("option", [{"scoring": "entropy"}, {"router_head": "sampled"}, {"router_layers": 3}])
+def test_how_to_score_needs_a_rule_where_the_default_draws(option: dict[str, Any]) -> None:
+    [(name, value)] = option.items()
+    with pytest.raises(cggr.ConfigError, match=f"{name}={value!r} with route='token'.*give selection='topk'"):
+        cggr.RoutingConfig(route="token", **option)
+    assert cggr.RoutingConfig(route="token", selection="topk", **option).selection == "topk"
 
 
 def test_a_single_row_is_no_choice_and_no_cause_to_warn(recwarn: pytest.WarningsRecorder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import oracle
@@ -12,6 +13,7 @@ from architectures import ARCHITECTURES, build, token_batch
 from documents import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 from toys import Toy, route, toy_batch
 
 import cggr_compile as cggr
@@ -146,7 +148,7 @@ def test_batches_ahead_are_scored_under_the_autocast_of_the_steps() -> None:
             model(**batch)
             inside = model.cggr.score(batch)
     assert model.cggr.captures == 1
-    assert torch.equal(scored[-1], inside)
+    assert torch.equal([scores for scores in scored if scores is not None][-1], inside)
     assert not torch.equal(inside, model.cggr.score(batch)), "bf16 and fp32 agree: nothing was tested"
 
 
@@ -190,8 +192,8 @@ def test_other_inner_backends_take_them() -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"route": "token"}, "route='token' selects by the scores of tokens"),
-        ({"route": ("sequence", "loss")}, "selects by the scores of tokens"),
+        ({"route": "token", "selection": "topk"}, "route='token' selects by the scores of tokens"),
+        ({"route": ("sequence", "loss"), "selection": "topk"}, "selects by the scores of tokens"),
         ({"selection": "random"}, "selection='random' reads no scores"),
         ({"dynamic_threshold": True}, "dynamic_threshold=True needs the router's confidence"),
     ],
@@ -239,6 +241,53 @@ def test_what_cannot_be_scored_ahead_is_handed_on() -> None:
         places = train()
     assert places == [0, 1, 2, 3, 4]
     assert model.cggr.selected.tolist() == route(model, toy_batch()).hardest(2)
+
+
+@pytest.mark.parametrize("fallback", ["eager", "raise"])
+def test_a_refused_step_leaves_its_scores_to_no_other(fallback: str) -> None:
+    """Whether it trains without routing or not at all."""
+    eager, batch = build("llama"), token_batch(6)
+    model = cggr.optimize(copy.deepcopy(eager), ratio=0.5, router_layers=1, selection="topk", fallback=fallback)
+    own = oracle.expected_rows(eager, ARCHITECTURES["llama"], batch, 0.5, 1)
+    others = [row for row in range(6) if row not in own.tolist()]
+    model.cggr.use_scores(torch.zeros(6).index_fill(0, torch.tensor(others), 1.0))
+    with pytest.raises(cggr.CannotOptimize) if fallback == "raise" else pytest.warns(RuntimeWarning):
+        model(**batch, output_hidden_states=True)
+    model(**batch)
+    torch.testing.assert_close(model.cggr.selected, own)
+
+
+@pytest.mark.parametrize("leave", ["break", "error", "skip"])
+def test_a_batch_scored_ahead_that_does_not_train_leaves_its_scores_to_no_other(leave: str) -> None:
+    model = toy()
+    batches = [toy_batch(8, seed=seed) for seed in range(4)]
+    last = route(model, batches[3]).hardest(4)
+    with suppress(KeyError):
+        for place, batch in enumerate(model.cggr.score_ahead(batches)):
+            if place < 2:
+                model(**batch)
+            elif leave == "break":
+                break
+            elif leave == "error":
+                raise KeyError
+    assert route(model, batches[2]).hardest(4) != last
+    model(**batches[3])
+    assert model.cggr.selected.tolist() == last
+
+
+def test_a_buffer_of_scores_may_change_once_it_was_given() -> None:
+    """Also in front of a backward that runs the step again."""
+    model, batch, scores = toy(), toy_batch(6), torch.arange(6.0)
+    model.cggr.use_scores(scores)
+    scores.neg_()
+    loss = checkpoint(lambda: model(**batch)[0], use_reentrant=False)
+    assert model.cggr.selected.tolist() == [3, 4, 5]
+    scores.fill_(0)
+    loss.backward()
+    found, eager = oracle.gradients(model), Toy().train()
+    eager.load_state_dict(model.state_dict())
+    eager(**oracle.rows_of(batch, torch.tensor([3, 4, 5])))[0].backward()
+    oracle.assert_same_gradients(found, oracle.gradients(eager))
 
 
 def test_a_step_without_a_loss_says_why_it_has_no_scores() -> None:

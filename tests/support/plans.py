@@ -36,7 +36,8 @@ class Routed:
 
     def __init__(self, model: nn.Module, program: Program, **options: Any) -> None:
         self.model = model
-        self.runtime = Runtime(cggr.RoutingConfig(**{"ratio": 0.5, "inner": "eager", "router_layers": 2, **options}))
+        usual = {"ratio": 0.5, "inner": "eager", "router_layers": 2, "selection": "topk"}
+        self.runtime = Runtime(cggr.RoutingConfig(**{**usual, **options}))
         self.plan = Plan(program, self.runtime)
         self.runtime.plans.append(self.plan)
         self.call = Step(self.plan, self.runtime)
