@@ -33,7 +33,7 @@ from cggr_compile.inspection.explanation import Explanation
 from cggr_compile.schedule import kept_of
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLED = {"router_head": "sampled"}
+SAMPLED = {"router_head": "sampled", "selection": "topk"}
 STEP_TIME: dict[str, dict[str, Any]] = {
     "all": {"ratio": 1.0},
     "floor": {"ratio": 1.0},

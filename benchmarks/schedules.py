@@ -37,7 +37,7 @@ def measure(route: str, model: str, device: str, steps: int) -> list[list[float]
     the loop is in the first."""
     shape, cuda = SHAPES[model], device == "cuda"
     trained = build(shape, device)
-    options = {"route": route, "ratio": RATIO, "router_head": "sampled", "cuda_graphs": cuda}
+    options = {"route": route, "ratio": RATIO, "selection": "topk", "router_head": "sampled", "cuda_graphs": cuda}
     cggr.optimize(trained, **options, warmup_steps=LADDER_RUNGS * steps)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=cuda)
     cggr.attach(trained, optimizer)

@@ -171,10 +171,10 @@ OURS: dict[str, Make] = {
     "routed": _ours(),
     "sampled": _ours(router_head="sampled"),
     "ahead": _ahead,
-    "token": _ours(route="token", router_head="sampled"),
+    "token": _ours(route="token", selection="topk", router_head="sampled"),
     "token_random": _ours(route="token", selection="random"),
-    "loss": _ours(route="loss", router_head="sampled"),
-    "token_loss": _ours(route=("token", "loss"), router_head="sampled"),
+    "loss": _ours(route="loss", selection="topk", router_head="sampled"),
+    "token_loss": _ours(route=("token", "loss"), selection="topk", router_head="sampled"),
 }
 ARMS = PEERS | OURS
 UNCOMPILED = ("eager", "random_eager", "liger", "original")

@@ -153,7 +153,7 @@ def test_a_router_is_the_encoder_and_the_first_layers_of_the_decoder() -> None:
 
 
 def test_tokens_of_a_decoder_are_not_dropped() -> None:
-    model = cggr.optimize(EncoderDecoder(), route="token", router_layers=1, inner="eager")
+    model = cggr.optimize(EncoderDecoder(), route="token", selection="topk", router_layers=1, inner="eager")
     with pytest.raises(
         cggr.CannotOptimize, match=r"the decoder's layers read the encoder's states.*; route an encoder"
     ):

@@ -63,13 +63,13 @@ def _bfloat16_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "autocast"),
     [
         ({"router_head": "sampled", "outline_layers": True}, True),
-        ({"route": "loss", "scoring": "entropy"}, False),
+        ({"route": "loss", "selection": "topk", "scoring": "entropy"}, False),
         *(
             pytest.param(options, autocast, marks=pytest.mark.long)
             for options in (
                 {"router_head": "exact"},
                 {"router_head": "fp8", "kernels": {"masked_loss": "triton_recompute", "fp8_score": "triton"}},
-                {"route": ("token", "loss"), "router_head": "sampled"},
+                {"route": ("token", "loss"), "selection": "topk", "router_head": "sampled"},
                 {"ratio": 1.0},
             )
             for autocast in (False, True)

@@ -232,7 +232,7 @@ def test_sizes_that_are_the_sequences_by_chance_are_told_or_refused() -> None:
 def test_check_of_an_optimised_model_is_of_its_route() -> None:
     """Where that is not given; what is given counts."""
     model, given = RandomModel(SPEC), random_ids()
-    checked = cggr.check(cggr.optimize(model, route="token", ratio=0.25, router_layers=2), given)
+    checked = cggr.check(cggr.optimize(model, route="token", ratio=0.25, selection="topk", router_layers=2), given)
     assert str(checked).startswith("exact: route token, ratio 0.25, router of 2 of ")
     torch._dynamo.reset()
     assert cggr.check(cggr.optimize(model, route=("depth", "token"), depth_layers=1), given).route == "token"
