@@ -109,7 +109,7 @@ def test_experts_that_tokens_skip_stay_exact() -> None:
     [
         {"route": "loss"},
         {"route": ("token", "loss"), "selection": "random"},
-        {"route": "depth", "depth_layers": 2, "ratio": 1.0},
+        {"route": "depth", "depth_layers": 2, "ratio": 1.0, "selection": None},
         {"router_body": "fp8"},
         {"keep_logits": True},
     ],

@@ -90,7 +90,7 @@ def assert_same(replayed: torch.nn.Module, plain: torch.nn.Module) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"d {name}: {m}")
 
 
-@pytest.mark.parametrize("options", [{"selection": "importance"}, {"route": "token"}])
+@pytest.mark.parametrize("options", [{"selection": "importance"}, {"route": "token", "selection": "topk"}])
 def test_training_is_the_same(device: str, options: dict) -> None:
     replayed, plain = pair(device, **options)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (replayed, plain)]
@@ -114,7 +114,7 @@ def test_training_is_the_same(device: str, options: dict) -> None:
     [
         {},
         {"inner": "inductor", "router_head": "sampled"},
-        {"route": "loss", "inner": "inductor"},
+        {"route": "loss", "selection": "topk", "inner": "inductor"},
         {"route": ("token", "loss"), "selection": "random"},
     ],
 )
@@ -240,7 +240,9 @@ def test_parameters_that_moved_are_recorded_anew(any_device: str) -> None:
     assert replayed.cggr.report().cuda_graphs == "5 recorded; gradients copied: one was held over a step"
 
 
-@pytest.mark.parametrize("options", [{"selection": "importance"}, {"route": "token"}, {"ratio": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"selection": "importance"}, {"route": "token", "selection": "topk"}, {"ratio": 1.0}]
+)
 def test_backwards_in_parts_are_the_same(device: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[list[Part]] = []
 

@@ -66,7 +66,7 @@ def on_each_route(check: Callable[[str, str], None]) -> dict[str, Callable[[], N
 
 def routed_on(model: nn.Module, route: str) -> nn.Module:
     """Routed so that `expected_on` says what a step gives."""
-    return routed(model, route=route, **({"last_layers": 0} if route == "token" else {}))
+    return routed(model, route=route, selection="topk", **({"last_layers": 0} if route == "token" else {}))
 
 
 def expected_on(
