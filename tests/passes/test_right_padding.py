@@ -130,7 +130,7 @@ def test_padding_is_any_or_right() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"ratio": 1.0}, {"ratio": 0.5}, {"ratio": 0.5, "route": "token"}])
+@pytest.mark.parametrize("options", [{"ratio": 1.0}, {"ratio": 0.5}, {"ratio": 0.5, "route": "token", "seed": 0}])
 def test_on_a_gpu_it_is_the_step_with_the_mask_and_never_synchronises(options: dict[str, Any]) -> None:
     eager = build("llama").cuda()
     promised, plain = (
