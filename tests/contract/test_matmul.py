@@ -99,7 +99,9 @@ def test_kept_documents_train_in_float8() -> None:
 @pytest.mark.long
 def test_experts_that_tokens_skip_stay_exact() -> None:
     """The pass that shows them which tokens they have reads linears as what they are."""
-    report = cggr.explain(build("mixtral"), token_batch(), route="token", skip="experts", **OPTIONS).report()
+    report = cggr.explain(
+        build("mixtral"), token_batch(), route="token", skip="experts", selection="topk", **OPTIONS
+    ).report()
     assert report.float8.startswith("12 of 21 products")
     assert [str(entry) for entry in report.shortened] == ["view_8 [B·S, 32] (dim 0): read by the experts of layer 1"]
 
