@@ -206,7 +206,7 @@ def test_a_share_of_all_steps() -> None:
 @pytest.mark.parametrize("route", ["sequence", "token", "loss"])
 def test_what_the_first_layers_select_is_what_a_model_of_them_selects(route: str) -> None:
     """`depth` in front of a route is that route on the cut model."""
-    options = {"ratio": 0.5, "router_layers": 1, "seed": 0, "inner": "eager"}
+    options = {"ratio": 0.5, "selection": "topk", "router_layers": 1, "seed": 0, "inner": "eager"}
     options |= {"last_layers": 0} if route == "token" else {}
     small = toy()
     small.layers = small.layers[:2]

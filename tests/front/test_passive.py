@@ -8,9 +8,9 @@ import io
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import oracle
+import processes
 import pytest
 import torch
 from architectures import ARCHITECTURES, build, token_batch
@@ -194,7 +194,7 @@ def test_an_optimised_model_is_explained_by_its_own_options_and_checked_as_it_wa
     model = cggr.optimize(build("llama"), ratio=0.25, router_layers=1, selection="random")
     batch = token_batch()
     assert cggr.explain(model, batch).runtime.config == model.cggr.config
-    assert cggr.explain(model, batch, ratio=0.5).runtime.config.selection == "topk"
+    assert cggr.explain(model, batch, ratio=0.5).runtime.config.selection == "trimmed"
     assert cggr.check(model, batch).exact
     assert model.cggr.config.selection == "random"
 
@@ -230,18 +230,13 @@ def test_the_state_of_a_generator_outlives_the_pickle() -> None:
     assert all(isinstance(state, bytes) for state in states.values())
 
 
-def in_a_spawned_process(model: torch.nn.Module, queue: Any) -> None:
-    model(**token_batch())
-    queue.put(model.cggr.selected.tolist())
-
-
 @pytest.mark.long
 def test_a_model_that_took_a_step_is_sent_to_a_spawned_process() -> None:
     model = cggr.optimize(build("llama"), selection="random", **OPTIONS)
     model(**token_batch())
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=in_a_spawned_process, args=(model, queue))
+    process = context.Process(target=processes.selected_rows, args=(model, token_batch(), queue))
     process.start()
     found = queue.get(timeout=120)
     process.join()

@@ -148,7 +148,8 @@ def test_one_line_trains_adapters_on_completions_evaluates_as_ever_and_comes_off
     ],
 )
 def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Loss, gradients and the metrics of both are alike within rounding: TRL computes the same in other operators."""
+    """Loss, gradients and the metrics of both are alike within rounding: TRL computes the same in other operators.
+    AdamW makes as much of a gradient that is rounding as of any, so later steps differ by more than the first."""
     eager = oracle.truncated(build(name), ARCHITECTURES[name], 1)
     unpad = {"unpad": True} if options.get("unpad") else {}
     options = {name: value for name, value in options.items() if name not in unpad}
@@ -157,10 +158,10 @@ def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any]
     routed = cggr.route(sft(copy.deepcopy(eager), tmp_path, **options), **packed, **unpad)
     for trainer in (plain, routed):
         trainer.train()
-    for entry, expected in zip(training_logs(routed), training_logs(plain), strict=True):
+    for step, (entry, expected) in enumerate(zip(training_logs(routed), training_logs(plain), strict=True)):
         found = [figure for figure in OF_TRL if figure in expected]
         assert {figure: entry[figure] for figure in found} == pytest.approx(
-            {figure: expected[figure] for figure in found}, rel=1e-4
+            {figure: expected[figure] for figure in found}, rel=1e-3 if step else 1e-5
         )
     assert ("aux_loss" in training_logs(routed)[0]) == (name == "mixtral")
     assert routed.model.cggr.captures == 1
