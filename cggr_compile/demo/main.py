@@ -239,8 +239,8 @@ def predicted(routed: Report) -> str:
     share = 1 - sum(whole.layer_flops[FIRST_LAYERS:]) / whole.forward_flops
     return (
         "predicted from counted operations, on any device, not measured:\n"
-        f"  a step of the first {FIRST_LAYERS} of {LAYERS} layers   {share:.0%} of a whole one\n"
-        f"  a step on a quarter of the rows  {whole.step_ratio:.0%} of a whole one "
+        f"  a step of the first {FIRST_LAYERS} of {LAYERS} layers  {share:.0%} of a whole one\n"
+        f"  a step on a quarter of the rows     {whole.step_ratio:.0%} of a whole one "
         "(cggr.optimize(model, ratio=0.25); the rewrite is diff.html)\n"
         "measured on GPUs: docs/performance.md, docs/learning.md"
     )
