@@ -63,7 +63,7 @@ def test_demo_leaves_every_file_and_every_sample(
     width, inner = main.WIDTH, 8 * main.WIDTH // 3
     layer = 16 * (4 * width**2 + 3 * width * inner) + 2 * 16**2 * width
     share = (layer + 16 * width * main.BYTES) / (2 * layer + 16 * width * main.BYTES)
-    assert f"a step of the first 1 of 2 layers   {share:.0%} of a whole one" in shown
+    assert f"a step of the first 1 of 2 layers  {share:.0%} of a whole one" in shown
     assert "measured in this run, on cpu" in shown
     assert "result.json" in shown
 
