@@ -187,8 +187,8 @@ def _line(*cells: str) -> str:
     return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
-def _figure(number: float | str | None) -> str:
-    return "" if number is None else number if isinstance(number, str) else f"{number:.1f}"
+def _figure(number: float | None) -> str:
+    return "" if number is None else f"{number:.1f}"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -208,8 +208,8 @@ def table(report: dict[str, Any]) -> str:
         scaling = f"{alone / found[key] / share:.0%}" if alone else ""
         peak = max((run["peak_bytes"] / 2**30 for run in runs if "peak_bytes" in run), default=None)
         exposed = [run["exposed_milliseconds"] for run in runs if "exposed_milliseconds" in run]
-        figures = (found[key], scaling, peak, median(exposed) if exposed else None)
-        lines.append(_line(name, ranks, *(_figure(figure) for figure in figures)))
+        figures = _figure(found[key]), scaling, _figure(peak), _figure(median(exposed) if exposed else None)
+        lines.append(_line(name, ranks, *figures))
     return "\n".join(lines)
 
 

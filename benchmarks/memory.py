@@ -38,7 +38,7 @@ STEP_TIME: dict[str, dict[str, Any]] = {
     "all": {"ratio": 1.0},
     "floor": {"ratio": 1.0},
     "random": {"selection": "random"},
-    "routed": {},
+    "routed": {"selection": "topk"},
     "sampled": SAMPLED,
     "token": {"route": "token", **SAMPLED},
     "loss": {"route": "loss", **SAMPLED},

@@ -63,7 +63,7 @@ def explain(
     ratio: Annotated[float, typer.Option(help="Fraction of rows kept, in (0, 1].")] = 0.25,
     router_layers: Annotated[str, typer.Option(help="Layers of the router, or auto.")] = "auto",
     scoring: Annotated[str, typer.Option(help="loss, entropy, margin or combined.")] = "loss",
-    selection: Annotated[str | None, typer.Option(help="A rule by name: topk, random, trimmed, ...")] = None,
+    selection: Annotated[str | None, typer.Option(help="A rule by name: topk, random, ...; trimmed without.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the explained batch.")] = 8,
     sequence: Annotated[int, typer.Option(min=2, help="Tokens of each row.")] = 512,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB of a card: say which batch fits.")] = None,

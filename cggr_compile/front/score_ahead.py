@@ -27,16 +27,18 @@ def scored_ahead(handle: Scorer, batches: Iterable[Mapping[str, Any]]) -> Iterat
     remaining, given = iter(batches), handle.runtime.given
     current = next(remaining, None)
     scores: Tensor | None = None
+    own: Tensor | None = None
     try:
         while current is not None:
             following = next(remaining, None)
             given.join()  # for a batch that no step was made of
-            given.give(scores)
+            given.withdraw(own)
+            own = None if scores is None else given.give(scores)
             scores = None if following is None else _score(handle, following)
             yield current
             current = following
     finally:
-        given.give(None)
+        given.withdraw(own)
 
 
 def _score(handle: Scorer, batch: Mapping[str, Any]) -> Tensor | None:

@@ -43,13 +43,19 @@ class GivenScores:
         self._running = False
         self._region = Region()
 
-    def give(self, scores: Tensor | None) -> None:
-        """For the next training step, and for no other: it trains by these scores, or it does not take place."""
-        self._given = None if scores is None else scores.detach().clone()
+    def give(self, scores: Tensor) -> Tensor:
+        """For the next training step, and for no other; the copy that it will take."""
+        self._given = scores.detach().clone()
+        return self._given
+
+    def withdraw(self, given: Tensor | None) -> None:
+        """Takes back what `give` returned, unless a step has taken it or others were given since."""
+        if self._given is given:
+            self._given = None
 
     @contextmanager
     def for_one_step(self) -> Iterator[None]:
-        """A training step; one that does not take place leaves its scores to no other."""
+        """A training step; one that is refused or fails leaves its scores to no other."""
         try:
             yield
         except BaseException:

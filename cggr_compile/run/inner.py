@@ -65,10 +65,11 @@ def compile_in(
     written = _with_numbers(module, inputs)
     gathers = any(node.target in (start_gather, start_rows) for node in written.graph.nodes)
     rounds = any(node.target in (fp8_linear.scaled_mm, fp8_linear.fp8_linear) for node in written.graph.nodes)
-    functions = _named_functions(written) | (inductor.ROWS_HELD if rounds else {})
+    held = rounds and inner == "inductor"
+    functions = _named_functions(written) | (inductor.ROWS_HELD if held else {})
     options = inductor.options(functions, prefetch_gathers if gathers else None)
     arguments: dict[str, Any] = {"config_patches": options} if inner == "inductor" else {}
-    if arguments and rounds:
+    if held:
         arguments["inner_compile"] = inductor.compile_holding_rows
     with dynamo.one_at_a_time(), inductor.compiling(mode, options, recompute), beside_checkpoints():
         compiled = torch._dynamo.lookup_backend(inner)(written, wanted, **arguments)

@@ -168,7 +168,9 @@ def test_num_items_keeps_the_gradient_scale() -> None:
     eager = LLAMA.build().train()
     eager.config.use_cache = False
     batch = token_batch() | {"num_items_in_batch": torch.tensor(200)}
-    model = cggr.optimize(copy.deepcopy(eager), route="loss", ratio=0.25, inner="eager")
+    model = cggr.optimize(
+        copy.deepcopy(eager), route="loss", ratio=0.25, selection="topk", router_layers=2, inner="eager"
+    )
     loss, gradients = oracle.step(model, batch)
     mask, counted = model.cggr.selected, int((labels_of(batch) != -100).sum())
     assert mask.sum() == 18

@@ -144,12 +144,12 @@ def test_one_line_trains_adapters_on_completions_evaluates_as_ever_and_comes_off
         ("llama", {"loss_type": "chunked_nll", "assistant_only_loss": True, "rows": conversations()}),
         ("mixtral", {"router_aux_loss_coef": 0.5}),  # the model's own is another
         ("llama", {"packing": True, "max_length": 24, "per_device_train_batch_size": 2}),
-        ("llama", {"unpad": True, "gradient_checkpointing": True}),
+        # AdamW makes as much of a gradient that is rounding as of any.
+        ("llama", {"unpad": True, "gradient_checkpointing": True, "learning_rate": 3e-3}),
     ],
 )
 def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Loss, gradients and the metrics of both are alike within rounding: TRL computes the same in other operators.
-    AdamW makes as much of a gradient that is rounding as of any, so later steps differ by more than the first."""
+    """Loss, gradients and the metrics of both are alike within rounding: TRL computes the same in other operators."""
     eager = oracle.truncated(build(name), ARCHITECTURES[name], 1)
     unpad = {"unpad": True} if options.get("unpad") else {}
     options = {name: value for name, value in options.items() if name not in unpad}
@@ -158,10 +158,10 @@ def test_with_every_row_kept_training_is_trls(name: str, options: dict[str, Any]
     routed = cggr.route(sft(copy.deepcopy(eager), tmp_path, **options), **packed, **unpad)
     for trainer in (plain, routed):
         trainer.train()
-    for step, (entry, expected) in enumerate(zip(training_logs(routed), training_logs(plain), strict=True)):
+    for entry, expected in zip(training_logs(routed), training_logs(plain), strict=True):
         found = [figure for figure in OF_TRL if figure in expected]
         assert {figure: entry[figure] for figure in found} == pytest.approx(
-            {figure: expected[figure] for figure in found}, rel=1e-3 if step else 1e-5
+            {figure: expected[figure] for figure in found}, rel=1e-4
         )
     assert ("aux_loss" in training_logs(routed)[0]) == (name == "mixtral")
     assert routed.model.cggr.captures == 1

@@ -23,7 +23,8 @@ examples = settings(max_examples=30, deadline=None)
 Row = tuple[float, bool, float]
 scores_with_traps = st.sampled_from([-INF, -2.0, -0.0, 0.0, 0.5, 1.0, 3.0, 1e30, INF, NAN])
 # Few values, so that noise ties too.
-rows_of = st.lists(st.tuples(scores_with_traps, st.booleans(), st.sampled_from([0.0, 0.25, 0.5, 0.75])), max_size=20)
+row = st.tuples(scores_with_traps, st.booleans(), st.sampled_from([0.0, 0.25, 0.5, 0.75]))
+rows_of = st.lists(row, max_size=20)
 
 
 def tensors(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,6 +120,13 @@ def test_trimmed_by_hand() -> None:
     scores, noise = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0, 4.0]), torch.tensor([0.9, 0.1, 0.1, 0.2, 0.8, 0.3])
     index, _ = selection.trimmed(scores, torch.ones(6, dtype=torch.bool), 3, noise, tau=0.2, epsilon=0.4)
     assert index.tolist() == [1, 2, 4]  # without the outlier 0: the two hardest, and the draw 4
+
+
+@examples
+@given(rows=st.lists(row, max_size=19), k=st.integers(0, 9))
+def test_of_few_rows_trimmed_is_topk(rows: list[Row], k: int) -> None:
+    scores, valid, noise = tensors(rows)
+    assert pairs(*selection.trimmed(scores, valid, k, noise)) == expected(topk_order(rows, k), k)
 
 
 def test_trimmed_falls_back_on_the_least_extreme_outliers() -> None:

@@ -148,7 +148,7 @@ def test_batches_ahead_are_scored_under_the_autocast_of_the_steps() -> None:
             model(**batch)
             inside = model.cggr.score(batch)
     assert model.cggr.captures == 1
-    assert torch.equal([scores for scores in scored if scores is not None][-1], inside)
+    assert torch.equal(scored[-1], inside)
     assert not torch.equal(inside, model.cggr.score(batch)), "bf16 and fp32 agree: nothing was tested"
 
 
@@ -273,6 +273,17 @@ def test_a_batch_scored_ahead_that_does_not_train_leaves_its_scores_to_no_other(
     assert route(model, batches[2]).hardest(4) != last
     model(**batches[3])
     assert model.cggr.selected.tolist() == last
+
+
+def test_a_loop_that_was_left_takes_nobody_elses_scores_back() -> None:
+    model, batch = toy(), toy_batch(6)
+    ahead = model.cggr.score_ahead([batch] * 3)
+    for _ in range(3):
+        model(**next(ahead))
+    model.cggr.use_scores(torch.arange(6.0))
+    ahead.close()
+    model(**batch)
+    assert model.cggr.selected.tolist() == [3, 4, 5] != route(model, batch).hardest(3)
 
 
 def test_a_buffer_of_scores_may_change_once_it_was_given() -> None:

@@ -100,39 +100,46 @@ def linear_module(rounded: bool) -> torch.fx.GraphModule:
     return torch.fx.GraphModule({}, graph)
 
 
+@pytest.mark.parametrize("name", ["inductor", "another"])
 @pytest.mark.parametrize("rounded", [False, True])
-def test_rows_are_held_where_products_are_in_float8(monkeypatch: pytest.MonkeyPatch, rounded: bool) -> None:
-    """And inductor's cache is asked for code that does."""
+def test_rows_are_held_where_products_are_in_float8(monkeypatch: pytest.MonkeyPatch, rounded: bool, name: str) -> None:
+    """By inductor itself, whose cache is then asked for code that does; a backend that calls inductor is not told."""
     given = {}
 
     def backend(module: torch.fx.GraphModule, _: list[object], **arguments: Any) -> torch.fx.GraphModule:
-        given.update(arguments)
+        given.update(arguments, key=torch._inductor.config.unsafe_marked_cacheable_functions)
         return module
 
+    held = rounded and name == "inductor"
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda _: backend)
-    inner.compile_static(linear_module(rounded), [torch.ones(2, 16), torch.ones(16, 16)], "inductor")
-    assert given.get("inner_compile") is (inductor.compile_holding_rows if rounded else None)
-    key = given["config_patches"]["unsafe_marked_cacheable_functions"]
-    assert (key.keys() >= inductor.ROWS_HELD.keys()) == rounded
+    inner.compile_static(linear_module(rounded), [torch.ones(2, 16), torch.ones(16, 16)], name)
+    assert given.get("inner_compile") is (inductor.compile_holding_rows if held else None)
+    assert (given["key"].keys() >= inductor.ROWS_HELD.keys()) == held
+    if name == "inductor":
+        assert given["config_patches"]["unsafe_marked_cacheable_functions"] == given["key"]
 
 
 @pytest.mark.parametrize(
-    ("hint", "length", "own", "held"),
+    ("hint", "length", "strict", "own", "held"),
     [
-        (ReductionHint.INNER, 2048, False, True),
-        (ReductionHint.INNER, inductor.WHOLE_ROW, False, True),
-        (ReductionHint.INNER, inductor.WHOLE_ROW + 1, False, False),
-        (ReductionHint.OUTER, 2048, False, False),
-        (ReductionHint.OUTER, 2048, True, True),
+        (ReductionHint.INNER, 2048, None, False, True),
+        (ReductionHint.INNER, inductor.WHOLE_ROW, None, False, True),
+        (ReductionHint.INNER, inductor.WHOLE_ROW + 1, None, False, False),
+        (ReductionHint.INNER, 2048, 4, False, False),
+        (ReductionHint.INNER, 2048, 4, True, True),
+        (ReductionHint.OUTER, 2048, None, False, False),
+        (ReductionHint.OUTER, 2048, None, True, True),
     ],
 )
 def test_which_rows_are_held(
-    monkeypatch: pytest.MonkeyPatch, hint: ReductionHint, length: int, own: bool, held: bool
+    monkeypatch: pytest.MonkeyPatch, hint: ReductionHint, length: int, strict: int | None, own: bool, held: bool
 ) -> None:
     """Short ones, and what inductor holds by itself; its own choices are back behind it."""
     by_itself = staticmethod(lambda features, cooperative: own)
     monkeypatch.setattr(InductorChoices, "should_use_persistent_reduction", by_itself)
     features = SimpleNamespace(get_reduction_hint=lambda: hint, reduction_numel=sympy.Integer(length))
+    if strict is not None:  # torch 2.14 has it, and says None where sums may have any order
+        features.strict_sum_rblock = lambda: strict
 
     def compile_fx_inner(*given: Any, **named: Any) -> tuple[Any, ...]:
         return V.choices.should_use_persistent_reduction(features, False), given, named
