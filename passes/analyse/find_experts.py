@@ -167,7 +167,7 @@ def _product(node: fx.Node) -> _Product | None:
         # Tables of the operator stand the other way.
         transposed = tables.target == aten.transpose.int and {x % 3 for x in tables.args[1:]} == {1, 2}
         tables = tables.args[0] if transposed else tables
-        return _Product(_uncast(rows), tables, not transposed, bias, tuple(index), ends)
+        return _Product(rows, tables, not transposed, bias, tuple(index), ends)
     if node.target != aten.squeeze.dim or node.args[0].target != aten.bmm.default:
         return None
     left, right = node.args[0].args
@@ -252,12 +252,6 @@ def _written(node: fx.Node) -> fx.Node:
     lifted = node.args[0] if node.target == aten.squeeze.dim else node
     same = lifted.target == aten.unsqueeze.default and lifted.args[1] == node.args[1]
     return lifted.args[0] if same and lifted is not node else node
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    """What a conversion to the dtype that it has already leaves as it is."""
-    same = node.target == aten.to.dtype and value(node).dtype == value(node.args[0]).dtype
-    return node.args[0] if same else node
 
 
 def _unmasked(node: fx.Node) -> tuple[fx.Node, Sequence[fx.Node]]:
