@@ -13,7 +13,7 @@ lost. `step_time_report.py` draws them; `step_time_matrix.py` has the runs that 
 Arms: `eager` and `compile` are transformers on all rows, `random_eager` and `random_compile` on random rows. `all` is
 this package with ratio=1, `random` with random rows, `routed` with scored rows and the exact head, `sampled` with the
 sampled head, `ahead` with the router of the next step beside each. `floor` is `all` on a batch of just the kept rows.
-`token`, `loss` and `token_loss` are the other routes, scored by the sampled head, `token_random` draws its tokens.
+`token`, `loss` and `token_loss` are the other routes, scored by the sampled head; `token_random`, `loss_random` draw.
 `liger`, `liger_compile`, `original`, `original_compile` are Liger's kernels and CGGR 0.5.0, which must be installed.
 `NAME@R` keeps the fraction R instead of `--ratio`. Switches of this package's arms: `…+outlined`, `…+recompute` and
 `…+graphs` are `outline_layers=True`, `recompute_elementwise=True` and `cuda_graphs=True` (which outlines too),
@@ -174,6 +174,7 @@ OURS: dict[str, Make] = {
     "token": _ours(route="token", selection="topk", router_head="sampled"),
     "token_random": _ours(route="token", selection="random"),
     "loss": _ours(route="loss", selection="topk", router_head="sampled"),
+    "loss_random": _ours(route="loss", selection="random"),
     "token_loss": _ours(route=("token", "loss"), selection="topk", router_head="sampled"),
 }
 ARMS = PEERS | OURS

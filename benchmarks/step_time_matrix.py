@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 # The targets' models come first; as many processes compile side by side as 80 GB hold.
@@ -55,13 +56,13 @@ MATRIX = {
     **{
         f"{name}-trained": (
             f"--model {model} --optimizer --autocast --side-by-side {processes}",
-            "compile all+graphs sampled+graphs floor+graphs liger compile+checkpoint all+graphs+checkpoint",
+            f"compile sampled+graphs floor+graphs all+graphs{routes} compile+checkpoint all+graphs+checkpoint liger",
         )
-        for name, model, processes in (
-            ("smollm", "SmolLM-135M", 4),
-            ("qwen", "Qwen2.5-0.5B", 3),
-            ("llama-1b", "Llama-3.2-1B", 3),
-            ("llama-3b", "Llama-3.2-3B", 1),
+        for name, model, processes, routes in (
+            ("smollm", "SmolLM-135M", 5, " token_random+graphs loss_random+graphs"),
+            ("qwen", "Qwen2.5-0.5B", 3, " token_random+graphs loss_random+graphs"),
+            ("llama-1b", "Llama-3.2-1B", 3, " token_random+graphs loss_random+graphs"),
+            ("llama-3b", "Llama-3.2-3B", 1, ""),
         )
     },
     # How long first steps take: one process at a time, and no other part on the host.
@@ -81,11 +82,12 @@ def main(
     if unknown := set(only or ()) - set(MATRIX):
         raise typer.BadParameter(f"only: got {', '.join(sorted(unknown))}, expected some of {', '.join(MATRIX)}")
     end = time.monotonic() + budget
+    device = torch.cuda.get_device_name().split()[1].lower()  # "NVIDIA H200", "NVIDIA H100 80GB HBM3"
     folder.mkdir(parents=True, exist_ok=True)
     for name, (options, arms) in [(name, MATRIX[name]) for name in only or MATRIX][part::parts]:
         command = [sys.executable, str(Path(__file__).with_name("step_time.py")), "--device", "cuda", "--rounds", "1"]
         command += [*options.split(), *(f"--arm={arm}" for arm in arms.split())]
-        command += ["--output", str(folder / f"step_time-{name}-h100.json"), "--resume"]
+        command += ["--output", str(folder / f"step_time-{name}-{device}.json"), "--resume"]
         command += ["--commit", commit] if commit else []
         caches = folder.resolve() / "caches" / name
         places = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
