@@ -5,23 +5,27 @@
 
 The kept fraction falls from 1 to 0.25 on the schedule's rungs, some optimiser steps each. The host waits for the device
 after every step. What a rung's steps take beyond the median of its second half is lost: compilation, recording, the
-memory of another size. Each route has a process of its own.
+memory of another size. Each route has a process of its own, and a GPU where there are several.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import groupby
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import median
 from typing import Annotated, Any
 
 import torch
 import typer
+from harness import gpus
 from step_time import SHAPES, build
 
 import cggr_compile as cggr
@@ -37,8 +41,7 @@ def measure(route: str, model: str, device: str, steps: int) -> list[list[float]
     the loop is in the first."""
     shape, cuda = SHAPES[model], device == "cuda"
     trained = build(shape, device)
-    options = {"route": route, "ratio": RATIO, "selection": "topk", "router_head": "sampled", "cuda_graphs": cuda}
-    cggr.optimize(trained, **options, warmup_steps=LADDER_RUNGS * steps)
+    cggr.optimize(trained, route=route, ratio=RATIO, cuda_graphs=cuda, warmup_steps=LADDER_RUNGS * steps)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=cuda)
     cggr.attach(trained, optimizer)
     config = trained.cggr.config
@@ -93,13 +96,26 @@ def main(
         print(json.dumps(measure(only, model, device, steps)))
         return
     report = {**environment(torch.device(device), commit), "model": model, "samples": {}}
-    for route in ROUTES:
-        command = [sys.executable, __file__, "--device", device, "--model", model, "--steps", str(steps)]
-        done = subprocess.run([*command, "--only", route], check=True, stdout=subprocess.PIPE, text=True)
-        report["samples"][route] = json.loads(done.stdout.splitlines()[-1])
-    if output is not None:
-        output.write_text(json.dumps(report) + "\n")
-        output.with_suffix(".md").write_text(table(report))
+    command = [sys.executable, __file__, "--device", device, "--model", model, "--steps", str(steps), "--only"]
+    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for place in [{"CUDA_VISIBLE_DEVICES": name} for name in gpus()] if device == "cuda" else [{}]:
+        places.put(place)
+
+    def samples(route: str) -> list[list[float]]:
+        place = places.get()
+        done = subprocess.run(
+            [*command, route], check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **place}
+        )
+        places.put(place)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(max_workers=places.qsize()) as threads:
+        running = {threads.submit(samples, route): route for route in ROUTES}
+        for ended in as_completed(running):
+            report["samples"][running[ended]] = ended.result()
+            if output is not None:
+                output.write_text(json.dumps(report) + "\n")
+                output.with_suffix(".md").write_text(table(report))
     print(table(report))
 
 

@@ -121,7 +121,11 @@ def test_the_report_says_how_far_off_the_cost_model_is() -> None:
         medians = {arm: median(run["steps"]) for arm, run in runs.items()}
         whole = [seconds for arm, seconds in medians.items() if arm.partition("+")[0] == "all"]
         routed = [arm for arm, run in runs.items() if "graphs" in arm and "predicted_share" in run]
-        ratios += [medians[arm] / min(whole) / runs[arm]["predicted_share"] for arm in routed if whole]
+        for arm in routed if whole else ():
+            # Predicted are forward and backward; fused AdamW's kernels come on top.
+            profile = runs[arm].get("profile", [])  # older results have none, and no optimiser
+            update = sum(micros for name, _, micros in profile if "multi_tensor_apply" in name) / 1e6
+            ratios.append(medians[arm] / (runs[arm]["predicted_share"] * (min(whole) - update) + update))
     assert len(ratios) > 20
     assert tuple(round(ratio, 2) for ratio in (min(ratios), max(ratios))) == MEASURED
 
