@@ -41,7 +41,9 @@ STEP_TIME: dict[str, dict[str, Any]] = {
     "routed": {"selection": "topk"},
     "sampled": SAMPLED,
     "token": {"route": "token", **SAMPLED},
+    "token_random": {"route": "token", "selection": "random"},
     "loss": {"route": "loss", **SAMPLED},
+    "loss_random": {"route": "loss", "selection": "random"},
 }
 """The options of the arms of `step_time.py`; `ahead` runs two steps beside each other, which is not predicted."""
 SAVING: dict[str, dict[str, Any]] = {
@@ -92,9 +94,8 @@ def _case(source: str, name: str, report: dict[str, Any], shape: Shape) -> Case 
             return None
         rows = kept_of(arm.ratio, shape.batch) if arm.name == "floor" else shape.batch
         options = {"ratio": arm.ratio, **STEP_TIME[arm.name], **_switches(arm)}
-        return Case(
-            source, name, replace(shape, batch=rows), options, 0, arm.graphs, report["optimizer"], budget=arm.budget
-        )
+        shape, autocast = replace(shape, batch=rows), report.get("autocast", False)
+        return Case(source, name, shape, options, 0, arm.graphs, report["optimizer"], arm.budget, autocast)
     if source.startswith("distributed"):
         wrapped, _, _ = name.partition(" ")
         wrap, arm_name, options = distributed.parse(wrapped, report["ratio"])
@@ -130,6 +131,7 @@ def explained(case: Case) -> Explanation:
         model = build(case.shape, "meta").float()
     model.config.max_position_embeddings = 4 * case.shape.sequence
     model = model.to_empty(device="cpu")
+    model.tie_weights()  # to_empty makes two tensors of a tied one
     if case.batch is not None:
         batch = padding.batch_of(case.batch, case.shape, torch.Generator().manual_seed(0))
     else:

@@ -194,7 +194,11 @@ def inclusion(rows: list[Row], k: int, floor: float) -> dict[int, Fraction]:
     infinite = any(rows[i][0] == INF for i in ranked)
     least = min([Fraction(0), *(Fraction(rows[i][0]) for i in ranked if math.isfinite(rows[i][0]))])
     s = {
-        i: Fraction(rows[i][0] == INF) if infinite else Fraction(0) if rows[i][0] == -INF else rows[i][0] - least
+        i: Fraction(rows[i][0] == INF)
+        if infinite
+        else Fraction(0)
+        if rows[i][0] == -INF
+        else Fraction(rows[i][0]) - least
         for i in ranked
     }
     total, share = sum(s.values()), Fraction(floor)
