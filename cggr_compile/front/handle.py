@@ -28,6 +28,7 @@ from cggr_compile.run.metrics import metrics_of, selected, token_metrics
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.run.sharded import Sharded, sharded_parameters
 from cggr_compile.torch_internals import dynamo
+from cggr_compile.torch_internals.autograd import transforms_are_active
 from cggr_compile.torch_internals.fsdp import is_root, is_sharded
 
 
@@ -314,6 +315,11 @@ class Handle(Optimized):
         if self._in_use:
             raise CannotOptimize("a training step inside of in_use()", hint="leave it first; it is for evaluation")
         check_call(arguments, self.model)
+        if transforms_are_active():
+            raise CannotOptimize(
+                "a transform of torch.func (grad, vmap, jvp) runs the step, and sees no compiled code",
+                hint="call loss.backward() or torch.autograd.grad, which are exact, or cggr.restore(model) first",
+            )
         if arguments["input_ids"].is_meta:
             raise CannotOptimize(
                 "a step on the meta device computes nothing, and no rows can be selected",

@@ -231,10 +231,12 @@ def _executed_shift(program: Program, head: Head) -> int | Refusal:
     if value(head.linear).dim() == 2:
         rows = rows.reshape(-1, wide)
     moved = _execute(program, (head.linear, *head.row_ops)[-1], {head.linear: rows}, sizes)
-    target = _execute(program, head.target, {labels[0]: positions}, sizes)
+    target, other = (
+        _execute(program, head.target, {labels[0]: positions + add}, sizes) for add in (0, positions.numel())
+    )
     if moved.dim() != 2 or target.shape != moved.shape[:1]:
         return Refusal("the loss does not see one row a token", head.loss, "use the model's own loss")
-    counted = (target >= 0) & (target < batch * length)
+    counted = other - target == positions.numel()  # the others are filled in, with any number: `ignore_index`
     differences = (target - moved[:, 0])[counted].unique().tolist()
     same_row = (target // length == moved[:, 0] // length)[counted].all()
     if len(differences) != 1 or not same_row or differences[0] not in (0, 1):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from architectures import ARCHITECTURES, COMMON, GROUPED, NO_BERT_DROPOUT, VOCABULARY, token_batch
+from segment_oracle import packed
 from small import Small, SmallConfig
 from torch import Tensor
 
@@ -53,6 +54,32 @@ def bert() -> torch.nn.Module:
 def test_token_classification_is_routed_by_its_heads_loss(build: Callable[[], torch.nn.Module], layers: str) -> None:
     torch.manual_seed(0)
     assert_exact(build().train(), tags_of(token_batch(6, 12)), layers, causal=False)
+
+
+def batch_of(route: str) -> dict[str, Tensor]:
+    if route == "segment":
+        return packed([[5, 7], [12], [4, 4, 4], [6, 6]], ignored=0.2)
+    return token_batch(6, 12)
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("ignored", [0, 5, -1, VOCABULARY - 1])
+@pytest.mark.parametrize("route", ["sequence", "segment", "token", "loss"])
+def test_any_number_may_stand_for_labels_that_are_ignored(route: str, ignored: int) -> None:
+    """`ignore_index`, also a word's: a step gives what -100 in its place gives, and what eager gives on these rows."""
+    torch.manual_seed(0)
+    eager = ARCHITECTURES["llama"].build().train()
+    batch = batch_of(route)
+    usual = {**batch, "labels": batch["labels"].masked_fill(batch["labels"] == ignored, -100)}
+    other = {**batch, "labels": batch["labels"].masked_fill(batch["labels"] == -100, ignored), "ignore_index": ignored}
+    first, second = (cggr.optimize(copy.deepcopy(eager), **OPTIONS, route=route, selection="topk") for _ in range(2))
+    loss, gradients = oracle.step(second, other)
+    oracle.assert_same_step(loss, gradients, *oracle.step(first, usual))
+    assert torch.equal(first.cggr.selected, second.cggr.selected)
+    if route == "sequence":
+        rows = oracle.expected_rows(eager, ARCHITECTURES["llama"], usual, 0.5, 1)
+        assert torch.equal(second.cggr.selected, rows)
+        oracle.assert_same_step(loss, gradients, *oracle.step(eager, oracle.rows_of(usual, rows)))
 
 
 class ZLoss(Small):

@@ -229,6 +229,22 @@ def test_weights_that_are_made_of_other_tensors(fallback: str) -> None:
         assert model(**toy_batch())[0].requires_grad
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_transforms_of_torch_func_are_refused_by_name(captured: bool) -> None:
+    model, batch = cggr.optimize(Toy().train(), inner="eager", ratio=0.5), toy_batch()
+    if captured:
+        model(**batch)
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, kwargs=batch)[0]
+
+    with pytest.raises(CannotOptimize, match=r"transform of torch\.func .* cggr\.restore\(model\) first"):
+        torch.func.grad(loss)(dict(model.named_parameters()))
+    model(**batch)[0].backward()
+    cggr.restore(model)
+    torch.func.grad(loss)(dict(model.named_parameters()))
+
+
 def test_a_failure_that_nobody_foresaw_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise KeyError("what")
