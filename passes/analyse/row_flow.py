@@ -10,12 +10,16 @@ the model does where the argument's values meet those of the rows can:
   for the whole batch, with gradients, and *its* rows are gathered. Whatever the argument is, that is exactly what these
   rows are in the whole batch; entries of other rows get gradients of zero.
 
+A third kind cannot be told: an argument of as many entries as the batch has rows, which are summed, picked or counted
+before any of them meets a row. What comes of them is refused where it meets the rows.
+
 Arguments with an entry for each row are gathered at the input, unless their entries are taken by order before they meet
 the token ids. What the model reads elsewhere than in the call (globals, closures, attributes) is the same for all rows.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,7 +28,7 @@ from torch import fx
 
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.dataflow import carries_data
-from cggr_compile.ir.program import PART, TRAINED_PARTS, Analysed, is_tensor, value
+from cggr_compile.ir.program import PART, TRAINED_PARTS, Analysed, hint, is_tensor, value
 from cggr_compile.ir.sequence_order import indices_of, is_pointwise, packet_of
 
 aten = torch.ops.aten
@@ -63,7 +67,8 @@ class RowFlow:
 
     Raises:
         CannotOptimize: an input whose size depends on the batch size without being it, or that has an entry for each
-            row and is no argument; entries that reach the loss without having been divided among the rows.
+            row and is no argument; entries that reach the loss without having been divided among the rows; rows that
+            meet what was made of as many entries as there are rows.
     """
 
     def __init__(self, program: Analysed) -> None:
@@ -75,6 +80,8 @@ class RowFlow:
         self._rows: set[fx.Node] = set()
         self._picked: set[fx.Node] = set()  # entries of the rows that a mask picked out, one behind another
         self._by_row: dict[fx.Node, frozenset[str]] = {}  # of arguments with an entry for each row, not met with tokens
+        self._like_rows: list[tuple[str, Any]] = []  # arguments' sizes that look like the batch's
+        self._reduced: dict[fx.Node, frozenset[str]] = {}  # made of such arguments, without a dimension of that size
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 self._enter(node)
@@ -88,6 +95,8 @@ class RowFlow:
 
     def _enter(self, node: fx.Node) -> None:
         kind, name = self.program.kind(node), self.program.path(node)
+        if kind == "size":
+            self._note_like_rows(node)
         if kind not in ("batch", "constant") or not is_tensor(node):
             return
         dims = batch_dims(self.program, node)
@@ -104,25 +113,38 @@ class RowFlow:
                 self._by_row[node] = frozenset((name,))
         elif kind == "batch":
             self.apart[node] = frozenset((name,))
+            self._note_like_rows(node)
+
+    def _note_like_rows(self, node: fx.Node) -> None:
+        name = re.sub(r"_size_\d+$", "", self.program.path(node))
+        for size in _sizes(node):
+            known = any(self.program.same_size(size, of) for of in (self.program.batch, self.program.sequence))
+            if isinstance(size, torch.SymInt) and hint(size) == hint(self.program.batch) and not known:
+                self._like_rows.append((name, size))
 
     def _follow(self, node: fx.Node) -> None:
         sources = [source for source in node.all_input_nodes if carries_data(source)]
-        names, by_order = self._names(sources), self._by_order(node)
+        names, by_order, reduced = self._names(sources), self._by_order(node), self._reduces(node)
         met = [source for source in sources if source in self._rows]
         if _picks(node) or (any(source in self._picked for source in sources) and self._row_dim(node) is None):
             self._picked.add(node)
         if not names and not by_order:
             if met:
+                self._meets_each(node, reduced)
                 self._rows.add(node)
+            elif reduced:
+                self._reduced[node] = reduced
             if met and all(source in self._by_row for source in met):
                 self._by_row[node] = frozenset().union(*(self._by_row[source] for source in met))
             return
         sized = any(self.program.mentions(size, self.program.batch) for size in _sizes(node))
         if not by_order and self._acts_alike(node, sources, bool(met), sized):
             if met or sized:
+                self._meets_each(node, reduced)
                 self._rows.add(node)
             else:
                 self.apart[node] = names
+                self._reduced[node] = reduced
             return
         dim = self._row_dim(node)
         if dim is not None:
@@ -145,6 +167,29 @@ class RowFlow:
         shared = {argument for place, argument in enumerate(node.args) if place in _SHARING.get(packet, ())}
         shared |= {node.kwargs.get("attn_mask")} if packet == aten.scaled_dot_product_attention else set()
         return meets and all(source in shared for source in sources if source in self.apart)
+
+    def _reduces(self, node: fx.Node) -> frozenset[str]:
+        """The arguments of as many entries as there are rows whose dimension of that size a value no longer has."""
+        sizes = _sizes(node)
+        of_sources = [size for source in node.all_input_nodes for size in _sizes(source)]
+        lost = {
+            name
+            for name, symbol in self._like_rows
+            if any(self.program.mentions(size, symbol) for size in of_sources)
+            and not any(self.program.mentions(size, symbol) for size in sizes)
+        }
+        return frozenset(lost).union(*(self._reduced.get(source, ()) for source in node.all_input_nodes))
+
+    def _meets_each(self, node: fx.Node, reduced: frozenset[str]) -> None:
+        """Every row is about to read what was made of these arguments."""
+        if reduced:
+            names = " and ".join(sorted(reduced))
+            raise CannotOptimize(
+                f"cannot tell whether {names}, with as many entries as the batch has rows, has one for each row: the "
+                "entries are summed, picked or counted before they meet the rows",
+                node=node,
+                hint=f"let each row read its own entry of {names}, or pass what is made of {names} instead",
+            )
 
     def _row_dim(self, node: fx.Node) -> int | None:
         """The one dimension of the batch size that a tensor has, where no other depends on it."""

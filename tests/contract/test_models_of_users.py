@@ -25,8 +25,9 @@ def agrees(model: nn.Module, eager: nn.Module, batch: dict[str, Any], tolerance:
     eager.zero_grad()
     loss = model(**batch)[0]
     loss.backward()
-    rows = model.cggr.selected
-    expected = eager(**{name: x[rows] if isinstance(x, Tensor) else x for name, x in batch.items()})[0]
+    rows, entries = model.cggr.selected, batch["input_ids"].shape[:1]
+    by_row = {name: x[rows] for name, x in batch.items() if isinstance(x, Tensor) and x.shape[:1] == entries}
+    expected = eager(**{**batch, **by_row})[0]
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
     for (name, tensor), wanted in zip(model.named_parameters(), eager.parameters(), strict=True):
@@ -386,6 +387,48 @@ def test_an_argument_given_as_none_is_none() -> None:
     for alpha in (None, 0.5):
         model, eager = pair(Scaled)
         agrees(model, eager, {**toy_batch(8), "alpha": alpha})
+
+
+REDUCED: dict[str, Callable[..., Tensor]] = {
+    "mean": lambda loss, given, table: loss * given.mean(),
+    "term": lambda loss, given, table: loss + given.amax(),
+    "divisor": lambda loss, given, table: loss / (given > 0.1).sum(),
+    "spread": lambda loss, given, table: (loss * given).mean(),
+    "entry": lambda loss, given, table: loss * given[-1],
+    "number": lambda loss, given, table: loss * given.shape[0],
+    "share": lambda loss, given, table: loss * torch.full((), 1 / len(given)),
+    "looked up": lambda loss, given, table: loss + table((given * 10).long()).square().mean(),
+}
+
+
+def reducing(reduced: str) -> type[Toy]:
+    class Reducing(Toy):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, given: Any = None, w: Any = None) -> tuple:
+            loss, *rest = super().forward(input_ids, labels)
+            return (REDUCED[reduced](loss, given if w is None else w, self.embed), *rest)
+
+    return Reducing
+
+
+@pytest.mark.parametrize("reduced", REDUCED)
+def test_entries_that_no_row_reads_by_itself_are_refused_where_there_are_as_many_as_rows(reduced: str) -> None:
+    """They may be the rows' own, or not: eager on the selected rows would take half of them, or all."""
+    batch = toy_batch(8)
+    other = torch.rand(5, generator=torch.Generator().manual_seed(0))
+    model, eager = pair(reducing(reduced))
+    agrees(model, eager, {**batch, "given": other})
+    every, eager = pair(reducing(reduced), ratio=1.0)
+    agrees(every, eager, {**batch, "given": batch["input_ids"][:, 0] / 10})
+    model, _ = pair(reducing(reduced))
+    with pytest.raises(cggr.CannotOptimize, match=r"cannot tell whether given, with as many entries as the batch has"):
+        model(**batch, given=batch["input_ids"][:, 0] / 10)
+
+
+def test_tokens_that_no_row_reads_by_itself_are_refused_too() -> None:
+    model, _ = pair(reducing("mean"))
+    batch = toy_batch(8)
+    with pytest.raises(cggr.CannotOptimize, match="whether w, with"):
+        model(**batch, w=batch["input_ids"] / 10)
 
 
 class Positional(Toy):
