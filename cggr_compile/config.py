@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from cggr_compile.kernels.providers import PROVIDERS
 from cggr_compile.kernels.reference import rows as reference
 from cggr_compile.kernels.reference.selection import RULES, RuleFunction, is_number, rule_name, rule_of
@@ -25,7 +27,7 @@ COMPOSITIONS = (
 )
 HOW_TO_SCORE = {"scoring": "loss", "router_layers": "auto", "router_body": "exact", "router_head": "exact"}
 """Options of the router, and what they are where nobody asks."""
-SELECTING = ("selection", "dynamic_threshold", "warmup_steps", "dense_after_steps")
+SELECTING = ("selection", "selection_options", "dynamic_threshold", "warmup_steps", "dense_after_steps")
 TOKEN_OPTIONS = ("first_layers", "last_layers", "resample", "skip", "allow_compressed_recurrence")
 """Options of the token route alone."""
 PADDINGS = ("any", "right")
@@ -39,6 +41,7 @@ CHOICES = {
     "fallback": ("raise", "eager"),
 }
 """What options that are names may be."""
+USUAL_INNER = ("auto", "inductor", "eager", "aot_eager")
 OPTIONAL_PASSES = ("join_loss", "join_head", "elide_causal_masks", "fuse_experts")
 
 
@@ -233,11 +236,14 @@ class RoutingConfig(Schedule):
         self._check_token_route()
         if not isinstance(self.inner, str):
             raise ConfigError(f"inner={self.inner!r} is not the name of a torch.compile backend")
+        if self.inner not in USUAL_INNER:
+            others = sorted({*torch.compiler.list_backends(exclude_tags=())} - {*USUAL_INNER, "cggr"})
+            choice("inner", self.inner, (*USUAL_INNER, *others))
         self._check_kernels()
         if not isinstance(self.outline_layers, bool) and self.outline_layers != "auto":
             raise ConfigError(f"outline_layers={self.outline_layers!r} is neither a bool nor 'auto'")
-        if self.seed is not None and not is_int(self.seed, 0):
-            raise ConfigError(f"seed={self.seed!r} is neither None nor a non-negative integer")
+        if self.seed is not None and not (is_int(self.seed, 0) and self.seed < 2**64):
+            raise ConfigError(f"seed={self.seed!r} is neither None nor an integer from 0 to 2**64 - 1")
 
     @property
     def outlines(self) -> bool:

@@ -45,9 +45,7 @@ class Handle(Optimized):
         self.calls = 0
         self._in_use = False
         self._thread = threading.local()
-        self._compiled: Callable[..., Any] | None = None
-        parameters = list(inspect.signature(self.original()).parameters)
-        self._place_of_labels = parameters.index("labels") if "labels" in parameters else len(parameters)
+        self._follow(self.original())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "runtime": self.runtime, "undo": self.undo, "calls": self.calls}
@@ -63,7 +61,7 @@ class Handle(Optimized):
 
     @property
     def selected(self) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
-        """What the last routed step kept, on the device; None before the first.
+        """What the last training step kept, on the device; None before the first, and where it was not routed.
 
         Sequence route: sorted row indices [k], int64; where fewer than k rows were selectable, the rest repeats a
         selected row and counts for nothing. Where ranks selected together, the rows that this one trained, numbered
@@ -147,13 +145,14 @@ class Handle(Optimized):
         """Takes back what `state_dict` gave; options stay those in force.
 
         Raises:
-            ValueError: `state` lacks an entry, or has one too many.
+            ValueError: `state` lacks an entry, has one too many, or one of another kind; nothing is taken of it.
         """
         self.runtime.load_state_dict(state)
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """Figures of the last training step by name (`cggr.METRICS` says what each is), as 0-d
-        tensors on the device: computed by this call, read back by nobody; empty before the first."""
+        tensors on the device: computed by this call, read back by nobody; empty before the first, and
+        where it was not routed."""
         last = self.runtime.last
         if last is None:
             return {}
@@ -258,6 +257,13 @@ class Handle(Optimized):
         """The forward that `optimize` found, bound to the model."""
         return self.undo.get("forward") or types.MethodType(type(self.model).forward, self.model)
 
+    def _follow(self, forward: Callable[..., Any]) -> None:
+        """Routes calls of this forward from now on."""
+        self._forward = forward
+        self._compiled: Callable[..., Any] | None = None
+        parameters = list(inspect.signature(forward).parameters)
+        self._place_of_labels = parameters.index("labels") if "labels" in parameters else len(parameters)
+
     def labels_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The labels of a call, given by name or by position."""
         return args[self._place_of_labels] if len(args) > self._place_of_labels else kwargs.get("labels")
@@ -320,16 +326,18 @@ class Handle(Optimized):
                 "a transform of torch.func (grad, vmap, jvp) runs the step, and sees no compiled code",
                 hint="call loss.backward() or torch.autograd.grad, which are exact, or cggr.restore(model) first",
             )
-        if arguments["input_ids"].is_meta:
+        if arguments["input_ids"].is_meta or any(parameter.is_meta for parameter in self.model.parameters()):
             raise CannotOptimize(
                 "a step on the meta device computes nothing, and no rows can be selected",
                 hint="cggr.explain captures a model on the meta device without running it",
             )
         with self.runtime.lock:
             sharded = self._sharded()
+            if self._forward != (forward := self.original()):  # of another class, or another one of its class
+                self._follow(forward)
             if self._compiled is None:
                 refuse_nested(self.model)
-                self._compiled = compiled_forward(self.original(), Backend(self.runtime))
+                self._compiled = compiled_forward(forward, Backend(self.runtime))
             step = partial(call_compiled, self._compiled, model=self.model)
             try:
                 return step(arguments) if sharded is None else sharded.call(step, arguments)

@@ -356,8 +356,9 @@ class Analysed(Program):
 
 
 def expression(shape_env: ShapeEnv, size: Any) -> Any:
-    """A size as a sympy expression in which equal sizes are equal, or the int that it is."""
-    return shape_env.simplify(size.node.expr) if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+    """A symbolic number as a sympy expression in which equal sizes are equal, or the number that it is."""
+    symbolic = isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return shape_env.simplify(size.node.expr) if symbolic else size
 
 
 def value(node: Any) -> Any:

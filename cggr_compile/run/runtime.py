@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from cggr_compile.run.recomputed import Recomputations
 from cggr_compile.run.router_time import RouterTime
 from cggr_compile.run.sharded import Sharded
 from cggr_compile.run.together import Together
+from cggr_compile.values import is_int
 
 
 class Runtime:
@@ -132,6 +134,7 @@ class Runtime:
         if not self._warned:
             warnings.warn(f"training without routing: {error}", RuntimeWarning, stacklevel=5)
             self._warned = True
+        self.last = None
         if str(error) not in self.passive:
             self.passive.append(str(error))
 
@@ -172,7 +175,9 @@ class Runtime:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave; ValueError for other entries."""
+        """Takes back what `state_dict` gave; ValueError, and nothing is taken, for other entries."""
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{state!r} is no state; give what state_dict() returned")
         expected = {"steps", "seed", "generators", "confidence"}
         expected |= {"auto"} if self.auto is not None else set()
         expected |= set(_DEPTH) if self.config.deepens else set()
@@ -182,6 +187,11 @@ class Runtime:
                 "optimize the options that the state was saved under (selection='auto' and route='depth' save more) "
                 "and load it with the version that saved it"
             )
+        generators = state["generators"]
+        kept = isinstance(generators, Mapping) and all(isinstance(each, bytes) for each in generators.values())
+        if not (is_int(state["steps"], 0) and is_int(state["seed"], 0) and kept):
+            given = {name: state[name] for name in ("steps", "seed", "generators")}
+            raise ValueError(f"steps and seed are no numbers, or generators no bytes by device, in the state {given}")
         self.steps, self.seed = state["steps"], state["seed"]
         self._generators = {}
         self._generator_states = dict(state["generators"])

@@ -431,6 +431,53 @@ def test_tokens_that_no_row_reads_by_itself_are_refused_too() -> None:
         model(**batch, w=batch["input_ids"] / 10)
 
 
+class Signed(Toy):
+    """Decides by the loss's value, without a branch."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> tuple:
+        loss, *rest = super().forward(input_ids, labels)
+        return (loss * float(loss.item() > 0), *rest)
+
+
+def test_a_decision_by_data_outlives_a_layer_that_is_frozen() -> None:
+    model, eager = pair(Signed)
+    agrees(model, eager, toy_batch(8))
+    for each in (model, eager):
+        each.layers[0].requires_grad_(False)
+    agrees(model, eager, toy_batch(8))
+
+
+class Louder(Toy):
+    """Takes its arguments in another order, too."""
+
+    def forward(self, labels: Tensor | None = None, input_ids: Tensor | None = None) -> tuple:
+        loss, *rest = super().forward(input_ids, labels)
+        return (loss * 5, *rest)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_another_forward_of_the_class_is_the_one_that_is_routed(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, eager = pair(Toy, ratio=ratio)
+    batch = toy_batch(8)
+    agrees(model, eager, batch)
+    for each in (model, eager):
+        each.__class__ = Louder
+    agrees(model, eager, batch)
+    given = model(batch["labels"], batch["input_ids"])[0]
+    torch.testing.assert_close(given, eager(**{name: x[model.cggr.selected] for name, x in batch.items()})[0])
+    for each in (model, eager):
+        each.__class__ = Toy
+    agrees(model, eager, batch)
+    plain = Toy.forward
+
+    def tripled(self: Toy, **given: Any) -> tuple:
+        loss, *rest = plain(self, **given)
+        return (loss * 3, *rest)
+
+    monkeypatch.setattr(Toy, "forward", tripled)
+    agrees(model, eager, batch)
+
+
 class Positional(Toy):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *factors: float, **others: Any) -> tuple:
         loss, *rest = super().forward(input_ids, labels)

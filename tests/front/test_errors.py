@@ -285,6 +285,10 @@ def test_models_refused_at_once_stay_untouched() -> None:
         ({"foo": 9}, "unknown option 'foo'; valid options: route, ratio"),
         ({"router_layers": 0}, "router_layers=0 is neither 'auto' nor a positive integer"),
         ({"warmup_steps": -1}, "warmup_steps=-1 is not a non-negative integer"),
+        ({"seed": 2**64}, r"seed=18446744073709551616 is neither None nor an integer from 0 to 2\*\*64 - 1"),
+        ({"inner": "eagr"}, "inner='eagr', did you mean 'eager'\\? valid values: auto, inductor, eager, aot_eager, "),
+        ({"inner": "cggr"}, "inner='cggr'"),
+        ({"route": "depth", "selection_options": {"trim": 0.1}}, "selection_options with route='depth'"),
         ({"fallback": "ignore"}, "fallback='ignore'"),
         ({"keep_logits": 1}, "keep_logits=1 is not a bool"),
         ({"seed": -1}, "seed=-1"),
@@ -307,6 +311,29 @@ def test_config_object_and_options_exclude_each_other() -> None:
         cggr.optimize(build("llama"), {"ratio": 0.5})
 
 
+def test_options_of_a_rule_ask_for_a_selection() -> None:
+    assert RoutingConfig(selection_options={"tau": 0.1}).ratio == 0.5
+    assert RoutingConfig().ratio == 1
+
+
+@pytest.mark.parametrize("change", [{"steps": "a"}, {"seed": None}, {"generators": {"cpu": "x"}}])
+def test_a_state_of_another_kind_is_refused_and_changes_nothing(change: dict[str, Any]) -> None:
+    model = cggr.optimize(Toy().train(), inner="eager", ratio=0.5, selection="random")
+    model(**toy_batch())
+    before = model.cggr.state_dict()
+    for wrong in ({**before, **change}, None):
+        with pytest.raises(ValueError, match="state"):
+            model.cggr.load_state_dict(wrong)
+    assert model.cggr.state_dict() == before
+    model(**toy_batch())
+
+
+def test_parameters_on_the_meta_device_are_named() -> None:
+    model = cggr.optimize(Toy().train(), inner="eager", ratio=0.5).to("meta")
+    with pytest.raises(CannotOptimize, match="a step on the meta device"):
+        model(**toy_batch())
+
+
 def test_too_many_router_layers() -> None:
     model = cggr.optimize(build("llama"), ratio=0.5, router_layers=9, inner="eager")
     with pytest.raises(CannotOptimize, match=r"router_layers=9 but the model has 3 layers \(model\.layers\); choose"):
@@ -319,6 +346,18 @@ def test_fallback_to_eager_warns_once_and_shows_in_the_report() -> None:
         loss = model(**toy_batch())[0]
     assert loss.requires_grad
     assert any("unsupported head" in reason for reason in model.cggr.runtime.passive)
+
+
+def test_a_step_that_was_not_routed_leaves_no_figures_of_the_one_before() -> None:
+    model = cggr.optimize(Toy().train(), inner="eager", ratio=0.5, fallback="eager")
+    model(**toy_batch())
+    assert model.cggr.selected is not None
+    assert model.cggr.metrics()
+    model.layers[1].register_full_backward_hook(lambda *_: None)
+    with pytest.warns(RuntimeWarning, match="training without routing"):
+        model(**toy_batch())
+    assert model.cggr.selected is None
+    assert model.cggr.metrics() == {}
 
 
 def test_restore_refuses_when_somebody_patched_on_top() -> None:
