@@ -66,10 +66,10 @@ def compiled_forward(forward: Callable[..., Any], backend: Backend) -> Callable[
 def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model: nn.Module) -> Any:
     """Calls a model's compiled forward, batch and sequence marked dynamic; Dynamo's errors become `CannotOptimize`."""
     tensors = {name: arg for name, arg in arguments.items() if isinstance(arg, torch.Tensor)}
-    for name, dims in dynamic_dims(tensors, token_ids_of(tensors), "labels").items():
-        torch._dynamo.maybe_mark_dynamic(tensors[name], list(dims))
+    dims = dynamic_dims(tensors, token_ids_of(tensors), "labels")
     try:
-        return dynamo.beside_other_threads(lambda: compiled(arguments, dynamo.global_hooks()))
+        with dynamo.marked_dynamic([(tensors[name], marked) for name, marked in dims.items()]):
+            return dynamo.beside_other_threads(lambda: compiled(arguments, dynamo.global_hooks()))
     except NotCompiled as error:
         raise passed_over() from error
     except BackendCompilerFailed as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, NoReturn
@@ -190,6 +191,22 @@ def is_argument(source: str) -> bool:
     """Whether an input is an argument of the call, or an item of one, by the expression that Dynamo reads it by: not
     what a module, a closure or a global holds. (`data` is where transformers' batches keep their items.)"""
     return bool(re.fullmatch(r"L\['\w+'\](\.data|\[[^\[\]]+\])*", source))
+
+
+@contextmanager
+def marked_dynamic(dims: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> Iterator[None]:
+    """Dimensions of a user's tensors are marked dynamic meanwhile: what else compiles these tensors later sees none of
+    our marks."""
+    before = [copy.deepcopy({name: x for name, x in vars(tensor).items() if "dynamo" in name}) for tensor, _ in dims]
+    for tensor, marked in dims:
+        torch._dynamo.maybe_mark_dynamic(tensor, list(marked))
+    try:
+        yield
+    finally:
+        for (tensor, _), given in zip(dims, before, strict=True):
+            for name in [name for name in vars(tensor) if "dynamo" in name]:
+                delattr(tensor, name)
+            vars(tensor).update(given)
 
 
 def request_dynamic(example_inputs: list[Any], dims: dict[int, tuple[int, ...]]) -> NoReturn:

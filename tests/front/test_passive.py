@@ -55,6 +55,18 @@ def test_calls_that_do_not_train_run_the_original(pair: tuple, mode: str) -> Non
     assert model.cggr.captures == 0
 
 
+def test_a_step_leaves_the_callers_tensors_as_they_were(pair: tuple) -> None:
+    """Also for a compiler of the caller's: marks of dynamic sizes stay where they were given, and only there."""
+    batch = token_batch()
+    torch._dynamo.mark_dynamic(batch["labels"], 1)
+    before = {name: (x.clone(), copy.deepcopy(vars(x))) for name, x in batch.items()}
+    for _ in range(2):
+        pair[1](**batch).loss.backward()
+    for name, (value, attributes) in before.items():
+        assert torch.equal(batch[name], value)
+        assert vars(batch[name]) == attributes
+
+
 def test_generate_and_save_pretrained_behave_as_before(pair: tuple, tmp_path: Path) -> None:
     eager, model = pair
     prompt = torch.tensor([[5, 6, 7]])
