@@ -11,7 +11,7 @@ the model does where the argument's values meet those of the rows can:
   rows are in the whole batch; entries of other rows get gradients of zero.
 
 A third kind cannot be told: an argument of as many entries as the batch has rows, which are summed, picked or counted
-before any of them meets a row. What comes of them is refused where it meets the rows.
+before any of them meets a row. What comes of them is refused where it meets the rows, or the step gives it out.
 
 Arguments with an entry for each row are gathered at the input, unless their entries are taken by order before they meet
 the token ids. What the model reads elsewhere than in the call (globals, closures, attributes) is the same for all rows.
@@ -29,6 +29,7 @@ from torch import fx
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.dataflow import carries_data
 from cggr_compile.ir.program import PART, TRAINED_PARTS, Analysed, hint, is_tensor, value
+from cggr_compile.ir.roles import main_roots
 from cggr_compile.ir.sequence_order import indices_of, is_pointwise, packet_of
 
 aten = torch.ops.aten
@@ -67,8 +68,8 @@ class RowFlow:
 
     Raises:
         CannotOptimize: an input whose size depends on the batch size without being it, or that has an entry for each
-            row and is no argument; entries that reach the loss without having been divided among the rows; rows that
-            meet what was made of as many entries as there are rows.
+            row and is no argument; entries that reach the loss without having been divided among the rows; what is
+            made of as many entries as there are rows, of which no row reads its own.
     """
 
     def __init__(self, program: Analysed) -> None:
@@ -88,6 +89,8 @@ class RowFlow:
             elif node.op == "call_function" and node.meta[PART] in TRAINED_PARTS:
                 self._follow(node)
         self._refuse_mixed_loss()
+        for node in main_roots(program):
+            self._refuse_untold(node, self._reduced.get(node, frozenset()))
 
     def names(self, node: fx.Node) -> frozenset[str]:
         """The arguments, not proved to be shared, that a value depends on."""
@@ -130,7 +133,7 @@ class RowFlow:
             self._picked.add(node)
         if not names and not by_order:
             if met:
-                self._meets_each(node, reduced)
+                self._refuse_untold(node, reduced)
                 self._rows.add(node)
             elif reduced:
                 self._reduced[node] = reduced
@@ -140,7 +143,7 @@ class RowFlow:
         sized = any(self.program.mentions(size, self.program.batch) for size in _sizes(node))
         if not by_order and self._acts_alike(node, sources, bool(met), sized):
             if met or sized:
-                self._meets_each(node, reduced)
+                self._refuse_untold(node, reduced)
                 self._rows.add(node)
             else:
                 self.apart[node] = names
@@ -180,13 +183,13 @@ class RowFlow:
         }
         return frozenset(lost).union(*(self._reduced.get(source, ()) for source in node.all_input_nodes))
 
-    def _meets_each(self, node: fx.Node, reduced: frozenset[str]) -> None:
-        """Every row is about to read what was made of these arguments."""
+    def _refuse_untold(self, node: fx.Node, reduced: frozenset[str]) -> None:
+        """Refuses a value of the step's that is made of arguments of as many entries as there are rows."""
         if reduced:
             names = " and ".join(sorted(reduced))
             raise CannotOptimize(
-                f"cannot tell whether {names}, with as many entries as the batch has rows, has one for each row: the "
-                "entries are summed, picked or counted before they meet the rows",
+                f"cannot tell whether {names}, with as many entries as the batch has rows, has one for each row: no "
+                "row reads an entry of its own",
                 node=node,
                 hint=f"let each row read its own entry of {names}, or pass what is made of {names} instead",
             )

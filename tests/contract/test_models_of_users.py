@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -422,6 +423,31 @@ def test_entries_that_no_row_reads_by_itself_are_refused_where_there_are_as_many
     model, _ = pair(reducing(reduced))
     with pytest.raises(cggr.CannotOptimize, match=r"cannot tell whether given, with as many entries as the batch has"):
         model(**batch, given=batch["input_ids"][:, 0] / 10)
+
+
+class Averaging(Toy):
+    """Keeps a mean of what it is given, or gives it out."""
+
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        self.kept = kept
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, given: Any = None) -> tuple:
+        loss, logits = super().forward(input_ids, labels)
+        if self.kept:
+            self.mean.mul_(0.9).add_(given.mean())
+        return (loss, logits) if self.kept else (loss, logits, given.sum())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_a_step_leaves_of_such_entries_is_refused(kept: bool) -> None:
+    batch = toy_batch(8)
+    model, eager = pair(partial(Averaging, kept))
+    agrees(model, eager, {**batch, "given": torch.rand(5)})
+    model, _ = pair(partial(Averaging, kept))
+    with pytest.raises(cggr.CannotOptimize, match="no row reads an entry of its own"):
+        model(**batch, given=torch.rand(8))
 
 
 def test_tokens_that_no_row_reads_by_itself_are_refused_too() -> None:
