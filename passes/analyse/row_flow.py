@@ -11,7 +11,8 @@ the model does where the argument's values meet those of the rows can:
   rows are in the whole batch; entries of other rows get gradients of zero.
 
 A third kind cannot be told: an argument of as many entries as the batch has rows, which are summed, picked or counted
-before any of them meets a row. What comes of them is refused where it meets the rows, or the step gives it out.
+before any of them meets a row. What comes of them is refused where it meets the rows, or the step gives it out, unless
+rows look up entries elsewhere: then it is a table.
 
 Arguments with an entry for each row are gathered at the input, unless their entries are taken by order before they meet
 the token ids. What the model reads elsewhere than in the call (globals, closures, attributes) is the same for all rows.
@@ -52,6 +53,7 @@ _SHARING: dict[Any, tuple[int, ...]] = {
     aten.type_as: (1,),
     aten.expand_as: (1,),
 }
+_LOOKUPS = {aten.embedding, aten.index, aten.index_select}
 # Operators that give every row the same.
 _REPEATS = {aten.expand, aten.expand_as, aten.repeat, aten.new_zeros, aten.new_ones, aten.new_full}
 _TOKENS = ("input_ids", "labels")
@@ -83,14 +85,17 @@ class RowFlow:
         self._by_row: dict[fx.Node, frozenset[str]] = {}  # of arguments with an entry for each row, not met with tokens
         self._like_rows: list[tuple[str, Any]] = []  # arguments' sizes that look like the batch's
         self._reduced: dict[fx.Node, frozenset[str]] = {}  # made of such arguments, without a dimension of that size
+        self._untold: list[tuple[fx.Node, frozenset[str]]] = []  # where that meets the rows, or comes out of the step
+        self._tables: frozenset[str] = frozenset()  # arguments whose entries rows look up
+        for node in program.placeholders:
+            self._enter(node)
+        self._note_like_rows()
         for node in program.graph.nodes:
-            if node.op == "placeholder":
-                self._enter(node)
-            elif node.op == "call_function" and node.meta[PART] in TRAINED_PARTS:
+            if node.op == "call_function" and node.meta[PART] in TRAINED_PARTS:
                 self._follow(node)
         self._refuse_mixed_loss()
-        for node in main_roots(program):
-            self._refuse_untold(node, self._reduced.get(node, frozenset()))
+        self._untold += [(node, self._reduced.get(node, frozenset())) for node in main_roots(program)]
+        self._refuse_untold()
 
     def names(self, node: fx.Node) -> frozenset[str]:
         """The arguments, not proved to be shared, that a value depends on."""
@@ -98,8 +103,6 @@ class RowFlow:
 
     def _enter(self, node: fx.Node) -> None:
         kind, name = self.program.kind(node), self.program.path(node)
-        if kind == "size":
-            self._note_like_rows(node)
         if kind not in ("batch", "constant") or not is_tensor(node):
             return
         dims = batch_dims(self.program, node)
@@ -116,24 +119,31 @@ class RowFlow:
                 self._by_row[node] = frozenset((name,))
         elif kind == "batch":
             self.apart[node] = frozenset((name,))
-            self._note_like_rows(node)
 
-    def _note_like_rows(self, node: fx.Node) -> None:
-        name = re.sub(r"_size_\d+$", "", self.program.path(node))
-        for size in _sizes(node):
-            known = any(self.program.same_size(size, of) for of in (self.program.batch, self.program.sequence))
-            if isinstance(size, torch.SymInt) and hint(size) == hint(self.program.batch) and not known:
-                self._like_rows.append((name, size))
+    def _note_like_rows(self) -> None:
+        """An argument that has a dimension of the batch size has no other."""
+        by_row = {self.program.path(node) for node in self.dims}
+        sizes = [node for node in self.program.placeholders if self.program.kind(node) == "size"]
+        for node in (*self.apart, *sizes):
+            name = re.sub(r"_size_\d+$", "", self.program.path(node))
+            for size in _sizes(node):
+                known = any(self.program.same_size(size, of) for of in (self.program.batch, self.program.sequence))
+                alike = isinstance(size, torch.SymInt) and hint(size) == hint(self.program.batch)
+                if alike and not known and name not in by_row:
+                    self._like_rows.append((name, size))
 
     def _follow(self, node: fx.Node) -> None:
         sources = [source for source in node.all_input_nodes if carries_data(source)]
-        names, by_order, reduced = self._names(sources), self._by_order(node), self._reduces(node)
+        names, by_order = self._names(sources), self._by_order(node)
         met = [source for source in sources if source in self._rows]
+        reduced = self._reduces(node, bool(met))
+        if met and packet_of(node) in _LOOKUPS and node.args[0] in self.apart:
+            self._tables |= self.apart[node.args[0]]
         if _picks(node) or (any(source in self._picked for source in sources) and self._row_dim(node) is None):
             self._picked.add(node)
         if not names and not by_order:
             if met:
-                self._refuse_untold(node, reduced)
+                self._untold.append((node, reduced))
                 self._rows.add(node)
             elif reduced:
                 self._reduced[node] = reduced
@@ -143,7 +153,7 @@ class RowFlow:
         sized = any(self.program.mentions(size, self.program.batch) for size in _sizes(node))
         if not by_order and self._acts_alike(node, sources, bool(met), sized):
             if met or sized:
-                self._refuse_untold(node, reduced)
+                self._untold.append((node, reduced))
                 self._rows.add(node)
             else:
                 self.apart[node] = names
@@ -171,10 +181,11 @@ class RowFlow:
         shared |= {node.kwargs.get("attn_mask")} if packet == aten.scaled_dot_product_attention else set()
         return meets and all(source in shared for source in sources if source in self.apart)
 
-    def _reduces(self, node: fx.Node) -> frozenset[str]:
+    def _reduces(self, node: fx.Node, met: bool) -> frozenset[str]:
         """The arguments of as many entries as there are rows whose dimension of that size a value no longer has."""
         sizes = _sizes(node)
-        of_sources = [size for source in node.all_input_nodes for size in _sizes(source)]
+        read = [source for source in node.all_input_nodes if not (met and source in self.apart)]
+        of_sources = [size for source in read for size in _sizes(source)]
         lost = {
             name
             for name, symbol in self._like_rows
@@ -183,16 +194,15 @@ class RowFlow:
         }
         return frozenset(lost).union(*(self._reduced.get(source, ()) for source in node.all_input_nodes))
 
-    def _refuse_untold(self, node: fx.Node, reduced: frozenset[str]) -> None:
-        """Refuses a value of the step's that is made of arguments of as many entries as there are rows."""
-        if reduced:
-            names = " and ".join(sorted(reduced))
-            raise CannotOptimize(
-                f"cannot tell whether {names}, with as many entries as the batch has rows, has one for each row: no "
-                "row reads an entry of its own",
-                node=node,
-                hint=f"let each row read its own entry of {names}, or pass what is made of {names} instead",
-            )
+    def _refuse_untold(self) -> None:
+        for node, reduced in self._untold:
+            if names := " and ".join(sorted(reduced - self._tables)):
+                raise CannotOptimize(
+                    f"cannot tell whether {names}, with as many entries as the batch has rows, has one for each row: "
+                    "no row reads an entry of its own",
+                    node=node,
+                    hint=f"let each row read its own entry of {names}, or pass what is made of {names} instead",
+                )
 
     def _row_dim(self, node: fx.Node) -> int | None:
         """The one dimension of the batch size that a tensor has, where no other depends on it."""
