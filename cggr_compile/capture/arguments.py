@@ -53,6 +53,20 @@ def check_call(arguments: dict[str, Any], model: nn.Module) -> None:
     _check_activations(arguments, config)
 
 
+def check_entries(arguments: dict[str, Any]) -> None:
+    """Raises `CannotOptimize` for as many numbers as there are rows that are in no tensor, where rows are selected."""
+    rows = len(arguments["input_ids"])
+    for name, arg in arguments.items():
+        numbers = isinstance(arg, (list, tuple)) and all(isinstance(each, (int, float)) for each in arg)
+        array = hasattr(arg, "__array__") and not isinstance(arg, torch.Tensor) and arg.shape
+        if (numbers or array) and len(arg) == rows:
+            raise CannotOptimize(
+                f"{name} is a {type(arg).__name__} with as many entries as the batch has rows, and only tensors are "
+                "reduced to the selected rows",
+                hint=f"pass torch.as_tensor({name})",
+            )
+
+
 def _check_ids(arguments: dict[str, Any], decodes: bool) -> None:
     ids = arguments.get("input_ids")
     if ids is not None and "inputs_embeds" in arguments:

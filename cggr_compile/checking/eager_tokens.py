@@ -23,8 +23,12 @@ class TokensNotTold(ValueError):
     does not tell, it is a part of a layer, or it numbers its tokens itself."""
 
 
+_CUTS = (torch.Tensor.__getitem__, torch.Tensor.narrow, torch.narrow)
+
+
 class Counting(TorchFunctionMode):
-    """Watches for `torch.arange` over `kept` places, by which a layer may number its tokens."""
+    """Watches for what a layer may number its tokens by: `torch.arange` over `kept` places, and so many places of
+    something longer."""
 
     def __init__(self, kept: int) -> None:
         super().__init__()
@@ -34,6 +38,9 @@ class Counting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.seen |= func is torch.arange and result.numel() == self.kept
+        if func in _CUTS and isinstance(result, torch.Tensor) and result.dim() == args[0].dim():
+            pairs = zip(args[0].shape, result.shape, strict=True)
+            self.seen |= any(after == self.kept < before for before, after in pairs)
         return result
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cggr_compile.capture.arguments import check_call, named_arguments
+from cggr_compile.capture.arguments import check_call, check_entries, named_arguments
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, NotCompiled
 from cggr_compile.front.backend import Backend
@@ -321,6 +321,8 @@ class Handle(Optimized):
         if self._in_use:
             raise CannotOptimize("a training step inside of in_use()", hint="leave it first; it is for evaluation")
         check_call(arguments, self.model)
+        if "sequence" in self.config.routes and (self.config.ratio < 1 or self.config.selection == "auto"):
+            check_entries(arguments)
         if transforms_are_active():
             raise CannotOptimize(
                 "a transform of torch.func (grad, vmap, jvp) runs the step, and sees no compiled code",

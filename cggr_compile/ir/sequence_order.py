@@ -55,7 +55,7 @@ _WINDOWS = {
 }
 _STRIDES = {aten.as_strided, aten.unfold, aten._cudnn_rnn, aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu}
 _TRIANGLES = {aten.tril: (0, -1), aten.triu: (0, 1)}  # diagonals that say before or after, and nothing about how far
-_CUTS = {aten.slice, aten.narrow}
+CUTS = {aten.slice, aten.narrow}
 
 
 class _Indexing(NamedTuple):
@@ -115,7 +115,7 @@ def order_dependence(program: Program, node: fx.Node, inside: Collection[fx.Node
     packet = target.overloadpacket
     if _padding(program, node) is not None:
         return None
-    if packet in _CUTS and not _keeps_all(program, node):
+    if packet in CUTS and not _keeps_all(program, node):
         return Refusal(f"{packet} takes fixed places of the sequence", node)
     if counts_tokens(program, node) and not all(_is_choice(program, index, inside) for index in indices_of(node)):
         return Refusal(f"{packet} takes places of the sequence by their number", node)

@@ -10,12 +10,13 @@ import torch
 from torch import fx
 
 from cggr_compile.ir.program import Program, is_tensor, value
-from cggr_compile.ir.sequence_order import is_pointwise, is_token_count, packet_of
+from cggr_compile.ir.sequence_order import CUTS, is_pointwise, is_token_count, packet_of
 
 aten = torch.ops.aten
 
 _VIEWS = {aten.view, aten.reshape, aten._unsafe_view}
 _BY_ROW = {*_VIEWS, aten.linear, aten.to, aten._to_copy}
+_REMAINDERS = {aten.remainder, aten.fmod}
 COUNTERS = {aten.arange, aten.linspace}
 
 
@@ -47,6 +48,17 @@ class TokenShapes:
         size = value(node).shape[0]
         return is_token_count(self.program, size) and not self.is_sequence(size)
 
+    def finds_places(self, node: fx.Node) -> bool:
+        """Whether the node has an entry for each position without counting these: S places out of something longer, or
+        flattened tokens counted modulo S."""
+        packet = packet_of(node)
+        if packet in _REMAINDERS and packet_of(node.args[0]) in COUNTERS:
+            return self.program.mentions(value(node.args[1]), self.sequence)
+        if packet not in CUTS:
+            return False
+        pairs = zip(value(node.args[0]).shape, value(node).shape, strict=True)
+        return any(self.is_sequence(now) and not self.program.mentions(before, self.sequence) for before, now in pairs)
+
     def lead(self, node: fx.Node, reader: fx.Node) -> int | None:
         """How many dimensions broadcasting adds in front of a value to reach the batch; None where that is not
         known."""
@@ -77,6 +89,8 @@ class TokenShapes:
                 found = self.program.kind(node) != "size" and self.mentions_sequence(node)
             elif packet_of(node) in COUNTERS:
                 found = self.is_sequence(value(node).shape[0])
+            elif self.finds_places(node):
+                found = True
             else:
                 random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
                 found = random or any(self.has_positions(source) for source in node.all_input_nodes)

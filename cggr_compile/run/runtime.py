@@ -22,7 +22,6 @@ from cggr_compile.run.recomputed import Recomputations
 from cggr_compile.run.router_time import RouterTime
 from cggr_compile.run.sharded import Sharded
 from cggr_compile.run.together import Together
-from cggr_compile.values import is_int
 
 
 class Runtime:
@@ -189,7 +188,7 @@ class Runtime:
             )
         generators = state["generators"]
         kept = isinstance(generators, Mapping) and all(isinstance(each, bytes) for each in generators.values())
-        if not (is_int(state["steps"], 0) and is_int(state["seed"], 0) and kept):
+        if not (isinstance(state["steps"], int) and isinstance(state["seed"], int) and kept):
             given = {name: state[name] for name in ("steps", "seed", "generators")}
             raise ValueError(f"steps and seed are no numbers, or generators no bytes by device, in the state {given}")
         self.steps, self.seed = state["steps"], state["seed"]

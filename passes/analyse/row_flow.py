@@ -32,6 +32,7 @@ from cggr_compile.ir.dataflow import carries_data
 from cggr_compile.ir.program import PART, TRAINED_PARTS, Analysed, hint, is_tensor, value
 from cggr_compile.ir.roles import main_roots
 from cggr_compile.ir.sequence_order import indices_of, is_pointwise, packet_of
+from cggr_compile.ir.token_shapes import COUNTERS
 
 aten = torch.ops.aten
 
@@ -87,6 +88,7 @@ class RowFlow:
         self._reduced: dict[fx.Node, frozenset[str]] = {}  # made of such arguments, without a dimension of that size
         self._untold: list[tuple[fx.Node, frozenset[str]]] = []  # where that meets the rows, or comes out of the step
         self._tables: frozenset[str] = frozenset()  # arguments whose entries rows look up
+        self._numbers: set[fx.Node] = set()  # made of the rows' numbers in the batch
         for node in program.placeholders:
             self._enter(node)
         self._note_like_rows()
@@ -137,7 +139,9 @@ class RowFlow:
         names, by_order = self._names(sources), self._by_order(node)
         met = [source for source in sources if source in self._rows]
         reduced = self._reduces(node, bool(met))
-        if met and packet_of(node) in _LOOKUPS and node.args[0] in self.apart:
+        if self._counts_rows(node) or any(source in self._numbers for source in sources):
+            self._numbers.add(node)
+        if met and packet_of(node) in _LOOKUPS and node.args[0] in self.apart and node not in self._numbers:
             self._tables |= self.apart[node.args[0]]
         if _picks(node) or (any(source in self._picked for source in sources) and self._row_dim(node) is None):
             self._picked.add(node)
@@ -174,7 +178,9 @@ class RowFlow:
         if not meets and (not sized or packet in _REPEATS):
             return True
         if is_pointwise(node):
-            return True
+            return not any(self._lies_along_rows(source, node) for source in sources if source in self.apart)
+        if packet in _LOOKUPS and node in self._numbers:
+            return False
         if packet == aten.index and any(not _is_integer(place) for place in indices_of(node)):
             return False
         shared = {argument for place, argument in enumerate(node.args) if place in _SHARING.get(packet, ())}
@@ -203,6 +209,19 @@ class RowFlow:
                     node=node,
                     hint=f"let each row read its own entry of {names}, or pass what is made of {names} instead",
                 )
+
+    def _counts_rows(self, node: fx.Node) -> bool:
+        """Whether a value counts the rows of the batch."""
+        packet = packet_of(node)
+        if packet not in (*COUNTERS, aten.cumsum):
+            return False
+        size = value(node).shape[node.args[1] if packet == aten.cumsum else 0]
+        return self.program.same_size(size, self.program.batch)
+
+    def _lies_along_rows(self, source: fx.Node, node: fx.Node) -> bool:
+        """Whether a value that meets the rows entry by entry has entries along them, and is not broadcast."""
+        pairs = zip(reversed(value(source).shape), reversed(value(node).shape), strict=False)
+        return any(size != 1 and self.program.mentions(rows, self.program.batch) for size, rows in pairs)
 
     def _row_dim(self, node: fx.Node) -> int | None:
         """The one dimension of the batch size that a tensor has, where no other depends on it."""

@@ -264,7 +264,8 @@ class _Rewrite:
 
     def _recomputed(self, node: fx.Node, span: Span, counted: bool) -> fx.Node:
         """The node again, on its sources' forms for the kept tokens."""
-        makes_positions = packet_of(node) in COUNTERS and not self.shapes.counts_flattened(node)
+        counts = packet_of(node) in COUNTERS and not self.shapes.counts_flattened(node)
+        makes_positions = counts or self.shapes.finds_places(node)
         by_place = order_dependence(self.program, node, span.members) is not None
         if node.op != "call_function" or makes_positions or by_place:
             raise CannotOptimize(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -423,6 +424,45 @@ def test_entries_that_no_row_reads_by_itself_are_refused_where_there_are_as_many
     model, _ = pair(reducing(reduced))
     with pytest.raises(cggr.CannotOptimize, match=r"cannot tell whether given, with as many entries as the batch has"):
         model(**batch, given=batch["input_ids"][:, 0] / 10)
+
+
+OWN: dict[str, Callable[..., Tensor]] = {
+    "offset": lambda given, ids: given.flatten(0, 1)[torch.arange(len(ids)).unsqueeze(1) * given.shape[1] + ids % 2],
+    "table": lambda given, ids: F.embedding(torch.arange(len(ids)).unsqueeze(1) * 2 + ids % 2, given.flatten(0, 1)),
+    "select": lambda given, ids: given.flatten(0, 1).index_select(0, torch.arange(len(ids)) * 2).unsqueeze(1),
+    "counted": lambda given, ids: given[torch.ones_like(ids[:, 0]).cumsum(0) - 1].mean(1, keepdim=True),
+    "repeated": lambda given, ids: given[:, 0].repeat_interleave(ids.shape[1], 0).view(*ids.shape, -1),
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_entries_that_rows_read_by_their_number_are_their_own(own: str) -> None:
+    class Reading(Toy):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, given: Any = None) -> tuple:
+            hidden = self.embed(input_ids)
+            logits = self.logits(self.middle(hidden + OWN[own](given, input_ids)))
+            return (self.loss(logits, labels), logits)
+
+    model, eager = pair(Reading)
+    agrees(model, eager, {**toy_batch(8), "given": torch.randn(8, 2, WIDTH)})
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray])
+def test_entries_in_no_tensor_are_refused_where_rows_are_selected(kind: Callable[..., Any]) -> None:
+    batch, given = toy_batch(8), kind([0.1 * row for row in range(8)])
+
+    class Listed(Toy):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, given: Any = None) -> tuple:
+            loss, logits = super().forward(input_ids, labels)
+            return (loss * torch.as_tensor(given)[torch.arange(len(input_ids))].float().mean(), logits)
+
+    model, _ = pair(Listed)
+    with pytest.raises(
+        cggr.CannotOptimize, match=r"given is a \w+ with as many entries .*; pass torch\.as_tensor\(given"
+    ):
+        model(**batch, given=given)
+    every, eager = pair(Listed, ratio=1.0)
+    torch.testing.assert_close(every(**batch, given=given)[0], eager(**batch, given=given)[0])
 
 
 class Averaging(Toy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -11,12 +12,14 @@ import plans
 import pytest
 import token_oracle
 import torch
+import torch.nn.functional as F
 import transformers as T
 from architectures import ARCHITECTURES, GROUPED, VOCABULARY, Architecture, build, eager_of, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import small
-from torch import nn
+from torch import Tensor, nn
+from toys import WIDTH, Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile.inspection.explanation import Diff, Report
@@ -279,3 +282,96 @@ def test_a_padding_mask_of_any_dtype_tells_padding(dtype: torch.dtype) -> None:
     assert torch.equal(*positions)
     assert batch["attention_mask"].gather(1, positions[1]).all()
     oracle.assert_same_step(*steps[1], *steps[0])
+
+
+TABLES: dict[str, Callable[..., Tensor]] = {
+    "counted": lambda table, hidden: table[torch.arange(hidden.shape[1])],
+    "sliced": lambda table, hidden: table[: hidden.shape[1]],
+    "narrowed": lambda table, hidden: table.narrow(0, 0, hidden.shape[1]),
+    "expanded": lambda table, hidden: table[None, : hidden.shape[1]].expand(len(hidden), -1, -1),
+    "modulo": lambda table, hidden: table[torch.arange(hidden[..., 0].numel()) % hidden.shape[1]].view_as(hidden),
+}
+
+
+class Tabled(Toy):
+    """Adds an entry for each position to what every layer reads."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__(4)
+        self.read = TABLES[read]
+        self.table = nn.Parameter(torch.randn(40, WIDTH))
+
+    def middle(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            if positions is None or index in (0, 3):
+                hidden = hidden + layer(hidden + self.read(self.table, hidden)).tanh()
+                continue
+            rows = torch.arange(len(hidden)).unsqueeze(1)
+            kept = hidden[rows, positions]
+            hidden = hidden.index_put((rows, positions), kept + layer(kept + self.table[positions]).tanh())
+        return hidden
+
+
+@pytest.mark.parametrize("read", TABLES)
+def test_entries_for_positions_are_those_of_the_whole_sequence(read: str) -> None:
+    """However a layer finds them; the eager model, by hand, runs its middle layers on the kept tokens."""
+    torch.manual_seed(0)
+    eager, batch = Tabled(read).train(), toy_batch(4)
+    model = cggr.optimize(copy.deepcopy(eager), route="token", ratio=0.5, inner="eager")
+    if read == "modulo":
+        with pytest.raises(cggr.CannotOptimize, match="cannot tell which tokens"):
+            model(**batch)
+        return
+    loss = model(**batch)[0]
+    loss.backward()
+    hidden = eager.middle(eager.embed(batch["input_ids"]), model.cggr.selected)
+    wanted = eager.loss(eager.logits(hidden), batch["labels"])
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    for (name, found), expected in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_windows_that_a_layer_cuts_out_of_a_buffer_are_of_the_whole_sequence() -> None:
+    """GPT-Neo's local attention; eager by hand, with the mask of the kept tokens' positions."""
+    torch.manual_seed(0)
+    eager = T.GPTNeoForCausalLM(
+        T.GPTNeoConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_layers=4,
+            num_heads=4,
+            attention_types=[[["local"], 4]],
+            window_size=3,
+            max_position_embeddings=64,
+            resid_dropout=0.0,
+            embed_dropout=0.0,
+            attention_dropout=0.0,
+            use_cache=False,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).train()
+    ids = torch.randint(3, VOCABULARY, (4, 13))
+    model = cggr.optimize(copy.deepcopy(eager), route="token", ratio=0.5, inner="eager")
+    loss, positions = model(input_ids=ids, labels=ids).loss, model.cggr.selected
+    inner, rows, every = eager.transformer, torch.arange(4).unsqueeze(1), torch.arange(13).expand(4, 13)
+
+    def run(layer: nn.Module, hidden: Tensor, places: Tensor) -> Tensor:
+        attention, normed = layer.attn.attention, layer.ln_1(hidden)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (projection(normed).unflatten(-1, (4, 8)).transpose(1, 2) for projection in projections)
+        distance = places.unsqueeze(2) - places.unsqueeze(1)
+        weights = (q @ k.mT).masked_fill(((distance < 0) | (distance >= 3)).unsqueeze(1), -torch.inf).softmax(-1)
+        hidden = hidden + attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
+        return hidden + layer.mlp(layer.ln_2(hidden))
+
+    hidden = run(inner.h[0], inner.wte(ids) + inner.wpe(every), every)
+    kept = hidden[rows, positions]
+    for layer in inner.h[1:3]:
+        kept = run(layer, kept, positions)
+    hidden = run(inner.h[3], hidden.index_put((rows, positions), kept), every)
+    logits = eager.lm_head(inner.ln_f(hidden))
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), rtol=1e-6, atol=0
+    )
