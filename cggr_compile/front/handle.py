@@ -328,7 +328,8 @@ class Handle(Optimized):
                 "a transform of torch.func (grad, vmap, jvp) runs the step, and sees no compiled code",
                 hint="call loss.backward() or torch.autograd.grad, which are exact, or cggr.restore(model) first",
             )
-        if arguments["input_ids"].is_meta or any(parameter.is_meta for parameter in self.model.parameters()):
+        first = next(self.model.parameters(), arguments["input_ids"])
+        if arguments["input_ids"].is_meta or first.is_meta:
             raise CannotOptimize(
                 "a step on the meta device computes nothing, and no rows can be selected",
                 hint="cggr.explain captures a model on the meta device without running it",
