@@ -103,10 +103,11 @@ def main(
 
     def samples(route: str) -> list[list[float]]:
         place = places.get()
-        done = subprocess.run(
-            [*command, route], check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **place}
-        )
-        places.put(place)
+        try:
+            variables = {**os.environ, **place}
+            done = subprocess.run([*command, route], check=True, stdout=subprocess.PIPE, text=True, env=variables)
+        finally:
+            places.put(place)
         return json.loads(done.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(max_workers=places.qsize()) as threads:

@@ -20,6 +20,8 @@ from typing import Annotated
 import torch
 import typer
 
+ROUTES = "token_random+graphs loss_random+graphs"
+
 # The targets' models come first; as many processes compile side by side as 80 GB hold.
 MATRIX = {
     "llama-1b": (
@@ -56,12 +58,12 @@ MATRIX = {
     **{
         f"{name}-trained": (
             f"--model {model} --optimizer --autocast --side-by-side {processes}",
-            f"compile sampled+graphs floor+graphs all+graphs{routes} compile+checkpoint all+graphs+checkpoint liger",
+            f"compile sampled+graphs floor+graphs all+graphs {routes} compile+checkpoint all+graphs+checkpoint liger",
         )
         for name, model, processes, routes in (
-            ("smollm", "SmolLM-135M", 5, " token_random+graphs loss_random+graphs"),
-            ("qwen", "Qwen2.5-0.5B", 3, " token_random+graphs loss_random+graphs"),
-            ("llama-1b", "Llama-3.2-1B", 3, " token_random+graphs loss_random+graphs"),
+            ("smollm", "SmolLM-135M", 5, ROUTES),
+            ("qwen", "Qwen2.5-0.5B", 3, ROUTES),
+            ("llama-1b", "Llama-3.2-1B", 3, ROUTES),
             ("llama-3b", "Llama-3.2-3B", 1, ""),
         )
     },

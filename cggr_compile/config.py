@@ -42,6 +42,7 @@ CHOICES = {
 }
 """What options that are names may be."""
 USUAL_INNER = ("auto", "inductor", "eager", "aot_eager")
+"""Inner backends that torch's registry need not be asked for, which takes it a second."""
 OPTIONAL_PASSES = ("join_loss", "join_head", "elide_causal_masks", "fuse_experts")
 
 

@@ -57,9 +57,11 @@ def check_entries(arguments: dict[str, Any]) -> None:
     """Raises `CannotOptimize` for as many numbers as there are rows that are in no tensor, where rows are selected."""
     rows = len(arguments["input_ids"])
     for name, arg in arguments.items():
-        numbers = isinstance(arg, (list, tuple)) and all(isinstance(each, (int, float)) for each in arg)
-        array = hasattr(arg, "__array__") and not isinstance(arg, torch.Tensor) and arg.shape
-        if (numbers or array) and len(arg) == rows:
+        listed = isinstance(arg, (list, tuple)) and len(arg) == rows
+        array = hasattr(arg, "__array__") and tuple(getattr(arg, "shape", ()))[:1] == (rows,)
+        if (listed and all(isinstance(each, (int, float)) for each in arg)) or (
+            array and not isinstance(arg, torch.Tensor)
+        ):
             raise CannotOptimize(
                 f"{name} is a {type(arg).__name__} with as many entries as the batch has rows, and only tensors are "
                 "reduced to the selected rows",

@@ -38,7 +38,7 @@ class Counting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.seen |= func is torch.arange and result.numel() == self.kept
-        if func in _CUTS and isinstance(result, torch.Tensor) and result.dim() == args[0].dim():
+        if func in _CUTS and args and isinstance(result, torch.Tensor) and result.dim() == args[0].dim():
             pairs = zip(args[0].shape, result.shape, strict=True)
             self.seen |= any(after == self.kept < before for before, after in pairs)
         return result

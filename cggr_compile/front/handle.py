@@ -336,7 +336,7 @@ class Handle(Optimized):
             )
         with self.runtime.lock:
             sharded = self._sharded()
-            if self._forward != (forward := self.original()):  # of another class, or another one of its class
+            if self._forward != (forward := self.original()):  # the model's class, or its class's forward, has changed
                 self._follow(forward)
             if self._compiled is None:
                 refuse_nested(self.model)

@@ -50,9 +50,9 @@ class TokenShapes:
 
     def finds_places(self, node: fx.Node) -> bool:
         """Whether the node has an entry for each position without counting these: S places out of something longer, or
-        flattened tokens counted modulo S."""
+        what is left modulo S, of flattened tokens' numbers say."""
         packet = packet_of(node)
-        if packet in _REMAINDERS and packet_of(node.args[0]) in COUNTERS:
+        if packet in _REMAINDERS:
             return self.program.mentions(value(node.args[1]), self.sequence)
         if packet not in CUTS:
             return False
@@ -89,11 +89,10 @@ class TokenShapes:
                 found = self.program.kind(node) != "size" and self.mentions_sequence(node)
             elif packet_of(node) in COUNTERS:
                 found = self.is_sequence(value(node).shape[0])
-            elif self.finds_places(node):
-                found = True
             else:
                 random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-                found = random or any(self.has_positions(source) for source in node.all_input_nodes)
+                found = random or self.finds_places(node)
+                found = found or any(self.has_positions(source) for source in node.all_input_nodes)
             self.positional[node] = found
         return self.positional[node]
 

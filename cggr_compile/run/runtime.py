@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 import torch
@@ -177,6 +178,9 @@ class Runtime:
         """Takes back what `state_dict` gave; ValueError, and nothing is taken, for other entries."""
         if not isinstance(state, Mapping):
             raise ValueError(f"{state!r} is no state; give what state_dict() returned")
+        for name, kind in _KINDS.items():
+            if name in state and not isinstance(state[name], kind):
+                raise ValueError(f"the state's {name} is {state[name]!r}; give what state_dict() returned")
         expected = {"steps", "seed", "generators", "confidence"}
         expected |= {"auto"} if self.auto is not None else set()
         expected |= set(_DEPTH) if self.config.deepens else set()
@@ -186,17 +190,17 @@ class Runtime:
                 "optimize the options that the state was saved under (selection='auto' and route='depth' save more) "
                 "and load it with the version that saved it"
             )
-        generators = state["generators"]
-        kept = isinstance(generators, Mapping) and all(isinstance(each, bytes) for each in generators.values())
-        if not (isinstance(state["steps"], int) and isinstance(state["seed"], int) and kept):
-            given = {name: state[name] for name in ("steps", "seed", "generators")}
-            raise ValueError(f"steps and seed are no numbers, or generators no bytes by device, in the state {given}")
+        for device, given in state["generators"].items():
+            if not isinstance(given, bytes):
+                raise ValueError(f"the state's generator of {device} is {given!r}; give what state_dict() returned")
+        auto = self._auto_anew()
+        if auto is not None:
+            auto.load_state_dict(state["auto"])
+        self.auto = auto
         self.steps, self.seed = state["steps"], state["seed"]
         self._generators = {}
         self._generator_states = dict(state["generators"])
         self.confidence = Confidence(state["confidence"])
-        if self.auto is not None:
-            self.auto.load_state_dict(state["auto"])
         if self.config.deepens:
             self.growths, self.grows = state["growths"], state["grows"]
             self.total_steps = self.total_steps or state["total_steps"]  # what was told since holds
@@ -205,9 +209,15 @@ class Runtime:
         """Begins the schedule anew: warm-up and `"auto"`. The confidence, which goes by the weights, stays, a model
         that has grown does not shrink, and the generator draws on."""
         self.steps = 0
-        if self.auto is not None:
-            agreement, self.auto = self.auto.agreement, Auto(self.config)
-            self.auto.agreement = agreement
+        self.auto = self._auto_anew()
+
+    def _auto_anew(self) -> Auto | None:
+        """What `"auto"` knows at first, with the ranks' agreement that is in force; None of other selections."""
+        if self.auto is None:
+            return None
+        auto = Auto(self.config)
+        auto.agreement = self.auto.agreement
+        return auto
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration and state; compiled plans are rebuilt by the first step of the copy."""
@@ -219,6 +229,11 @@ class Runtime:
 
 
 _DEPTH = ("growths", "grows", "total_steps")
+_KINDS: dict[str, Any] = {
+    **{"steps": int, "seed": int, "generators": Mapping, "confidence": (float, int, NoneType)},
+    **{"auto": Mapping, "growths": int, "grows": bool, "total_steps": (int, NoneType)},
+}
+"""Of what kind the entries of a state are."""
 
 
 def _bytes_of(state: torch.Tensor) -> bytes:

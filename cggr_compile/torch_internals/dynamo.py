@@ -197,7 +197,7 @@ def is_argument(source: str) -> bool:
 def marked_dynamic(dims: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> Iterator[None]:
     """Dimensions of a user's tensors are marked dynamic meanwhile: what else compiles these tensors later sees none of
     our marks."""
-    before = [copy.deepcopy({name: x for name, x in vars(tensor).items() if "dynamo" in name}) for tensor, _ in dims]
+    before = [{name: copy.copy(x) for name, x in vars(tensor).items() if "dynamo" in name} for tensor, _ in dims]
     for tensor, marked in dims:
         torch._dynamo.maybe_mark_dynamic(tensor, list(marked))
     try:

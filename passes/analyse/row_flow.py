@@ -123,15 +123,15 @@ class RowFlow:
             self.apart[node] = frozenset((name,))
 
     def _note_like_rows(self) -> None:
-        """An argument that has a dimension of the batch size has no other."""
+        """Sizes of arguments that have no dimension of the batch size."""
         by_row = {self.program.path(node) for node in self.dims}
+        named = [(self.program.path(node), node) for node in self.apart]
         sizes = [node for node in self.program.placeholders if self.program.kind(node) == "size"]
-        for node in (*self.apart, *sizes):
-            name = re.sub(r"_size_\d+$", "", self.program.path(node))
+        of_sizes = [(re.sub(r"_size_\d+$", "", self.program.path(node)), node) for node in sizes]
+        for name, node in (*named, *(pair for pair in of_sizes if pair[0] not in by_row)):
             for size in _sizes(node):
                 known = any(self.program.same_size(size, of) for of in (self.program.batch, self.program.sequence))
-                alike = isinstance(size, torch.SymInt) and hint(size) == hint(self.program.batch)
-                if alike and not known and name not in by_row:
+                if isinstance(size, torch.SymInt) and hint(size) == hint(self.program.batch) and not known:
                     self._like_rows.append((name, size))
 
     def _follow(self, node: fx.Node) -> None:
@@ -146,22 +146,15 @@ class RowFlow:
         if _picks(node) or (any(source in self._picked for source in sources) and self._row_dim(node) is None):
             self._picked.add(node)
         if not names and not by_order:
-            if met:
-                self._untold.append((node, reduced))
-                self._rows.add(node)
-            elif reduced:
-                self._reduced[node] = reduced
+            self._leave(node, reduced, bool(met))
             if met and all(source in self._by_row for source in met):
                 self._by_row[node] = frozenset().union(*(self._by_row[source] for source in met))
             return
         sized = any(self.program.mentions(size, self.program.batch) for size in _sizes(node))
         if not by_order and self._acts_alike(node, sources, bool(met), sized):
-            if met or sized:
-                self._untold.append((node, reduced))
-                self._rows.add(node)
-            else:
+            if not met and not sized:
                 self.apart[node] = names
-                self._reduced[node] = reduced
+            self._leave(node, reduced, bool(met) or sized)
             return
         dim = self._row_dim(node)
         if dim is not None:
@@ -169,6 +162,14 @@ class RowFlow:
             self._rows.add(node)
         else:
             self.mixed[node] = names | by_order
+
+    def _leave(self, node: fx.Node, reduced: frozenset[str], of_rows: bool) -> None:
+        """Notes whether a value is one of the rows', and what it is made of that may be."""
+        if of_rows:
+            self._rows.add(node)
+            self._untold.append((node, reduced))
+        else:
+            self._reduced[node] = reduced
 
     def _acts_alike(self, node: fx.Node, sources: list[fx.Node], meets: bool, sized: bool) -> bool:
         """Whether every row reads the same of the arguments that have no entry for each row."""
@@ -189,6 +190,8 @@ class RowFlow:
 
     def _reduces(self, node: fx.Node, met: bool) -> frozenset[str]:
         """The arguments of as many entries as there are rows whose dimension of that size a value no longer has."""
+        if not self._like_rows:
+            return frozenset()
         sizes = _sizes(node)
         read = [source for source in node.all_input_nodes if not (met and source in self.apart)]
         of_sources = [size for source in read for size in _sizes(source)]
@@ -213,7 +216,7 @@ class RowFlow:
     def _counts_rows(self, node: fx.Node) -> bool:
         """Whether a value counts the rows of the batch."""
         packet = packet_of(node)
-        if packet not in (*COUNTERS, aten.cumsum):
+        if packet not in (*COUNTERS, aten.cumsum) or not value(node).dim():
             return False
         size = value(node).shape[node.args[1] if packet == aten.cumsum else 0]
         return self.program.same_size(size, self.program.batch)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,3 +31,15 @@ def test_every_rung_of_every_route_is_reached(tmp_path: Path, monkeypatch: pytes
     found = json.loads((tmp_path / "out.json").read_text())["samples"]
     assert {route: len(schedules.lost(samples)) for route, samples in found.items()} == dict.fromkeys(found, 9)
     assert (tmp_path / "out.md").read_text().count("\n| ") == 4
+
+
+def test_a_route_that_fails_ends_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of having the next wait for its place."""
+    schedules = importlib.import_module("schedules")
+
+    def run(command: list[str], **_: Any) -> None:
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(schedules.subprocess, "run", run)
+    with pytest.raises(subprocess.CalledProcessError):
+        schedules.main(device="cpu", quick=True, output=tmp_path / "out.json")

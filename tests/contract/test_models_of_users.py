@@ -544,6 +544,47 @@ def test_another_forward_of_the_class_is_the_one_that_is_routed(ratio: float, mo
     agrees(model, eager, batch)
 
 
+class Inner(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_method_of_a_submodules_class_is_seen_by_the_next_optimize(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torch.compile it is not seen before."""
+
+    def built() -> Toy:
+        toy = Toy()
+        toy.layers[1] = Inner(WIDTH, WIDTH)
+        return toy
+
+    model, eager = pair(built)
+    batch, compiled = toy_batch(8), torch.compile(copy.deepcopy(eager), backend="eager")
+    agrees(model, eager, batch)
+    before = compiled(**batch)[0]
+    plain = Inner.forward
+    monkeypatch.setattr(Inner, "forward", lambda self, x: plain(self, x) * 3)
+    assert torch.equal(compiled(**batch)[0], before)
+    assert not torch.equal(eager(**batch)[0], before)
+    with pytest.raises(AssertionError):
+        agrees(model, eager, batch)
+    agrees(cggr.optimize(model, **OPTIONS), eager, batch)
+
+
+class Two(Toy):
+    """Given two things of one name: weights of its rows, and a factor that no row reads by itself."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, rows: Any = None, others: Any = None) -> tuple:
+        hidden = self.embed(input_ids) * rows["w"].view(-1, 1, 1)
+        logits = self.logits(self.middle(hidden))
+        return (self.loss(logits, labels) * others["w"].mean(), logits)
+
+
+def test_entries_of_one_name_are_told_apart() -> None:
+    model, _ = pair(Two)
+    with pytest.raises(cggr.CannotOptimize, match="no row reads an entry of its own"):
+        model(**toy_batch(8), rows={"w": torch.rand(8)}, others={"w": torch.rand(8)})
+
+
 class Positional(Toy):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *factors: float, **others: Any) -> tuple:
         loss, *rest = super().forward(input_ids, labels)

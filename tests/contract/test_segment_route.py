@@ -385,3 +385,32 @@ def test_transformers_keeps_documents_apart_without_a_cache_only(cached: bool) -
         together = eager(input_ids=ids, position_ids=positions).logits[:, 4:]
         alone = eager(input_ids=ids[:, 4:]).logits
     assert torch.allclose(together, alone, rtol=0, atol=1e-5) == (not cached)
+
+
+class Placed(Toy):
+    """Adds an entry of a table by the place in the row, and sees positions beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(40, self.embed.embedding_dim))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> tuple:
+        hidden = self.embed(input_ids) + self.table[: input_ids.shape[1]] + self.table[position_ids]
+        logits = self.logits(self.middle(hidden))
+        return (self.loss(logits, labels), logits)
+
+
+def test_places_are_those_of_the_row_that_is_packed_anew() -> None:
+    torch.manual_seed(0)
+    eager = Placed().train()
+    batch = packed([[5, 7], [12], [4, 4, 4], [6, 6]])
+    batch["input_ids"], batch["labels"] = batch["input_ids"] % WORDS, batch["labels"].clamp(max=WORDS - 1)
+    model = cggr.optimize(copy.deepcopy(eager), route="segment", ratio=0.5, selection="random", inner="eager")
+    loss, gradients = oracle.step(model, batch)
+    again = segment_oracle.repacked(batch, model.cggr.selected)
+    oracle.assert_same_step(loss, gradients, *oracle.step(eager, again), rtol=1e-6, atol=1e-6)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from toys import WIDTH, Toy, toy_batch
 
 import cggr_compile as cggr
+from cggr_compile.checking.eager_tokens import TokensNotTold
 from cggr_compile.inspection.explanation import Diff, Report
 from cggr_compile.ir.program import Program
 
@@ -312,6 +313,32 @@ class Tabled(Toy):
         return hidden
 
 
+class Reader(nn.Module):
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.read, self.table, self.mix = TABLES[read], nn.Parameter(torch.randn(40, WIDTH)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.mix(hidden + self.read(self.table, hidden)).tanh()
+
+
+class Cutting(Toy):
+    """Layers that are modules with tables of their own."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Reader(read) for _ in range(4))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        *loss, logits = super().forward(input_ids, labels)
+        return T.modeling_outputs.CausalLMOutput(*loss, logits=logits)
+
+
 @pytest.mark.parametrize("read", TABLES)
 def test_entries_for_positions_are_those_of_the_whole_sequence(read: str) -> None:
     """However a layer finds them; the eager model, by hand, runs its middle layers on the kept tokens."""
@@ -330,6 +357,14 @@ def test_entries_for_positions_are_those_of_the_whole_sequence(read: str) -> Non
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
     for (name, found), expected in zip(model.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("read", ["counted", "sliced"])
+def test_layers_that_find_places_themselves_are_not_judged(read: str) -> None:
+    """Alone on k tokens the module would read the first k entries of its table."""
+    torch.manual_seed(0)
+    with pytest.raises(TokensNotTold, match="it numbers its tokens itself"):
+        cggr.check(Cutting(read).train(), toy_batch(4), route="token")
 
 
 def test_windows_that_a_layer_cuts_out_of_a_buffer_are_of_the_whole_sequence() -> None:

@@ -316,7 +316,10 @@ def test_options_of_a_rule_ask_for_a_selection() -> None:
     assert RoutingConfig().ratio == 1
 
 
-@pytest.mark.parametrize("change", [{"steps": "a"}, {"seed": None}, {"generators": {"cpu": "x"}}])
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": "a"}, {"seed": None}, {"generators": {"cpu": "x"}}, {"generators": b""}, {"confidence": "high"}],
+)
 def test_a_state_of_another_kind_is_refused_and_changes_nothing(change: dict[str, Any]) -> None:
     model = cggr.optimize(Toy().train(), inner="eager", ratio=0.5, selection="random")
     model(**toy_batch())
