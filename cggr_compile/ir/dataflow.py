@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -41,6 +42,18 @@ def descendants(roots: Iterable[fx.Node], through: Callable[[fx.Node], bool] = l
             found.add(node)
             stack += [user for user in node.users if through(user)]
     return found
+
+
+def recomputation(nodes: Iterable[fx.Node]) -> list[str]:
+    """What checkpoints ask of each node: its policy and the number of its region, counted in order of appearance; empty
+    outside. A partitioner goes by it, and no text of a graph holds it."""
+    regions: dict[Any, int] = {}
+    return [
+        f"{node.meta['recompute']} {regions.setdefault(node.meta.get('ac_graph_id'), len(regions))}"
+        if "recompute" in node.meta
+        else ""
+        for node in nodes
+    ]
 
 
 def cut_vertices(source: fx.Node | Collection[fx.Node], target: fx.Node) -> list[fx.Node]:

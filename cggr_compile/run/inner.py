@@ -1,15 +1,15 @@
 """Hands a lowered program to the inner backend.
 
 Inductor keeps what it compiled on disk, keyed by the graph, for other processes. Our graphs are the result of passes
-and options, so those are in the key; what a graph only names, the functions of this package, is not, and a fingerprint
-of their sources stands for it.
+and options, so those are in the key. What a graph only names, the functions of this package, is not, nor is what its
+nodes say of checkpoints, which inductor's partitioner goes by; a fingerprint stands for both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cggr_compile import kernels
 from cggr_compile.ir.amounts import Sizes
+from cggr_compile.ir.dataflow import recomputation
 from cggr_compile.ir.program import Program
 from cggr_compile.kernels.collectives import start_gather, start_rows
 from cggr_compile.kernels.op import fp8_linear
@@ -189,14 +190,16 @@ def _named_functions(module: fx.GraphModule) -> dict[str, str]:
     package = __name__.partition(".")[0]
     functions = [node.target for node in module.graph.nodes if isinstance(node.target, types.FunctionType)]
     names = {f"{function.__module__}.{function.__name__}" for function in functions}
-    return {name: _fingerprint() for name in [package, *sorted(names)] if name.partition(".")[0] == package}
+    fingerprint = _digest([_fingerprint(), *recomputation(module.graph.nodes)])
+    return {name: fingerprint for name in [package, *sorted(names)] if name.partition(".")[0] == package}
 
 
 @cache
 def _fingerprint() -> str:
     """Of the sources of the kernels and operators."""
-    digest = hashlib.sha256()
-    for folder in kernels.__path__:
-        for source in sorted(Path(folder).rglob("*.py")):
-            digest.update(source.read_bytes())
-    return digest.hexdigest()
+    sources = (source for folder in kernels.__path__ for source in sorted(Path(folder).rglob("*.py")))
+    return _digest(source.read_text() for source in sources)
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()

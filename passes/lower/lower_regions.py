@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from cggr_compile.ir.amounts import concrete
+from cggr_compile.ir.dataflow import recomputation
 from cggr_compile.ir.program import PART, REGION, TRAINED_PARTS, Autocast, Program, Region, value
 from cggr_compile.ir.size_nodes import emit_size
 
@@ -203,12 +204,13 @@ class Body:
 
     def text(self) -> str:
         """The body without names: equal texts compute the same."""
-        names = {node: f"%{index}" for index, node in enumerate(self.graph.nodes)}
+        nodes = list(self.graph.nodes)
+        names = {node: f"%{index}" for index, node in enumerate(nodes)}
         lines = []
-        for node in self.graph.nodes:
+        for node, checkpointed in zip(nodes, recomputation(nodes), strict=True):
             target = "" if node.op == "placeholder" else str(node.target)
             given = fx.map_arg((node.args, node.kwargs), lambda old: _Name(names[old]))
-            lines.append(f"{node.op} {target} {given} {node.meta.get('recompute')}")
+            lines.append(f"{node.op} {target} {given} {checkpointed}")
         return "\n".join(lines)
 
 
