@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cggr_compile.checking.eager_documents import first_ignored, hardest_documents, packed_anew
-from cggr_compile.checking.eager_layers import Batch, inputs_of, layer_calls, outputs_replaced
+from cggr_compile.checking.eager_layers import Batch, inputs_of, layer_calls, logits_of, loss_of, outputs_replaced
 from cggr_compile.checking.eager_tokens import TokensNotTold, on_tokens
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
@@ -110,7 +110,7 @@ def check(
         route: "sequence", "segment" or "token". None is that of these which is the model's, or "sequence".
 
     Raises:
-        ValueError: no batch was given, one without labels, or another route.
+        ValueError: no batch was given, one without labels, or another route; or the model returns no logits.
         TypeError: a batch is no mapping.
         CannotOptimize: the model cannot be routed.
         LayerStackNotFound: the eager side finds no layers to make a router of.
@@ -187,7 +187,7 @@ def eager_step(model: nn.Module, batch: Batch) -> Step:
     model.zero_grad(set_to_none=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        loss = model(**batch).loss
+        loss = loss_of(model(**batch))
         loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -265,8 +265,9 @@ def _expected_rows(model: nn.Module, batch: Batch, kept: int, layers: int) -> li
 
 
 def _router_logits(model: nn.Module, batch: Batch, layers: int) -> torch.Tensor:
+    inputs = inputs_of(model, batch)
     with _router(model, batch, layers) as router, torch.no_grad():
-        return router(**inputs_of(model, batch)).logits
+        return logits_of(router(**inputs))
 
 
 def _token_losses(logits: torch.Tensor, labels: torch.Tensor, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,13 +281,14 @@ def _token_losses(logits: torch.Tensor, labels: torch.Tensor, shift: int) -> tup
 
 def _label_shift(model: nn.Module, batch: Batch) -> int:
     """0 or 1: which makes the cross-entropy of the model's logits its loss."""
+    inputs = inputs_of(model, batch)
     with torch.no_grad():
-        output = model(**batch)
+        loss, logits = loss_of(model(**batch)), logits_of(model(**inputs))
     labels = batch["labels"]
 
     def gap(shift: int) -> float:
-        rows = output.logits[:, : labels.shape[1] - shift].flatten(0, 1).float()
-        return abs(F.cross_entropy(rows, labels[:, shift:].flatten(), ignore_index=IGNORED).item() - output.loss.item())
+        rows = logits[:, : labels.shape[1] - shift].flatten(0, 1).float()
+        return abs(F.cross_entropy(rows, labels[:, shift:].flatten(), ignore_index=IGNORED).item() - loss.item())
 
     return min((1, 0), key=gap)
 

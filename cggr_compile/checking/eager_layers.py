@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 Batch = Mapping[str, torch.Tensor]
 Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -22,10 +23,42 @@ class LayerStackNotFound(ValueError):
     """No list of modules runs more than once in the eager model."""
 
 
-def inputs_of(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """What the logits are computed from: all but the labels, unless a decoder reads them."""
-    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return {name: tensor for name, tensor in batch.items() if decodes or name != "labels"}
+def tensor_of(output: Any, name: str, dims: int) -> torch.Tensor | None:
+    """What a call returns by that name, or else its first tensor, of so many dimensions; None where there is none."""
+    named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    found = (x for x in (named, *pytree.tree_leaves(output)) if isinstance(x, torch.Tensor) and x.dim() == dims)
+    return next(found, None)
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The loss that a training call returns; a step without one is not routed."""
+    loss = tensor_of(output, "loss", 0)
+    assert loss is not None
+    return loss
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits [batch, sequence, vocabulary] that a call with `inputs_of` a batch returns."""
+    logits = tensor_of(output, "logits", 3)
+    assert logits is not None
+    return logits
+
+
+def inputs_of(model: nn.Module, batch: Batch) -> Batch:
+    """What the model is given to return logits: the batch, without its labels where they make it return a loss alone.
+
+    Raises:
+        ValueError: it returns no logits either way.
+    """
+    unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    for inputs in (batch, unlabelled):
+        with torch.no_grad(), suppress(TypeError, AttributeError):  # of a forward that cannot do without labels
+            if tensor_of(model(**inputs), "logits", 3) is not None:
+                return inputs
+    raise ValueError(
+        f"check: {type(model).__name__} returns no logits [batch, sequence, vocabulary], with labels or without, to "
+        "score rows by; let its forward return them beside the loss"
+    )
 
 
 @contextmanager
@@ -77,6 +110,7 @@ def layer_calls(model: nn.Module, batch: Batch) -> list[nn.Module]:
 
     Raises:
         LayerStackNotFound: there is no candidate.
+        ValueError: the model returns no logits.
     """
     inputs = inputs_of(model, batch)
     containers = {
@@ -116,7 +150,8 @@ def _decides(model: nn.Module, inputs: Batch, stack: list[nn.Module]) -> bool:
     The other ids are those that the logits are made for: a decoder's come from the labels, and its encoder's stay.
     """
     taken: list[torch.Tensor] = []
-    ids = "labels" if "labels" in inputs else "input_ids"
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    ids = "labels" if decodes else "input_ids"
     others = {**inputs, ids: inputs[ids].roll(1, 0)}
 
     def take(call: int, output: torch.Tensor) -> torch.Tensor:
@@ -125,9 +160,9 @@ def _decides(model: nn.Module, inputs: Batch, stack: list[nn.Module]) -> bool:
 
     with torch.no_grad():
         with outputs_replaced(stack, take):
-            wanted = model(**inputs).logits
+            wanted = logits_of(model(**inputs))
         with outputs_replaced(stack, lambda call, output: taken[0].clone() if call == 0 else output):
-            return torch.equal(model(**others).logits, wanted)
+            return torch.equal(logits_of(model(**others)), wanted)
 
 
 def residual_of(output: Any) -> Any:

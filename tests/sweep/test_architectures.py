@@ -229,6 +229,48 @@ def test_sizes_that_are_the_sequences_by_chance_are_told_or_refused() -> None:
             _at(positions, entry, given)
 
 
+class Returning(RandomModel):
+    """What `forward` returns of a loss, None without labels, and logits: `give(loss, logits)`."""
+
+    def __init__(self, give: Callable[..., object]) -> None:
+        super().__init__(SPEC)
+        self.give = give
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> object:  # type: ignore[override]
+        output = super().forward(input_ids, labels=labels)
+        return self.give(output.loss, output.logits)
+
+
+class Labelled(Returning):
+    """A forward that has to be given labels."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> object:  # type: ignore[override]
+        return super().forward(input_ids, labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "give"),
+    [
+        (Returning, lambda loss, logits: (logits,) if loss is None else (loss, logits)),
+        (Returning, lambda loss, logits: logits if loss is None else loss),
+        (Labelled, lambda loss, logits: {"logits": logits, "peak": logits.detach().amax(), "loss": loss}),
+    ],
+    ids=["tuple", "tensor", "dict"],
+)
+def test_check_of_a_forward_that_returns_something_else(kind: type[Returning], give: Callable[..., object]) -> None:
+    torch.manual_seed(0)
+    model = kind(give)
+    for route in ("sequence", "token"):
+        torch._dynamo.reset()
+        outcome = cggr.check(model, random_ids(), random_ids(1), route=route)
+        assert outcome.exact, str(outcome)
+
+
+def test_check_says_that_a_model_returns_no_logits() -> None:
+    with pytest.raises(ValueError, match=r"^check: Labelled returns no logits \[batch, sequence, vocabulary\], with"):
+        cggr.check(Labelled(lambda loss, logits: loss), random_ids())
+
+
 def test_check_of_an_optimised_model_is_of_its_route() -> None:
     """Where that is not given; what is given counts."""
     model, given = RandomModel(SPEC), random_ids()
