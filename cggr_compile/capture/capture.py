@@ -246,9 +246,7 @@ def _describe(source: str, val: Any, batch: Any, sequence: Any) -> tuple[str, st
 def _path(source: str) -> str:
     """`L['model']._modules['h']._modules['0']._parameters['weight']` becomes `h.0.weight`; `L['kw']['ids']`, `ids`."""
     if _is_state(source, None):
-        member = r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.(\w+)(?=$|\.|\[)"
-        members = re.findall(member, dynamo.of_members(source))
-        return ".".join(name or attribute for name, attribute in members if not attribute.startswith("_"))
+        return dynamo.module_path(source)
     names = re.findall(r"\['([^']+)'\]", re.sub(r"\.size\(\)\[\d+\]", "", source))
     suffix = re.findall(r"\.size\(\)\[\d+\]$", source)
     return (names[-1] if names else source) + "".join(suffix)

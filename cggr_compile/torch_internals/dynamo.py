@@ -172,19 +172,16 @@ def source_name(source: Any) -> str:
     return name() if callable(name) else name
 
 
-def of_members(source: str) -> str:
-    """The expression that Dynamo reads an input by, of submodules in one spelling (`module_path` has the other)."""
-    return source.replace(".__dict__['_modules']", "._modules")
-
-
 def module_path(source: str) -> str:
-    """The path `model.layers.3` of a module, by the expression that Dynamo reads it by; empty for the root.
+    """The path `model.layers.3` of a module, or that of its state, by the expression that Dynamo reads it by; empty for
+    the root.
 
     That is `L['self']._modules['model']…`, or, where a module has a `__getattr__` of its own (PEFT),
     `L['self'].__dict__['_modules']['model']…`.
     """
-    plain = re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", of_members(source))
-    return re.sub(r"^[LG]\[[^\]]*\](\.__self__)?\.?", "", plain)
+    member = r"\._(?:modules|parameters|buffers)\['([^']+)'\]|(?<!\))\[(\d+)\]|\.(\w+)(?=$|\.|\[)"
+    members = re.findall(member, source.replace(".__dict__['_modules']", "._modules"))
+    return ".".join(name or index or attribute for name, index, attribute in members if not attribute.startswith("_"))
 
 
 def is_argument(source: str) -> bool:
