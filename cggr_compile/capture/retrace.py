@@ -79,13 +79,14 @@ def functional_aten(gm: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
         if not functional:
             traced = tracing.functional_graph(run_with_changes, fakes, {aten.copy.default: _copy})
             if changed:
-                _write_back(traced, changed, fakes)
+                _write_back(gm, traced, changed, fakes)
     _refuse_escaped_values(traced)
     return traced
 
 
-def _write_back(traced: fx.GraphModule, changed: list[int], fakes: list[Any]) -> None:
-    """Writes what a forward changed in place, the last of the outputs, into the inputs at the places `changed`.
+def _write_back(gm: fx.GraphModule, traced: fx.GraphModule, changed: list[int], fakes: list[Any]) -> None:
+    """Writes what the forward of `gm` changed in place, the last of the outputs, into the inputs at the places
+    `changed`.
 
     State that it keeps, as batch norm its statistics, is written at the end, so that what a backward has saved of the
     input is not found changed. A parameter that trains is written where it is changed, and read from there: the changed
@@ -98,10 +99,11 @@ def _write_back(traced: fx.GraphModule, changed: list[int], fakes: list[Any]) ->
     own, new = output.args[0][: -len(changed)], output.args[0][-len(changed) :]
     output.args = (own,)
     inputs = graph.find_nodes(op="placeholder", sort=True)
+    given = gm.graph.find_nodes(op="placeholder", sort=True)
     kept = []
     for place, value in zip(changed, new, strict=True):
         if fakes[place].requires_grad:
-            _write_parameter(graph, inputs[place], value)
+            _write_parameter(graph, inputs[place], value, dynamo.source_name(given[place]._dynamo_source))
         else:
             kept.append((inputs[place], value))
     for source, _ in kept:
@@ -114,8 +116,9 @@ def _write_back(traced: fx.GraphModule, changed: list[int], fakes: list[Any]) ->
         _copy_into(graph, kept)
 
 
-def _write_parameter(graph: fx.Graph, source: fx.Node, value: fx.Node) -> None:
-    """Writes the value of a parameter where it is computed, and lets what reads it behind that read the parameter.
+def _write_parameter(graph: fx.Graph, source: fx.Node, value: fx.Node, name: str) -> None:
+    """Writes the value of a parameter, by the expression `name`, where it is computed, and lets what reads it behind
+    that read the parameter.
 
     A checkpointed region computes again what it holds, so there it is in front of the region: once in a step.
     """
@@ -129,7 +132,8 @@ def _write_parameter(graph: fx.Graph, source: fx.Node, value: fx.Node) -> None:
         place[user] < place[value] and user not in computing for node in (source, *computing) for user in node.users
     ):
         raise CannotOptimize(
-            "the forward changes a parameter in place, by more than its own values or behind where it reads it",
+            f"the forward changes the parameter {dynamo.module_path(name) or name} in place, by more than its own "
+            "values or behind where it reads it",
             node=value,
             hint="change it after optimizer.step(), or make it a buffer",
         )

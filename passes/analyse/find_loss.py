@@ -113,7 +113,9 @@ def _match(program: Program, loss: fx.Node) -> Head | Refusal:
     changed = next((node for node in changes_of(program) if node in parameters), None)
     if changed is not None:
         return Refusal(
-            "the forward changes a parameter of the head in place", changed, "change it after optimizer.step()"
+            f"the forward changes {program.path(changed.args[0])}, a parameter of the head, in place",
+            changed,
+            "change it after optimizer.step()",
         )
     scale, divisor, softcap = arithmetic
     head = Head(
