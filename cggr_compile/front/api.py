@@ -51,7 +51,7 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
         _restore([model])
     check_model(model, resolved)
     undo = {name: vars(model)[name] for name in ("forward",) if name in vars(model)}
-    handle = Handle(model, Runtime(resolved), {**undo, **_prepare(model)})
+    handle = Handle(model, Runtime(resolved), {**undo, **_prepare(model, {})})
     if isinstance(before, Handle):
         handle.runtime.follow(before.runtime)
     vars(model)["cggr"] = handle
@@ -165,7 +165,7 @@ def explain(
     runtime.sharded = known or sharded_parameters(model, runtime.config, lambda args, kwargs: False)
     temporary = Handle(model, runtime, optimized.undo if isinstance(optimized, Handle) else None)
     training = {module: module.training for module in model.modules()}
-    prepared = _prepare(model)
+    prepared = _prepare(model, arguments)
     try:
         if not model.training:
             model.train()
@@ -182,9 +182,9 @@ def explain(
     return Explanation(runtime, model)
 
 
-def _prepare(model: nn.Module) -> dict[str, Any]:
-    """Readies a model for being traced; returns what `_put_back` takes."""
-    return {"marks": dynamo.unmark_buffers(model), "recording": transformers.install_output_hooks(model)}
+def _prepare(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Readies a model for being traced, in calls with these arguments; returns what `_put_back` takes."""
+    return {"marks": dynamo.unmark_buffers(model), "recording": transformers.install_output_hooks(model, arguments)}
 
 
 def _put_back(model: nn.Module, prepared: Mapping[str, Any]) -> None:

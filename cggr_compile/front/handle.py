@@ -27,7 +27,7 @@ from cggr_compile.run.given_scores import ScoresReady, refuse_nan
 from cggr_compile.run.metrics import metrics_of, selected, token_metrics
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.run.sharded import Sharded, sharded_parameters
-from cggr_compile.torch_internals import dynamo
+from cggr_compile.torch_internals import dynamo, transformers
 from cggr_compile.torch_internals.autograd import transforms_are_active
 from cggr_compile.torch_internals.fsdp import is_root, is_sharded
 
@@ -334,6 +334,8 @@ class Handle(Optimized):
                 "a step on the meta device computes nothing, and no rows can be selected",
                 hint="cggr.explain captures a model on the meta device without running it",
             )
+        if transformers.asks_for_outputs(arguments) and not self.undo["recording"]:
+            self.undo["recording"] = transformers.install_output_hooks(self.model, arguments)
         with self.runtime.lock:
             sharded = self._sharded()
             if self._forward != (forward := self.original()):  # the model's class, or its class's forward, has changed

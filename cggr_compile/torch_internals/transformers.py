@@ -10,10 +10,15 @@ from torch import nn
 _INSTALLED = "_output_capturing_hooks_installed"
 
 
-def install_output_hooks(model: nn.Module) -> dict[str, list[int]]:
-    """Installs transformers' output-recording hooks where a model's config asks for recorded outputs (router logits,
-    say), and in models of several parts, which ask each other for theirs; transformers installs them at the first such
-    forward, under a lock that Dynamo cannot trace.
+def asks_for_outputs(options: Mapping[str, Any]) -> bool:
+    """Whether the options of a config, or the arguments of a call, ask for recorded outputs: router logits, say."""
+    return any(name.startswith("output_") and flag is not None and flag is not False for name, flag in options.items())
+
+
+def install_output_hooks(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Installs transformers' output-recording hooks where a call's arguments or a model's config ask for recorded
+    outputs, and in models of several parts, which ask each other for theirs; transformers installs them at the first
+    such forward, under a lock that Dynamo cannot trace.
 
     Returns the hooks' keys by the name of their module, none for a module that is only marked, for
     `remove_output_hooks`.
@@ -24,12 +29,10 @@ def install_output_hooks(model: nn.Module) -> dict[str, list[int]]:
         return {}
     from transformers import PreTrainedModel
 
-    composite = bool(getattr(getattr(model, "config", None), "sub_configs", None))
+    asked = bool(getattr(getattr(model, "config", None), "sub_configs", None)) or asks_for_outputs(arguments)
     before = {name: (set(module._forward_hooks), _INSTALLED in vars(module)) for name, module in model.named_modules()}
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and (
-            composite or any(name.startswith("output_") and flag for name, flag in vars(module.config).items())
-        ):
+        if isinstance(module, PreTrainedModel) and (asked or asks_for_outputs(vars(module.config))):
             maybe_install_capturing_hooks(module)
     installed = {}
     for name, module in model.named_modules():

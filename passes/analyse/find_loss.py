@@ -81,9 +81,14 @@ def find_loss(program: Program, config: RoutingConfig) -> Analysed:
 def _loss_output(program: Program, loss: fx.Node) -> int:
     downstream = descendants([loss])
     for index, output in enumerate(program.outputs):
-        if output in downstream and is_tensor(output) and value(output).dim() == 0:
+        if output in downstream and is_tensor(output) and _is_one_number(value(output)):
             return index
     raise CannotOptimize("the cross-entropy does not reach an output of the model", node=loss, hint="return the loss")
+
+
+def _is_one_number(x: torch.Tensor) -> bool:
+    """Of no dimensions, or of some of size 1: what a loss is that was divided by a tensor of shape [1]."""
+    return all(isinstance(size, int) and size == 1 for size in x.shape)
 
 
 def _match(program: Program, loss: fx.Node) -> Head | Refusal:

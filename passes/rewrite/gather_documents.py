@@ -84,9 +84,9 @@ def _dims(program: Analysed, node: fx.Node) -> list[int]:
     dims = [dim for dim, size in enumerate(shape) if program.same_size(size, program.sequence)]
     others = [size for dim, size in enumerate(shape) if dim not in dims]
     by_row = bool(dims) and dims[0] > 0 and program.same_size(shape[0], program.batch)
-    alike = not shape or (
-        program.kind(node) == "constant" and not any(isinstance(size, torch.SymInt) for size in shape)
-    )
+    fixed = not any(isinstance(size, torch.SymInt) for size in shape)
+    one = fixed and all(size == 1 for size in shape) and isinstance(program.batch, torch.SymInt)  # and several rows
+    alike = not shape or one or (fixed and program.kind(node) == "constant")
     if not alike and (not by_row or any(program.mentions(size, program.sequence) for size in others)):
         raise _not_told(program, node, f"of shape {tuple(shape)}")
     return dims if by_row else []
@@ -96,5 +96,6 @@ def _not_told(program: Analysed, node: fx.Node, what: str) -> CannotOptimize:
     return CannotOptimize(
         f"the model reads {program.path(node)} {what}, and it cannot be told what each document has of it",
         node=node,
-        hint="pass tensors [batch, sequence, …], one entry for each token, or use route='sequence'",
+        hint="pass tensors [batch, sequence, …], one entry for each token, a number for the whole batch without "
+        "dimensions, or use route='sequence'",
     )

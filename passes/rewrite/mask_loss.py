@@ -227,7 +227,8 @@ def _survives(program: Analysed, index: int, config: RoutingConfig) -> bool:
     state, which the step may put back into the model.
     """
     out = program.outputs[index]
-    if not is_tensor(out) or config.keep_logits or index in program.stored or value(out).dim() == 0:
+    kept = config.keep_logits or index in program.stored or index == program.loss_output
+    if not is_tensor(out) or kept or value(out).dim() == 0:
         return is_tensor(out)
     return not any(node.op == "placeholder" and program.kind(node) == "batch" for node in ancestors([out]))
 

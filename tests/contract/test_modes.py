@@ -188,7 +188,7 @@ def test_the_default_dtype_is_none_of_a_steps(dtype: torch.dtype, options: dict)
     oracle.assert_same_step(*steps[1], *steps[0])
 
 
-@pytest.mark.parametrize("kind", ["tensor", pytest.param("int", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["tensor", "one entry", pytest.param("int", marks=pytest.mark.long)])
 def test_num_items_in_batch_keeps_the_gradient_scale(kind: str) -> None:
     """A sum over the kept tokens, divided by a count of all, is scaled by counted / kept tokens."""
     eager = build("llama")
@@ -196,13 +196,27 @@ def test_num_items_in_batch_keeps_the_gradient_scale(kind: str) -> None:
     batch = token_batch()
     counts = oracle.counted(batch["labels"], causal=True)
     total = counts.sum() * 4
-    items = total if kind == "tensor" else int(total)
+    items = {"tensor": total, "one entry": total.view(1), "int": int(total)}[kind]
     loss, gradients = oracle.step(model, {**batch, "num_items_in_batch": items})
     rows = model.cggr.selected
     expected_loss, expected = oracle.step(eager, {**oracle.rows_of(batch, rows), "num_items_in_batch": items})
     share = counts.sum() / counts[rows].sum()
     scaled = {name: None if g is None else g * share for name, g in expected.items()}
     oracle.assert_same_step(loss, gradients, expected_loss * share, scaled, rtol=1e-4, atol=1e-7)
+
+
+def test_a_call_may_ask_for_router_logits() -> None:
+    """Their loss is that of the selected rows, and a call that does not ask has none."""
+    eager = build("mixtral")
+    eager.config.output_router_logits = False
+    model, batch = optimized(eager), token_batch()
+    for asked in ({}, {"output_router_logits": True}, {}):
+        loss, gradients = oracle.step(model, {**batch, **asked})
+        rows = oracle.rows_of(batch, model.cggr.selected)
+        oracle.assert_same_step(loss, gradients, *oracle.step(eager, {**rows, **asked}))
+    assert model.cggr.captures == 2
+    assert not any(module._forward_hooks for module in cggr.restore(model).modules())
+    assert cggr.explain(model, {**batch, "output_router_logits": True}).report().stack.layers == 3
 
 
 @pytest.mark.parametrize("scoring", ["combined", "entropy", "margin"])

@@ -100,15 +100,28 @@ def test_contract(
     oracle.assert_step_within(ROUNDING, *actual, *segment_oracle.step_alone(eager, batch, taken))
 
 
-def test_a_loss_over_num_items_in_batch_stands_for_the_whole_batch(routed: dict[str, plans.Routed]) -> None:
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_loss_over_num_items_in_batch_stands_for_the_whole_batch(
+    routed: dict[str, plans.Routed], shape: tuple[int, ...]
+) -> None:
     """The kept tokens' mean, times the counted tokens of the batch over the number it is divided by."""
     batch = packed(SEVERAL)
     total = (batch["labels"] != -100).sum()
     model = cggr.optimize(build("llama"), route="segment", ratio=0.5, router_layers=2, inner="eager")
-    loss = model(**batch, num_items_in_batch=2 * total).loss
+    loss = model(**batch, num_items_in_batch=(2 * total).view(shape)).loss
     assert model.cggr.metrics()["tokens_total"] == total
     mean, _ = routed["topk"].at(0.5).step(batch)
-    torch.testing.assert_close(loss, mean / 2, rtol=ROUNDING, atol=0.0)
+    torch.testing.assert_close(loss, (mean / 2).view(shape), rtol=ROUNDING, atol=0.0)
+
+
+def test_one_entry_of_a_batch_of_one_row_may_be_the_rows() -> None:
+    """And then it would not be known what each document has of it."""
+    batch = {name: tensor[:1] for name, tensor in packed(SEVERAL).items()}
+    model = cggr.optimize(build("llama"), route="segment", ratio=0.5, inner="eager")
+    with pytest.raises(
+        cggr.CannotOptimize, match=r"num_items_in_batch of shape \(1,\).*number for the whole batch without"
+    ):
+        model(**batch, num_items_in_batch=torch.tensor([9]))
 
 
 @pytest.mark.long
