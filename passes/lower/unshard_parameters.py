@@ -55,8 +55,8 @@ def unshard_parameters(program: Analysed, config: RoutingConfig) -> Analysed:
     for node in changes_of(program):
         if node.args[0].name in program.shards:
             raise CannotOptimize(
-                f"the forward changes the parameter {program.path(node.args[0])} in place, of which each rank has a shard "
-                "(fully_shard)",
+                f"the forward changes the parameter {program.path(node.args[0])} in place, of which each rank has a "
+                "shard (fully_shard)",
                 node=node,
                 hint="change it after optimizer.step(), or train by DistributedDataParallel",
             )
