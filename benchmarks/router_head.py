@@ -130,7 +130,7 @@ def compare(problem: Problem, seed: int) -> Iterator[dict]:
             "token": spearman(tokens, exact),
             "bias": (tokens - exact).mean().item(),
             **({} if seconds is None else {"seconds": seconds, "time": seconds / exact_seconds}),
-            "flops": cost_factor(RoutingConfig(**options), len(problem.weight)),
+            "flops": cost_factor(RoutingConfig(ratio=0.5, **options), len(problem.weight)),
         }
 
 

@@ -27,6 +27,12 @@ COMPOSITIONS = (
 )
 HOW_TO_SCORE = {"scoring": "loss", "router_layers": "auto", "router_body": "exact", "router_head": "exact"}
 """Options of the router, and what they are where nobody asks."""
+READ_WITH = {
+    "router_head_frequent": ("router_head", "sampled"),
+    "router_head_sampled": ("router_head", "sampled"),
+    "threshold_sensitivity": ("dynamic_threshold", True),
+}
+"""Options that are read where another one has that value."""
 SELECTING = ("selection", "selection_options", "dynamic_threshold", "warmup_steps", "dense_after_steps")
 TOKEN_OPTIONS = ("first_layers", "last_layers", "resample", "skip", "allow_compressed_recurrence")
 """Options of the token route alone."""
@@ -204,9 +210,9 @@ class RoutingConfig(Schedule):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
         self._check_route()
-        self._resolve_selection()
         for name, valid in CHOICES.items():
             choice(name, getattr(self, name), valid)
+        self._resolve_selection()
         self._check_selection()
         if self.padding is not None:
             choice("padding", self.padding, PADDINGS)
@@ -243,6 +249,12 @@ class RoutingConfig(Schedule):
         self._check_kernels()
         if not isinstance(self.outline_layers, bool) and self.outline_layers != "auto":
             raise ConfigError(f"outline_layers={self.outline_layers!r} is neither a bool nor 'auto'")
+        for name, (other, value) in READ_WITH.items():
+            if getattr(self, name) != getattr(RoutingConfig, name) and getattr(self, other) != value:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is read where {other}={value!r} alone; leave it out, or give that "
+                    "as well"
+                )
         if self.seed is not None and not (is_int(self.seed, 0) and self.seed < 2**64):
             raise ConfigError(f"seed={self.seed!r} is neither None nor an integer from 0 to 2**64 - 1")
 
@@ -265,14 +277,19 @@ class RoutingConfig(Schedule):
         left_out = self.selection is None or isinstance(self.selection, _Default)
         asked = [name for name in SELECTING if getattr(self, name) and not (name == "selection" and left_out)]
         default = "trimmed" if {"sequence", "segment"}.issuperset(self.routes) else "random"
-        if not self.routes and (asked or self.ratio not in (None, 1)):
-            name = [*asked, "ratio"][0]
+        of_scores = [name for name, plain in HOW_TO_SCORE.items() if getattr(self, name) != plain]
+        scored = [name for name in of_scores if name != "router_layers"]  # which goes with any selection
+        if not self.routes and (asked or scored or self.ratio not in (None, 1)):
+            name = [*asked, *scored, "ratio"][0]
             raise ConfigError(f"{name} with route='depth', which selects nothing; use route=('depth', 'sequence')")
+        selects = asked or self.route not in ("sequence", "depth")
+        if scored and (self.selection == "random" or (self.ratio is None and not selects)):
+            why = "with selection='random', which reads no scores" if selects else "while every row is kept"
+            instead = "selection='topk' or 'trimmed'" if selects else "a ratio below 1 as well"
+            raise ConfigError(f"{scored[0]}={getattr(self, scored[0])!r} {why}; leave it out, or give {instead}")
         if self.ratio is None:
-            selects = asked or self.route not in ("sequence", "depth")
             object.__setattr__(self, "ratio", 0.5 if selects else 1.0)
         if left_out:
-            of_scores = [name for name, plain in HOW_TO_SCORE.items() if getattr(self, name) != plain]
             if of_scores and default == "random":
                 raise ConfigError(
                     f"{of_scores[0]}={getattr(self, of_scores[0])!r} with route={self.route!r}, where the default, "

@@ -86,7 +86,7 @@ OPTIONS = st.fixed_dictionaries(
         "router_layers": st.sampled_from([1, 2]),
         "keep_logits": st.booleans(),
     }
-)
+).map(lambda drawn: drawn if drawn["selection"] != "random" else {**drawn, "scoring": "loss"})
 
 
 @settings(max_examples=EXAMPLES)

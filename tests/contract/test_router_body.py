@@ -194,12 +194,6 @@ def test_products_of_weights_alone_stay_exact() -> None:
     assert sorted(parts) == ["main", "router"]
 
 
-def test_without_a_router_the_option_means_nothing(llama: tuple[nn.Module, Program]) -> None:
-    report = Report.of(plans.Routed(*llama, selection="random", router_body="fp8").runtime)
-    assert report.router is None
-    assert "fp8_linear" not in report.providers
-
-
 def test_a_router_without_such_products_is_refused() -> None:
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 4}
     torch.manual_seed(0)

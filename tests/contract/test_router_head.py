@@ -121,7 +121,7 @@ def test_rows_are_those_of_the_head_and_gradients_those_of_eager(router_head: st
 
 
 def test_a_head_that_reads_everything_is_the_exact_one() -> None:
-    config = cggr.RoutingConfig(router_head="sampled")
+    config = cggr.RoutingConfig(ratio=0.5, router_head="sampled")
     assert describe(config, VOCABULARY) == "exact head"
     assert cost_factor(config, VOCABULARY) == 1.0
     explained = cggr.explain(Toy(), toy_batch(), ratio=0.5, selection="topk", router_head="sampled")
@@ -131,7 +131,7 @@ def test_a_head_that_reads_everything_is_the_exact_one() -> None:
 
 def test_cost_follows_the_head() -> None:
     vocabulary = 50_000
-    sampled, fp8 = (cggr.RoutingConfig(router_head=head) for head in ("sampled", "fp8"))
+    sampled, fp8 = (cggr.RoutingConfig(ratio=0.5, router_head=head) for head in ("sampled", "fp8"))
     assert cost_factor(sampled, vocabulary) == 2049 / vocabulary  # 1024 frequent, 1024 drawn, and the target's own
     assert "1024 frequent + 1024 drawn of 50000" in describe(sampled, vocabulary)
     assert cost_factor(fp8, vocabulary) == 1.0
@@ -141,8 +141,11 @@ def test_cost_follows_the_head() -> None:
     ("options", "message"),
     [
         ({"router_head": "sample"}, "did you mean 'sampled'"),
-        ({"router_head": "sampled", "scoring": "margin"}, "cannot score by 'margin'.*use router_head='fp8'"),
-        ({"router_head": "sampled", "scoring": "combined"}, "cannot score by 'combined'"),
+        (
+            {"ratio": 0.5, "router_head": "sampled", "scoring": "margin"},
+            "cannot score by 'margin'.*use router_head='fp8'",
+        ),
+        ({"ratio": 0.5, "router_head": "sampled", "scoring": "combined"}, "cannot score by 'combined'"),
         ({"router_head_sampled": 0}, "router_head_sampled=0 is not an integer of at least 1"),
         ({"router_head_sampled": 2.5}, "router_head_sampled=2.5"),
         ({"router_head_frequent": -1}, "router_head_frequent=-1 is not an integer of at least 0"),

@@ -289,6 +289,17 @@ def test_models_refused_at_once_stay_untouched() -> None:
         ({"inner": "eagr"}, "inner='eagr', did you mean 'eager'\\? valid values: auto, inductor, eager, aot_eager, "),
         ({"inner": "cggr"}, "inner='cggr'"),
         ({"route": "depth", "selection_options": {"trim": 0.1}}, "selection_options with route='depth'"),
+        ({"route": "depth", "scoring": "entropy"}, "scoring with route='depth', which selects nothing"),
+        ({"scoring": "entropy"}, "scoring='entropy' while every row is kept; leave it out, or give a ratio below 1"),
+        (
+            {"selection": "random", "router_body": "fp8"},
+            "router_body='fp8' with selection='random', which reads no scores; leave it out, or give selection='topk'",
+        ),
+        (
+            {"ratio": 0.5, "router_head": "fp8", "router_head_sampled": 9},
+            "router_head_sampled=9 is read where router_head='sampled' alone; leave it out, or give that as well",
+        ),
+        ({"threshold_sensitivity": 0.9}, r"threshold_sensitivity=0\.9 is read where dynamic_threshold=True alone"),
         ({"fallback": "ignore"}, "fallback='ignore'"),
         ({"keep_logits": 1}, "keep_logits=1 is not a bool"),
         ({"seed": -1}, "seed=-1"),
@@ -314,6 +325,13 @@ def test_config_object_and_options_exclude_each_other() -> None:
 def test_options_of_a_rule_ask_for_a_selection() -> None:
     assert RoutingConfig(selection_options={"tau": 0.1}).ratio == 0.5
     assert RoutingConfig().ratio == 1
+
+
+def test_options_that_a_sweep_leaves_in_are_taken() -> None:
+    """A ratio of 1 among others; layers of the router with a rule that needs none."""
+    assert RoutingConfig(ratio=1, scoring="entropy").scoring == "entropy"
+    assert RoutingConfig(selection="random", router_layers=2).router_layers == 2
+    assert RoutingConfig(selection="fixed_quota", dynamic_threshold=True, threshold_sensitivity=1).ratio == 0.5
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,13 @@ def optimized(eager: Toy, **options: Any) -> Toy:
 def test_the_fraction_is_the_lowest_rung_not_below_the_raised_one(
     ratio: float, confidence: float, surer: float, sensitivity: float, step: int
 ) -> None:
-    common = {"ratio": ratio, "warmup_steps": 10, "threshold_sensitivity": sensitivity}
-    config = cggr.RoutingConfig(dynamic_threshold=True, **common)
+    common = {"ratio": ratio, "warmup_steps": 10}
     plain = cggr.RoutingConfig(**common).kept_fraction(step)
+    common |= {"dynamic_threshold": True, "threshold_sensitivity": sensitivity}
+    config = cggr.RoutingConfig(**common)
     assert config.kept_fraction(step) == plain
     assert config.kept_fraction(step, 1.0) == plain
-    assert cggr.RoutingConfig(selection="fixed_quota", dynamic_threshold=True, **common).kept_fraction(step, 0) == plain
+    assert cggr.RoutingConfig(selection="fixed_quota", **common).kept_fraction(step, 0) == plain
     found = config.kept_fraction(step, confidence)
     assert config.kept_fraction(step, max(confidence, surer)) <= found
     ladder = [1 - (1 - ratio) * rung / LADDER_RUNGS for rung in range(LADDER_RUNGS, -1, -1)]
