@@ -82,14 +82,19 @@ class Schedule:
         return step >= self._end
 
     def stops(self, step: int, first: bool) -> list[int]:
-        """Steps that stand for all fractions that are kept from this one on, by schedule: the last, the lowest and one
-        on the way to either. Of the `first` layers or program to train, none where nothing is scheduled."""
+        """A step for each fraction that is kept from this one on by schedule: the last, the lowest, one on the way to
+        either, then the others. Of the `first` layers or program to train, none where nothing is scheduled."""
         if first and self.is_settled(step):
             return []
         end, lowest = self._end, self.warmup_steps
-        found = (end, lowest, lowest // 2, (lowest + end) // 2)
-        later = [stop for stop in found if stop >= step] or [step]
-        return list({self.kept_fraction(stop): stop for stop in reversed(later)}.values())[::-1]
+        found = [end, lowest, lowest // 2, (lowest + end) // 2]
+        for begin, length in ((0, lowest), (lowest, end - lowest)):
+            found += [begin + math.ceil(length * rung / LADDER_RUNGS) for rung in range(LADDER_RUNGS)]
+        stops: dict[float, int] = {}
+        for stop in (*found, step):
+            if stop >= step:
+                stops.setdefault(self.kept_fraction(stop), stop)
+        return list(stops.values())
 
     def check_stages(self) -> None:
         """Raises `ConfigError` where the options of the depth route are no stages."""

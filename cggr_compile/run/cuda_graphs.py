@@ -29,8 +29,8 @@ from cggr_compile.run.graph_memory import CALLS_THAT_DISPLACE, Pool, Turn
 from cggr_compile.torch_internals.autograd import beside_checkpoints
 from cggr_compile.torch_internals.distributed import all_ranks
 
-WARM_UP = 2
-"""Runs before a recording: libraries and Triton allocate and compile in the first."""
+WARM_UP = 1
+"""Runs on the stream of a recording before it, behind the call that ran as it was: libraries allocate there."""
 
 
 SIZES_REMEMBERED = 1024

@@ -6,7 +6,7 @@ import copy
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import oracle
@@ -182,17 +182,21 @@ def test_sizes_that_decide_something() -> None:
         assert_same_as_eager(model, eager, toy_batch(generator.choice([4, 6, 8]), generator.randint(2, 13), seed))
 
 
+def sizes_of(inputs: Sequence[Any]) -> list[Any]:
+    return [size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else (x,))]
+
+
 def with_guard(check: Callable[[int], object]) -> str:
     """A backend that decides by the sizes of what it is given, as compilers do."""
 
     def compiler(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        sizes = [size for x in inputs if isinstance(x, torch.Tensor) for size in x.shape]
+        sizes = sizes_of(inputs)
         decided = [check(size) for size in sizes if isinstance(size, torch.SymInt)]
         expected = [bool(each) for each in decided]
 
         def run(*given: Any) -> Any:
-            found = [size for x in given if isinstance(x, torch.Tensor) for size in x.shape]
-            symbolic = [number for number, size in zip(found, sizes, strict=True) if isinstance(size, torch.SymInt)]
+            pairs = zip(sizes_of(given), sizes, strict=True)
+            symbolic = [number for number, size in pairs if isinstance(size, torch.SymInt)]
             assert [bool(check(number)) for number in symbolic] == expected
             return gm.forward(*given)
 
@@ -206,8 +210,8 @@ def with_guard(check: Callable[[int], object]) -> str:
 @pytest.mark.parametrize(
     ("check", "most"),
     [
-        (lambda size: size % 4 == 0, 5),
-        (lambda size: size > 7, 5),
+        (lambda size: size % 4 == 0, 9),
+        (lambda size: size > 7, 9),
         (lambda size: size == 8, 20),
     ],
     ids=["multiples", "threshold", "number"],
@@ -215,11 +219,32 @@ def with_guard(check: Callable[[int], object]) -> str:
 def test_what_the_compiler_decides_by_sizes_holds_wherever_its_code_runs(
     toy: tuple[nn.Module, Program], check: Callable[[int], object], most: int
 ) -> None:
-    """The backend itself asserts it; batch and length decide in two ways each, so there are four symbolic codes."""
+    """The backend asserts it; batch, length and kept rows decide in two ways each: at most eight symbolic codes."""
     routed = plans.Routed(*toy, inner=with_guard(check), selection="random", seed=0)
     for seed, (rows, length, ratio) in enumerate(drawn(30)):
         routed.at(min(ratio, 0.75)).step(toy_batch(rows, length, seed))
     assert 2 < routed.plan.route.variant.compilations <= most
+
+
+@pytest.mark.parametrize("begun", [0, 3])
+@pytest.mark.parametrize("dense", [None, 27])
+def test_all_sizes_of_a_schedule_are_compiled_in_the_first_step(begun: int, dense: int | None) -> None:
+    """Whatever the compiler decides by them; `begun`: resumed behind that step. What comes last has the best code."""
+    options = {"ratio": 0.25, "selection": "random", "warmup_steps": 16, "dense_after_steps": dense}
+    model = cggr.optimize(Toy().train(), inner=with_guard(lambda size: size > 13), **options)
+    batch = toy_batch(16)
+    model.cggr.runtime.steps = begun
+    found = []
+    for _ in range(begun, 30):
+        model(**batch)[0].backward()
+        variants = model.cggr.runtime.plans[0].variants
+        found.append({name: variant.compilations for name, variant in variants.items()})
+        model.cggr.step()
+    assert found == [found[0]] * len(found)
+    assert found[0] == {"random": 3, **({"unrouted": 1} if begun == 0 or dense else {})}
+    numbers, *symbolic = variants["random"].codes
+    assert [code.symbolic for code in symbolic] == [True, True]
+    assert 4 in numbers.serves.args[0].values()
 
 
 def test_a_backend_that_must_know_sizes_compiles_each(toy: tuple[nn.Module, Program]) -> None:
