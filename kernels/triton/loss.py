@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
         log_total, missed: fp32 [M], each row's log-sum-exp in units of log 2 and the probability that it leaves to
             other classes than its target, 0 for ignored rows (`recompute`; else empty).
         hidden, weight, bias: the gradients for a `grad` of 1, where wanted (in one pass; else empty), for `scaled`;
-            of the parameters in fp32 where more than one block of rows was added up.
+            of the weight in fp32 where it was added up, of the bias always.
         figures: fp32 [3], those of `reference.measured_loss`, where they are wanted (else empty).
     """
 
@@ -104,8 +104,11 @@ def default_algorithm(dtype: torch.dtype) -> str:
     return "recompute" if why_not_one_pass(dtype) else "one_pass"
 
 
-def forward(given: LossArguments, wanted: Sequence[bool], algorithm: str, measured: bool) -> Outcome:
-    """The loss, in one pass the wanted gradients of (hidden, weight, bias), and, `measured`, what was predicted."""
+def forward(given: LossArguments, wanted: Sequence[bool], algorithm: str, summed: bool, measured: bool) -> Outcome:
+    """The loss, in one pass the wanted gradients of (hidden, weight, bias), and, `measured`, what was predicted.
+
+    The weight's gradient is added up over blocks of rows, in fp32, where one does not take all, or `summed`.
+    """
     hidden, weight = given.hidden, given.weight
     numbers = given.ignore_index, given.row_weight, given.reduction, given.num_items
     chosen = counted_first(hidden, given.target, given.rows, *numbers)
@@ -122,7 +125,7 @@ def forward(given: LossArguments, wanted: Sequence[bool], algorithm: str, measur
         height = one_pass_rows(algorithm, chosen.target.shape[0], len(weight), hidden.dtype, hidden.device)
         of_rows = tuple(own.new_empty((2, own.shape[0]))) if measured else None
         every_row = given.rows is None
-        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, every_row, wanted, of_rows, height)
+        losses, gradients = _one_pass(chosen, hidden, linear, own, shift, every_row, wanted, of_rows, height, summed)
         log_total, missed = (hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
     else:
         (losses, *statistics), of_rows = _by_statistics(chosen, linear, own, measured)
@@ -257,6 +260,7 @@ def _one_pass(
     wanted: Sequence[bool],
     of_rows: tuple[Tensor, ...] | None,
     height: int,
+    summed: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Each row's loss and the wanted gradients of the weighted, divided sum of losses, `height` rows at a time; fills
     the entropies and hits `of_rows`, where they are wanted."""
@@ -280,7 +284,7 @@ def _one_pass(
         if wanted[1]:
             by_scale = torch.empty((values.shape[0], width), dtype=weight.dtype, device=weight.device)
             scale_rows(rows.hidden[part, :width], scale[part], by_scale, None)
-            once = height >= size
+            once = height >= size and not summed
             of_weight = torch.mm(values.T, by_scale) if once else add_product(of_weight, values.T, by_scale)
         if wanted[2]:
             add_column_sums(of_bias, values, scale[part])

@@ -38,18 +38,18 @@ fp8_score = router_head_ops.define_fp8_score("cggr_triton", score_kernels.fp8_sc
 
 @operator("cggr_triton::masked_loss")
 def masked_loss_forward(
-    loss: LossArguments, wanted: Sequence[bool], algorithm: str, measured: bool
+    loss: LossArguments, wanted: Sequence[bool], algorithm: str, summed: bool, measured: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`loss.forward`: the loss, what its backward needs, the gradients of an algorithm that has them by then, and,
     `measured`, the figures."""
     masked_loss_op.check_masked_loss("masked_loss", loss)
-    return tuple(loss_kernels.forward(loss, wanted, algorithm, measured))
+    return tuple(loss_kernels.forward(loss, wanted, algorithm, summed, measured))
 
 
 @masked_loss_forward.register_fake
 @by_fields
 def _masked_loss_fake(
-    loss: LossArguments, wanted: Sequence[bool], algorithm: str, measured: bool
+    loss: LossArguments, wanted: Sequence[bool], algorithm: str, summed: bool, measured: bool
 ) -> tuple[Tensor, ...]:
     masked_loss_op.check_masked_loss("masked_loss", loss)
     hidden, weight = loss.hidden, loss.weight
@@ -61,11 +61,12 @@ def _masked_loss_fake(
 
     of_hidden, of_weight, of_bias = (hidden.new_empty(0) for _ in range(3))
     if with_gradients and size > 0:
-        once = loss_kernels.one_pass_rows(algorithm, size, weight.shape[0], hidden.dtype, hidden.device) >= size
         of_hidden = hidden.new_empty(hidden.shape) if wanted[0] else of_hidden
-        of_weight = (
-            weight.new_empty(weight.shape, dtype=weight.dtype if once else torch.float32) if wanted[1] else of_weight
+        summed = (
+            summed or loss_kernels.one_pass_rows(algorithm, size, weight.shape[0], hidden.dtype, hidden.device) < size
         )
+        dtype = torch.float32 if summed else weight.dtype
+        of_weight = weight.new_empty(weight.shape, dtype=dtype) if wanted[1] else of_weight
         of_bias = single(weight.shape[0]) if wanted[2] else of_bias
     gradients = of_hidden, of_weight, of_bias
     kept = 0 if with_gradients else size
@@ -107,7 +108,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     ctx.mark_non_differentiable(*output[1:])
     # Otherwise autograd makes zeros of the size of the gradients that came with the loss.
     ctx.set_materialize_grads(False)
-    *arguments, ctx.wanted, ctx.algorithm, _ = inputs
+    *arguments, ctx.wanted, ctx.algorithm, _, _ = inputs
     save(ctx, LossArguments(*arguments), *output[:-1])
 
 
@@ -168,7 +169,9 @@ def _masked_loss(loss: LossArguments, algorithm: str | None, measured: bool) -> 
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]
     if algorithm in loss_kernels.ONE_PASS_BYTES and not any(wanted):
         algorithm = "recompute"
-    return torch.ops.cggr_triton.masked_loss(*loss, wanted, algorithm, measured)
+    size = (loss.target if loss.rows is None else loss.rows).shape[0]
+    summed = not isinstance(size, int)  # code for sizes that are not known serves any number of blocks
+    return torch.ops.cggr_triton.masked_loss(*loss, wanted, algorithm, summed, measured)
 
 
 def masked_loss_one_pass(*args: Any, **options: Any) -> Tensor:

@@ -149,4 +149,4 @@ def test_the_operators_are_registered_right() -> None:
         opcheck(measured_loss, (*LossArguments(**leaves), wanted))
     for algorithm in ("one_pass", "recompute"):
         loss = LossArguments(**leaves)
-        opcheck(torch.ops.cggr_triton.masked_loss.default, (*loss, [True, True, True], algorithm, True))
+        opcheck(torch.ops.cggr_triton.masked_loss.default, (*loss, [True, True, True], algorithm, True, True))

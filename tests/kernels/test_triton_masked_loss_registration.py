@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import sympy
 import torch
+from cggr_compile.kernels.triton import loss as loss_kernels
 from head_oracle import (
     DEVICE,
     IGNORED,
@@ -15,6 +17,7 @@ from head_oracle import (
     step,
 )
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from triton_loss import (
     assert_same,
@@ -69,6 +72,32 @@ def test_fp64_scalars_compiled_with_aot_eager(algorithm: str) -> None:
     _compiled(algorithm, "aot_eager")
 
 
+@both
+def test_code_for_sizes_that_are_not_known_serves_any_number_of_blocks(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 rows each: what is decided by their number would be a guard, and a compilation for each side of it."""
+    monkeypatch.setitem(loss_kernels.ONE_PASS_BYTES, "one_pass", 16 * 19 * 2)
+    function = implementation(algorithm, torch.bfloat16)
+
+    def gradients(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        loss = function(*leaves, None, target)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    case = draw(8, 9, 19, torch.bfloat16)
+    traced = make_fx(gradients, tracing_mode="symbolic")(case.hidden, case.weight, case.target)
+    (symbol,) = next(iter(traced.graph.nodes)).meta["val"].shape[0].node.expr.free_symbols
+    for rows in (8, 16, 33, 90):
+        assert all(
+            guard.expr.xreplace({symbol: sympy.Integer(rows)}) == sympy.true for guard in traced.shape_env.guards
+        )
+        case = draw(rows, 9, 19, torch.bfloat16, seed=rows)
+        given = case.hidden, case.weight, case.target
+        for found, expected in zip(traced(*given), gradients(*given), strict=True):
+            torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-6)
+
+
 @pytest.mark.gpu
 @both
 def test_fp64_scalars_compiled_with_inductor(algorithm: str) -> None:
@@ -90,7 +119,8 @@ def test_repeated_calls_are_bitwise_equal_so_nothing_tunes_into_accumulators(
 @pytest.mark.sample(2)
 @both
 @pytest.mark.parametrize("with_options", [False, True])
-def test_opcheck(algorithm: str, with_options: bool) -> None:
+@pytest.mark.parametrize("summed", [False, True])
+def test_opcheck(algorithm: str, with_options: bool, summed: bool) -> None:
     case = draw(5, 6, 7, bias=with_options, weighted=with_options)
     leaves = case.leaves
     rows = torch.tensor([1, 1, 0, 4, 2], device=DEVICE) if with_options else None
@@ -101,4 +131,6 @@ def test_opcheck(algorithm: str, with_options: bool) -> None:
     operands = [leaves.get(name) for name in ("hidden", "weight", "bias")]
     wanted = [x is not None for x in operands]
     loss = (*operands, case.target, leaves.get("row_weight"), *numbers, rows, items)
-    opcheck(torch.ops.cggr_triton.masked_loss.default, (*loss, wanted, algorithm.removeprefix("triton_"), False))
+    opcheck(
+        torch.ops.cggr_triton.masked_loss.default, (*loss, wanted, algorithm.removeprefix("triton_"), summed, False)
+    )

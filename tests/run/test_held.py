@@ -134,7 +134,7 @@ def test_what_the_loss_holds_for_a_moment(algorithm: str, selected: bool, monkey
     given = LossArguments(hidden, weight, None, target, rows=torch.arange(100) if selected else None)
     wanted = [True, True, False]
     with Alive() as alive:
-        found = loss.forward(given, wanted, algorithm, measured=False)
+        found = loss.forward(given, wanted, algorithm, summed=False, measured=False)
     made = sum(x.nbytes for x in found)
     of_rows = 64 * 8 * len(target)
     assert 0 <= alive.most - made - loss.forward_scratch(given, wanted, algorithm) <= of_rows
