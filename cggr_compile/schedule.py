@@ -70,31 +70,24 @@ class Schedule:
         `dense_after_steps`; higher on the ladder where the dynamic threshold is on and `confidence`, the router's mean
         in [0, 1], is known."""
         rung = self._rung(step)
-        if self.follows_confidence and confidence is not None and self.ratio < 1:
-            raised = self._on_rung(rung) * (1 + (1 - confidence) * self.threshold_sensitivity)
-            # The lowest rung that is not below; what rounding adds to a fraction on a rung is no step up.
-            reached = math.floor(LADDER_RUNGS * (1 - raised) / (1 - self.ratio) + 1e-9)
-            rung = max(0, min(rung, reached))
-        return self._on_rung(rung)
+        return self._on_rung(rung if confidence is None else self._raised(rung, confidence))
 
     def is_settled(self, step: int) -> bool:
-        """Whether no step from this one on keeps another fraction by schedule."""
-        return step >= self._end
+        """Whether every step from this one on keeps the same fraction."""
+        return step >= self._end and not self.follows_confidence
 
-    def stops(self, step: int, first: bool) -> list[int]:
-        """A step for each fraction that is kept from this one on by schedule: the last, the lowest, one on the way to
-        either, then the others. Of the `first` layers or program to train, none where nothing is scheduled."""
+    def fractions(self, step: int, first: bool) -> list[float]:
+        """All fractions that are kept from this step on: that of the last step, the lowest, one on the way, then the
+        others. Of the `first` layers or program to train, none where nothing changes."""
         if first and self.is_settled(step):
             return []
-        end, lowest = self._end, self.warmup_steps
-        found = [end, lowest, lowest // 2, (lowest + end) // 2]
-        for begin, length in ((0, lowest), (lowest, end - lowest)):
-            found += [begin + math.ceil(length * rung / LADDER_RUNGS) for rung in range(LADDER_RUNGS)]
-        stops: dict[float, int] = {}
-        for stop in (*found, step):
-            if stop >= step:
-                stops.setdefault(self.kept_fraction(stop), stop)
-        return list(stops.values())
+        stops = [step, self._end]
+        for begin, end in ((0, self.warmup_steps), (self.warmup_steps, self._end)):
+            stops += [begin + math.ceil((end - begin) * rung / LADDER_RUNGS) for rung in range(LADDER_RUNGS)]
+        lowest = {self._rung(stop) for stop in stops if stop >= step}
+        reached = {rung for each in lowest for rung in range(self._raised(each, 0.0), each + 1)}
+        in_order = (self._rung(self._end), LADDER_RUNGS, LADDER_RUNGS // 2, *range(LADDER_RUNGS))
+        return list(dict.fromkeys(self._on_rung(rung) for rung in in_order if rung in reached))
 
     def check_stages(self) -> None:
         """Raises `ConfigError` where the options of the depth route are no stages."""
@@ -152,13 +145,17 @@ class Schedule:
         rising = self.dense_after_steps - self.warmup_steps
         return max(0, LADDER_RUNGS - LADDER_RUNGS * (step - self.warmup_steps) // rising)
 
+    def _raised(self, rung: int, confidence: float) -> int:
+        """The rung of a step whose schedule is on `rung`, by the dynamic threshold, where it is on."""
+        if not self.follows_confidence or self.ratio == 1:
+            return rung
+        raised = self._on_rung(rung) * (1 + (1 - confidence) * self.threshold_sensitivity)
+        # The lowest rung that is not below; what rounding adds to a fraction on a rung is no step up.
+        reached = math.floor(LADDER_RUNGS * (1 - raised) / (1 - self.ratio) + 1e-9)
+        return max(0, min(rung, reached))
+
     def _on_rung(self, rung: int) -> float:
         return self.ratio if rung == LADDER_RUNGS else 1 - (1 - self.ratio) * rung / LADDER_RUNGS
-
-    def kept_rows(self, rows: int, step: int, confidence: float | None = None) -> int:
-        """k = max(1, ceil(fraction * rows)) of `rows` rows or tokens, exact for fractions such as 0.1 that floats
-        cannot represent."""
-        return kept_of(self.kept_fraction(step, confidence), rows)
 
 
 def kept_of(fraction: float, total: int) -> int:

@@ -138,7 +138,7 @@ class Report:
         ratio = config.ratio if plan.selects else 1.0
         predicted = cost.predict(analysed, program.routing.router_layers, ratio, config)
         batch, length = hint(program.batch), hint(program.sequence)
-        routes = amounts_of(program, config, config.warmup_steps, batch, length) if plan.selects else {}
+        routes = amounts_of(program, config, config.ratio, batch, length) if plan.selects else {}
         return cls(
             config=runtime.config.to_dict(),
             follows_confidence=config.follows_confidence,

@@ -11,6 +11,7 @@ import torch
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.ir.program import Analysed, Program, value
+from cggr_compile.schedule import kept_of
 
 Sizes: TypeAlias = Mapping[Any, int]
 """A program's symbols with their values."""
@@ -26,13 +27,11 @@ class Amount(NamedTuple):
     total: int
 
 
-def amounts_of(
-    program: Analysed, config: RoutingConfig, step: int, rows: int, length: int, confidence: float | None = None
-) -> dict[str, Amount]:
-    """What each configured route keeps of `rows` sequences of `length` tokens at an optimiser step.
+def amounts_of(program: Analysed, config: RoutingConfig, fraction: float, rows: int, length: int) -> dict[str, Amount]:
+    """What each configured route keeps of `rows` sequences of `length` tokens in a step that keeps a fraction.
 
     Sequence: rows; token and segment: tokens of each sequence; loss: the rows that the loss sees, of the sequences
-    left. `confidence` is the router's, for the dynamic threshold.
+    left.
     """
     amounts: dict[str, Amount] = {}
     for route in config.routes:
@@ -41,10 +40,10 @@ def amounts_of(
             # A loss that slices its logits sees fewer rows than there are tokens.
             seen = concrete(_rows_of_loss(program), sizes_of(program, rows, length, amounts))
             seen = min(left * length, seen)
-            amounts[route] = Amount(min(config.kept_rows(left * length, step, confidence), seen), seen)
+            amounts[route] = Amount(min(kept_of(fraction, left * length), seen), seen)
         else:
             total = rows if route == "sequence" else length
-            amounts[route] = Amount(min(config.kept_rows(total, step, confidence), total), total)
+            amounts[route] = Amount(min(kept_of(fraction, total), total), total)
     return amounts
 
 

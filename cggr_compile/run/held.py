@@ -65,7 +65,7 @@ def held_by(plan: Plan, trained: Collection[str], rows: int) -> Held:
             "the memory of sharded steps is not predicted", hint="explain the model before sharding it"
         )
     program = lowered_for(_META, plan.program, config)
-    amounts = amounts_of(program, config, config.warmup_steps, rows, hint(program.sequence)) if plan.selects else {}
+    amounts = amounts_of(program, config, config.ratio, rows, hint(program.sequence)) if plan.selects else {}
     sizes = _all_sizes(program, sizes_of(program, rows, hint(program.sequence), amounts))
     caller = Region(autocasts=tuple(_on_cpu(cast) for cast in plan.autocast.autocasts))
     with _whole_autograd(), caller.active():

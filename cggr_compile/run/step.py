@@ -27,6 +27,7 @@ from cggr_compile.run.prepare import run_aside
 from cggr_compile.run.recomputed import Given
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.run.together import Offer, form_of
+from cggr_compile.schedule import kept_of
 from cggr_compile.torch_internals import autograd
 
 UNCOUNTED = 100
@@ -92,7 +93,7 @@ class Step:
         if ranks_of(runtime.config) is None or not keeps_less(runtime.config):
             return
         rows, length = plan.sizes(inputs)
-        kept = runtime.config.kept_rows(rows, runtime.steps)
+        kept = kept_of(runtime.config.kept_fraction(runtime.steps), rows)
         form, unprepared = form_of(plan.captured, inputs), plan.routable and not self.plan.prepared
         given, options = runtime.given.waiting, runtime.together.options
         runtime.together.compare(Offer(rows, length, kept, form, given, unprepared, options))
@@ -124,9 +125,11 @@ class Step:
         rows, length = plan.sizes(inputs)
         config = runtime.in_force
         for stage in plan.to_come:
-            for steps in config.stops(self.runtime.steps, first=stage is plan.in_force):
-                amounts = amounts_of(stage.program, config, steps, rows, length)
-                given = self._given(stage, inputs, amounts, amounts, generator, None)
+            for fraction in config.fractions(self.runtime.steps, first=stage is plan.in_force):
+                amounts = amounts_of(stage.program, config, fraction, rows, length)
+                lowest = amounts_of(stage.program, config, config.ratio, rows, length)
+                planned = lowest if config.follows_confidence else amounts  # the threshold leaves no router out
+                given = self._given(stage, inputs, amounts, planned, generator, None)
                 run_aside(given.variant, (*inputs, *given.added), stage.program.loss_output, plan.device)
 
     def _prepare_auto(self, plan: Plan, inputs: tuple[Any, ...], generator: torch.Generator) -> None:
@@ -135,7 +138,7 @@ class Step:
         if not plan.can_select(selecting):
             return
         route, sizes = plan.routed(selecting), plan.sizes(inputs)
-        amounts = amounts_of(route.program, selecting, selecting.warmup_steps, *sizes)
+        amounts = amounts_of(route.program, selecting, selecting.ratio, *sizes)
         added = route.added_inputs(sizes_of(route.program, *sizes, amounts), amounts, generator)
         run_aside(route.variant, (*inputs, *added), route.program.loss_output, plan.device)
 
@@ -149,9 +152,10 @@ class Step:
         rows, length = plan.sizes(inputs)
         config, steps = runtime.in_force, runtime.steps
         confidence = runtime.confidence.last() if config.follows_confidence else None
-        amounts = amounts_of(plan.program, config, steps, rows, length, confidence)
+        scheduled, fraction = config.kept_fraction(steps), config.kept_fraction(steps, confidence)
+        amounts = amounts_of(plan.program, config, fraction, rows, length)
         # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
-        planned = amounts if confidence is None else amounts_of(plan.program, config, steps, rows, length)
+        planned = amounts_of(plan.program, config, scheduled, rows, length)
         scores = runtime.given.take(rows, plan.device)
         given = self._given(plan, inputs, amounts, planned, runtime.generator(plan.device), scores)
         given.variant.settled = config.is_settled(steps)
@@ -173,7 +177,7 @@ class Step:
             length=length,
             kept=amounts["sequence"].kept if "sequence" in amounts else rows,
             ranks=ranks,
-            fraction=config.kept_fraction(steps, confidence),
+            fraction=fraction,
             found=found,
         )
         return self._returned(outputs)

@@ -18,6 +18,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 import cggr_compile as cggr
+from cggr_compile.schedule import kept_of
 
 # Each example captures a new model, which takes seconds.
 EXAMPLES = 2 if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else 200
@@ -106,7 +107,7 @@ def test_contract_of_the_sequence_route(data: st.DataObject) -> None:
     selected = model.cggr.selected
     counts = oracle.counted(batch["labels"], causal=True)
     valid = int((counts > 0).sum())
-    wanted = min(model.cggr.config.kept_rows(len(counts), 0), len(counts))
+    wanted = min(kept_of(model.cggr.config.ratio, len(counts)), len(counts))
     assert len(selected) == wanted
     assert torch.equal(selected, selected.sort().values)
     rows = selected.unique()

@@ -22,6 +22,7 @@ from toys import WORDS, Toy
 import cggr_compile as cggr
 from cggr_compile.inspection.explanation import Diff, Report
 from cggr_compile.ir.program import Program
+from cggr_compile.schedule import kept_of
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "long"
 EXAMPLES = 200 if LONG else 12
@@ -78,7 +79,7 @@ def test_contract(
     eager = copy.deepcopy(step.model)
     actual = step.step(batch)
     rows, length = batch["input_ids"].shape
-    k = step.runtime.config.kept_rows(length, 0)
+    k = kept_of(step.runtime.config.ratio, length)
     if k == length:  # the plain step
         assert torch.equal(step.selected, torch.arange(length).expand(rows, -1))
         if oracle.counted(batch["labels"], causal=True).any():

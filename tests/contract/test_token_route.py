@@ -25,6 +25,7 @@ import cggr_compile as cggr
 from cggr_compile.checking.eager_tokens import TokensNotTold
 from cggr_compile.inspection.explanation import Diff, Report
 from cggr_compile.ir.program import Program
+from cggr_compile.schedule import kept_of
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "long"
 EXAMPLES = 200 if LONG else 8
@@ -157,7 +158,7 @@ def test_contract(
     actual = step.at(ratio).step(batch)
     positions = step.selected
     rows, length = batch["input_ids"].shape
-    kept = step.runtime.config.kept_rows(length, 0)
+    kept = kept_of(step.runtime.config.ratio, length)
     assert positions.shape == (rows, kept)
     assert (positions.diff(dim=1) > 0).all()
     real = batch["attention_mask"]

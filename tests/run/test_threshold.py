@@ -56,6 +56,31 @@ def test_the_fraction_is_the_lowest_rung_not_below_the_raised_one(
 
 
 @settings(max_examples=20)
+@given(
+    ratio=st.sampled_from([0.1, 0.25, 0.6, 1.0]),
+    warmup=st.integers(0, 20),
+    rising=st.one_of(st.none(), st.integers(1, 20)),
+    sensitivity=st.one_of(st.none(), shares),
+    step=st.integers(0, 50),
+)
+def test_what_a_schedule_runs_ahead_is_all_that_its_steps_keep(
+    ratio: float, warmup: int, rising: int | None, sensitivity: float | None, step: int
+) -> None:
+    """By trying: each step from this one on, at a hundred confidences."""
+    threshold = {} if sensitivity is None else {"dynamic_threshold": True, "threshold_sensitivity": sensitivity}
+    dense = None if rising is None else warmup + rising
+    config = cggr.RoutingConfig(ratio=ratio, warmup_steps=warmup, dense_after_steps=dense, **threshold)
+    confidences = [None] if sensitivity is None else [each / 100 for each in range(101)]
+    kept = {config.kept_fraction(each, confidence) for each in range(step, 60) for confidence in confidences}
+    found = config.fractions(step, first=False)
+    assert set(found) >= kept
+    assert len(found) == len(set(found))
+    assert max(found) == max(kept)  # more might not fit into memory
+    assert config.fractions(step, first=True) == ([] if config.is_settled(step) else found)
+    assert config.is_settled(step) <= (len(kept) == 1)
+
+
+@settings(max_examples=20)
 @given(scale=st.floats(0, 9), sensitivity=st.sampled_from([0.0, 0.3, 0.5, 1.0]), ratio=st.sampled_from([0.1, 0.6]))
 def test_the_raised_fraction_is_that_of_the_originals_surface(scale: float, sensitivity: float, ratio: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -118,9 +143,11 @@ def test_a_fixed_quota_is_top_k_of_the_plain_fraction() -> None:
 
 
 def test_drifting_confidences_cost_two_compilations() -> None:
-    """One for the first rung, one for all others."""
+    """One for the lowest rung, one for all others, in the first step."""
     model = optimized(toy(), ratio=0.6, threshold_sensitivity=1.0, inner=AS_IT_IS)
     batch, kept = toy_batch(40), set()
+    model(**batch)
+    assert model.cggr.report().compilations == {"routed": 2}
     for drift in [1.0, *torch.rand(60, generator=torch.Generator().manual_seed(0)).tolist()]:
         model.cggr.runtime.confidence = Confidence(drift)
         model(**batch)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import cggr_compile as cggr
 from cggr_compile.ir.program import Program
 from cggr_compile.run import plan as route
+from cggr_compile.schedule import kept_of
 
 LLAMA = Architecture("llama", lambda: T.LlamaForCausalLM(T.LlamaConfig(**GROUPED)), "model.layers")
 WARM = 4
@@ -311,7 +312,7 @@ def _weights(
         valid = counted[rows].bool()
         if "sequence" in kept:  # a row that only fills up has no token
             valid &= (of_rows > 0).unsqueeze(1)
-        k = config.kept_rows(valid.numel(), routed.runtime.steps)
+        k = kept_of(config.kept_fraction(routed.runtime.steps), valid.numel())
         rule, options = rule_of(config.selection), config.selection_options or {}
         index, weight = rule.function(scores.flatten(), valid.flatten(), k, noise[-1], **options)
         own = torch.zeros(valid.numel()).scatter_reduce(0, index, weight, "amax").view(valid.shape)
