@@ -63,13 +63,16 @@ def _device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def pair(device: str, **options: object) -> tuple[torch.nn.Module, torch.nn.Module]:
+def pair(device: str, checkpoints: bool = False, **options: object) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The same model twice, replayed and run; on the CPU nothing is compiled but for the replay."""
     replayed = {**OPTIONS, **options, "cuda_graphs": True}
     plain = {**OPTIONS, **options}
     if device != "cuda":
         replayed["inner"], plain["inner"] = "aot_eager", "eager"
-    return tuple(cggr.optimize(model_on(device), **each) for each in (replayed, plain))
+    models = model_on(device), model_on(device)
+    for model in models if checkpoints else ():
+        model.gradient_checkpointing_enable()
+    return tuple(cggr.optimize(model, **each) for model, each in zip(models, (replayed, plain), strict=True))
 
 
 def model_on(device: str) -> torch.nn.Module:
@@ -120,6 +123,13 @@ def test_training_is_the_same(device: str, options: dict) -> None:
 )
 def test_training_with_other_options_is_the_same(any_device: str, options: dict) -> None:
     test_training_is_the_same(any_device, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_training_with_checkpoints_is_the_same(ratio: float) -> None:
+    """Attention is run again, which torch counts among the operators that draw."""
+    test_training_is_the_same("cuda", {"ratio": ratio, "inner": "inductor", "checkpoints": True})
 
 
 def test_micro_batches_add_up_and_sizes_alternate(any_device: str) -> None:
