@@ -151,7 +151,9 @@ def _runtime(model: nn.Module | None, config: RoutingConfig) -> Runtime:
         return Runtime(config)
     if model not in _RUNTIMES:
         watch_compiled(model, runtimes_of)
-    return _RUNTIMES.setdefault(model, {}).setdefault(config, Runtime(config))
+    runtime = _RUNTIMES.setdefault(model, {}).setdefault(config, Runtime(config))
+    runtime.belongs_to(model)
+    return runtime
 
 
 def runtimes_of(model: nn.Module) -> list[Runtime]:

@@ -41,6 +41,7 @@ class Handle(Optimized):
     def __init__(self, model: nn.Module, runtime: Runtime, undo: dict[str, Any] | None = None) -> None:
         self.model = model
         self.runtime = runtime
+        runtime.belongs_to(model)
         self.undo = undo or {}
         self.calls = 0
         self._in_use = False

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from cggr_compile.capture.branches import Branches
 from cggr_compile.config import RoutingConfig
@@ -47,6 +48,10 @@ class Owner(Protocol):
     """What a plan asks of the runtime that it belongs to."""
 
     config: RoutingConfig
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, where it is known."""
 
     @property
     def in_force(self) -> RoutingConfig:
@@ -94,7 +99,8 @@ class Plan:
         self.copies: list[Copies] = []
         if owner.config.grow == "copy":
             grown = [*self.stages, self][1:]
-            self.copies = [Copies(plan.analysed, count) for plan, count in zip(grown, counts, strict=True)]
+            pairs = zip(grown, counts, strict=True)
+            self.copies = [Copies(plan.analysed, count, owner.model) for plan, count in pairs]
         if self.stages:
             return
         if not self.routable and keeps_less(owner.in_force):

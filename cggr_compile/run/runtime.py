@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any
 
 import torch
+from torch import nn
 
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
@@ -49,6 +51,7 @@ class Runtime:
         self.auto = Auto(config) if config.selection == "auto" else None
         self.together = Together(config)
         self.recomputations = Recomputations()
+        self._model: Callable[[], nn.Module | None] = _unknown  # weakly: the model's handle holds this
         # Two threads on one model take turns; what a step draws and leaves belongs together.
         self.lock = threading.RLock()
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -59,6 +62,15 @@ class Runtime:
     def counted(self) -> bool:
         """Whether optimiser steps are counted."""
         return self._attached or self.steps > 0
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, None where a function was compiled that calls one."""
+        return self._model()
+
+    def belongs_to(self, model: nn.Module) -> None:
+        """Says whose state this is."""
+        self._model = weakref.ref(model)
 
     def follow(self, before: Runtime) -> None:
         """Takes the place of another configuration's runtime: what was said of the steps to come holds."""
@@ -226,6 +238,10 @@ class Runtime:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
         self.load_state_dict(state["state"])
+
+
+def _unknown() -> None:
+    return None
 
 
 _DEPTH = ("growths", "grows", "total_steps")

@@ -80,7 +80,7 @@ class Step:
         while self.runtime.grows_now:
             if self.plan.copies:
                 with torch.no_grad():  # what is written to is no view to autograd
-                    self.plan.copies[self.runtime.growths].make(self._held(inputs))
+                    self.plan.copies[self.runtime.growths].make(self.runtime.model, inputs, self._held)
             self.runtime.growths += 1
             self.runtime.grows = False
             trained = len(self.plan.in_force.analysed.stack)

@@ -54,3 +54,24 @@ def test_adapters_over_quantised_weights(bits: str, ratio: float, tmp_path: Path
     assert torch.equal(loss, expected)
     oracle.assert_same_gradients(oracle.gradients(model), gradients)
     assert sum(gradient is not None for gradient in gradients.values()) == 12  # of 3 layers, 2 products, A and B
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("bits", BITS)
+def test_layers_of_quantised_weights_are_copied(bits: str, tmp_path: Path) -> None:
+    """Weights, scales and adapters, whatever of them a layer reads in the forward and whatever for the backward."""
+    eager = quantised(tmp_path, BITS[bits])
+    model = cggr.optimize(copy.deepcopy(eager), route="depth", depth_layers=2, inner="eager")
+    layers = eager.get_base_model().model.layers
+    for grown in (False, True, True):
+        batch = token_batch(seed=int(grown))
+        loss = model(**batch).loss
+        loss.backward()
+        eager.get_base_model().model.layers = layers[:2] if not grown else layers
+        expected, gradients = oracle.step(eager, batch)
+        assert torch.equal(loss, expected)
+        if grown:
+            oracle.assert_same_gradients(oracle.gradients(model), gradients)
+        model.zero_grad()
+        model.cggr.grow()
+        layers[2] = copy.deepcopy(layers[0])

@@ -372,6 +372,144 @@ def test_layers_are_copied_whatever_stands_in_front_of_them(name: str) -> None:
         assert equal(layer, layers[0])
 
 
+class Gated(Block):
+    """A layer that reads a part of what it has; what a checkpoint does not hold is made with it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.gate, self.off = nn.Parameter(torch.rand(WIDTH)), nn.ModuleDict({"two": nn.Linear(WIDTH, 2)})
+        self.register_buffer("seen", torch.rand(3))
+        self.register_buffer("table", torch.full((WIDTH,), float(number)), persistent=False)
+        self.register_buffer("unread", torch.rand(1 + number), persistent=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden + self.table)
+
+
+def gated() -> nn.Module:
+    model = toy()
+    model.layers = nn.ModuleList(map(Gated, range(4)))
+    return model.train()
+
+
+def test_all_of_a_layer_is_copied_read_or_not() -> None:
+    """Also what was put into the layers since the step was captured; but no buffer that is not saved."""
+    model = cggr.optimize(gated(), route="depth", depth_layers=2, inner="eager")
+    model.layers[2].off["same"] = model.layers[0].off["same"] = nn.Linear(2, 2)  # a tensor of both
+    model(**toy_batch())
+    for layer in model.layers:
+        layer.off["new"] = nn.Linear(WIDTH, 3)
+    model.cggr.grow()
+    model(**toy_batch())
+    assert model.cggr.captures == 1
+    for index, layer in enumerate(model.layers):
+        assert equal(layer, model.layers[index % 2])
+        assert torch.equal(layer.table, torch.full((WIDTH,), float(index)))
+    assert model.layers[2].gate is not model.layers[0].gate
+
+
+def test_an_adapter_that_is_not_active_grows_with_its_layer() -> None:
+    peft = pytest.importorskip("peft")
+    lora = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**lora, modules_to_save=["up_proj"]))
+    model.add_adapter("two", peft.LoraConfig(**lora))
+    cggr.optimize(model, route="depth", depth_layers=2, inner="eager")
+    model(**token_batch())
+    model.cggr.grow()
+    model(**token_batch())
+    layers = model.get_base_model().model.layers
+    assert any("lora_A.two" in name for name in layers[2].state_dict())
+    assert any("original_module" in name for name in layers[2].state_dict())
+    assert equal(layers[2], layers[0])
+    assert equal(layers[3], layers[1])
+
+
+def another_shape(model: nn.Module) -> None:
+    model.layers[3].gate = nn.Parameter(torch.rand(WIDTH + 1))
+
+
+def none_there(model: nn.Module) -> None:
+    model.layers[2].off["more"] = nn.Linear(2, 2)
+
+
+def tied(model: nn.Module) -> None:
+    model.layers[3].gate = model.layers[2].gate
+
+
+def tied_to_the_head(model: nn.Module) -> None:
+    model.norm_scale = model.layers[2].gate
+
+
+def of_a_kind_of_its_own(model: nn.Module) -> None:
+    for layer in model.layers:
+        layer.off["two"].weight = Scaled(torch.rand(2, WIDTH))
+
+
+class Scaled(nn.Parameter):
+    """As quantised weights are, which have scales beside them."""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (another_shape, r"layers\.3 of layers cannot become a copy of layers\.1, which has no such layers\.3\.gate; "),
+        (none_there, r"layers\.2 of layers cannot .* layers\.0, which has no such layers\.2\.off\.more\.weight"),
+        (tied, r"layers\.2\.gate belongs to several of the layers"),
+        (tied_to_the_head, r"layers\.2\.gate belongs to several .* or to something beside them"),
+        (of_a_kind_of_its_own, r"layers\.2\.off\.two\.weight is a Scaled that the step does not read"),
+    ],
+)
+def test_what_no_step_reads_and_cannot_be_copied_is_refused(change: Callable[[nn.Module], None], reason: str) -> None:
+    """In the first step, or where it came later, in the one that grows; `grow="random"` needs no copy."""
+    early, late, random = gated(), gated(), gated()
+    options = {"route": "depth", "depth_layers": 2, "inner": "eager"}
+    change(early)
+    with pytest.raises(cggr.CannotOptimize, match=reason):
+        cggr.optimize(early, **options)(**toy_batch())
+    cggr.optimize(late, **options)(**toy_batch())
+    change(late)
+    late.cggr.grow()
+    with pytest.raises(cggr.CannotOptimize, match=reason):
+        late(**toy_batch())
+    change(random)
+    cggr.optimize(random, **options, grow="random")(**toy_batch())
+    random.cggr.grow()
+    random(**toy_batch())
+
+
+def test_the_layers_of_a_compiled_function_s_model_are_known_or_refused() -> None:
+    options = {"route": "depth", "depth_layers": 2, "inner": "eager"}
+    model = gated()
+    compiled = torch.compile(model, backend="cggr", options=options)
+    compiled(**toy_batch())
+    cggr.handle(model).grow()
+    compiled(**toy_batch())
+    assert equal(model.layers[2], model.layers[0])
+
+    holder = SimpleNamespace(model=model)
+    another = nn.Linear(1, 1)
+
+    def of_a_holder(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return holder.model(**batch)[0]
+
+    def beside_another(other: nn.Module, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**batch)[0]
+
+    for function, arguments in ((of_a_holder, ()), (beside_another, (another, model))):
+        with pytest.raises(cggr.CannotOptimize, match=r"layers\.2 is no module of a model that is known"):
+            torch.compile(function, backend="cggr", options=options)(*arguments, toy_batch())
+
+
+def test_a_layer_that_the_model_does_not_hold_is_not_known() -> None:
+    model = gated()
+    layers = list(model.layers)
+    del model.layers
+    model.layers = layers
+    cggr.optimize(model, route="depth", depth_layers=2, inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=r"layers\.2 is no module .*nn\.ModuleList, or choose grow='random'"):
+        model(**toy_batch())
+
+
 class Turned(nn.Module):
     """Two parameters of one shape, in either order."""
 

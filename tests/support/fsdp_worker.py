@@ -255,8 +255,11 @@ def deciding_together() -> None:
 
 
 def growing() -> None:
-    """The first layer trains alone, then all, each a copy of it at first, shard by shard."""
-    model = routed(shard(small()), ratio=None, router_layers="auto", route="depth", depth_layers=1, depth_until=1)
+    """The first layer trains alone, then all, each a copy of it at first, shard by shard, read or not."""
+    model = small()
+    for index, layer in enumerate(model.layers):
+        layer.off = nn.Parameter(torch.full((3, 2), float(index)))
+    model = routed(shard(model), ratio=None, router_layers="auto", route="depth", depth_layers=1, depth_until=1)
     for steps in range(2):
         forget(model)
         model(**own_rows()).loss.backward()
