@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -11,6 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.front.api import handle
+from cggr_compile.values import ConfigError
+
+_ATTACHED: WeakKeyDictionary[nn.Module, Callable[[], torch.optim.Optimizer | None]] = WeakKeyDictionary()
+"""The optimiser that each model was attached to last."""
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int | None = None) -> RemovableHandle:
@@ -19,11 +26,12 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int 
     `total_steps` is how many there will be, which a share of all steps (`depth_until=0.5`) is of.
 
     A model that is optimised anew goes on being counted, one that is restored does not; a second call with the same
-    model and optimiser takes the place of the first. Steps that a gradient scaler skips do not count, since the
-    optimiser does not step. `optimizer` may be Accelerate's wrapper; of several optimisers attach one. `CGGRCallback`
-    counts by itself and does not need this.
+    model and optimiser, or with one that steps a parameter of the first's (for a second phase), takes the place of the
+    first. Steps that a gradient scaler skips do not count, since the optimiser does not step. `optimizer` may be
+    Accelerate's wrapper; of several optimisers attach one. `CGGRCallback` counts by itself and does not need this.
 
     Raises:
+        ConfigError: another optimiser, of other parameters, is attached: both would count a step of the loop.
         CannotOptimize: the model is not optimised (call `cggr.optimize` first).
         TypeError: `optimizer` is not a torch optimiser.
         ValueError: `total_steps` is no positive int.
@@ -43,17 +51,38 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int 
     while isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):
         own = own.optimizer
     _warn_of_others(model, own)
-    hooks = own._optimizer_step_post_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _Count) and hook.model is routed]:
-        del hooks[key]
+    before = _ATTACHED.get(routed, lambda: None)()
+    if before is not None:
+        if _counts(before, routed) and not _parameters(before) & _parameters(own):
+            raise ConfigError(
+                f"{_named(before)} counts the steps of {type(model).__name__} already, and {_named(own)} beside it "
+                "would count each step of a loop twice; attach one of several optimizers, or, where one follows "
+                "the other, first call remove() on what attach returned"
+            )
+        for key in _counts(before, routed):
+            del before._optimizer_step_post_hooks[key]
     found.runtime.attach()
+    _ATTACHED[routed] = weakref.ref(own)
     return own.register_step_post_hook(_Count(routed))
+
+
+def _counts(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[int]:
+    """The keys of an optimiser's hooks that count for a model."""
+    hooks = optimizer._optimizer_step_post_hooks
+    return [key for key, hook in hooks.items() if isinstance(hook, _Count) and hook.model is model]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _named(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__name__} (of {len(_parameters(optimizer))} parameters)"
 
 
 def _warn_of_others(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """An optimiser may step copies of the parameters (ZeRO, master weights), so that it has none is no error."""
-    own = set(map(id, model.parameters()))
-    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+    if not _parameters(optimizer) & set(map(id, model.parameters())):
         warnings.warn(
             f"the optimizer has no parameter of {type(model).__name__}: if it is another model's, schedules of this "
             "one follow the wrong steps; attach the optimizer that steps this model",

@@ -90,6 +90,47 @@ def test_attach_counts_once_and_goes_with_the_model() -> None:
     assert model.cggr.runtime.steps == 0
 
 
+def test_of_two_optimisers_one_counts() -> None:
+    """Of two that step side by side the second is refused, unless the first is gone; one that steps the same parameters
+    is of a second phase, and takes the first's place."""
+    model = cggr.optimize(Toy().train(), ratio=0.5)
+    head, body = list(model.head.parameters()), list(model.layers.parameters())
+    first, second = torch.optim.AdamW(body), torch.optim.SGD(head, lr=0.1)
+    hook = attach(model, first)
+    with pytest.raises(
+        cggr.ConfigError,
+        match=rf"AdamW \(of {len(body)} parameters\) counts the steps of Toy already, and SGD \(of {len(head)} param",
+    ):
+        attach(model, second)
+    first.step()
+    second.step()
+    assert model.cggr.runtime.steps == 1
+    hook.remove()
+    attach(model, second)
+    first.step()
+    second.step()
+    assert model.cggr.runtime.steps == 2
+    later = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, later)
+    second.step()
+    later.step()
+    assert model.cggr.runtime.steps == 3
+    del later
+    attach(model, first)
+    first.step()
+    assert model.cggr.runtime.steps == 4
+
+
+def test_an_optimiser_within_accelerate_s_wrapper_is_the_same() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = cggr.optimize(Toy().train(), **OPTIONS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, optimizer)
+    attach(model, accelerate.Accelerator(cpu=True).prepare(optimizer))
+    optimizer.step()
+    assert model.cggr.runtime.steps == 1
+
+
 def test_a_state_taken_before_the_first_step_pins_the_draws() -> None:
     """Without a seed, torch's when the model is optimised is the one; no other is drawn later."""
     torch.manual_seed(11)
