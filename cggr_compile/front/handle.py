@@ -241,7 +241,7 @@ class Handle(Optimized):
             raise ValueError(f"scores of rows cannot come from outside: {problem}")
 
     def _without_gradient(self) -> int | None:
-        return self.runtime.gradients.seen(self.model, self.captures)
+        return self.runtime.gradients.seen(self.model)
 
     def report(self) -> Report:
         """What was found, inserted and chosen, and the predicted cost, for the latest capture."""

@@ -115,6 +115,25 @@ def test_every_metric_is_documented_and_computed() -> None:
     assert set(METRICS) - set(ones.cggr.metrics()) == missing
 
 
+def test_parameters_that_came_since_the_capture_are_counted_and_those_that_went_are_not() -> None:
+    model = cggr.optimize(Toy().train(), ratio=0.5, selection="random", inner="eager")
+    for change, without in (
+        (lambda: None, 0),
+        (lambda: model.register_parameter("unread", torch.nn.Parameter(torch.ones(3))), 1),
+        (lambda: setattr(model.head, "weight", torch.nn.Parameter(model.head.weight.detach().clone())), 1),
+        (lambda: model.register_module("more", torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 2)), 3),
+        (lambda: delattr(model, "more"), 1),
+    ):
+        change()
+        model.zero_grad()
+        model(**toy_batch())[0].backward()
+        assert model.cggr.metrics()["parameters_without_gradient"] == without
+        model.cggr.step()
+        model.zero_grad()
+        assert model.cggr.metrics()["parameters_without_gradient"] == without
+    assert model.cggr.captures == 1
+
+
 def test_without_a_router_there_are_no_scores() -> None:
     model = cggr.optimize(Toy().train(), selection="random")
     model(**toy_batch())
