@@ -2,7 +2,7 @@
 
 None would surface in the caller's code as an attribute or an index that None does not have. Where it is only passed
 on (by wrappers that cast or gather tensors, in a tuple, through `copy` and `pickle`) this object goes through as None
-does: it is false, is no tensor, and has no attributes, which `hasattr` is told.
+does: it is no tensor, is not equal to None, may be hashed and printed, and has no attributes, which `hasattr` is told.
 """
 
 from __future__ import annotations
@@ -19,22 +19,15 @@ class OutputNotComputed(CannotOptimize, AttributeError):
 class NotComputed:
     """An output that no routed step computes."""
 
-    def __bool__(self) -> bool:
-        return False
-
     def __repr__(self) -> str:
         return "<not computed by a routed step>"
 
+    def __eq__(self, other: object) -> bool:
+        return False if other is None else _refuse()  # `None in outputs` asks, too
+
+    __hash__ = object.__hash__
+
     def __getattr__(self, name: str) -> Any:
-        _refuse()
-
-    def __getitem__(self, index: Any) -> Any:
-        _refuse()
-
-    def __iter__(self) -> Any:
-        _refuse()
-
-    def __len__(self) -> int:
         _refuse()
 
     @classmethod
@@ -42,11 +35,18 @@ class NotComputed:
         _refuse()
 
 
-def _refuse() -> NoReturn:
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     raise OutputNotComputed(
         "a routed training step returns its loss, and no logits or activations",
         hint="read them from a call in eval() mode; keep_logits=True returns the logits of the selected rows",
     )
 
+
+_BINARY = "add sub mul matmul truediv floordiv mod divmod pow and or xor lshift rshift"
+_UNARY = "neg pos abs invert bool int float complex index round trunc floor ceil array"
+_OF_A_SEQUENCE = "len iter reversed contains getitem setitem delitem"
+_REFLECTED = "r" + _BINARY.replace(" ", " r")
+for _name in f"{_BINARY} {_REFLECTED} lt le gt ge {_UNARY} {_OF_A_SEQUENCE}".split():
+    setattr(NotComputed, f"__{_name}__", _refuse)
 
 NOT_COMPUTED = NotComputed()
