@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -84,6 +86,19 @@ class Check:
         return f"differs by {self.difference:.1e} ({self.where})"
 
 
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Leaves the generators that a model on the CPU may draw from as they are."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@_generators_kept()
 def check(
     model: nn.Module,
     *batches: Batch,
@@ -186,7 +201,7 @@ def eager_step(model: nn.Module, batch: Batch) -> Step:
     """Loss and gradients by parameter name, from the same generator state every time."""
     model.zero_grad(set_to_none=True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # `torch.manual_seed` seeds those of other devices, too
         loss = loss_of(model(**batch))
         loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}

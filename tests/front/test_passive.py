@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import pickle
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import oracle
 import processes
 import pytest
@@ -231,6 +235,89 @@ def test_explain_leaves_every_training_flag(training: bool) -> None:
     dropped = captured.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
     assert [node.args[2] for node in dropped if node.args[2]] == [] if training else [True]
     assert {name: module.training for name, module in model.named_modules()} == before
+
+
+class Drawing(Dropping):
+    """It counts its calls, and draws from every generator where it is not traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        if not self.training:
+            hidden = hidden + random.random() + torch.rand(()) + float(np.random.rand())
+        return super().middle(hidden)
+
+
+def everything(model: torch.nn.Module) -> tuple:
+    """What a call that does not train leaves: every generator, flag, gradient and value."""
+    generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    flags = {name: module.training for name, module in model.named_modules()}
+    values = [(name, x.tolist(), x.requires_grad) for name, x in [*model.named_parameters(), *model.named_buffers()]]
+    gradients = [None if x.grad is None else x.grad.tolist() for x in model.parameters()]
+    modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+    return generators, flags, values, gradients, modes
+
+
+def score_ahead(model: torch.nn.Module) -> None:
+    next(iter(model.cggr.score_ahead([toy_batch(), toy_batch()])))
+
+
+def in_use(model: torch.nn.Module) -> None:
+    with model.cggr.in_use():
+        pass
+
+
+def explained(model: torch.nn.Module) -> None:
+    explanation = cggr.explain(model, toy_batch(), ratio=0.25)
+    str(explanation.report()), str(explanation.diff()), str(explanation), explanation.memory()
+
+
+def checked_in_vain(model: torch.nn.Module) -> None:
+    with pytest.raises(cggr.TokensNotTold):
+        cggr.check(model, toy_batch(), route="token")
+
+
+def told(model: torch.nn.Module) -> None:
+    report, diff = model.cggr.report(), model.cggr.diff()
+    report.to_json(), diff.to_html(), str(report), str(diff), repr(model.cggr), model.cggr.metrics()
+
+
+CALLS: dict[str, Callable[[torch.nn.Module], object]] = {
+    "optimize": lambda model: cggr.optimize(model, ratio=0.25),
+    "restore": cggr.restore,
+    "handle": cggr.handle,
+    "explain": explained,
+    "explain for tokens": lambda model: cggr.explain(model, toy_batch(), route="token", ratio=0.5, last_layers=0),
+    "check": lambda model: cggr.check(model, toy_batch()),
+    "check in vain": checked_in_vain,
+    "report": told,
+    "score": lambda model: model.cggr.score(toy_batch()),
+    "use_scores": lambda model: model.cggr.use_scores(torch.rand(4, generator=torch.Generator())),
+    "score_ahead": score_ahead,
+    "time_router": lambda model: model.cggr.time_router(),
+    "in_use": in_use,
+    "state": lambda model: model.cggr.load_state_dict(model.cggr.state_dict()),
+    "attach": lambda model: cggr.attach(model, torch.optim.SGD(model.parameters(), lr=0.1)),
+    "step": lambda model: model.cggr.step(),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "scorer": lambda model: cggr.CGGRScorer(cggr.create_truncated_router(model)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_does_not_train_draws_nothing_and_changes_nothing(call: str) -> None:
+    """Dropout, generators of torch, NumPy and Python, buffers, modes of parts, gradients."""
+    model = cggr.optimize(Drawing().train(), ratio=0.5, selection="topk", inner="eager")
+    model.head.bias.requires_grad_(False)
+    model(**toy_batch())[0].backward()
+    model.layers[1].eval()
+    before = everything(model)
+    CALLS[call](model)
+    assert everything(model) == before
 
 
 def test_the_state_of_a_generator_outlives_the_pickle() -> None:
