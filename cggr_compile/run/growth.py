@@ -40,6 +40,7 @@ class Copies:
     def __init__(self, program: Analysed, count: int, model: nn.Module | None) -> None:
         self._places = {entry.path: place for place, entry in enumerate(program.inputs)}
         self._stack = program.stack.path or "the stack"
+        saved = _saved(model)
         states_of = _states(program)
         trained = {node for states in states_of[:count] for node in states}
         readers = Counter(node for states in states_of for node in states)
@@ -48,7 +49,9 @@ class Copies:
         self._missing: dict[str, tuple[int, int]] = {}
         for index in range(count, len(layers)):
             like = index % count
-            new_states = [node for node in states_of[index] if node not in trained]
+            new_states = [
+                node for node in states_of[index] if node not in trained and program.path(node) not in saved.remade
+            ]
             for name, states in _by_path(program, new_states).items():
                 partners = layers[like].get(name, [])
                 shared = [node for node in states if readers[node] > 1]
@@ -60,7 +63,7 @@ class Copies:
                 else:
                     self._missing |= dict.fromkeys(paths, (index, like))
         self._roots = dict(_roots(new, old) for new, old in self._read.items())
-        self._all(_saved(model))
+        self._all(saved)
 
     @torch.no_grad()
     def make(
@@ -86,12 +89,12 @@ class Copies:
                 f"{unknown} is no module of a model that is known, so not all that belongs to this layer is",
                 hint="call cggr.optimize(model), whose layers are in an nn.ModuleList, or choose grow='random'",
             )
-        found = {new: old for new, old in self._read.items() if new not in saved.remade}
+        found = dict(self._read)
         for path in saved.tensors:
             if path not in found and (root := self._root_of(path)) is not None:
                 found[path] = self._roots[root] + path[len(root) :]
         for path, layers in self._missing.items():
-            if path not in found and path not in saved.remade:
+            if path not in found:
                 raise self._no_such(path, *layers)
         return {new: old for new, old in found.items() if new not in saved.tensors or self._differs(saved, new, old)}
 

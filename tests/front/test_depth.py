@@ -372,6 +372,9 @@ def test_layers_are_copied_whatever_stands_in_front_of_them(name: str) -> None:
         assert equal(layer, layers[0])
 
 
+LATER = torch.rand(WIDTH)
+
+
 class Gated(Block):
     """A layer that reads a part of what it has; what a checkpoint does not hold is made with it."""
 
@@ -381,9 +384,10 @@ class Gated(Block):
         self.register_buffer("seen", torch.rand(3))
         self.register_buffer("table", torch.full((WIDTH,), float(number)), persistent=False)
         self.register_buffer("unread", torch.rand(1 + number), persistent=False)
+        self.register_buffer("local", torch.rand(WIDTH) if number < 2 else LATER, persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden + self.table)
+        return super().forward(hidden + self.table + self.local)
 
 
 def gated() -> nn.Module:
@@ -405,6 +409,7 @@ def test_all_of_a_layer_is_copied_read_or_not() -> None:
     for index, layer in enumerate(model.layers):
         assert equal(layer, model.layers[index % 2])
         assert torch.equal(layer.table, torch.full((WIDTH,), float(index)))
+        assert (layer.local is LATER) == (index > 1)
     assert model.layers[2].gate is not model.layers[0].gate
 
 
@@ -479,7 +484,7 @@ def test_what_no_step_reads_and_cannot_be_copied_is_refused(change: Callable[[nn
 
 def test_the_layers_of_a_compiled_function_s_model_are_known_or_refused() -> None:
     options = {"route": "depth", "depth_layers": 2, "inner": "eager"}
-    model = gated()
+    model = toy()
     compiled = torch.compile(model, backend="cggr", options=options)
     compiled(**toy_batch())
     cggr.handle(model).grow()
@@ -501,7 +506,7 @@ def test_the_layers_of_a_compiled_function_s_model_are_known_or_refused() -> Non
 
 
 def test_a_layer_that_the_model_does_not_hold_is_not_known() -> None:
-    model = gated()
+    model = toy()
     layers = list(model.layers)
     del model.layers
     model.layers = layers
