@@ -40,12 +40,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int 
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     found = handle(model)
     routed = found.model
-    if total_steps is not None:
-        if type(total_steps) is not int or total_steps < 1:
-            raise ValueError(
-                f"total_steps={total_steps!r} is not a positive integer; give how many steps there will be"
-            )
-        found.runtime.tell_total(total_steps)
+    if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
+        raise ValueError(f"total_steps={total_steps!r} is not a positive integer; give how many steps there will be")
     own = optimizer
     # Accelerate's wrapper is an optimiser in name; the one inside takes the steps and runs the hooks.
     while isinstance(getattr(own, "optimizer", None), torch.optim.Optimizer):
@@ -61,6 +57,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int 
             )
         for key in _counts(before, routed):
             del before._optimizer_step_post_hooks[key]
+    if total_steps is not None:
+        found.runtime.tell_total(total_steps)
     found.runtime.attach()
     _ATTACHED[routed] = weakref.ref(own)
     return own.register_step_post_hook(_Count(routed))
