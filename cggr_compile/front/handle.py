@@ -81,7 +81,7 @@ class Handle(Optimized):
         """Counts one optimiser step, for `warmup_steps` and `selection="auto"`; call it after `optimizer.step()`, and
         before `zero_grad()` for the metric `parameters_without_gradient`."""
         self.runtime.steps += 1
-        self._without_gradient()
+        self.runtime.gradients.count(self.model, self.captures)
 
     def grow(self) -> None:
         """Lets the layers of the next stage train from the next training step on, which fills those that have not, as
@@ -157,7 +157,8 @@ class Handle(Optimized):
         last = self.runtime.last
         if last is None:
             return {}
-        found = metrics_of(last, self._without_gradient(), self.runtime.router_time.seconds)
+        without_gradient = self.runtime.gradients.read(self.model, self.captures)
+        found = metrics_of(last, without_gradient, self.runtime.router_time.seconds)
         found.update(token_metrics(self.config.routes, last))
         if ranks_of(self.config) is not None:
             found["steps_selected_locally"] = torch.full_like(found["rows_total"], self.runtime.together.local_steps)
@@ -239,9 +240,6 @@ class Handle(Optimized):
             problem = "dynamic_threshold=True needs the router's confidence in every step"
         if problem:
             raise ValueError(f"scores of rows cannot come from outside: {problem}")
-
-    def _without_gradient(self) -> int | None:
-        return self.runtime.gradients.seen(self.model)
 
     def report(self) -> Report:
         """What was found, inserted and chosen, and the predicted cost, for the latest capture."""

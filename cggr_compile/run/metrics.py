@@ -6,6 +6,7 @@ NaN where scores and weights are finite.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -172,29 +173,29 @@ def _mean(values: Tensor, of: Tensor) -> Tensor:
 class Gradients:
     """How many trainable parameters the last backward left without a gradient.
 
-    Gradients are gone soon after the optimiser's step, so `seen` counts them there; of the parameters that the modules
-    have then, which may be others than those of the capture.
+    Gradients are gone soon after the optimiser's step, so `count` counts them there; of parameters listed once for each
+    capture and each reading, because finding them takes a walk over the modules, and weakly, because they may be
+    replaced.
     """
 
     def __init__(self) -> None:
+        self._parameters: list[weakref.ref[nn.Parameter]] = []
+        self._captures = -1
         self._seen: int | None = None
 
-    def seen(self, model: nn.Module) -> int | None:
-        """The number; where no parameter has a gradient (none yet, or cleared), the number before, None at first."""
-        trainable = [parameter for parameter in _parameters(model) if parameter.requires_grad]
+    def count(self, model: nn.Module, captures: int) -> None:
+        """Counts them where a parameter has a gradient; where none has (none yet, or cleared) the number stays."""
+        parameters = [parameter() for parameter in self._parameters]
+        if captures != self._captures or any(parameter is None for parameter in parameters):
+            parameters, self._captures = list(model.parameters()), captures
+            self._parameters = list(map(weakref.ref, parameters))
+        trainable = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
         without = sum(parameter.grad is None for parameter in trainable)
         if without < len(trainable):
             self._seen = without
+
+    def read(self, model: nn.Module, captures: int) -> int | None:
+        """The number, of the parameters that there are now if their gradients are; None before the first."""
+        self._captures = -1
+        self.count(model, captures)
         return self._seen
-
-
-def _parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Each once. Every step asks, and `Module.parameters` takes three times as long, since it makes names."""
-    modules: dict[nn.Module, None] = {model: None}
-    waiting = [model]
-    while waiting:
-        parts = [part for part in waiting.pop()._modules.values() if part is not None and part not in modules]
-        modules.update(dict.fromkeys(parts))
-        waiting += parts
-    found = (parameter for module in modules for parameter in module._parameters.values() if parameter is not None)
-    return list({id(parameter): parameter for parameter in found}.values())
