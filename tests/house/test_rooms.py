@@ -35,7 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "ir": ("config", "kernels", "schedule", "torch_internals"),
     "capture": ("ir", "torch_internals"),
     "passes": ("config", "ir", "kernels", "torch_internals"),
-    "run": ("capture", "config", "ir", "kernels", "passes", "torch_internals"),
+    "run": ("capture", "config", "ir", "kernels", "passes", "schedule", "torch_internals"),
     "inspection": ("config", "ir", "kernels", "run", "torch_internals"),
     "front": ("capture", "config", "inspection", "ir", "kernels", "run", "torch_internals", "values"),
     "checking": ("config", "front"),
