@@ -11,7 +11,8 @@ draws, the peak learning rate, how deep the model is at first, and whether its l
   the router's scores, which every second pass takes from the one before); `oracle` (trimmed by the whole model's own
   losses of the
   rows, which cost nothing: the clock stands still).
-* `token-RULE`, `loss-RULE`: the other routes.
+* `token-RULE`, `loss-RULE`: the other routes. `token-falling`, `token-level`, `token-rising`: a sketch in plain eager,
+  for Llama alone: each layer but the first and the last runs on tokens of its own, fewer or more from layer to layer.
 * `loader`: every row of what `FilteredLoader` lets through, the hardest by a `NanoRouter` that was fitted to the losses
   of a reference model as that of `excess`; both cost nothing, the router's scores in the loop do.
 
@@ -26,6 +27,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +56,8 @@ def easiest(scores: Tensor, valid: Tensor, k: int, noise: Tensor) -> tuple[Tenso
     return rows, valid[rows].float()
 
 
+PROFILES = {"falling": -1, "level": 0, "rising": 1}
+"""Rules of the token route alone, and how the share of tokens goes through the layers."""
 WHOLE = ("compile", "all", "small", "default")
 SCORED_OUTSIDE = {"shuffled": "topk", "excess": "topk", "remembered": "trimmed", "oracle": "trimmed"}
 """Arms whose scores are given by `use_scores`, and the rule that selects by them."""
@@ -109,6 +113,8 @@ class Arm:
 
     def _problem(self, ratio_given: bool) -> str | None:
         route, rule = self.route_and_rule
+        if route == "token" and rule in PROFILES:
+            return "a sketch takes no +depth and no +matmul" if self.depth or self.matmul else None
         if self.name not in (*WHOLE, FILTERED) and (rule not in RULES or route not in ("", "token", "loss")):
             return f"{self.name!r} is none of {', '.join((*WHOLE, FILTERED, *RULES))}, token-RULE, loss-RULE"
         if route and rule in SCORED_OUTSIDE:
@@ -178,6 +184,8 @@ class Step:
         self.forward: Callable[..., Any] = model
         if arm.name == "compile":
             self.forward = torch.compile(model)
+        elif arm.route_and_rule[1] in PROFILES:
+            draw_tokens_by_layer(model, arm.ratio, PROFILES[arm.route_and_rule[1]])
         else:
             cggr.optimize(model, cuda_graphs=device.type == "cuda", **arm.options(device.type == "cuda"))
 
@@ -213,6 +221,28 @@ class Step:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+def draw_tokens_by_layer(model: nn.Module, ratio: float, slope: int) -> None:
+    """Lets each layer of a Llama but the first and the last train on a share of the tokens of its own, drawn in each
+    call: `ratio` on the mean; as `slope` says, the first have half as many more or less than that."""
+    middle = model.model.layers[1:-1]
+    reach = slope * min(ratio, 1 - ratio) / 2
+    for place, layer in enumerate(middle):
+        share = ratio + reach * (2 * place / (len(middle) - 1) - 1)
+        layer.forward = partial(_on_drawn_tokens, layer.forward, share)
+
+
+def _on_drawn_tokens(
+    forward: Callable[..., Tensor], share: float, hidden: Tensor, position_embeddings: Any, **options: Any
+) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(hidden, position_embeddings=position_embeddings, **options)
+    length = hidden.shape[1]
+    at = torch.randperm(length, device=hidden.device)[: round(share * length)].sort().values
+    options |= {"attention_mask": None}  # causal among the drawn ones
+    some = forward(hidden[:, at], position_embeddings=tuple(x[:, at] for x in position_embeddings), **options)
+    return hidden.index_copy(1, at, some)
 
 
 @torch.no_grad()

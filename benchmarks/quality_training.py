@@ -208,7 +208,7 @@ class Training:
             self.batches = Filtered(self.batches, self._router(), self.arm)
         self.clock.start()
         self.step = Step(self.arm, self.model, self.device, known)
-        if self.arm.name != "compile":
+        if hasattr(self.model, "cggr"):
             cggr.attach(self.model, self.optimizer)
         for _ in range(UNCOUNTED):
             self._step(self.batches.next())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from architectures import GROUPED, token_batch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LENGTH = 4
@@ -85,6 +89,7 @@ def test_rows_that_train_are_limited(quality: None, tokens: Path) -> None:
         ("excess", "excess", None, 0.5, 32, 1.5e-3, None, False),
         ("loss-random@0.25x128/2e-3", "loss-random", None, 0.25, 128, 2e-3, None, False),
         ("token-topk@.5", "token-topk", None, 0.5, 32, 1.5e-3, None, False),
+        ("token-falling@0.25", "token-falling", None, 0.25, 32, 1.5e-3, None, False),
         ("all+depth=3:0.5", "all", None, 0.5, 32, 1.5e-3, (((3, 0.5),), "copy"), False),
         ("allx64/2e-3+depth=2:0.25:random", "all", None, 0.5, 64, 2e-3, (((2, 0.25),), "random"), False),
         ("trimmed@0.5x64+depth=3:0.5:random", "trimmed", None, 0.5, 64, 1.5e-3, (((3, 0.5),), "random"), False),
@@ -115,6 +120,9 @@ def test_arms_are_parsed(
         ("topc", "'topc' is none of compile"),
         ("rows-topk", "'rows-topk' is none of"),
         ("token-oracle", "'oracle' gives scores of rows"),
+        ("falling", "'falling' is none of"),
+        ("loss-level", "'loss-level' is none of"),
+        ("token-rising+depth=3:0.5", "a sketch takes no"),
         ("small", "small=N"),
         ("small=0", "small=N"),
         ("all=3", "small=N"),
@@ -464,6 +472,25 @@ def test_an_oracle_scores_by_the_whole_model_off_the_clock(
     spent = training.train()
     assert training.steps > 1
     assert time.perf_counter() - started >= spent + pause * training.steps
+
+
+@pytest.mark.parametrize(("rule", "kept"), [("falling", [24, 16, 8]), ("level", [16] * 3), ("rising", [8, 16, 24])])
+def test_tokens_are_drawn_for_each_layer(quality: None, rule: str, kept: list[int]) -> None:
+    """Those that a layer does not run on pass it by, as they are."""
+    from quality_arms import PROFILES, draw_tokens_by_layer
+
+    model = LlamaForCausalLM(LlamaConfig(**{**GROUPED, "num_hidden_layers": 5})).train()
+    plain = copy.deepcopy(model)
+    draw_tokens_by_layer(model, 0.5, PROFILES[rule])
+    passed: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, given, out: passed.extend((given[0], out)))
+    ids = token_batch(2, 32)["input_ids"]
+    model(input_ids=ids, labels=ids).loss.backward()
+    changed = [(out != hidden).any(-1).sum(1) for hidden, out in zip(passed[::2], passed[1::2], strict=True)]
+    assert torch.stack(changed).tolist() == [[32, 32], *([each, each] for each in kept), [32, 32]]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_scores_of_excess_and_remembered_arms(quality: None) -> None:

@@ -64,7 +64,7 @@ def assert_same_graph(function: Callable[..., Any], batch: dict[str, Any]) -> in
 )
 def test_the_graph_of_a_model(name: str) -> None:
     model = ARCHITECTURES[name].build().train()
-    transformers.install_output_hooks(model)
+    transformers.install_output_hooks(model, {})
     batch = token_batch(6, 16)
     assert assert_same_graph(model, {**batch, "use_cache": False}) > 10
 
@@ -167,7 +167,7 @@ def test_dynamo_is_itself_again_afterwards() -> None:
 
 def test_places_in_the_source_are_those_that_dynamo_writes() -> None:
     model = ARCHITECTURES["gpt2"].build().train()
-    transformers.install_output_hooks(model)
+    transformers.install_output_hooks(model, {})
 
     def deep(depth: int, x: torch.Tensor) -> torch.Tensor:
         return deep(depth - 1, x) if depth else x * 2

@@ -11,6 +11,7 @@ from architectures import build, token_batch
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
+from cggr_compile.run.not_computed import NOT_COMPUTED
 
 
 class Kept:
@@ -53,7 +54,7 @@ def test_stored_values_are_those_of_the_selected_rows(front_end: str) -> None:
     batch = toy_batch()
     output = routed(**batch)
     rows = cggr.handle(routed).selected
-    assert not output[1]
+    assert output[1] is NOT_COMPUTED
     eager(batch["input_ids"][rows], batch["labels"][rows])
     for name, wanted in eager.remembered().items():
         assert torch.equal(model.remembered()[name], wanted), name
@@ -62,7 +63,7 @@ def test_stored_values_are_those_of_the_selected_rows(front_end: str) -> None:
 def test_what_is_only_returned_is_not_kept() -> None:
     """Logits of every row would not fit into memory; transformers returns them in an object."""
     model = cggr.optimize(build("llama"), ratio=0.5, inner="eager")
-    assert not model(**token_batch()).logits
+    assert model(**token_batch()).logits is NOT_COMPUTED
 
 
 class Checking(Toy):

@@ -20,6 +20,7 @@ from architectures import ARCHITECTURES, build, token_batch
 from documents import examples
 
 import cggr_compile as cggr
+from cggr_compile.run.not_computed import NOT_COMPUTED
 
 accelerate, peft = map(pytest.importorskip, ("accelerate", "peft"))
 
@@ -305,7 +306,7 @@ def test_accelerates_wrapper_comes_off_a_routed_model() -> None:
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     wrapped = accelerator.prepare(model)
     batch = token_batch(6, 16)
-    assert not wrapped(**batch).logits
+    assert wrapped(**batch).logits is NOT_COMPUTED
     with pytest.raises(RuntimeError, match=r"unwrap_model\(model, keep_fp32_wrapper=False\)"):
         cggr.restore(model)
     assert accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) is model

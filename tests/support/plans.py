@@ -38,6 +38,7 @@ class Routed:
         self.model = model
         usual = {"ratio": 0.5, "inner": "eager", "router_layers": 2, "selection": "topk"}
         self.runtime = Runtime(cggr.RoutingConfig(**{**usual, **options}))
+        self.runtime.belongs_to(model)
         self.plan = Plan(program, self.runtime)
         self.runtime.plans.append(self.plan)
         self.call = Step(self.plan, self.runtime)
