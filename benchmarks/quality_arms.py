@@ -11,14 +11,16 @@ draws, the peak learning rate, how deep the model is at first, and whether its l
   the router's scores, which every second pass takes from the one before); `oracle` (trimmed by the whole model's own
   losses of the
   rows, which cost nothing: the clock stands still).
-* `token-RULE`, `loss-RULE`: the other routes. `token-falling`, `token-level`, `token-rising`: a sketch in plain eager,
-  for Llama alone: each layer but the first and the last runs on tokens of its own, fewer or more from layer to layer.
+* `token-RULE`, `loss-RULE`: the other routes. `token-falling`, `token-level`, `token-rising`: a sketch for Llama alone,
+  in plain eager, on a GPU under torch.compile: each layer but the first and the last runs on tokens of its own, fewer
+  or more from layer to layer.
 * `loader`: every row of what `FilteredLoader` lets through, the hardest by a `NanoRouter` that was fitted to the losses
   of a reference model as that of `excess`; both cost nothing, the router's scores in the loop do.
 
 `+depth=3:0.5:copy` trains the first 3 layers for half of the seconds, then the whole model, grown by "copy" (which is
-the default) or "random". It goes with `all` and with rules, but not with `shuffled` and `oracle`. `+matmul` is
-`matmul="fp8"`, and goes with all but `compile`.
+the default), by "random" or, a sketch for Llama alone, by "zero": new layers are identities at first. It goes with
+`all` and with rules, but not with `shuffled` and `oracle`. `+matmul` is `matmul="fp8"`, and goes with all but
+`compile`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ FILTERED = "loader"
 _NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
 _FORM = re.compile(
     rf"(?P<name>[a-z-]+)(?:=(?P<layers>\d+))?(?:@(?P<ratio>{_NUMBER}))?(?:x(?P<batch>\d+))?(?:/(?P<rate>{_NUMBER}))?"
-    rf"(?:\+depth=(?P<stages>\d+:{_NUMBER}(?:,\d+:{_NUMBER})*)(?::(?P<grow>copy|random))?)?(?P<matmul>\+matmul)?"
+    rf"(?:\+depth=(?P<stages>\d+:{_NUMBER}(?:,\d+:{_NUMBER})*)(?::(?P<grow>copy|random|zero))?)?(?P<matmul>\+matmul)?"
 )
 
 
@@ -160,7 +162,12 @@ class Arm:
             return {}
         route = ("depth", *routes) if routes else "depth"
         layers = tuple(count for count, _ in self.depth.stages)
-        return {"route": route, "depth_layers": layers, "depth_until": None, "grow": self.depth.grow}
+        return {
+            "route": route,
+            "depth_layers": layers,
+            "depth_until": None,
+            "grow": "copy" if self.depth.grow == "copy" else "random",
+        }
 
 
 def _stages(text: str) -> tuple[tuple[int, float], ...]:
@@ -186,7 +193,13 @@ class Step:
             self.forward = torch.compile(model)
         elif arm.route_and_rule[1] in PROFILES:
             draw_tokens_by_layer(model, arm.ratio, PROFILES[arm.route_and_rule[1]])
+            if device.type == "cuda":
+                self.forward = torch.compile(model)
         else:
+            if arm.depth is not None and arm.depth.grow == "zero":
+                for layer in model.model.layers[arm.depth.stages[0][0] :]:
+                    nn.init.zeros_(layer.self_attn.o_proj.weight)
+                    nn.init.zeros_(layer.mlp.down_proj.weight)
             cggr.optimize(model, cuda_graphs=device.type == "cuda", **arm.options(device.type == "cuda"))
 
     @property

@@ -155,7 +155,8 @@ class Step:
         scheduled, fraction = config.kept_fraction(steps), config.kept_fraction(steps, confidence)
         amounts = amounts_of(plan.program, config, fraction, rows, length)
         # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
-        planned = amounts_of(plan.program, config, scheduled, rows, length)
+        same = fraction == scheduled
+        planned = amounts if same else amounts_of(plan.program, config, scheduled, rows, length)
         scores = runtime.given.take(rows, plan.device)
         given = self._given(plan, inputs, amounts, planned, runtime.generator(plan.device), scores)
         given.variant.settled = config.is_settled(steps)

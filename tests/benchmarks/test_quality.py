@@ -94,6 +94,7 @@ def test_rows_that_train_are_limited(quality: None, tokens: Path) -> None:
         ("allx64/2e-3+depth=2:0.25:random", "all", None, 0.5, 64, 2e-3, (((2, 0.25),), "random"), False),
         ("trimmed@0.5x64+depth=3:0.5:random", "trimmed", None, 0.5, 64, 1.5e-3, (((3, 0.5),), "random"), False),
         ("all+depth=3:0.25,6:0.5:copy", "all", None, 0.5, 32, 1.5e-3, (((3, 0.25), (6, 0.5)), "copy"), False),
+        ("all+depth=3:0.5:zero", "all", None, 0.5, 32, 1.5e-3, (((3, 0.5),), "zero"), False),
         ("allx64+matmul", "all", None, 0.5, 64, 1.5e-3, None, True),
         ("all+depth=3:0.5+matmul", "all", None, 0.5, 32, 1.5e-3, (((3, 0.5),), "copy"), True),
     ],
