@@ -115,9 +115,8 @@ class Arm:
 
     def _problem(self, ratio_given: bool) -> str | None:
         route, rule = self.route_and_rule
-        if route == "token" and rule in PROFILES:
-            return "a sketch takes no +depth and no +matmul" if self.depth or self.matmul else None
-        if self.name not in (*WHOLE, FILTERED) and (rule not in RULES or route not in ("", "token", "loss")):
+        rules = {"": RULES, "token": {**RULES, **PROFILES}, "loss": RULES}
+        if self.name not in (*WHOLE, FILTERED) and rule not in rules.get(route, ()):
             return f"{self.name!r} is none of {', '.join((*WHOLE, FILTERED, *RULES))}, token-RULE, loss-RULE"
         if route and rule in SCORED_OUTSIDE:
             return f"{rule!r} gives scores of rows, and the {route} route selects tokens"
@@ -127,6 +126,8 @@ class Arm:
             return f"{self.name!r} takes no ratio"
         if not 0 < self.ratio <= 1 or self.batch < 1 or self.rate <= 0:
             return "the ratio is in (0, 1], the batch at least 1, the rate above 0"
+        if rule in PROFILES and (self.depth or self.matmul):
+            return "a sketch takes no +depth and no +matmul"
         if self.matmul and self.name == "compile":
             return "'compile' takes no +matmul, which is an option of this package"
         return self._problem_of_depth() if self.depth else None

@@ -125,7 +125,8 @@ def check(
         route: "sequence", "segment" or "token". None is that of these which is the model's, or "sequence".
 
     Raises:
-        ValueError: no batch was given, one without labels, or another route; or the model returns no logits.
+        ValueError: no batch was given, one without labels or with a number for all rows, or another route; or the model
+            returns no logits.
         TypeError: a batch is no mapping.
         CannotOptimize: the model cannot be routed.
         LayerStackNotFound: the eager side finds no layers to make a router of.
@@ -146,6 +147,9 @@ def check(
         check_batch(batch)
         if batch.get("labels") is None:
             raise ValueError("check: a batch has no labels, so there is no loss; add 'labels' [batch, sequence]")
+        for name, entry in batch.items():
+            if isinstance(entry, torch.Tensor) and entry.shape in ((), (1,)) and len(batch["input_ids"]) > 1:
+                raise ValueError(f"check: {name} is one number for all rows, and eager's step is on some; leave it out")
     eager, routed = (restore(copy.deepcopy(model)).train() for _ in range(2))
     for each in (eager, routed):
         if hasattr(each, "config"):

@@ -51,10 +51,12 @@ def inputs_of(model: nn.Module, batch: Batch) -> Batch:
         ValueError: it returns no logits either way.
     """
     unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    for inputs in (batch, unlabelled):
-        with torch.no_grad(), suppress(TypeError, AttributeError):  # of a forward that cannot do without labels
-            if tensor_of(model(**inputs), "logits", 3) is not None:
-                return inputs
+    with torch.no_grad():
+        if tensor_of(model(**batch), "logits", 3) is not None:
+            return batch
+        with suppress(TypeError, AttributeError):  # of a forward that cannot do without labels
+            if tensor_of(model(**unlabelled), "logits", 3) is not None:
+                return unlabelled
     raise ValueError(
         f"check: {type(model).__name__} returns no logits [batch, sequence, vocabulary], with labels or without, to "
         "score rows by; let its forward return them beside the loss"

@@ -198,7 +198,7 @@ def _named_functions(module: fx.GraphModule) -> dict[str, str]:
 def _fingerprint() -> str:
     """Of the sources of the kernels and operators."""
     sources = (source for folder in kernels.__path__ for source in sorted(Path(folder).rglob("*.py")))
-    return _digest(source.read_text() for source in sources)
+    return _digest(source.read_text("utf-8") for source in sources)
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -185,11 +185,11 @@ class Gradients:
 
     def count(self, model: nn.Module, captures: int) -> None:
         """Counts them where a parameter has a gradient; where none has (none yet, or cleared) the number stays."""
-        parameters = [parameter() for parameter in self._parameters]
-        if captures != self._captures or any(parameter is None for parameter in parameters):
+        parameters = [parameter for each in self._parameters if (parameter := each()) is not None]
+        if captures != self._captures or len(parameters) < len(self._parameters):
             parameters, self._captures = list(model.parameters()), captures
             self._parameters = list(map(weakref.ref, parameters))
-        trainable = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
         without = sum(parameter.grad is None for parameter in trainable)
         if without < len(trainable):
             self._seen = without

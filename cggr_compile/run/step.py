@@ -127,8 +127,9 @@ class Step:
         for stage in plan.to_come:
             for fraction in config.fractions(self.runtime.steps, first=stage is plan.in_force):
                 amounts = amounts_of(stage.program, config, fraction, rows, length)
-                lowest = amounts_of(stage.program, config, config.ratio, rows, length)
-                planned = lowest if config.follows_confidence else amounts  # the threshold leaves no router out
+                planned = amounts
+                if config.follows_confidence:  # which leaves no router out
+                    planned = amounts_of(stage.program, config, config.ratio, rows, length)
                 given = self._given(stage, inputs, amounts, planned, generator, None)
                 run_aside(given.variant, (*inputs, *given.added), stage.program.loss_output, plan.device)
 
@@ -155,8 +156,9 @@ class Step:
         scheduled, fraction = config.kept_fraction(steps), config.kept_fraction(steps, confidence)
         amounts = amounts_of(plan.program, config, fraction, rows, length)
         # Where only the threshold keeps every row the router still runs: nothing else would lower k again.
-        same = fraction == scheduled
-        planned = amounts if same else amounts_of(plan.program, config, scheduled, rows, length)
+        planned = amounts
+        if scheduled != fraction:
+            planned = amounts_of(plan.program, config, scheduled, rows, length)
         scores = runtime.given.take(rows, plan.device)
         given = self._given(plan, inputs, amounts, planned, runtime.generator(plan.device), scores)
         given.variant.settled = config.is_settled(steps)

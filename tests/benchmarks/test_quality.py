@@ -124,6 +124,7 @@ def test_arms_are_parsed(
         ("falling", "'falling' is none of"),
         ("loss-level", "'loss-level' is none of"),
         ("token-rising+depth=3:0.5", "a sketch takes no"),
+        ("token-level@1.5", "the ratio is in"),
         ("small", "small=N"),
         ("small=0", "small=N"),
         ("all=3", "small=N"),
@@ -492,6 +493,18 @@ def test_tokens_are_drawn_for_each_layer(quality: None, rule: str, kept: list[in
     assert torch.stack(changed).tolist() == [[32, 32], *([each, each] for each in kept), [32, 32]]
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_zeroed_layers_are_identities_when_the_model_grows(quality: None) -> None:
+    from quality_arms import Arm, Step
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**GROUPED, "num_hidden_layers": 4})).train()
+    batch = token_batch()
+    Step(Arm.parse("all+depth=2:0.5:zero"), model, torch.device("cpu"), torch.zeros(0))
+    small = model(**batch).loss
+    model.cggr.grow()
+    assert torch.equal(model(**batch).loss, small)
 
 
 def test_scores_of_excess_and_remembered_arms(quality: None) -> None:

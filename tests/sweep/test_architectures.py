@@ -161,6 +161,12 @@ def test_check_needs_a_batch_and_a_route_that_it_can_judge() -> None:
         cggr.check(RandomModel(SPEC), random_ids(), route="loss")
 
 
+@pytest.mark.parametrize("number", [torch.tensor(9), torch.tensor([9])])
+def test_check_takes_no_number_for_all_rows(number: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^check: num_items_in_batch is one number for all rows, .*; leave it out"):
+        cggr.check(RandomModel(SPEC), {**random_ids(), "num_items_in_batch": number})
+
+
 def test_check_judges_the_token_route(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers on the selected tokens are exact; layers that saw every token, or other tokens, are not."""
     torch.manual_seed(0)
