@@ -32,6 +32,8 @@ from cggr_compile.torch_internals.distributed import all_ranks
 WARM_UP = 1
 """Runs on the stream of a recording before it, behind the call that ran as it was: libraries allocate there."""
 
+RECORDED_AT = 2
+"""Which call of the same sizes records. A shape that comes once, as the last batch of an epoch may, is not worth it."""
 
 SIZES_REMEMBERED = 1024
 """Sizes whose calls are counted; those that came longest ago are forgotten beyond."""
@@ -66,7 +68,7 @@ class Replays:
 
 
 class Replayed:
-    """A compiled step at some sizes, that is recorded at its second call and replayed from then on.
+    """A compiled step at some sizes, that is recorded at a later call and replayed from then on.
 
     `run` takes tensors and ints and returns a tuple of tensors and None. Where it cannot be recorded it is run as it
     is; `obstacle` says why, and a warning does once. Where the pool has no room for a recording it is run too.
@@ -83,8 +85,7 @@ class Replayed:
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         self.pool.leave_to_holders()
         self._calls.append(self.pool.shelf.next_call())
-        # A shape that comes once, as the last batch of an epoch may, is not worth a recording.
-        if len(self._calls) == 1 or self.obstacle is not None or self.pool.busy:
+        if len(self._calls) < RECORDED_AT or self.obstacle is not None or self.pool.busy:
             return tuple(self.run(*inputs))
         if self._recording is None or not self._recording.fits(inputs):
             self._record(inputs)

@@ -1,4 +1,4 @@
-"""Compiles, in the first step of a capture, what the schedule will run later, so that the loop never waits for it.
+"""Compiles and records, in the first step of a capture, what the schedule will run later: the loop never waits for it.
 
 Training does not notice: gradients are computed and dropped, torch's generators are restored, and autocast's weight
 cache is neither read nor filled.
@@ -6,18 +6,21 @@ cache is neither read nor filled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cggr_compile.run.cuda_graphs import RECORDED_AT
+from cggr_compile.run.variant import Variant
 from cggr_compile.torch_internals.autograd import beside_checkpoints
 
 
-def run_aside(run: Callable[..., tuple[Any, ...]], inputs: Sequence[Any], loss: int, device: torch.device) -> None:
-    """A forward and a backward with the inputs of a step, of which nothing is left; `loss` is the output's number.
+def run_aside(run: Variant, inputs: Sequence[Any], loss: int, device: torch.device) -> None:
+    """Forward and backward with the inputs of a step until nothing is compiled or recorded any more for their sizes;
+    `loss` is the output's number. Nothing else is left of it.
 
     Parameters are stood in for by others in the same memory, on which nobody has registered hooks.
     """
@@ -26,9 +29,10 @@ def run_aside(run: Callable[..., tuple[Any, ...]], inputs: Sequence[Any], loss: 
     ]
     trained = [x for x in stand_ins if isinstance(x, Tensor) and x.requires_grad]
     with beside_checkpoints(), undisturbed(device, inputs):
-        found = run(*stand_ins)[loss]
-        if found.requires_grad:
-            torch.autograd.grad(found, trained, allow_unused=True)
+        for _ in range(1 if run.replays is None else RECORDED_AT):
+            found = run(*stand_ins)[loss]
+            if found.requires_grad:
+                torch.autograd.grad(found, trained, allow_unused=True)
 
 
 @contextmanager

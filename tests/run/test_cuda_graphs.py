@@ -125,6 +125,35 @@ def test_training_with_other_options_is_the_same(any_device: str, options: dict)
     test_training_is_the_same(any_device, options)
 
 
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        ({"selection": "topk", "warmup_steps": 4}, 4),  # of six rows 6, 5, 4 and 3 are kept
+        # The first stage, which no schedule changes, is recorded in its second step.
+        ({"route": ("depth", "sequence"), "depth_layers": 1, "depth_until": 3, "selection": "random"}, 2),
+    ],
+)
+def test_what_a_schedule_comes_to_is_recorded_in_the_first_step(
+    device: str, options: dict, recorded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(
+        cuda_graphs, "_Recording", lambda *given, make=cuda_graphs._Recording: made.append(1) or make(*given)
+    )
+    replayed, plain = pair(device, **options)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (replayed, plain)]
+    for model, optimizer in zip((replayed, plain), optimizers, strict=True):
+        cggr.attach(model, optimizer)
+    for step, batch in enumerate(batches(device, 6)):
+        for model, optimizer in zip((replayed, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(**batch)[0].backward()
+            optimizer.step()
+        for (name, a), b in zip(replayed.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        assert len(made) == (recorded if step or not replayed.cggr.config.deepens else 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_training_with_checkpoints_is_the_same(ratio: float) -> None:
