@@ -97,17 +97,22 @@ def torch_chunked_loss() -> Loss:
 
 def liger_loss(implementation: str = "") -> Loss:
     os.environ["LIGER_KERNEL_IMPL"] = implementation  # read when it is imported
-    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    # Its module passes on more arguments than the CuTe back end of 0.8.5 takes; the function does not.
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    loss = LigerFusedLinearCrossEntropyLoss()
-    return gathering(lambda hidden, weight, target: loss(weight, hidden, target))
+    return gathering(liger_fused_linear_cross_entropy)
 
 
 def quack_loss() -> Loss:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    # It takes its fastest algorithm where that can run (`scaled_exp_lce_supported`).
-    return gathering(chunked_linear_cross_entropy)
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # 4096 is the default. 0.6.5 refuses a chunk of as many rows as the hidden has columns.
+        chunk = 2048 if hidden.shape[1] == 4096 else 4096
+        # It takes its fastest algorithm where that can run (`scaled_exp_lce_supported`).
+        return chunked_linear_cross_entropy(hidden, weight, target, chunk)
+
+    return gathering(loss)
 
 
 def cce_loss(filter_eps: str | None) -> Loss:
