@@ -13,7 +13,7 @@ from typing import Any
 from cggr_compile.capture import collector
 from cggr_compile.capture.fake_runs import FakeRuns
 from cggr_compile.torch_internals import decisions, dynamo_traces
-from cggr_compile.torch_internals.autograd import beside_checkpoints
+from cggr_compile.torch_internals.autograd import beside_saved_tensor_hooks
 from cggr_compile.torch_internals.dynamo import step_options
 
 
@@ -31,6 +31,6 @@ def _as_a_routed_step() -> Iterator[None]:
         dynamo_traces.fake_runs_by(FakeRuns().run),
         decisions.written_down(),
         collector.paused(),
-        beside_checkpoints(),
+        beside_saved_tensor_hooks(),
     ):
         yield

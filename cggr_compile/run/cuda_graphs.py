@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from cggr_compile.run.backward_parts import PARTS, Part, differentiable, forward_and_parts
 from cggr_compile.run.graph_memory import CALLS_THAT_DISPLACE, Pool, Turn
-from cggr_compile.torch_internals.autograd import beside_checkpoints
+from cggr_compile.torch_internals.autograd import beside_saved_tensor_hooks
 from cggr_compile.torch_internals.distributed import all_ranks
 
 WARM_UP = 1
@@ -108,7 +108,7 @@ class Replayed:
                 return
             try:
                 # A failed capture leaves its stream current; this one comes back whatever happens.
-                with torch.cuda.stream(torch.cuda.current_stream()), beside_checkpoints():
+                with torch.cuda.stream(torch.cuda.current_stream()), beside_saved_tensor_hooks():
                     self._recording = _Recording(self.run, inputs, self.pool)
                 self.recordings += 1
                 self.pool.shelf.keep(self, self._recording.nbytes)

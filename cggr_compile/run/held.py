@@ -27,7 +27,7 @@ from cggr_compile.passes.lower.outline_layers import is_size, outline_layers
 from cggr_compile.run.inner import Shared, compile_in
 from cggr_compile.run.plan import Plan
 from cggr_compile.torch_internals import symbols
-from cggr_compile.torch_internals.autograd import beside_checkpoints
+from cggr_compile.torch_internals.autograd import beside_saved_tensor_hooks
 from cggr_compile.torch_internals.fake_tensors import FakeTensorMode
 from cggr_compile.torch_internals.partitioner import Run, divided
 
@@ -81,7 +81,7 @@ def held_by(plan: Plan, trained: Collection[str], rows: int) -> Held:
 @contextmanager
 def _whole_autograd() -> Iterator[None]:
     """Gradients are recorded, by this thread alone, which knows the fake tensors' modes."""
-    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False), beside_checkpoints():
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False), beside_saved_tensor_hooks():
         yield
 
 

@@ -27,7 +27,7 @@ from cggr_compile.kernels.op import fp8_linear
 from cggr_compile.passes.lower.lower_regions import Body, lower_pieces
 from cggr_compile.passes.lower.unshard_parameters import prefetch_gathers
 from cggr_compile.torch_internals import dynamo, inductor
-from cggr_compile.torch_internals.autograd import beside_checkpoints
+from cggr_compile.torch_internals.autograd import beside_saved_tensor_hooks
 from cggr_compile.torch_internals.fake_tensors import FakeTensor, FakeTensorMode
 
 
@@ -72,7 +72,7 @@ def compile_in(
     arguments: dict[str, Any] = {"config_patches": options} if inner == "inductor" else {}
     if held:
         arguments["inner_compile"] = inductor.compile_holding_rows
-    with dynamo.one_at_a_time(), inductor.compiling(mode, options, recompute), beside_checkpoints():
+    with dynamo.one_at_a_time(), inductor.compiling(mode, options, recompute), beside_saved_tensor_hooks():
         compiled = torch._dynamo.lookup_backend(inner)(written, wanted, **arguments)
     del fakes
     return lambda *inputs: compiled(*(inputs[place] for place in places))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cggr_compile.run.cuda_graphs import RECORDED_AT
 from cggr_compile.run.variant import Variant
-from cggr_compile.torch_internals.autograd import beside_checkpoints
+from cggr_compile.torch_internals.autograd import beside_saved_tensor_hooks
 
 
 def run_aside(run: Variant, inputs: Sequence[Any], loss: int, device: torch.device) -> None:
@@ -28,7 +28,7 @@ def run_aside(run: Variant, inputs: Sequence[Any], loss: int, device: torch.devi
         nn.Parameter(x.detach()) if isinstance(x, Tensor) and x.is_leaf and x.requires_grad else x for x in inputs
     ]
     trained = [x for x in stand_ins if isinstance(x, Tensor) and x.requires_grad]
-    with beside_checkpoints(), undisturbed(device, inputs):
+    with beside_saved_tensor_hooks(), undisturbed(device, inputs):
         for _ in range(1 if run.replays is None else RECORDED_AT):
             found = run(*stand_ins)[loss]
             if found.requires_grad:

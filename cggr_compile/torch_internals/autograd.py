@@ -64,15 +64,10 @@ class Checkpoints(NamedTuple):
     recomputed: tuple[Any, Any] | None = None
 
 
-_NO_CHECKPOINTS = Checkpoints()
-
-
 def checkpoints_around() -> Checkpoints:
     """The checkpoints under way in this thread, read off the hooks that they put on saved tensors: the closure of one
     in its forward holds its `frame`, that of a recomputation a reference to it (`torch/utils/checkpoint.py`)."""
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None:
-        return _NO_CHECKPOINTS
     taken = []
     first_runs = []
     recomputed = None
@@ -102,15 +97,11 @@ def in_backward() -> bool:
 
 
 @contextmanager
-def beside_checkpoints() -> Iterator[None]:
-    """Keeps what is computed within, gradients included, out of the checkpoints around: traces and probes are not part
-    of the step that is run again."""
-    if checkpoints_around() == _NO_CHECKPOINTS:
+def beside_saved_tensor_hooks() -> Iterator[None]:
+    """Keeps what is computed within, gradients included, from the hooks on saved tensors around, those of checkpoints
+    among them: traces and probes are no part of the caller's step."""
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
         yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _itself):
-        yield
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -135,6 +136,46 @@ def test_hooks_of_the_callers_do_not_hide_the_checkpoint() -> None:
         return checkpointed(lambda: step() * 2) if around else step() * 2
 
     assert_same_as_without(optimized(selection="random"), run)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selection": "random"},
+        {"ratio": 1.0, "inner": "aot_eager", "outline_layers": True},
+        {"selection": "topk", "inner": "aot_eager", "warmup_steps": 4},
+    ],
+)
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_hooks_of_the_callers_see_the_tensors_that_steps_save_and_no_trace(
+    options: dict[str, Any], checkpoints: bool
+) -> None:
+    """From the first step on, in which everything is captured and compiled."""
+    model, seen = optimized(**options), []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        seen.append(type(x))
+        return x.detach().clone()
+
+    def step(hooks: bool) -> torch.Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x) if hooks else contextlib.nullcontext():
+            return checkpointed(lambda: model(**batches(1)[0])[0]) if checkpoints else model(**batches(1)[0])[0]
+
+    twin, saved = copy.deepcopy(model), []
+    for _ in range(2):
+        seen.clear()
+        loss = step(hooks=True)
+        loss.backward()
+        saved.append(len(seen))
+        assert set(seen) <= {torch.Tensor, torch.nn.Parameter}
+    assert saved[0] == saved[1]
+    found, model = gradients(model), twin
+    for _ in range(2):
+        expected = step(hooks=False)
+        expected.backward()
+    assert torch.equal(loss, expected)
+    for actual, wanted in zip(found, gradients(model), strict=True):
+        assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize("fallback", ["raise", "eager"])
