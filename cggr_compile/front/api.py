@@ -46,10 +46,10 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
     """
     resolved = resolve_config(config, options)
     check_module(model)
+    check_model(model, resolved)
     before = vars(model).get("cggr")
     if isinstance(before, Handle):
         _restore([model])
-    check_model(model, resolved)
     undo = {name: vars(model)[name] for name in ("forward",) if name in vars(model)}
     handle = Handle(model, Runtime(resolved), {**undo, **_prepare(model, {})})
     if isinstance(before, Handle):

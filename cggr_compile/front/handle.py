@@ -346,6 +346,7 @@ class Handle(Optimized):
             try:
                 return step(arguments) if sharded is None else sharded.call(step, arguments)
             except CannotOptimize as error:
+                refuse_nested(self.model)  # whose other one may have come since
                 if isinstance(error.__cause__, NotCompiled) and dynamo.stance() == "default":
                     self._compiled = None  # Dynamo never looks again at code that it has passed over
                 raise

@@ -32,10 +32,13 @@ def operator_counts(graph: fx.Graph) -> Counter[str]:
 
 def module_of(node: fx.Node) -> str:
     """Path of the innermost module the node was traced in, `model.layers.3.mlp`, or an empty string."""
+    return (modules_of(node) or [""])[-1]
+
+
+def modules_of(node: fx.Node) -> list[str]:
+    """Paths of the modules the node was traced in, the outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    return module_path(list(stack.values())[-1][0])
+    return [module_path(path) for path, *_ in stack.values()]
 
 
 def gathered_of(node: fx.Node) -> fx.Node | None:

@@ -33,9 +33,9 @@ from torch import fx
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import Refusal
 from cggr_compile.ir.dataflow import ancestors, cut_vertices
+from cggr_compile.ir.names import modules_of
 from cggr_compile.ir.program import Analysed, Head, Layers, is_tensor, value
 from cggr_compile.ir.roles import is_state
-from cggr_compile.torch_internals.dynamo import module_path
 
 aten = torch.ops.aten
 
@@ -159,16 +159,10 @@ def _carries_rows(program: Analysed, node: fx.Node) -> bool:
     return any(program.same_size(size, program.batch) for size in value(node).shape)
 
 
-def _modules(node: fx.Node) -> list[tuple[str, ...]]:
-    """Paths of the modules around a node, without the expression that names the root, as component tuples."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [tuple(module_path(path).split(".")) for path, *_ in stack.values()]
-
-
 def _layer_indices(node: fx.Node) -> dict[tuple[str, ...], int]:
     """For each indexed container around the node: which of its members the node is in."""
     found: dict[tuple[str, ...], int] = {}
-    for path in _modules(node):
+    for path in (tuple(path.split(".")) for path in modules_of(node)):
         for depth, component in enumerate(path):
             if component.isdigit():
                 found.setdefault(path[:depth], int(component))

@@ -23,7 +23,8 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors, clone, descendants
-from cggr_compile.ir.program import Analysed
+from cggr_compile.ir.names import modules_of
+from cggr_compile.ir.program import Analysed, Layers
 from cggr_compile.ir.roles import changes_of, main_roots
 
 
@@ -57,12 +58,12 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
                 hint="switch auxiliary losses off (output_router_logits=False), or train without route='depth'",
             )
     kept_by_model = [program.outputs[index] for index in program.stored]
-    for state in (*changes_of(program), *kept_by_model):
-        if reads.get(state) is not None:
+    for state in filter(None, (*changes_of(program), *kept_by_model)):
+        if reads.get(state) is not None or any(_is_behind(node, layers, count) for node in ancestors([state])):
             raise CannotOptimize(
                 "a layer that does not train yet changes state of the model's",
                 node=state,
-                hint="train without route='depth', or use layers without running statistics",
+                hint="train without route='depth', or use layers that keep no statistics and count nothing",
             )
     builder = Builder(program)
     builder.copy_inputs()
@@ -74,6 +75,16 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     residuals = tuple(builder.env[residual] for residual in layers.residuals[:count])
     kept = dataclasses.replace(layers, entry=builder.env[layers.entry], residuals=residuals)
     return builder.finish("truncate_layers", layers=kept)
+
+
+def _is_behind(node: fx.Node, layers: Layers, count: int) -> bool:
+    """Whether a node was traced in a layer behind the first `count`, whatever it reads."""
+    if node.op == "placeholder":
+        return False
+    if not layers.path:
+        return layers.residuals[count - 1] < node < layers.residuals[-1]
+    paths = (f"{path}." for path in modules_of(node))
+    return any(path.startswith(f"{layers.path}.{index}.") for path in paths for index in range(count, len(layers)))
 
 
 def _first(nodes: set[fx.Node]) -> fx.Node | None:

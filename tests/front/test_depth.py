@@ -7,6 +7,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from logs import logged_warnings
 from oracle import gradients, truncated
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from toys import AS_IT_IS, WIDTH, Toy, toy_batch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -282,13 +284,28 @@ class Counting(nn.Linear):
         return super().forward(hidden)
 
 
-def counting(replaced: bool) -> Callable[[], nn.Module]:
+class Counted(nn.Linear):
+    """A layer that counts its calls, whatever they are given."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return super().forward(hidden) / self.calls
+
+
+def with_layers(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def made() -> nn.Module:
         model = Toy()
-        model.layers = nn.ModuleList(Counting(replaced) for _ in range(3))
+        model.layers = nn.ModuleList(layer() for _ in range(3))
         return model
 
     return made
+
+
+CHANGES_STATE = "a layer that does not train yet changes state of the model's"
 
 
 def sharing() -> nn.Module:
@@ -301,8 +318,10 @@ def sharing() -> nn.Module:
 @pytest.mark.parametrize(
     ("kind", "layers", "reason"),
     [
-        (counting(False), 1, "a layer that does not train yet changes state of the model's"),
-        (counting(True), 1, "a layer that does not train yet changes state of the model's"),
+        (with_layers(partial(Counting, False)), 1, CHANGES_STATE),
+        (with_layers(partial(Counting, True)), 1, CHANGES_STATE),
+        (with_layers(Counted), 1, CHANGES_STATE),
+        (with_layers(lambda: spectral_norm(nn.Linear(WIDTH, WIDTH))), 2, CHANGES_STATE),
         (sharing, 2, "layers.2.weight belongs to several of the layers that do not train yet"),
         (
             in_turn,

@@ -176,9 +176,17 @@ def test_two_routings_of_one_step_are_refused() -> None:
         cggr.optimize(wrapper, **OPTIONS)
     cggr.restore(inner)
     cggr.optimize(wrapper, **OPTIONS)
+    wrapper(**token_batch())
     cggr.optimize(inner, **OPTIONS)
     with pytest.raises(cggr.CannotOptimize, match="holds a model that is optimized itself"):
         wrapper(**token_batch())
+    with pytest.raises(cggr.CannotOptimize, match="holds a model that is optimized itself"):
+        cggr.optimize(wrapper, ratio=1.0)
+    # As it was before the call that was refused.
+    assert wrapper.cggr.config.ratio == OPTIONS["ratio"]
+    cggr.restore(inner)
+    wrapper(**token_batch())
+    assert wrapper.cggr.selected.numel() == 3
 
 
 def test_a_model_inside_a_wrapper_is_restored() -> None:
