@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ Judge = Callable[[nn.Module, Batch, torch.Tensor, int], tuple[torch.Tensor, Step
 JUDGED = ("sequence", "segment", "token")
 """Routes that `check` can judge."""
 IGNORED = -100
+_MEDIA_TOKEN = re.compile(r"(image|video|audio)_token_(id|index)")
+"""What the fields of configurations are named that hold the id which stands for an image's features."""
 # Difference, relative to the largest entry of the gradient, that reordered fp32 sums explain.
 ROUNDING = 1e-6
 
@@ -118,15 +121,15 @@ def check(
             they are not given; what else it is optimised with is not (selection, scoring, heads, float8, the loss and
             the depth route, first and last layers of the token route).
         batches: `input_ids` [B, S] int64, `labels` [B, S] int64, and whatever else its forward takes, one entry for
-            each row, or n for each, row by row (images); on the segment route `position_ids` [B, S] that restart, and
-            else one entry for each token.
+            each row, or n for each, row by row (images, as many in every row); on the segment route `position_ids`
+            [B, S] that restart, and else one entry for each token.
         ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1). None is the model's, or 0.5.
         router_layers: layers of the router, or "auto". None is the model's, or 1.
         route: "sequence", "segment" or "token". None is that of these which is the model's, or "sequence".
 
     Raises:
-        ValueError: no batch was given, one without labels or with a number for all rows, or another route; or the model
-            returns no logits.
+        ValueError: no batch was given, one without labels, with a number for all rows or with more images in some rows
+            than in others, or another route; or the model returns no logits.
         TypeError: a batch is no mapping.
         CannotOptimize: the model cannot be routed.
         LayerStackNotFound: the eager side finds no layers to make a router of.
@@ -150,6 +153,8 @@ def check(
         for name, entry in batch.items():
             if isinstance(entry, torch.Tensor) and entry.shape in ((), (1,)) and len(batch["input_ids"]) > 1:
                 raise ValueError(f"check: {name} is one number for all rows, and eager's step is on some; leave it out")
+        if route == "sequence":
+            _refuse_uneven_media(model, batch)
     eager, routed = (restore(copy.deepcopy(model)).train() for _ in range(2))
     for each in (eager, routed):
         if hasattr(each, "config"):
@@ -191,6 +196,21 @@ def check(
         names = " and ".join(sorted(counting))
         raise TokensNotTold(f"{names}: it numbers its tokens itself, from 0 to k - 1; check it with route='sequence'")
     return found
+
+
+def _refuse_uneven_media(model: nn.Module, batch: Batch) -> None:
+    """Raises `ValueError` where some rows have more image tokens than others beside entries that are not of tokens: by
+    none of their sizes is it told which are whose."""
+    ids = batch["input_ids"]
+    fields = vars(getattr(model, "config", None) or object)
+    marks = [mark for name, mark in fields.items() if _MEDIA_TOKEN.fullmatch(name) and isinstance(mark, int)]
+    counts = torch.isin(ids, torch.tensor(marks, dtype=ids.dtype)).sum(1).tolist()
+    beside = [name for name, entry in batch.items() if isinstance(entry, torch.Tensor) and entry.shape[:2] != ids.shape]
+    if beside and len(set(counts)) > 1:
+        raise ValueError(
+            f"check: the rows have {counts} image tokens, and check cannot tell which entries of {', '.join(beside)} "
+            "belong to which row; pass rows with as many images each"
+        )
 
 
 def _own_options(model: nn.Module) -> RoutingConfig:

@@ -35,9 +35,18 @@ def install_output_hooks(model: nn.Module, arguments: Mapping[str, Any]) -> dict
         if isinstance(module, PreTrainedModel) and (asked or asks_for_outputs(vars(module.config))):
             maybe_install_capturing_hooks(module)
     installed = {}
+    owner_marked: dict[str, bool] = {}
     for name, module in model.named_modules():
         hooks, marked = before[name]
         added = [key for key in module._forward_hooks if key not in hooks]
+        owns = isinstance(module, PreTrainedModel)
+        owner_marked[name] = marked if owns else bool(name) and owner_marked[name.rpartition(".")[0]]
+        if owner_marked[
+            name
+        ]:  # a part that has run was marked then, and is given the same hooks again by what holds it
+            for key in added:
+                del module._forward_hooks[key]
+            added = []
         if added or (_INSTALLED in vars(module) and not marked):
             installed[name] = added
     return installed

@@ -14,7 +14,8 @@ from sweep.tiny import LAST_ID, PATCH, rotary_sections, tiny_config
 from sweep.tiny_images import ROWS, NoImages, with_images
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from cggr_compile.checking.check import IGNORED, eager_step
+import cggr_compile as cggr
+from cggr_compile.checking.check import IGNORED, check, eager_step
 
 EVERY = {c.model_type: c for c in candidates(IMAGES)}
 
@@ -55,6 +56,28 @@ def test_image_tokens_have_no_labels_and_two_images_are_apart() -> None:
         starts = marks[:, 1:] & ~marks[:, :-1]
         assert (starts.sum(1) == 2).all()
         assert (batch["input_ids"][:, :-1][starts] == model.config.vision_start_token_id).all()
+
+
+def test_a_model_of_parts_that_has_run_is_routed_as_a_fresh_one_is() -> None:
+    model = build(EVERY["llava"])
+    (batch, *_), _ = with_images(model, batches(model))  # which runs it
+    expected = model.train()(**batch).loss
+    hooks = {name: list(module._forward_hooks) for name, module in model.named_modules()}
+    assert any(hooks.values())
+    for _ in range(2):
+        assert torch.equal(cggr.optimize(model, ratio=1.0, inner="eager")(**batch).loss, expected)
+        cggr.restore(model)
+        assert hooks == {name: list(module._forward_hooks) for name, module in model.named_modules()}
+
+
+def test_images_that_no_size_tells_the_rows_of_are_refused_by_check() -> None:
+    model = build(EVERY["llava"])
+    (batch, *_), _ = with_images(model, batches(model))
+    assert check(model, batch).within_rounding
+    uneven = {**batch, "input_ids": batch["input_ids"].clone()}
+    uneven["input_ids"][0][uneven["input_ids"][0] == model.config.image_token_id] = LAST_ID
+    with pytest.raises(ValueError, match=r"rows have \[0, .* image tokens, .* which entries of pixel_values"):
+        check(model, uneven)
 
 
 def test_a_model_of_text_gets_text_and_one_of_actions_nothing() -> None:
