@@ -403,6 +403,10 @@ class RoutingConfig(Schedule):
             raise ConfigError(
                 "unpad=True is for steps on every row and every token; leave ratio, selection and route out, or unpad"
             )
+        if self.unpad is True and self.keep_logits:
+            raise ConfigError(
+                "unpad=True with keep_logits=True, which keeps the logits of padding too; leave one of them out"
+            )
 
     def _check_kernels(self) -> None:
         names = sorted({name for providers in PROVIDERS.values() for name in providers})

@@ -24,6 +24,11 @@ def source_of(node: fx.Node | None) -> str | None:
     return f"{file}:{line}: {code.strip()}"
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's message; the kind of one that says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class CannotOptimize(RuntimeError):
     """The model, batch or graph cannot be routed; nothing was changed.
 

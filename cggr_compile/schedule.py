@@ -108,7 +108,7 @@ class Schedule:
         if not shares and not all(is_int(each, 1) for each in until):
             raise ConfigError(
                 f"depth_until={self.depth_until!r} is none of: a number of steps, a share of them in (0, 1), a tuple "
-                "of either, None"
+                "of steps, a tuple of shares, None"
             )
         if len(until) != len(layers) or list(until) != sorted({*until}):
             raise ConfigError(

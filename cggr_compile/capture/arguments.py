@@ -50,6 +50,7 @@ def check_call(arguments: dict[str, Any], model: nn.Module) -> None:
     decodes = bool(getattr(config, "is_encoder_decoder", False))
     _check_ids(arguments, decodes)
     _check_labels(arguments, decodes)
+    _check_cache(arguments)
     _check_activations(arguments, config)
 
 
@@ -123,6 +124,16 @@ def _check_labels(arguments: dict[str, Any], decodes: bool) -> None:
         raise CannotOptimize(
             f"the call has {given[0]}: what the decoder reads must be made from the labels",
             hint="pass labels only; the model shifts them itself",
+        )
+
+
+def _check_cache(arguments: dict[str, Any]) -> None:
+    cache = arguments.get("past_key_values")
+    length = getattr(cache, "get_seq_length", None)
+    if cache is not None and (length is None or length() > 0):
+        raise CannotOptimize(
+            "the call has past_key_values, keys and values of every row, and a routed step runs on some of them",
+            hint="train without a cache; of PEFT's prefix tuning optimize the PEFT model, not the one inside",
         )
 
 

@@ -64,7 +64,7 @@ def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Program:
     fake_mode = next(fake for fake in fakes if isinstance(fake, FakeTensor)).fake_mode
     with fake_mode:
         traced = functional_aten(gm, fakes)
-        unify(traced.graph, length, sequence)
+        unify(traced.graph, torch.Size((batch, length)), sequence)
     batch, sequence = _settled(fake_mode.shape_env, batch), _settled(fake_mode.shape_env, sequence)
     graph, inputs = _normalize(traced, sources, batch, sequence)
     branches = branches_of(fake_mode.shape_env)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, first_line
 from cggr_compile.torch_internals.dynamo import why_not_compiled
 from cggr_compile.torch_internals.dynamo_errors import InternalTorchDynamoError, TorchRuntimeError
 
@@ -85,24 +85,24 @@ def recognised(error: CannotOptimize) -> CannotOptimize:
 
 def refusal_of(error: Exception, model: nn.Module) -> CannotOptimize:
     """What to tell the user about an error of Dynamo's, or of torch's symbols, in a capture."""
-    first_line = in_words(str(error).strip().splitlines()[0])
+    words = in_words(first_line(error))
     if isinstance(error, GuardOnDataDependentSymNode):
         return CannotOptimize(
-            f"the model decides by numbers that it reads from data ({first_line})",
+            f"the model decides by numbers that it reads from data ({words})",
             source=_line_of(list(getattr(error, "real_stack", None) or [])),
             hint=f"{_BOTH_CASES}, {_ELSE}",
         )
     if isinstance(error, TorchRuntimeError):
         return CannotOptimize(
-            f"the model fails while Dynamo traces it ({first_line})",
+            f"the model fails while Dynamo traces it ({words})",
             hint="check that the same call works without cggr, and that all inputs are on one device",
         )
     if isinstance(error, InternalTorchDynamoError):
         return CannotOptimize(
-            f"Dynamo itself fails while it traces the model ({first_line})",
+            f"Dynamo itself fails while it traces the model ({words})",
             hint="report it to PyTorch if torch.compile fails alike; fallback='eager' trains without routing",
         )
-    return _graph_break(first_line, list(getattr(error, "real_stack", None) or []), model)
+    return _graph_break(words, list(getattr(error, "real_stack", None) or []), model)
 
 
 def _graph_break(first_line: str, stack: list[FrameSummary], model: nn.Module) -> CannotOptimize:

@@ -7,7 +7,8 @@ Two cases are left, and both are read from the graph:
 * a value that is indexed by `arange(B)` along a dimension of that size has one entry for each row, or each position:
   entry r is read for row r. Padding masks are read so;
 * a cross-entropy has as many targets as rows of logits. Where those rows are counted by the ids' length, the labels'
-  length is the same; the labels of a decoder of its own keep theirs.
+  length is the same; the labels of a decoder of its own keep theirs. Targets that are an argument of the shape of the
+  ids (`shift_labels`) have their sizes.
 
 What is merged here becomes a guard of the capture: a later call in which the sizes differ is captured anew.
 """
@@ -39,9 +40,10 @@ _KEEPS_COUNT = {
 _LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
 
 
-def unify(graph: fx.Graph, length: torch.SymInt | int, sequence: torch.SymInt | int) -> None:
-    """Merges such sizes in the graph's shape environment; call it under the graph's fake mode. `length` is the ids',
-    `sequence` the labels'."""
+def unify(graph: fx.Graph, ids: torch.Size, sequence: torch.SymInt | int) -> None:
+    """Merges such sizes in the graph's shape environment; call it under the graph's fake mode. `ids` is the shape of
+    the ids [B, S], `sequence` the labels' length."""
+    length = ids[1]
     for node in graph.nodes:
         if node.target == aten.index.Tensor:
             _merge_counted(node)
@@ -49,6 +51,8 @@ def unify(graph: fx.Graph, length: torch.SymInt | int, sequence: torch.SymInt | 
             rows, targets = (_symbols_of_rows(value(arg)) for arg in node.args[:2])
             if _symbols(sequence) <= targets and _symbols(length) <= rows - targets:
                 _merge(length, sequence)
+            elif _symbols(length) <= rows and rows.isdisjoint(targets):
+                _merge_targets(node.args[1], ids)
 
 
 def _merge_counted(index: fx.Node) -> None:
@@ -58,6 +62,15 @@ def _merge_counted(index: fx.Node) -> None:
         counted = _count(place) if isinstance(place, fx.Node) else None
         if isinstance(size, torch.SymInt) and isinstance(counted, torch.SymInt):
             _merge(size, counted)
+
+
+def _merge_targets(node: fx.Node, ids: torch.Size) -> None:
+    while node.target in _KEEPS_COUNT:
+        node = node.args[0]  # type: ignore[assignment]
+    if node.op == "placeholder" and value(node).dim() == len(ids):
+        for size, wanted in zip(value(node).shape, ids, strict=True):
+            if isinstance(size, torch.SymInt) and isinstance(wanted, torch.SymInt):
+                _merge(size, wanted)
 
 
 def _count(node: fx.Node) -> Any:

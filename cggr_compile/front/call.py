@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from cggr_compile.capture.capture import dynamic_dims, token_ids_of
 from cggr_compile.capture.causes import passed_over, recognised, refusal_of
 from cggr_compile.capture.tracing import compiled_whole
-from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete, VerificationError
+from cggr_compile.errors import CannotOptimize, NotCompiled, PlanComplete, VerificationError, first_line
 from cggr_compile.front.backend import Backend
 from cggr_compile.torch_internals import dynamo
 from cggr_compile.torch_internals.dynamo_errors import (
@@ -81,7 +81,7 @@ def call_compiled(compiled: Callable[..., Any], arguments: dict[str, Any], model
         if isinstance(cause, GuardOnDataDependentSymNode):
             raise refusal_of(cause, model) from error
         raise CannotOptimize(
-            f"the captured step cannot be rewritten ({type(cause).__name__}: {str(cause).splitlines()[0]})",
+            f"the captured step cannot be rewritten ({type(cause).__name__}: {first_line(cause)})",
             hint="report it with the output of cggr.explain; fallback='eager' trains without routing",
         ) from error
     except FailOnRecompileLimitHit as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from cggr_compile.errors import CannotOptimize
@@ -25,8 +27,9 @@ class CGGRCallback(TrainerCallback, ExportableState):
 
     Each log gets the handle's metrics as `cggr/...` numbers (this reads them back, at logging steps only); they enter
     `trainer.state.log_history` and, with `CGGRCallback.first_in(trainer)`, every reporting integration. Checkpoints
-    hold the routed state in `trainer_state.json`; `train(resume_from_checkpoint=...)` takes it back. A `train()` that
-    begins at step 0 begins the schedule anew, also where `auto_find_batch_size` starts over.
+    hold the routed state in `trainer_state.json`; `train(resume_from_checkpoint=...)` takes it back, and so does
+    `load_best_model_at_end`. A `train()` that begins at step 0 begins the schedule anew, also where
+    `auto_find_batch_size` starts over.
 
     Raises CannotOptimize at the start of training where the model is not optimised, and at the first optimiser step
     in which no call with labels reached it, because the trainer computes its loss elsewhere.
@@ -55,11 +58,23 @@ class CGGRCallback(TrainerCallback, ExportableState):
         second `train()`, or one that starts over with smaller batches), the schedule begins anew."""
         self._handle = handle(kwargs["model"])
         self._calls = self._handle.calls
+        if state.global_step:
+            self._take_back(state)
+        else:
+            self._handle.runtime.start_over()
+        self._handle.runtime.tell_total(state.max_steps)
+        self._handle.runtime.attach()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where the trainer has put the best checkpoint's weights back, takes its state back as well."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._take_back(TrainerState.load_from_json(str(Path(state.best_model_checkpoint) / TRAINER_STATE_NAME)))
+
+    def _take_back(self, state: TrainerState) -> None:
+        """The routed state that a checkpoint's `state` holds."""
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         routed = saved.get("attributes", {}).get("routed")
-        if not state.global_step:
-            self._handle.runtime.start_over()
-        elif routed is not None:
+        if routed is not None:
             self._handle.load_state_dict(_from_text(routed))
         elif self._handle.config.deepens:
             raise CannotOptimize(
@@ -68,8 +83,6 @@ class CGGRCallback(TrainerCallback, ExportableState):
             )
         else:
             self._handle.runtime.steps = state.global_step
-        self._handle.runtime.tell_total(state.max_steps)
-        self._handle.runtime.attach()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts the step: it is the trainer's number, whoever else counts (`attach`)."""

@@ -119,17 +119,18 @@ def _refuse_loss(trainer: Any) -> None:
             "routed step does not have",
             hint="leave it at 0",
         )
-    owners = [kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)]
-    of_trl = next(filter(_is_of_trl, owners), None)
+    ways = ("compute_loss", "training_step")
+    owners = [(kind, way) for kind in type(trainer).__mro__ for way in ways if way in vars(kind)]
+    of_trl, way = next((owner for owner in owners if _is_of_trl(owner[0])), (None, ""))
     if of_trl is None:
         return
     if of_trl.__name__ != "SFTTrainer":
         raise CannotOptimize(
-            f"{name} trains on a loss of its own ({of_trl.__name__}.compute_loss), which no graph of the model has, "
+            f"{name} trains on a loss of its own ({of_trl.__name__}.{way}), which no graph of the model has, "
             "whatever the ratio",
             hint="train it without cggr; of TRL's trainers SFTTrainer trains on the model's loss",
         )
-    if owners[0] is not of_trl:
+    if next(kind for kind, way in owners if way == "compute_loss") is not of_trl:
         raise CannotOptimize(
             f"{name} has a compute_loss of its own around SFTTrainer's, which a routed step cannot answer",
             hint="leave the loss to SFTTrainer; what is only watched fits into a callback",

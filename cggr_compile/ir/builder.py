@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import fx
 
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, first_line
 from cggr_compile.ir.program import PART, REGION, Analysed, Input, Program, Region, Routing, Snapshot, describe, value
 from cggr_compile.ir.renaming import Renaming
 from cggr_compile.torch_internals import symbols, tracing
@@ -171,7 +171,7 @@ class Builder(Generic[P]):
                 return node.target(*args, **kwargs)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise CannotOptimize(
-                    f"the rewritten graph does not fit together: {str(error).splitlines()[0]}",
+                    f"the rewritten graph does not fit together: {first_line(error)}",
                     node=node,
                     hint="the model fixes a size that routing must change; please report it with this line",
                 ) from error

@@ -37,6 +37,13 @@ def quiet_region(program: Analysed) -> Region:
     return Region(False, (Autocast(device, torch.get_autocast_dtype(device), True, False),))
 
 
+def layers_in_words(program: Analysed) -> str:
+    """How many layers a program has, where they are, and whether they are but the first of the model's."""
+    cut = any(snapshot.name == "truncate_layers" for snapshot in program.snapshots)
+    count, where = len(program.stack), program.stack.path or "found by repetition"
+    return f"{count} layers that train first, by depth_layers ({where})" if cut else f"{count} layers ({where})"
+
+
 def middle_layers(program: Analysed, config: RoutingConfig) -> range:
     """The layers that run on the kept tokens.
 
@@ -47,7 +54,7 @@ def middle_layers(program: Analysed, config: RoutingConfig) -> range:
     if not middle:
         raise CannotOptimize(
             f"first_layers={config.first_layers} and last_layers={config.last_layers} leave none of the "
-            f"{len(program.stack)} layers ({program.stack.path or 'found by repetition'}) to run on fewer tokens",
+            f"{layers_in_words(program)} to run on fewer tokens",
             hint="lower them, or choose another route",
         )
     return middle

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cggr_compile.errors import first_line
 from cggr_compile.run.backward_parts import PARTS, Part, differentiable, forward_and_parts
 from cggr_compile.run.graph_memory import CALLS_THAT_DISPLACE, Pool, Turn
 from cggr_compile.torch_internals.autograd import beside_saved_tensor_hooks
@@ -115,7 +116,7 @@ class Replayed:
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self.obstacle = f"recording failed: {str(error).splitlines()[0]}"
+                self.obstacle = f"recording failed: {first_line(error)}"
         if self.obstacle is not None:
             warnings.warn(f"running without CUDA graphs: {self.obstacle}", RuntimeWarning, stacklevel=4)
 

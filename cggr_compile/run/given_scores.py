@@ -24,7 +24,10 @@ class ScoresReady(Exception):
 
 
 def refuse_nan(scores: Tensor) -> None:
-    """Raises ValueError where a score is NaN; on CUDA an assertion fails on the device, and nothing is read back."""
+    """Raises ValueError for what is no tensor, or where a score is NaN; of the latter on CUDA an assertion fails on the
+    device, and nothing is read back."""
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"use_scores: got {scores!r}; give a tensor of one score a row, torch.as_tensor(scores)")
     nan = scores.isnan()
     if nan.is_cuda:
         torch._assert_async(~nan.any(), "use_scores: a score is NaN")

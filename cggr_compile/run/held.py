@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, first_line
 from cggr_compile.ir.amounts import Sizes, amounts_of, concrete, sizes_of
 from cggr_compile.ir.liveness import Liveness, nbytes
 from cggr_compile.ir.program import Analysed, Autocast, Region, hint, value
@@ -73,7 +73,7 @@ def held_by(plan: Plan, trained: Collection[str], rows: int) -> Held:
             return _Rehearsal(program, sizes, trained, config.recompute_elementwise).run()
         except RuntimeError as error:
             raise CannotOptimize(
-                f"the memory of this step cannot be predicted: {str(error).splitlines()[0]}",
+                f"the memory of this step cannot be predicted: {first_line(error)}",
                 hint="measure it: torch.cuda.max_memory_allocated() after a few steps",
             ) from error
 

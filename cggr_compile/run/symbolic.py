@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, first_line
 from cggr_compile.ir.amounts import Sizes, Symbols, concrete
 from cggr_compile.ir.program import Program, value
 from cggr_compile.passes.lower.lower_regions import Body, lower_pieces
@@ -182,7 +182,7 @@ class SharedForMany(Shared):
             compiled = self._symbols.compile(body.module, given, self.inner, self.recompute)
         except RuntimeError as error:
             raise CannotOptimize(
-                f"{self.inner} cannot compile a layer for batches of other shapes: {str(error).splitlines()[0]}",
+                f"{self.inner} cannot compile a layer for batches of other shapes: {first_line(error)}",
                 hint="pad batches to one shape, or pass outline_layers=False",
             ) from error
         if not copied:

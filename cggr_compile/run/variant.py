@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cggr_compile.errors import first_line
 from cggr_compile.ir.amounts import Sizes, Symbols
 from cggr_compile.ir.program import Analysed
 from cggr_compile.passes.lower.lower_regions import lower_regions
@@ -134,7 +135,7 @@ class Variant:
                 self._symbolic = False
                 warnings.warn(
                     f"compiling every batch shape by itself: {self.inner} cannot compile this step for many: "
-                    f"{str(error).splitlines()[0]}",
+                    f"{first_line(error)}",
                     RuntimeWarning,
                     stacklevel=6,
                 )

@@ -28,7 +28,7 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import clone
 from cggr_compile.ir.program import Analysed, Region
-from cggr_compile.ir.roles import quiet_region, router_layers
+from cggr_compile.ir.roles import layers_in_words, quiet_region, router_layers
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def build_router(program: Analysed, config: RoutingConfig) -> Analysed:
     count = router_layers(config, len(layers))
     if count > len(layers):
         raise CannotOptimize(
-            f"router_layers={count} but the model has {len(layers)} layers ({layers.path or 'found by repetition'})",
+            f"router_layers={count} but the model has {layers_in_words(program)}",
             hint=f"choose router_layers between 1 and {len(layers)}",
         )
     builder = Builder(program)

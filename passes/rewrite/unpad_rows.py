@@ -76,8 +76,8 @@ def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     padding = token_argument(program, PADDING)
     if padding is None:
         given = next(value(node) for node in program.placeholders if program.path(node) == PADDING)
-        reason = f"attention_mask is {given.dtype} of {given.dim()} dimensions"
-        raise _refusal(f"{reason}, expected integers or booleans [batch, sequence]")
+        given_as = f"{given.dtype} {list(given.shape)}"
+        raise _refusal(f"attention_mask is {given_as}, expected integers or booleans of the labels' batch and sequence")
     functions = IndexFunctions(program.shape_env, {PADDING: padding})
     found = _proved(program, functions, padding, config)
     labels = own_labels(program, [padding])

@@ -154,6 +154,15 @@ def test_the_toy_itself_is_routed() -> None:
     assert torch.equal(model.embed.weight.grad, eager.embed.weight.grad)
 
 
+def with_tokens(count: int) -> transformers.DynamicCache:
+    """A cache of six rows for `build("llama")`; it holds something after a forward."""
+    cache = transformers.DynamicCache()
+    ids = token_batch(6, count, masked=False)["input_ids"]
+    with torch.no_grad():
+        build("llama").eval()(ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
 def without(*names: str) -> Callable[[dict], dict]:
     return lambda batch: {name: tensor for name, tensor in batch.items() if name not in names}
 
@@ -181,6 +190,7 @@ def without(*names: str) -> Callable[[dict], dict]:
         (lambda b: {name: x[:0] for name, x in b.items()}, r"the batch is empty: input_ids of shape \(0, 12\)"),
         (lambda b: {name: x[:, :0] for name, x in b.items()}, r"the batch is empty: input_ids of shape \(6, 0\)"),
         (lambda b: {name: x[:, :1] for name, x in b.items()}, "sequences of one token"),
+        (lambda b: {**b, "past_key_values": with_tokens(3)}, "the call has past_key_values, keys and values of every"),
     ],
 )
 def test_calls_that_cannot_be_routed(change: Callable[[dict], dict], message: str) -> None:
@@ -302,6 +312,11 @@ def test_models_refused_at_once_stay_untouched() -> None:
         ({"threshold_sensitivity": 0.9}, r"threshold_sensitivity=0\.9 is read where dynamic_threshold=True alone"),
         ({"fallback": "ignore"}, "fallback='ignore'"),
         ({"keep_logits": 1}, "keep_logits=1 is not a bool"),
+        ({"unpad": True, "keep_logits": True}, "unpad=True with keep_logits=True, which keeps the logits of padding"),
+        (
+            {"route": "depth", "depth_layers": (1, 2), "depth_until": (2, 0.6)},
+            r"depth_until=\(2, 0\.6\) is none of: .*, a tuple of steps, a tuple of shares, None",
+        ),
         ({"seed": -1}, "seed=-1"),
         ({"inner": 3}, "inner=3"),
     ],
@@ -359,6 +374,25 @@ def test_too_many_router_layers() -> None:
     model = cggr.optimize(build("llama"), ratio=0.5, router_layers=9, inner="eager")
     with pytest.raises(CannotOptimize, match=r"router_layers=9 but the model has 3 layers \(model\.layers\); choose"):
         model(**token_batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"route": ("depth", "sequence"), "router_layers": 2}, "router_layers=2 but the model has 1 layers"),
+        ({"route": ("depth", "token")}, "leave none of the 1 layers"),
+    ],
+)
+def test_a_stage_with_too_few_layers_says_that_depth_layers_left_them(options: dict[str, Any], message: str) -> None:
+    model = cggr.optimize(Toy().train(), depth_layers=1, inner="eager", selection="topk", **options)
+    with pytest.raises(CannotOptimize, match=rf"{message} that train first, by depth_layers"):
+        model(**toy_batch())
+
+
+def test_scores_that_are_no_tensor_are_told() -> None:
+    model = cggr.optimize(Toy().train(), ratio=0.5, inner="eager")
+    with pytest.raises(ValueError, match=r"use_scores: got \[1\.0, 2\.0\]; give a tensor of one score a row"):
+        model.cggr.use_scores([1.0, 2.0])
 
 
 def test_fallback_to_eager_warns_once_and_shows_in_the_report() -> None:

@@ -235,6 +235,38 @@ def test_trainer_counts_logs_evaluates_plainly_and_resumes_bit_for_bit(tmp_path:
     assert again == losses
 
 
+@pytest.mark.sample(1)
+def test_the_best_checkpoints_weights_come_with_their_state(tmp_path: Path) -> None:
+    """A checkpoint of before the model grew: the next run trains its first layers, and grows."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=6,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # so that the first is the best
+        metric_for_best_model="loss",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    made = transformers.Trainer(build("llama"), arguments, train_dataset=Rows(), eval_dataset=Rows())
+    made.remove_callback(transformers.trainer_callback.PrinterCallback)
+    cggr.route(made, route="depth", depth_layers=1, depth_until=2, inner="eager")
+    before = build("llama").model.layers[-1].mlp.up_proj.weight
+    made.train()
+    assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    assert torch.equal(made.model.model.layers[-1].mlp.up_proj.weight, before)
+    state = made.model.cggr.state_dict()
+    assert (state["steps"], state["growths"]) == (1, 0)
+    with made.model.cggr.in_use():
+        assert len(made.model.model.layers) == 1
+
+
 class OutOfMemoryOnce(transformers.TrainerCallback):
     """What `auto_find_batch_size` starts over after."""
 
