@@ -66,7 +66,7 @@ def _merge_counted(index: fx.Node) -> None:
 
 def _merge_targets(node: fx.Node, ids: torch.Size) -> None:
     while node.target in _KEEPS_COUNT:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     if node.op == "placeholder" and value(node).dim() == len(ids):
         for size, wanted in zip(value(node).shape, ids, strict=True):
             if isinstance(size, torch.SymInt) and isinstance(wanted, torch.SymInt):
