@@ -47,8 +47,10 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     outputs = tuple(out if reads.get(out) is None else None for out in program.outputs)
     loss = program.outputs[program.loss_output]
     effects = [root for root in reads if root not in program.outputs and root not in left_out]
-    # A parameter that only the layers left out read, once changed, does not change.
+    # A parameter that only the layers left out read, once changed, does not change, nor does what they alone change.
     effects = [root for root in effects if not root.users or not left_out.issuperset(root.users)]
+    if layers.path:
+        effects = [root for root in effects if not all(_behind(root, layers, count) or [False])]
     for root in (loss, *effects):
         if reads[root] is not None:
             raise CannotOptimize(
@@ -58,8 +60,9 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
                 hint="switch auxiliary losses off (output_router_logits=False), or train without route='depth'",
             )
     kept_by_model = [program.outputs[index] for index in program.stored]
-    for state in filter(None, (*changes_of(program), *kept_by_model)):
-        if reads.get(state) is not None or any(_is_behind(node, layers, count) for node in ancestors([state])):
+    changes = [change for change in changes_of(program) if change in effects or reads.get(change) is not None]
+    for state in filter(None, (*changes, *kept_by_model)):
+        if reads.get(state) is not None or any(_behind(state, layers, count)):
             raise CannotOptimize(
                 "a layer that does not train yet changes state of the model's",
                 node=state,
@@ -77,14 +80,16 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     return builder.finish("truncate_layers", layers=kept)
 
 
-def _is_behind(node: fx.Node, layers: Layers, count: int) -> bool:
-    """Whether a node was traced in a layer behind the first `count`, whatever it reads."""
-    if node.op == "placeholder":
-        return False
+def _behind(state: fx.Node, layers: Layers, count: int) -> list[bool]:
+    """Of each node that makes a new value of the model's state, whether it was traced in a layer behind the first
+    `count`, whatever it reads; where modules do not tell the layers, whether it is in their place. (Clones in front of
+    what was in place belong to no module.)"""
+    nodes = [node for node in ancestors([state]) if node.op != "placeholder"]
     if not layers.path:
-        return layers.residuals[count - 1] < node < layers.residuals[-1]
-    paths = (f"{path}." for path in modules_of(node))
-    return any(path.startswith(f"{layers.path}.{index}.") for path in paths for index in range(count, len(layers)))
+        return [layers.residuals[count - 1] < node < layers.residuals[-1] for node in nodes]
+    left_out = tuple(f"{layers.path}.{index}." for index in range(count, len(layers)))
+    modules = filter(None, map(modules_of, nodes))
+    return [any(f"{path}.".startswith(left_out) for path in paths) for paths in modules]
 
 
 def _first(nodes: set[fx.Node]) -> fx.Node | None:

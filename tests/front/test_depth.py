@@ -315,6 +315,38 @@ def sharing() -> nn.Module:
     return model
 
 
+class CountedBlock(Block):
+    """A layer with its residual that counts its calls, whatever they are given."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return super().forward(hidden) / self.calls
+
+
+@pytest.mark.parametrize("grow", ["copy", "random"])
+def test_what_a_layer_changes_by_itself_stays_until_it_trains(grow: str) -> None:
+    torch.manual_seed(0)
+    eager = toy()
+    eager.layers = nn.ModuleList(CountedBlock() for _ in range(4))
+    model = cggr.optimize(copy.deepcopy(eager), route="depth", depth_layers=2, depth_until=2, grow=grow, inner="eager")
+    every, batch = eager.layers, toy_batch()
+    for number in range(4):
+        model.cggr.runtime.steps = number
+        if number == 2 and grow == "copy":
+            for old, new in zip(every[:2], every[2:], strict=True):
+                new.load_state_dict(old.state_dict())
+        eager.layers = every if number >= 2 else every[:2]
+        loss, expected = model(**batch)[0], eager(**batch)[0]
+        loss.backward()
+        assert torch.equal(loss, expected)
+        for name, buffer in model.layers.named_buffers():
+            assert torch.equal(buffer, every.get_buffer(name)), name
+
+
 @pytest.mark.parametrize(
     ("kind", "layers", "reason"),
     [
