@@ -138,7 +138,8 @@ def test_on_a_gpu_it_is_the_step_with_the_mask_and_never_synchronises(options: d
     )
     batches = [{name: tensor.cuda() for name, tensor in padded([7, 4, 9, 6], seed).items()} for seed in range(4)]
     for batch in batches[:3]:
-        oracle.step(promised, batch)
+        for model in (promised, plain):  # which draw the same tokens, step by step
+            oracle.step(model, batch)
     torch.cuda.synchronize()
     with oracle.without_sync():
         actual = oracle.step(promised, batches[3])
