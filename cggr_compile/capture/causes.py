@@ -93,8 +93,10 @@ def refusal_of(error: Exception, model: nn.Module) -> CannotOptimize:
             hint=f"{_BOTH_CASES}, {_ELSE}",
         )
     if isinstance(error, TorchRuntimeError):
+        root = _root(error)
         return CannotOptimize(
-            f"the model fails while Dynamo traces it ({words})",
+            f"the model fails while Dynamo traces it ({type(root).__name__}: {in_words(first_line(root))})",
+            source=_line_of(list(getattr(error, "real_stack", None) or [])),
             hint="check that the same call works without cggr, and that all inputs are on one device",
         )
     if isinstance(error, InternalTorchDynamoError):
@@ -102,7 +104,19 @@ def refusal_of(error: Exception, model: nn.Module) -> CannotOptimize:
             f"Dynamo itself fails while it traces the model ({words})",
             hint="report it to PyTorch if torch.compile fails alike; fallback='eager' trains without routing",
         )
-    return _graph_break(words, list(getattr(error, "real_stack", None) or []), model)
+    stack = list(getattr(error, "real_stack", None) or [])
+    raised = re.search(r"raised exception (\w+\(.*\))", str(error))
+    if raised is not None:
+        hint = f"check that the same call works without cggr, {_ELSE}"
+        return CannotOptimize(f"the model raises {raised[1]} where Dynamo traces it", source=_line_of(stack), hint=hint)
+    return _graph_break(words, stack, model)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What the error, which says no more than that there was one, was raised for."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def _graph_break(first_line: str, stack: list[FrameSummary], model: nn.Module) -> CannotOptimize:

@@ -47,6 +47,36 @@ def test_neftune_is_named() -> None:
         model(**toy_batch(8))
 
 
+class Raises(Toy):
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[1] > 2:
+            raise ValueError("too long a sequence")
+        return super().middle(hidden)
+
+
+class Views(Toy):
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().middle(hidden.transpose(0, 1).view(-1, hidden.shape[2]).view_as(hidden))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            Raises,
+            r"the model raises ValueError\('too long a sequence'\) where Dynamo traces it .*raise ValueError.*; check",
+        ),
+        (
+            Views,
+            r"fails while Dynamo traces it \(\w*Error: Cannot view a tensor .*\) \(at .*hidden\.transpose.*\); check",
+        ),
+    ],
+)
+def test_what_a_model_raises_is_said(kind: type[Toy], message: str) -> None:
+    with pytest.raises(CannotOptimize, match=message):
+        cggr.optimize(kind().train(), inner="eager")(**toy_batch())
+
+
 class Branches(Toy):
     def middle(self, hidden: torch.Tensor) -> torch.Tensor:
         return super().middle(hidden if hidden.sum().item() > 0 else -hidden)
