@@ -25,7 +25,7 @@ def source_of(node: fx.Node | None) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message; the kind of one that says nothing."""
+    """The first line of an error's message, or its type's name where that is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

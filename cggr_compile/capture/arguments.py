@@ -132,7 +132,7 @@ def _check_cache(arguments: dict[str, Any]) -> None:
     length = getattr(cache, "get_seq_length", None)
     if cache is not None and (length is None or length() > 0):
         raise CannotOptimize(
-            "the call has past_key_values, keys and values of every row, and a routed step runs on some of them",
+            "the call has past_key_values, and the keys and values in it fix the batch size of a capture",
             hint="train without a cache; of PEFT's prefix tuning optimize the PEFT model, not the one inside",
         )
 

@@ -96,7 +96,7 @@ def _refuse_graph_break(gm: fx.GraphModule) -> None:
     if broken is not None:
         frame = broken.user_stack[-1]
         raise CannotOptimize(
-            f"the model breaks Dynamo's graph ({broken.reason.splitlines()[0]})",
+            f"the model breaks Dynamo's graph ({next(iter(broken.reason.splitlines()), 'no reason given')})",
             source=f"{frame.filename}:{frame.lineno}: {frame.line}",
             hint="use cggr.optimize(model), which removes the known causes, or rewrite that line",
         )

@@ -113,23 +113,26 @@ def refusal_of(error: Exception, model: nn.Module) -> CannotOptimize:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What the error, which says no more than that there was one, was raised for."""
-    while (cause := error.__cause__ or error.__context__) is not None:
+    """What Dynamo's error, which says no more than that there was one, was raised for."""
+    while type(error).__module__.startswith("torch._dynamo"):
+        cause = error.__cause__ or error.__context__
+        if cause is None:
+            break
         error = cause
     return error
 
 
-def _graph_break(first_line: str, stack: list[FrameSummary], model: nn.Module) -> CannotOptimize:
+def _graph_break(words: str, stack: list[FrameSummary], model: nn.Module) -> CannotOptimize:
     source = _line_of(stack)
     if any(isinstance(module, FSDPModule) for module in model.modules()):
-        reason = f"FSDP2 (fully_shard) gathers parameters in hooks that break Dynamo's graph ({first_line})"
+        reason = f"FSDP2 (fully_shard) gathers parameters in hooks that break Dynamo's graph ({words})"
         hint = f"route by cggr.optimize(model), and shard the whole model: fully_shard(model), {_ELSE}"
         return CannotOptimize(reason, source=source, hint=hint)
-    hook = next(_hooks_in(stack, first_line, model), None)
+    hook = next(_hooks_in(stack, words, model), None)
     if hook is not None:
-        reason = f"{hook} breaks Dynamo's graph ({first_line})"
+        reason = f"{hook} breaks Dynamo's graph ({words})"
         return CannotOptimize(reason, source=source, hint=f"remove the hook for training, {_ELSE}")
-    reason = f"the model breaks Dynamo's graph ({first_line})"
+    reason = f"the model breaks Dynamo's graph ({words})"
     return CannotOptimize(reason, source=source, hint=f"{_REWRITE}, {_ELSE}")
 
 
@@ -140,12 +143,12 @@ def _line_of(stack: list[FrameSummary]) -> str | None:
     return f"{frame.filename}:{frame.lineno}: {frame.line}" if frame else None
 
 
-def _hooks_in(stack: Iterable[FrameSummary], first_line: str, model: nn.Module) -> Iterator[str]:
+def _hooks_in(stack: Iterable[FrameSummary], words: str, model: nn.Module) -> Iterator[str]:
     """The hooks of the model that Dynamo was in, or would not go into."""
     frames = {(frame.filename, frame.name) for frame in stack}
     for name, module in model.named_modules():
         where = name or "the model"
-        if "backwards hooks" in first_line and (module._backward_hooks or module._backward_pre_hooks):
+        if "backwards hooks" in words and (module._backward_hooks or module._backward_pre_hooks):
             yield f"the backward hook on {where}"
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             code: Any = getattr(hook, "__code__", None)

@@ -8,7 +8,7 @@ Two cases are left, and both are read from the graph:
   entry r is read for row r. Padding masks are read so;
 * a cross-entropy has as many targets as rows of logits. Where those rows are counted by the ids' length, the labels'
   length is the same; the labels of a decoder of its own keep theirs. Targets that are an argument of the shape of the
-  ids (`shift_labels`) have their sizes.
+  ids (`shift_labels`) have the ids' sizes.
 
 What is merged here becomes a guard of the capture: a later call in which the sizes differ is captured anew.
 """
@@ -40,10 +40,10 @@ _KEEPS_COUNT = {
 _LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default}
 
 
-def unify(graph: fx.Graph, ids: torch.Size, sequence: torch.SymInt | int) -> None:
-    """Merges such sizes in the graph's shape environment; call it under the graph's fake mode. `ids` is the shape of
-    the ids [B, S], `sequence` the labels' length."""
-    length = ids[1]
+def unify(graph: fx.Graph, shape: torch.Size, sequence: torch.SymInt | int) -> None:
+    """Merges such sizes in the graph's shape environment; call it under the graph's fake mode. `shape` is that
+    of the ids [B, S], `sequence` the labels' length."""
+    length = shape[1]
     for node in graph.nodes:
         if node.target == aten.index.Tensor:
             _merge_counted(node)
@@ -52,7 +52,7 @@ def unify(graph: fx.Graph, ids: torch.Size, sequence: torch.SymInt | int) -> Non
             if _symbols(sequence) <= targets and _symbols(length) <= rows - targets:
                 _merge(length, sequence)
             elif _symbols(length) <= rows and rows.isdisjoint(targets):
-                _merge_targets(node.args[1], ids)
+                _merge_targets(node.args[1], shape)
 
 
 def _merge_counted(index: fx.Node) -> None:
@@ -64,11 +64,11 @@ def _merge_counted(index: fx.Node) -> None:
             _merge(size, counted)
 
 
-def _merge_targets(node: fx.Node, ids: torch.Size) -> None:
+def _merge_targets(node: fx.Node, shape: torch.Size) -> None:
     while node.target in _KEEPS_COUNT:
         node = node.args[0]
-    if node.op == "placeholder" and value(node).dim() == len(ids):
-        for size, wanted in zip(value(node).shape, ids, strict=True):
+    if node.op == "placeholder" and value(node).dim() == len(shape):
+        for size, wanted in zip(value(node).shape, shape, strict=True):
             if isinstance(size, torch.SymInt) and isinstance(wanted, torch.SymInt):
                 _merge(size, wanted)
 

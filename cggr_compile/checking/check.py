@@ -38,7 +38,7 @@ Judge = Callable[[nn.Module, Batch, torch.Tensor, int], tuple[torch.Tensor, Step
 JUDGED = ("sequence", "segment", "token")
 """Routes that `check` can judge."""
 IGNORED = -100
-_MEDIA_TOKEN = re.compile(r"(image|video|audio)_token_(id|index)")
+_MEDIA_TOKEN = re.compile(r"(image|img|video|audio)_(context_)?token_(id|index)")
 """What the fields of configurations are named that hold the id which stands for an image's features."""
 # Difference, relative to the largest entry of the gradient, that reordered fp32 sums explain.
 ROUNDING = 1e-6
@@ -199,18 +199,27 @@ def check(
 
 
 def _refuse_uneven_media(model: nn.Module, batch: Batch) -> None:
-    """Raises `ValueError` where some rows have more image tokens than others beside entries that are not of tokens: by
-    none of their sizes is it told which are whose."""
-    ids = batch["input_ids"]
-    fields = vars(getattr(model, "config", None) or object)
-    marks = [mark for name, mark in fields.items() if _MEDIA_TOKEN.fullmatch(name) and isinstance(mark, int)]
-    counts = torch.isin(ids, torch.tensor(marks, dtype=ids.dtype)).sum(1).tolist()
-    beside = [name for name, entry in batch.items() if isinstance(entry, torch.Tensor) and entry.shape[:2] != ids.shape]
-    if beside and len(set(counts)) > 1:
-        raise ValueError(
-            f"check: the rows have {counts} image tokens, and check cannot tell which entries of {', '.join(beside)} "
-            "belong to which row; pass rows with as many images each"
-        )
+    """Raises `ValueError` where some rows have more image, video or audio tokens than others beside tensors that need
+    not be of rows: by none of their sizes is it told which entries are whose."""
+    ids, config = batch["input_ids"], getattr(model, "config", None)
+    if config is None:
+        return
+    fields = vars(config).items()
+    marks = {name: mark for name, mark in fields if _MEDIA_TOKEN.fullmatch(name) and isinstance(mark, int)}
+    beside = [name for name, entry in batch.items() if isinstance(entry, torch.Tensor) and _may_be_flat(entry, ids)]
+    for name, mark in marks.items():
+        counts = (ids == mark).sum(1).tolist()
+        if beside and len(set(counts)) > 1:
+            raise ValueError(
+                f"check: the rows have {counts} tokens of {name}, and check cannot tell which entries of "
+                f"{', '.join(beside)} belong to which row; pass rows with as many images each"
+            )
+
+
+def _may_be_flat(entry: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether a tensor may hold the images of all rows one behind the other: it is not by token, nor a number a row,
+    nor a padded list of images [B, N, channels, height, width] or more."""
+    return entry.shape[:2] != ids.shape and entry.dim() > 1 and not (len(entry) == len(ids) and entry.dim() > 4)
 
 
 def _own_options(model: nn.Module) -> RoutingConfig:

@@ -62,18 +62,30 @@ class CGGRCallback(TrainerCallback, ExportableState):
             self._take_back(state)
         else:
             self._handle.runtime.start_over()
+        # A checkpoint of a run without this callback has no entry for the trainer to write into.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._handle.runtime.tell_total(state.max_steps)
         self._handle.runtime.attach()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Where the trainer has put the best checkpoint's weights back, takes its state back as well."""
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._take_back(TrainerState.load_from_json(str(Path(state.best_model_checkpoint) / TRAINER_STATE_NAME)))
+        """Where the trainer has put the best checkpoint's weights back, takes its state back as well. Where these are
+        not to be found the trainer has warned of it, and everything is as the last step left it."""
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        folder = Path(state.best_model_checkpoint)
+        weights = ("*model*.safetensors", "*model*.bin", "pytorch_model_fsdp*")
+        if any(any(folder.glob(pattern)) for pattern in weights) and (folder / TRAINER_STATE_NAME).exists():
+            routed = self._routed_of(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
+            if routed is not None:
+                self._handle.load_state_dict(_from_text(routed))
+
+    def _routed_of(self, state: TrainerState) -> str | None:
+        """The routed state that a checkpoint's `state` holds."""
+        return state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("routed")
 
     def _take_back(self, state: TrainerState) -> None:
-        """The routed state that a checkpoint's `state` holds."""
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
-        routed = saved.get("attributes", {}).get("routed")
+        """Goes on from a checkpoint's `state`."""
+        routed = self._routed_of(state)
         if routed is not None:
             self._handle.load_state_dict(_from_text(routed))
         elif self._handle.config.deepens:

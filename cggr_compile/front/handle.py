@@ -23,7 +23,7 @@ from cggr_compile.inspection.explanation import Diff, Report
 from cggr_compile.inspection.report import latest_plan
 from cggr_compile.ir.roles import ranks_of
 from cggr_compile.kernels.reference.selection import rule_of
-from cggr_compile.run.given_scores import ScoresReady, refuse_nan
+from cggr_compile.run.given_scores import ScoresReady, check_scores
 from cggr_compile.run.metrics import metrics_of, selected, token_metrics
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.run.sharded import Sharded, sharded_parameters
@@ -211,9 +211,10 @@ class Handle(Optimized):
         Raises:
             ValueError: no step of this configuration takes scores from outside, or one is NaN, which on CUDA fails an
                 assertion on the device instead. (The step itself raises it where the number of rows is another.)
+            TypeError: they are no tensor.
         """
         self._check_scores_from_outside()
-        refuse_nan(scores)
+        check_scores(scores)
         self.runtime.given.give(scores)
 
     def score_ahead(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -346,7 +347,9 @@ class Handle(Optimized):
             try:
                 return step(arguments) if sharded is None else sharded.call(step, arguments)
             except CannotOptimize as error:
-                refuse_nested(self.model)  # whose other one may have come since
+                refuse_nested(
+                    self.model
+                )  # a part may have been optimized since the first step; that is the reason then
                 if isinstance(error.__cause__, NotCompiled) and dynamo.stance() == "default":
                     self._compiled = None  # Dynamo never looks again at code that it has passed over
                 raise

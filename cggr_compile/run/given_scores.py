@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,11 @@ class ScoresReady(Exception):
         self.scores = scores
 
 
-def refuse_nan(scores: Tensor) -> None:
-    """Raises ValueError for what is no tensor, or where a score is NaN; of the latter on CUDA an assertion fails on the
-    device, and nothing is read back."""
+def check_scores(scores: Any) -> None:
+    """Raises TypeError for what is no tensor, and ValueError where a score is NaN; on CUDA an assertion fails on the
+    device instead, and nothing is read back."""
     if not isinstance(scores, Tensor):
-        raise ValueError(f"use_scores: got {scores!r}; give a tensor of one score a row, torch.as_tensor(scores)")
+        raise TypeError(f"use_scores: got {scores!r}; give a tensor of one score a row, torch.as_tensor(scores)")
     nan = scores.isnan()
     if nan.is_cuda:
         torch._assert_async(~nan.any(), "use_scores: a score is NaN")

@@ -99,9 +99,13 @@ def in_backward() -> bool:
 @contextmanager
 def beside_saved_tensor_hooks() -> Iterator[None]:
     """Keeps what is computed within, gradients included, from the hooks on saved tensors around, those of checkpoints
-    among them: traces and probes are no part of the caller's step."""
-    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    among them: traces and probes are no part of the caller's step. Hooks that come within are in force."""
+    taken = []
+    while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        taken.append(hooks)
     try:
         yield
     finally:
-        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+        for pack, unpack in reversed(taken):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)

@@ -141,7 +141,7 @@ def why_not_compiled() -> Refusal:
 def last_graph_break() -> str | None:
     """Why Dynamo last broke a graph in this process; it counts the reasons."""
     reasons = list(counters["graph_break"])
-    return reasons[-1].strip().splitlines()[0] if reasons else None
+    return next(iter(reasons[-1].strip().splitlines()), None) if reasons else None
 
 
 def is_compiled_by_others() -> bool:
@@ -233,8 +233,10 @@ def captured_module() -> nn.Module | None:
     translator = _translator()
     if translator is None:
         return None
-    modules = [local for local in translator.output.root_tx.f_locals.values() if isinstance(local, nn.Module)]
-    return modules[0] if modules else None
+    given = translator.output.root_tx.f_locals.values()
+    # A forward in a wrapper (*args, **kwargs), as transformers' decorators are, has the module among those.
+    flat = (each for local in given for each in (local if isinstance(local, tuple) else (local,)))
+    return next((each for each in flat if isinstance(each, nn.Module)), None)
 
 
 def is_in_eval_mode() -> bool:

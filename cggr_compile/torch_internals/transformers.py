@@ -41,9 +41,8 @@ def install_output_hooks(model: nn.Module, arguments: Mapping[str, Any]) -> dict
         added = [key for key in module._forward_hooks if key not in hooks]
         owns = isinstance(module, PreTrainedModel)
         owner_marked[name] = marked if owns else bool(name) and owner_marked[name.rpartition(".")[0]]
-        if owner_marked[
-            name
-        ]:  # a part that has run was marked then, and is given the same hooks again by what holds it
+        # A part that ran before has its hooks, and was given them again with those around it.
+        if owner_marked[name]:
             for key in added:
                 del module._forward_hooks[key]
             added = []

@@ -50,6 +50,26 @@ def test_shifted_labels_are_routed_as_labels_are(options: dict[str, Any]) -> Non
                 torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_a_step_by_shifted_labels_is_eagers_on_the_selected_rows(ratio: float) -> None:
+    """Of shifted labels that are others than the labels, of square batches and other shapes, with and without them."""
+    model, eager = cggr.optimize(build("llama"), ratio=ratio, selection="topk", inner="eager"), build("llama")
+    for rows, length, shifted in ((6, 10, True), (6, 6, True), (4, 9, False), (4, 9, True)):
+        batch = token_batch(rows, length)
+        if shifted:
+            batch["shift_labels"] = batch["input_ids"].roll(1, 1)
+        model.zero_grad()
+        eager.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        selected = model.cggr.selected
+        expected = eager(**{name: tensor[selected] for name, tensor in batch.items()}).loss
+        expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        for x, y in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-7)
+
+
 def test_targets_of_another_shape_are_told() -> None:
     model = cggr.optimize(build("llama"), route="loss", inner="eager", fallback="eager")
     batch = token_batch(6, 10)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import oracle
 import pytest
@@ -51,6 +53,21 @@ def test_a_model_of_transformers(dynamic: bool | None) -> None:
     for rows, length in [(8, 8), (9, 14)]:
         batch = token_batch(rows, length)
         assert_routed(compiled, eager, batch, oracle.expected_rows(eager, llama, batch, 0.4, 1))
+    assert cggr.handle(compiled).captures == 1
+
+
+def test_the_model_is_known_where_its_forward_is_decorated() -> None:
+    """By a wrapper that takes anything, as transformers has."""
+
+    def decorated(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+
+    class Decorated(Toy):
+        forward = decorated(Toy.forward)
+
+    model = Decorated().train()
+    compiled = torch.compile(model, backend="cggr", options={"ratio": 0.5, "inner": "eager"})
+    compiled(**toy_batch())[0].backward()
     assert cggr.handle(compiled).captures == 1
 
 

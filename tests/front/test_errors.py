@@ -190,7 +190,7 @@ def without(*names: str) -> Callable[[dict], dict]:
         (lambda b: {name: x[:0] for name, x in b.items()}, r"the batch is empty: input_ids of shape \(0, 12\)"),
         (lambda b: {name: x[:, :0] for name, x in b.items()}, r"the batch is empty: input_ids of shape \(6, 0\)"),
         (lambda b: {name: x[:, :1] for name, x in b.items()}, "sequences of one token"),
-        (lambda b: {**b, "past_key_values": with_tokens(3)}, "the call has past_key_values, keys and values of every"),
+        (lambda b: {**b, "past_key_values": with_tokens(3)}, "the call has past_key_values, and the keys and values"),
     ],
 )
 def test_calls_that_cannot_be_routed(change: Callable[[dict], dict], message: str) -> None:
@@ -391,7 +391,7 @@ def test_a_stage_with_too_few_layers_says_that_depth_layers_left_them(options: d
 
 def test_scores_that_are_no_tensor_are_told() -> None:
     model = cggr.optimize(Toy().train(), ratio=0.5, inner="eager")
-    with pytest.raises(ValueError, match=r"use_scores: got \[1\.0, 2\.0\]; give a tensor of one score a row"):
+    with pytest.raises(TypeError, match=r"use_scores: got \[1\.0, 2\.0\]; give a tensor of one score a row"):
         model.cggr.use_scores([1.0, 2.0])
 
 

@@ -235,9 +235,39 @@ def test_trainer_counts_logs_evaluates_plainly_and_resumes_bit_for_bit(tmp_path:
     assert again == losses
 
 
-@pytest.mark.sample(1)
-def test_the_best_checkpoints_weights_come_with_their_state(tmp_path: Path) -> None:
-    """A checkpoint of before the model grew: the next run trains its first layers, and grows."""
+def test_a_plain_checkpoint_is_gone_on_with_routed(tmp_path: Path) -> None:
+    arguments = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 6,
+        "save_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    for steps, routed in ((1, False), (3, True)):
+        given = transformers.TrainingArguments(str(tmp_path), **{**arguments, "max_steps": steps}, report_to=[])
+        made = transformers.Trainer(build("llama"), given, train_dataset=Rows())
+        if routed:
+            cggr.route(made, ratio=0.5, inner="eager")
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1") if routed else None)
+    assert made.model.cggr.runtime.steps == 3
+    assert "routed" in (tmp_path / "checkpoint-3" / "trainer_state.json").read_text()
+
+
+class Loses(transformers.TrainerCallback):
+    """Takes files out of the first checkpoint, as where another node wrote them."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for file in Path(args.output_dir).glob(f"checkpoint-1/{self.pattern}"):
+            file.unlink()
+
+
+@pytest.mark.parametrize("lost", ["nothing", "*.safetensors", "trainer_state.json"])
+def test_the_best_checkpoints_weights_come_with_their_state(lost: str, tmp_path: Path) -> None:
+    """A checkpoint of before the model grew: the next run trains its first layers, and grows. Where the weights or the
+    state are not there, nothing comes back."""
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=4,
@@ -257,11 +287,18 @@ def test_the_best_checkpoints_weights_come_with_their_state(tmp_path: Path) -> N
     made = transformers.Trainer(build("llama"), arguments, train_dataset=Rows(), eval_dataset=Rows())
     made.remove_callback(transformers.trainer_callback.PrinterCallback)
     cggr.route(made, route="depth", depth_layers=1, depth_until=2, inner="eager")
+    made.add_callback(Loses(lost))
     before = build("llama").model.layers[-1].mlp.up_proj.weight
     made.train()
     assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
-    assert torch.equal(made.model.model.layers[-1].mlp.up_proj.weight, before)
     state = made.model.cggr.state_dict()
+    if lost == "*.safetensors":
+        assert (state["steps"], state["growths"]) == (4, 1)
+        return
+    assert torch.equal(made.model.model.layers[-1].mlp.up_proj.weight, before)
+    if lost == "trainer_state.json":
+        assert (state["steps"], state["growths"]) == (4, 1)
+        return
     assert (state["steps"], state["growths"]) == (1, 0)
     with made.model.cggr.in_use():
         assert len(made.model.model.layers) == 1

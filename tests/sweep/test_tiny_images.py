@@ -76,7 +76,9 @@ def test_images_that_no_size_tells_the_rows_of_are_refused_by_check() -> None:
     assert check(model, batch).within_rounding
     uneven = {**batch, "input_ids": batch["input_ids"].clone()}
     uneven["input_ids"][0][uneven["input_ids"][0] == model.config.image_token_id] = LAST_ID
-    with pytest.raises(ValueError, match=r"rows have \[0, .* image tokens, .* which entries of pixel_values"):
+    with pytest.raises(
+        ValueError, match=r"rows have \[0, .* tokens of image_token_i.*, .* which entries of pixel_values"
+    ):
         check(model, uneven)
 
 
