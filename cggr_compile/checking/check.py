@@ -128,8 +128,8 @@ def check(
         route: "sequence", "segment" or "token". None is that of these which is the model's, or "sequence".
 
     Raises:
-        ValueError: no batch was given, one without labels, with a number for all rows or with more images in some rows
-            than in others, or another route; or the model returns no logits.
+        ValueError: no batch was given, one without labels, with a number for all rows, with more images in some rows
+            than in others or, on the sequence route, of one row, or another route; or the model returns no logits.
         TypeError: a batch is no mapping.
         CannotOptimize: the model cannot be routed.
         LayerStackNotFound: the eager side finds no layers to make a router of.
@@ -154,6 +154,8 @@ def check(
             if isinstance(entry, torch.Tensor) and entry.shape in ((), (1,)) and len(batch["input_ids"]) > 1:
                 raise ValueError(f"check: {name} is one number for all rows, and eager's step is on some; leave it out")
         if route == "sequence":
+            if len(batch["input_ids"]) == 1:
+                raise ValueError("check: a batch of one row leaves no rows to select; give it two, or route='token'")
             _refuse_uneven_media(model, batch)
     eager, routed = (restore(copy.deepcopy(model)).train() for _ in range(2))
     for each in (eager, routed):

@@ -1,4 +1,5 @@
-"""Compiles and records, in the first step of a capture, what the schedule will run later: the loop never waits for it.
+"""Compiles, in the first step of a capture, what the schedule will run later, and records as much of it as fits: the
+loop does not wait for it.
 
 Training does not notice: gradients are computed and dropped, torch's generators are restored, and autocast's weight
 cache is neither read nor filled.

@@ -459,6 +459,13 @@ def test_what_is_no_batch_is_named(call: Callable[[Any, Any], Any], batch: objec
         call(build("llama"), batch)
 
 
+@pytest.mark.parametrize("optimized", [False, True])
+def test_check_wants_rows_to_select_from(optimized: bool) -> None:
+    model = cggr.optimize(Toy().train(), ratio=0.5) if optimized else Toy().train()
+    with pytest.raises(ValueError, match="a batch of one row leaves no rows to select"):
+        cggr.check(model, toy_batch(1))
+
+
 def test_check_wants_labels() -> None:
     with pytest.raises(ValueError, match="a batch has no labels, so there is no loss"):
         cggr.check(build("llama"), {"input_ids": token_batch()["input_ids"]})
