@@ -7,6 +7,7 @@ saves below `layers.2` is. Buffers that are not saved are made with the model, a
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.program import Analysed, value
 from cggr_compile.ir.roles import is_state
 
+_log = logging.getLogger("cggr_compile")
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^)\d+(?=\.)")
 _HINT = "choose depth_layers so that these are alike (a multiple of the pattern's length), or grow='random'"
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -63,7 +65,14 @@ class Copies:
                 else:
                     self._missing |= dict.fromkeys(paths, (index, like))
         self._roots = dict(_roots(new, old) for new, old in self._read.items())
-        self._all(saved)
+        overwritten = [saved.tensors.get(path) for path in self._all(saved)]
+        frozen = sum(isinstance(each, nn.Parameter) and not each.requires_grad for each in overwritten)
+        if frozen:
+            _log.warning(
+                "grow='copy' will overwrite %d frozen parameters, which an adapter's checkpoint does not hold; "
+                "save the whole model, or give grow='random'",
+                frozen,
+            )
 
     @torch.no_grad()
     def make(

@@ -315,6 +315,18 @@ def sharing() -> nn.Module:
     return model
 
 
+def test_frozen_weights_that_will_be_overwritten_are_warned_of() -> None:
+    """They may be an adapter's base, which its checkpoint lacks."""
+    for frozen, grow in ((True, "copy"), (False, "copy"), (True, "random")):
+        model = toy()
+        model.layers[3].weight.requires_grad_(not frozen)
+        cggr.optimize(model, route="depth", depth_layers=2, grow=grow, inner="eager")
+        with logged_warnings() as logged:
+            model(**toy_batch())
+        told = [text for text in logged if "will overwrite 1 frozen parameters" in text]
+        assert len(told) == (frozen and grow == "copy")
+
+
 class CountedBlock(Block):
     """A layer with its residual that counts its calls, whatever they are given."""
 
