@@ -49,8 +49,7 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     effects = [root for root in reads if root not in program.outputs and root not in left_out]
     # A parameter that only the layers left out read, once changed, does not change, nor does what they alone change.
     effects = [root for root in effects if not root.users or not left_out.issuperset(root.users)]
-    if layers.path:
-        effects = [root for root in effects if not all(_behind(root, layers, count) or [False])]
+    effects = [root for root in effects if not _is_own(root, layers, count)]
     for root in (loss, *effects):
         if reads[root] is not None:
             raise CannotOptimize(
@@ -78,6 +77,12 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     residuals = tuple(builder.env[residual] for residual in layers.residuals[:count])
     kept = dataclasses.replace(layers, entry=builder.env[layers.entry], residuals=residuals)
     return builder.finish("truncate_layers", layers=kept)
+
+
+def _is_own(state: fx.Node, layers: Layers, count: int) -> bool:
+    """Whether modules tell that layers behind the first `count` make a new value of the model's state by themselves."""
+    behind = _behind(state, layers, count) if layers.path else []
+    return bool(behind) and all(behind)
 
 
 def _behind(state: fx.Node, layers: Layers, count: int) -> list[bool]:

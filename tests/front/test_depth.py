@@ -327,16 +327,8 @@ def test_frozen_weights_that_will_be_overwritten_are_warned_of() -> None:
         assert len(told) == (frozen and grow == "copy")
 
 
-class CountedBlock(Block):
-    """A layer with its residual that counts its calls, whatever they are given."""
-
-    def __init__(self) -> None:
-        super().__init__(WIDTH, WIDTH)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.calls.add_(1)
-        return super().forward(hidden) / self.calls
+class CountedBlock(Counted, Block):
+    """With its residual inside, so that modules tell the layers."""
 
 
 @pytest.mark.parametrize("grow", ["copy", "random"])
