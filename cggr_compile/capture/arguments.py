@@ -128,9 +128,9 @@ def _check_labels(arguments: dict[str, Any], decodes: bool) -> None:
 
 
 def _check_cache(arguments: dict[str, Any]) -> None:
-    cache = arguments.get("past_key_values")
-    length = getattr(cache, "get_seq_length", None)
-    if cache is not None and (length is None or length() > 0):
+    """A filled cache of transformers'; whatever else has that name is an argument like others."""
+    length = getattr(arguments.get("past_key_values"), "get_seq_length", None)
+    if length is not None and length() > 0:
         raise CannotOptimize(
             "the call has past_key_values, and the keys and values in it fix the batch size of a capture",
             hint="train without a cache; of PEFT's prefix tuning optimize the PEFT model, not the one inside",

@@ -347,9 +347,7 @@ class Handle(Optimized):
             try:
                 return step(arguments) if sharded is None else sharded.call(step, arguments)
             except CannotOptimize as error:
-                refuse_nested(
-                    self.model
-                )  # a part may have been optimized since the first step; that is the reason then
+                refuse_nested(self.model)  # where a part was optimized since the first step, that is the reason
                 if isinstance(error.__cause__, NotCompiled) and dynamo.stance() == "default":
                     self._compiled = None  # Dynamo never looks again at code that it has passed over
                 raise

@@ -20,8 +20,8 @@ from cggr_compile.torch_internals.autograd import beside_saved_tensor_hooks
 
 
 def run_aside(run: Variant, inputs: Sequence[Any], loss: int, device: torch.device) -> None:
-    """Forward and backward with the inputs of a step until nothing is compiled or recorded any more for their sizes;
-    `loss` is the output's number. Nothing else is left of it.
+    """Forward and backward with the inputs of a step, as often as compiling and recording for their sizes take; `loss`
+    is the output's number. Nothing else is left of it.
 
     Parameters are stood in for by others in the same memory, on which nobody has registered hooks.
     """

@@ -67,24 +67,31 @@ class Checkpoints(NamedTuple):
 def checkpoints_around() -> Checkpoints:
     """The checkpoints under way in this thread, read off the hooks that they put on saved tensors: the closure of one
     in its forward holds its `frame`, that of a recomputation a reference to it (`torch/utils/checkpoint.py`)."""
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    taken = []
     first_runs = []
     recomputed = None
-    try:
-        while hooks is not None and recomputed is None:
-            variables = inspect.getclosurevars(inspect.unwrap(hooks[0])).nonlocals if _is_checkpoints(hooks[0]) else {}
+    with _without_saved_tensor_hooks() as hooks:
+        for pack, _ in hooks:
+            variables = inspect.getclosurevars(inspect.unwrap(pack)).nonlocals if _is_checkpoints(pack) else {}
             if "frame" in variables:
                 first_runs.append(variables["frame"])
             elif "target_frame_ref" in variables:
                 recomputed = (variables["target_frame_ref"](), variables["gid"])
+                break
+    return Checkpoints(tuple(first_runs), recomputed)
+
+
+@contextmanager
+def _without_saved_tensor_hooks() -> Iterator[list[tuple[Any, Any]]]:
+    """Takes this thread's hooks on saved tensors away, the innermost first, and puts them back."""
+    taken: list[tuple[Any, Any]] = []
+    try:
+        while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
             torch._C._autograd._pop_saved_tensors_default_hooks()
             taken.append(hooks)
-            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        yield taken
     finally:
         for pack, unpack in reversed(taken):
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
-    return Checkpoints(tuple(first_runs), recomputed)
 
 
 def _is_checkpoints(hook: Any) -> bool:
@@ -100,12 +107,5 @@ def in_backward() -> bool:
 def beside_saved_tensor_hooks() -> Iterator[None]:
     """Keeps what is computed within, gradients included, from the hooks on saved tensors around, those of checkpoints
     among them: traces and probes are no part of the caller's step. Hooks that come within are in force."""
-    taken = []
-    while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-        taken.append(hooks)
-    try:
+    with _without_saved_tensor_hooks():
         yield
-    finally:
-        for pack, unpack in reversed(taken):
-            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
