@@ -152,31 +152,30 @@ def test_hooks_of_the_callers_see_the_tensors_that_steps_save_and_no_trace(
 ) -> None:
     """From the first step on, in which everything is captured and compiled."""
     model, seen = optimized(**options), []
+    twin, saved = copy.deepcopy(model), []
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         seen.append(type(x))
         return x.detach().clone()
 
-    def step(hooks: bool) -> torch.Tensor:
+    def step(model: Toy, hooks: bool) -> torch.Tensor:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x) if hooks else contextlib.nullcontext():
             return checkpointed(lambda: model(**batches(1)[0])[0]) if checkpoints else model(**batches(1)[0])[0]
 
-    twin, saved = copy.deepcopy(model), []
     for _ in range(2):
         seen.clear()
-        loss = step(hooks=True)
+        loss = step(model, hooks=True)
         loss.backward()
         saved.append(len(seen))
         assert set(seen) <= {torch.Tensor, torch.nn.Parameter}
     # A checkpoint's forward saves its own inputs only, and keeps its hooks in front of the caller's.
     assert saved[0] == saved[1]
     assert (saved[0] > 0) is not checkpoints
-    found, model = gradients(model), twin
     for _ in range(2):
-        expected = step(hooks=False)
+        expected = step(twin, hooks=False)
         expected.backward()
     assert torch.equal(loss, expected)
-    for actual, wanted in zip(found, gradients(model), strict=True):
+    for actual, wanted in zip(gradients(model), gradients(twin), strict=True):
         assert torch.equal(actual, wanted)
 
 
