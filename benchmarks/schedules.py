@@ -84,6 +84,7 @@ def main(
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     model: Annotated[str, typer.Option(help=" or ".join(SHAPES))] = "SmolLM-135M",
     steps: Annotated[int, typer.Option(help="for each rung")] = 20,
+    route: Annotated[list[str] | None, typer.Option(help="repeatable, all if not given: " + ", ".join(ROUTES))] = None,
     quick: Annotated[bool, typer.Option(help="the tiny model")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON; the table goes beside it")] = None,
     commit: str | None = None,
@@ -101,17 +102,17 @@ def main(
     for place in [{"CUDA_VISIBLE_DEVICES": name} for name in gpus()] if device == "cuda" else [{}]:
         places.put(place)
 
-    def samples(route: str) -> list[list[float]]:
+    def samples(name: str) -> list[list[float]]:
         place = places.get()
         try:
             variables = {**os.environ, **place}
-            done = subprocess.run([*command, route], check=True, stdout=subprocess.PIPE, text=True, env=variables)
+            done = subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, text=True, env=variables)
         finally:
             places.put(place)
         return json.loads(done.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(max_workers=places.qsize()) as threads:
-        running = {threads.submit(samples, route): route for route in ROUTES}
+        running = {threads.submit(samples, name): name for name in route or ROUTES}
         for ended in as_completed(running):
             report["samples"][running[ended]] = ended.result()
             if output is not None:

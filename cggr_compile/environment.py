@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+PACKAGES = (
+    *("torch", "transformers", "triton"),
+    *("liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl"),
+)
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
