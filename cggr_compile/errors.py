@@ -7,11 +7,16 @@ may sit on the second.
 from __future__ import annotations
 
 import re
+import sys
+import warnings
 from dataclasses import dataclass
+from types import FrameType
 
 from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+\n\s*(?P<code>[^\n]+)')
+
+_BETWEEN = {"cggr_compile", "torch", "transformers", "accelerate", "trl", "peft"}
 
 
 def source_of(node: fx.Node | None) -> str | None:
@@ -27,6 +32,15 @@ def source_of(node: fx.Node | None) -> str | None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name where that is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def warn(message: str) -> None:
+    """A `RuntimeWarning` at the user's line: the innermost that is not of this package or of one that calls it."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 class CannotOptimize(RuntimeError):

@@ -56,7 +56,7 @@ class Check:
             the positions, sequence by sequence.
         expected: for each batch, what the eager router selects.
         layers: how many layers the compiler found, `path` where and `proof` how.
-        route, ratio, router_layers: what was checked.
+        route, ratio, router_layers: what was checked; no route, nor router layers, where everything is kept.
     """
 
     difference: float
@@ -85,6 +85,7 @@ class Check:
             return f"{self.selected} selected, {self.expected} by the eager router"
         if self.exact:
             checked = f"route {self.route}, ratio {self.ratio:g}, router of {self.router_layers}"
+            checked = checked if self.route else "everything kept, with all"
             return f"exact: {checked} of {self.layers} layers ({self.path or 'unnamed'}, {self.proof})"
         return f"differs by {self.difference:.1e} ({self.where})"
 
@@ -111,10 +112,10 @@ def check(
 ) -> Check:
     """Compares routed training steps of `model` with eager training on what an eager router selects.
 
-    For each batch two steps are compared: one while everything is kept, and one routed. On the token route the layers
-    that the compiler finds, but for the first, run on the selected tokens. The model is copied, not changed. Both sides
-    run without a key-value cache and without an inner compiler. A bitwise comparison needs dropout probabilities of 0,
-    and attention whose kernel does not depend on the mask's data (`attn_implementation="eager"`).
+    For each batch two steps are compared: one while everything is kept, and, below ratio 1, one routed. On the token
+    route the layers that the compiler finds, but for the first, run on the selected tokens. The model is copied, not
+    changed. Both sides run without a key-value cache and without an inner compiler. A bitwise comparison needs dropout
+    probabilities of 0, and attention whose kernel does not depend on the mask's data (`attn_implementation="eager"`).
 
     Args:
         model: a language model on the CPU in fp32. Of an optimised one route, ratio and router layers are checked where
@@ -123,7 +124,8 @@ def check(
         batches: `input_ids` [B, S] int64, `labels` [B, S] int64, and whatever else its forward takes, one entry for
             each row, or n for each, row by row (images, as many in every row); on the segment route `position_ids`
             [B, S] that restart, and else one entry for each token.
-        ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1). None is the model's, or 0.5.
+        ratio: fraction of the rows, or of each sequence's tokens, kept, in (0, 1]. None is the model's, or 0.5 where it
+            is not optimised.
         router_layers: layers of the router, or "auto". None is the model's, or 1.
         route: "sequence", "segment" or "token". None is that of these which is the model's, or "sequence".
 
@@ -142,7 +144,7 @@ def check(
         route = next((each for each in own.routes if each in JUDGED), "sequence")
     if route not in JUDGED:
         raise ValueError(f"check: route={route!r} is none of 'sequence', 'segment' and 'token', which it can judge")
-    ratio = (own.ratio if own.ratio < 1 else 0.5) if ratio is None else ratio
+    ratio = own.ratio if ratio is None else ratio
     router_layers = own.router_layers if router_layers is None else router_layers
     if not batches:
         raise ValueError("check: no batch was given; pass at least one, check(model, {'input_ids': …, 'labels': …})")
@@ -150,13 +152,8 @@ def check(
         check_batch(batch)
         if batch.get("labels") is None:
             raise ValueError("check: a batch has no labels, so there is no loss; add 'labels' [batch, sequence]")
-        for name, entry in batch.items():
-            if isinstance(entry, torch.Tensor) and entry.shape in ((), (1,)) and len(batch["input_ids"]) > 1:
-                raise ValueError(f"check: {name} is one number for all rows, and eager's step is on some; leave it out")
-        if route == "sequence":
-            if len(batch["input_ids"]) == 1:
-                raise ValueError("check: a batch of one row leaves no rows to select; give it two, or route='token'")
-            _refuse_uneven_media(model, batch)
+        if ratio < 1:
+            _refuse_unselectable(model, batch, route)
     eager, routed = (restore(copy.deepcopy(model)).train() for _ in range(2))
     for each in (eager, routed):
         if hasattr(each, "config"):
@@ -168,6 +165,11 @@ def check(
         config = replace(config, last_layers=0)
     optimize(routed, config)
     differences = [_difference(eager_step(routed, batch), eager_step(eager, batch)) for batch in batches]
+    if ratio == 1:
+        stack = routed.cggr.runtime.plans[-1].analysed.stack
+        return Check(
+            *max(differences), (), (), len(stack), stack.path, stack.proof, route="", ratio=1.0, router_layers=0
+        )
     routed.cggr.step()
     selected, expected = [], []
     counting: set[str] = set()
@@ -200,6 +202,18 @@ def check(
     return found
 
 
+def _refuse_unselectable(model: nn.Module, batch: Batch, route: str) -> None:
+    """Raises `ValueError` for a batch of which eager cannot be given a part."""
+    rows = len(batch["input_ids"])
+    for name, entry in batch.items():
+        if isinstance(entry, torch.Tensor) and entry.shape in ((), (1,)) and rows > 1:
+            raise ValueError(f"check: {name} is one number for all rows, and eager's step is on some; leave it out")
+    if route == "sequence":
+        if rows == 1:
+            raise ValueError("check: a batch of one row leaves no rows to select; give it two, or route='token'")
+        _refuse_uneven_media(model, batch)
+
+
 def _refuse_uneven_media(model: nn.Module, batch: Batch) -> None:
     """Raises `ValueError` where some rows have more image, video or audio tokens than others beside tensors that need
     not be of rows: by none of their sizes is it told which entries are whose."""
@@ -229,7 +243,7 @@ def _own_options(model: nn.Module) -> RoutingConfig:
     try:
         return handle(model).config
     except CannotOptimize:
-        return RoutingConfig(router_layers=1)
+        return RoutingConfig(ratio=0.5, router_layers=1)
 
 
 def eager_step(model: nn.Module, batch: Batch) -> Step:

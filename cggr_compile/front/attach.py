@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, warn
 from cggr_compile.front.api import handle
 from cggr_compile.values import ConfigError
 
@@ -81,11 +80,9 @@ def _named(optimizer: torch.optim.Optimizer) -> str:
 def _warn_of_others(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """An optimiser may step copies of the parameters (ZeRO, master weights), so that it has none is no error."""
     if not _parameters(optimizer) & set(map(id, model.parameters())):
-        warnings.warn(
+        warn(
             f"the optimizer has no parameter of {type(model).__name__}: if it is another model's, schedules of this "
-            "one follow the wrong steps; attach the optimizer that steps this model",
-            RuntimeWarning,
-            stacklevel=3,
+            "one follow the wrong steps; attach the optimizer that steps this model"
         )
 
 

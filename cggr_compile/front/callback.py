@@ -16,7 +16,10 @@ from cggr_compile.errors import CannotOptimize
 from cggr_compile.front.api import handle
 from cggr_compile.front.handle import Handle
 
-OWN_LOSS_HINT = "leave compute_loss_func and label smoothing out; TRL's SFTTrainer: cggr.route(trainer, …)"
+OWN_LOSS_HINT = (
+    "train on the loss that the model returns; leave compute_loss_func and label smoothing out; TRL's SFTTrainer: "
+    "cggr.route(trainer, …)"
+)
 
 
 class CGGRCallback(TrainerCallback, ExportableState):
@@ -25,10 +28,10 @@ class CGGRCallback(TrainerCallback, ExportableState):
 
         trainer = Trainer(model=cggr.optimize(model, ratio=0.25), ..., callbacks=[CGGRCallback()])
 
-    Each log gets the handle's metrics as `cggr/...` numbers (this reads them back, at logging steps only); they enter
-    `trainer.state.log_history` and, with `CGGRCallback.first_in(trainer)`, every reporting integration. Checkpoints
-    hold the routed state in `trainer_state.json`; `train(resume_from_checkpoint=...)` takes it back, and so does
-    `load_best_model_at_end`. A `train()` that begins at step 0 begins the schedule anew, also where
+    Where steps select, each log gets the handle's metrics as `cggr/...` numbers (this reads them back, at logging steps
+    only); they enter `trainer.state.log_history` and, with `CGGRCallback.first_in(trainer)`, every reporting
+    integration. Checkpoints hold the routed state in `trainer_state.json`; `train(resume_from_checkpoint=...)` takes it
+    back, and so does `load_best_model_at_end`. A `train()` that begins at step 0 begins the schedule anew, also where
     `auto_find_batch_size` starts over.
 
     Raises CannotOptimize at the start of training where the model is not optimised, and at the first optimiser step
@@ -38,11 +41,14 @@ class CGGRCallback(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self._handle: Any = None
         self._calls = 0
+        self._loss = ""
 
     @classmethod
     def first_in(cls, trainer: Any) -> CGGRCallback:
         """Adds the callback to a trainer in front of all others, so that these log its metrics too; returns it."""
         callback = cls()
+        owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+        callback._loss = f" ({owner.__name__}.compute_loss)"
         trainer.add_callback(callback)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
@@ -98,7 +104,7 @@ class CGGRCallback(TrainerCallback, ExportableState):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts the step: it is the trainer's number, whoever else counts (`attach`)."""
-        refuse_own_loss(self._handle, self._calls)
+        refuse_own_loss(self._handle, self._calls, self._loss)
         self._calls = self._handle.calls
         self._handle.runtime.steps = state.global_step
         self._handle.step()
@@ -110,17 +116,19 @@ class CGGRCallback(TrainerCallback, ExportableState):
         numbers = {name: value.item() for name, value in logs.items() if isinstance(value, torch.Tensor)}
         logs.update(numbers)
         state.log_history[-1].update(numbers)
-        if self._handle is None or "loss" not in logs:
+        if self._handle is None or "loss" not in logs or not self._handle.runtime.may_select:
             return
         metrics = {f"cggr/{name}": float(value) for name, value in self._handle.metrics().items()}
         logs.update(metrics)
         state.log_history[-1].update(metrics)
 
 
-def refuse_own_loss(routed: Handle, calls: int) -> None:
-    """Raises `CannotOptimize` where no training call with labels reached the model since its count was `calls`."""
+def refuse_own_loss(routed: Handle, calls: int, loss: str = "") -> None:
+    """Raises `CannotOptimize` where no training call with labels reached the model since its count was `calls`; `loss`
+    says who computes it."""
     if routed.calls == calls:
-        routed.refuse(CannotOptimize("a training step never called the routed model with labels", hint=OWN_LOSS_HINT))
+        reason = f"a training step never called the routed model with labels{loss}"
+        routed.refuse(CannotOptimize(reason, hint=OWN_LOSS_HINT))
 
 
 def _to_text(state: dict[str, Any]) -> str:

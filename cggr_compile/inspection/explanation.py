@@ -62,7 +62,7 @@ class Explanation:
 
     def batch_that_fits(self, gibibytes: float) -> Memory:
         """The largest batch of rows of the captured length whose step is predicted to take at most so much memory:
-        `rows` of what is returned, with its `peak`.
+        `rows` of what is returned, with its `peak`; to one row in 256.
 
         A card has less than its name says: CUDA itself takes about half a GiB, and memory comes in pieces.
 

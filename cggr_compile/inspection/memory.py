@@ -20,6 +20,10 @@ WORKSPACE = 2**25
 """Bytes that cuBLAS takes on Hopper for each thread of the host and each stream that products run on."""
 THREADS = 2
 """Of the host: one runs the forward, one the backward."""
+PRECISION = 256
+"""The largest batch is sought to one row in so many."""
+FARTHEST = 64
+"""How many times as many rows as fit are tried next: few rows say little of more where a fraction of them is kept."""
 RECORDING_STREAMS = 3
 """With CUDA graphs: the loop's, that of the runs before a recording, and the recording's."""
 
@@ -88,9 +92,11 @@ def predict(plan: Plan, model: nn.Module, rows: int) -> Memory:
 
 
 def largest_that_fits(predicted: Callable[[int], Memory], rows: int, gibibytes: float) -> Memory:
-    """The memory of the largest batch, of rows of the captured length, whose step is predicted to take at most so much.
+    """The memory of the largest batch, of rows of the captured length, whose step is predicted to take at most so much;
+    of more than `PRECISION` rows, nearly the largest.
 
-    Memory grows evenly with the rows, for the most part, so that few batches have to be tried: one row, then `rows`.
+    Memory grows evenly with the rows, for the most part, so that few batches have to be tried: one row, then `rows`,
+    then what these say.
 
     Raises:
         CannotOptimize: a single row does not fit, or as `predicted`, which gives the memory of so many rows.
@@ -98,24 +104,31 @@ def largest_that_fits(predicted: Callable[[int], Memory], rows: int, gibibytes: 
     """
     if not 0 < gibibytes < math.inf:
         raise ValueError(f"{gibibytes!r} GiB is no card's memory; pass a finite number above 0")
-    one = best = before = predicted(1)
+    one = best = left = predicted(1)
     if one.peak > gibibytes:
         size = f"{one.peak * GIBIBYTE:,.0f} bytes"
         raise CannotOptimize(
             f"one row of {one.length} tokens takes {size}, more than {gibibytes:g} GiB ({one})",
             hint="docs/inspecting.md says what takes less memory; or shorten the rows",
         )
-    too_large: int | None = None
-    rows = max(2, rows)
-    while too_large is None or too_large - best.rows > 1:
+    too_large: Memory | None = None
+    between: float = math.inf  # rows of the largest that fits and the smallest that does not
+    farther, rows = 1, max(2, rows)
+    while too_large is None or too_large.rows - best.rows > max(1, best.rows // PRECISION):
         tried = predicted(rows)
         if tried.peak <= gibibytes:
-            best = tried
+            left, best = best, tried
         else:
-            too_large = rows
-        of_row = (tried.peak - before.peak) / (tried.rows - before.rows)
-        rows += math.floor((gibibytes - tried.peak) / of_row) if of_row > 0 else rows
-        rows = max(rows, best.rows + 1)
-        rows = rows if too_large is None else min(rows, too_large - 1)
-        before = tried
+            too_large = tried
+        other = too_large or left
+        of_row = (other.peak - best.peak) / (other.rows - best.rows)
+        rows = best.rows + math.floor((gibibytes - best.peak) / of_row) if of_row > 0 else best.rows * FARTHEST
+        if too_large is None:
+            rows = min(max(rows, best.rows + max(farther, best.rows // PRECISION)), best.rows * FARTHEST)
+            farther *= 2
+            continue
+        before, between = between, too_large.rows - best.rows
+        rows = min(max(rows, best.rows + 1), too_large.rows - 1)
+        if between > before / 2:  # memory grows in stairs
+            rows = best.rows + max(1, between // 2)
     return best

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from cggr_compile.errors import warn
 
 ARCHITECTURES = ("auto", "llama", "gpt", "bert", "mamba", "passthrough")
 # By which names configurations and modules count the layers they loop over.
@@ -81,10 +82,9 @@ class TruncatedRouter(nn.Module):
 
     def _pass_through(self, obstacle: str) -> None:
         self.passthrough = True
-        warnings.warn(
+        warn(
             f"{type(self.model).__name__} cannot be cut: {obstacle}; the whole model is the router, which costs a full "
-            "forward pass; give a custom router for speed",
-            stacklevel=3,
+            "forward pass; give a custom router for speed"
         )
 
     @contextlib.contextmanager

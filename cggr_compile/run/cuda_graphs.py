@@ -16,7 +16,6 @@ recording has fixed memory, so what must not be confused is kept apart here:
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from cggr_compile.errors import first_line
+from cggr_compile.errors import first_line, warn
 from cggr_compile.run.backward_parts import PARTS, Part, differentiable, forward_and_parts
 from cggr_compile.run.graph_memory import CALLS_THAT_DISPLACE, Pool, Turn
 from cggr_compile.torch_internals.autograd import beside_saved_tensor_hooks
@@ -118,7 +117,7 @@ class Replayed:
             except RuntimeError as error:
                 self.obstacle = f"recording failed: {first_line(error)}"
         if self.obstacle is not None:
-            warnings.warn(f"running without CUDA graphs: {self.obstacle}", RuntimeWarning, stacklevel=4)
+            warn(f"running without CUDA graphs: {self.obstacle}")
 
 
 def obstacle_of(graph: fx.Graph) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cggr_compile.errors import warn
 from cggr_compile.ir.amounts import concrete
 from cggr_compile.ir.program import REGION, Program, Region, callers_region, is_tensor, value
 from cggr_compile.kernels.providers import launches_triton
@@ -42,11 +42,7 @@ class KernelsAhead:
         compiling, self._compiling = self._compiling, None
         error = compiling.exception() if compiling is not None else None
         if error is not None:
-            warnings.warn(
-                f"kernels could not be compiled ahead and are compiled as they run: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn(f"kernels could not be compiled ahead and are compiled as they run: {type(error).__name__}: {error}")
 
 
 def _with_gradients(program: Program, inputs: Sequence[Any]) -> set[fx.Node]:

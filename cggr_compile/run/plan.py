@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +12,7 @@ from torch import nn
 
 from cggr_compile.capture.branches import Branches
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize, Refusal
+from cggr_compile.errors import CannotOptimize, Refusal, warn
 from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
 from cggr_compile.ir.documents import POSITIONS
@@ -104,11 +103,9 @@ class Plan:
         if self.stages:
             return
         if not self.routable and keeps_less(owner.in_force):
-            warnings.warn(
+            warn(
                 "a batch of one row leaves no rows to choose from, and trains as it is; raise the batch size, or route "
-                "tokens (route='token')",
-                RuntimeWarning,
-                stacklevel=2,
+                "tokens (route='token')"
             )
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from types import NoneType
@@ -13,7 +12,8 @@ import torch
 from torch import nn
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, warn
+from cggr_compile.passes.pipeline import keeps_less
 from cggr_compile.run.agreement import of_all_ranks
 from cggr_compile.run.auto import Auto
 from cggr_compile.run.confidence import Confidence
@@ -57,6 +57,7 @@ class Runtime:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, bytes] = {}
         self._warned = False
+        self.said_uncounted = False
 
     @property
     def counted(self) -> bool:
@@ -88,11 +89,9 @@ class Runtime:
             until for _, until in stages if until is not None and (until if until >= 1 else until * steps) > steps - 1
         ]
         if late:
-            warnings.warn(
+            warn(
                 f"depth_until={late[0]} is not reached in {steps} steps, so not all layers will train; give a share of "
-                "them, e.g. depth_until=0.5",
-                RuntimeWarning,
-                stacklevel=3,
+                "them, e.g. depth_until=0.5"
             )
 
     def attach(self) -> None:
@@ -110,6 +109,11 @@ class Runtime:
     def choices(self) -> tuple[RoutingConfig, ...]:
         """The configurations that steps may run under."""
         return (self.config,) if self.auto is None else self.auto.choices
+
+    @property
+    def may_select(self) -> bool:
+        """Whether steps select, at once or later."""
+        return any(map(keeps_less, self.choices))
 
     @property
     def stage(self) -> tuple[int, float | None] | None:
@@ -144,7 +148,7 @@ class Runtime:
         if self.config.fallback == "raise" or self.recomputations.may_be_routed():
             raise error
         if not self._warned:
-            warnings.warn(f"training without routing: {error}", RuntimeWarning, stacklevel=5)
+            warn(f"training without routing: {error}")
             self._warned = True
         self.last = None
         if str(error) not in self.passive:
@@ -167,9 +171,7 @@ class Runtime:
             if device.type == "cuda":
                 self.pool = Pool()
             else:
-                warnings.warn(
-                    f"running without CUDA graphs: the model is on {device.type}", RuntimeWarning, stacklevel=2
-                )
+                warn(f"running without CUDA graphs: the model is on {device.type}")
         return self.pool
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,13 +8,13 @@ and `selection="auto"` scores that were sent long before (`auto`).
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from cggr_compile.capture.collector import collected_at_the_end
+from cggr_compile.errors import warn
 from cggr_compile.ir.amounts import Amount, amounts_of, sizes_of
 from cggr_compile.ir.program import StepOutputs
 from cggr_compile.ir.roles import changes_of, ranks_of
@@ -31,7 +31,7 @@ from cggr_compile.schedule import kept_of
 from cggr_compile.torch_internals import autograd
 
 UNCOUNTED = 100
-"""Steps, micro-batches too, after which a schedule that nobody counts for is worth a warning."""
+"""Calls after which a schedule that nobody counts for is worth a warning, where no optimiser step was seen."""
 _log = logging.getLogger("cggr_compile")
 
 
@@ -41,6 +41,8 @@ class Step:
     def __init__(self, plan: Plan, runtime: Runtime) -> None:
         self.plan = plan
         self.runtime = runtime
+        self._version: int | None = None
+        self._selects_documents = False  # as far as a step has shown
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         with self.runtime.lock:
@@ -51,7 +53,7 @@ class Step:
             if self.runtime.given.wanted:
                 config, generator = self.runtime.in_force, self.runtime.generator(self.plan.device)
                 raise ScoresReady(self.plan.in_force.row_scores(self._held(inputs), config, generator)[0])
-            self._warn_uncounted()
+            self._warn_uncounted(inputs)
             self._grow(inputs)
             inputs = self._held(inputs)
             self._compare(inputs)
@@ -65,27 +67,34 @@ class Step:
         """The inputs that this rank has: of parameters that FSDP2 shards, the shards."""
         return inputs if self.runtime.sharded is None else self.runtime.sharded.shards(inputs)
 
-    def _warn_uncounted(self) -> None:
+    def _warn_uncounted(self, inputs: tuple[Any, ...]) -> None:
+        """Where a schedule stands still: parameters have been written to since the call before, or many calls came, and
+        nobody counts."""
         runtime = self.runtime
-        if runtime.runs == UNCOUNTED and not runtime.counted and runtime.config.is_scheduled:
-            warnings.warn(
-                f"{UNCOUNTED} training calls and no optimiser step was counted, so the schedule stands still; call "
-                "cggr.attach(model, optimizer), or use CGGRCallback or cggr.route with a Trainer",
-                RuntimeWarning,
-                stacklevel=2,
+        if runtime.counted or runtime.said_uncounted or not runtime.config.is_scheduled:
+            return
+        trained = (x for x in self._held(inputs) if isinstance(x, torch.Tensor) and x.is_leaf and x.requires_grad)
+        before, self._version = self._version, sum(x._version for x in trained)
+        if before not in (None, self._version) or runtime.runs == UNCOUNTED:
+            runtime.said_uncounted = True
+            warn(
+                f"{runtime.runs} training calls and no optimiser step was counted, so the schedule stands still; call "
+                "cggr.attach(model, optimizer), or use CGGRCallback or cggr.route with a Trainer"
             )
 
     def _grow(self, inputs: tuple[Any, ...]) -> None:
         """From now on more layers train, if it is time."""
         while self.runtime.grows_now:
+            filled = ""
             if self.plan.copies:
+                filled = f", filled by copies of the first {len(self.plan.in_force.analysed.stack)}"
                 with torch.no_grad():  # what is written to is no view to autograd
                     self.plan.copies[self.runtime.growths].make(self.runtime.model, inputs, self._held)
             self.runtime.growths += 1
             self.runtime.grows = False
             trained = len(self.plan.in_force.analysed.stack)
             when = f"step {self.runtime.steps}: " if self.runtime.counted else ""
-            _log.warning("%sthe model has grown, %d layers train", when, trained)
+            _log.warning("%sthe model has grown, %d layers train%s", when, trained, filled)
 
     def _compare(self, inputs: tuple[Any, ...]) -> None:
         """Where ranks may select together, finds out whether they can in this step."""
@@ -170,6 +179,8 @@ class Step:
             runtime.confidence.measured(found.confidence)
         if auto is not None:
             auto.see(found, runtime.steps)
+        if found.documents_kept is not None and not self._selects_documents:
+            self._warn_none_fits(found.documents_kept, amounts["segment"].kept)
         ranks = None if found.rows is None else ranks_of(config)
         if found.rows is None:
             found = found._replace(rows=torch.arange(rows, device=plan.device))
@@ -184,6 +195,16 @@ class Step:
             found=found,
         )
         return self._returned(outputs)
+
+    def _warn_none_fits(self, figures: torch.Tensor, kept: int) -> None:
+        """In the first step that selects documents; the host waits for it."""
+        self._selects_documents = True
+        total, selected, too_long, _ = figures.sum(0).tolist()
+        if total and not selected:
+            warn(
+                f"none of the batch's {total} documents trains: {too_long} are longer than the {kept} tokens that a "
+                "sequence keeps; raise ratio, or route tokens (route='token')"
+            )
 
     def _given(
         self,

@@ -12,7 +12,6 @@ Which inputs require a gradient decides what a backward computes, so code is of 
 
 from __future__ import annotations
 
-import warnings
 from functools import cached_property, partial
 from operator import eq
 from time import monotonic
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cggr_compile.errors import first_line
+from cggr_compile.errors import first_line, warn
 from cggr_compile.ir.amounts import Sizes, Symbols
 from cggr_compile.ir.program import Analysed
 from cggr_compile.passes.lower.lower_regions import lower_regions
@@ -133,10 +132,8 @@ class Variant:
                 return compile_symbolic(self.module, self.program, inputs, sizes, self.inner, self.recompute)
             except RuntimeError as error:
                 self._symbolic = False
-                warnings.warn(
+                warn(
                     f"compiling every batch shape by itself: {self.inner} cannot compile this step for many: "
-                    f"{first_line(error)}",
-                    RuntimeWarning,
-                    stacklevel=6,
+                    f"{first_line(error)}"
                 )
         return Code(compile_static(self.module, inputs, self.inner, self.recompute), partial(eq, sizes))

@@ -654,7 +654,8 @@ def test_a_model_that_is_optimised_anew_keeps_what_was_said_of_its_steps() -> No
     with logged_warnings() as logged:
         steps(model, optimizer, range(2), toy_batch)
     assert model.cggr.runtime.growths == 1
-    assert logged == [f"step 1: the model has grown, {len(model.layers)} layers train"]
+    layers = len(model.layers)
+    assert logged == [f"step 1: the model has grown, {layers} layers train, filled by copies of the first 2"]
 
 
 def test_growing_is_asked_for_once_a_stage() -> None:

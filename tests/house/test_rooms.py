@@ -216,3 +216,9 @@ def test_every_pass_shows_what_it_does() -> None:
     for pass_ in shown:
         text = sys.modules[pass_.__module__].__doc__ or ""
         assert re.search(r"\nBefore::\n\n    .+\nAfter::\n\n    ", text, re.DOTALL), pass_.__name__
+
+
+def test_every_warning_is_at_the_line_of_the_user() -> None:
+    """`errors.warn` finds it."""
+    calls = [name for name, path in modules(ROOT).items() if "warnings.warn(" in path.read_text()]
+    assert calls == ["cggr_compile.errors"]

@@ -7,6 +7,8 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
@@ -58,6 +60,32 @@ def test_the_largest_batch_that_fits() -> None:
     found = explanation.batch_that_fits(limit)
     assert found.rows >= 61
     assert found.peak <= limit < explanation.memory(found.rows + 1).peak
+
+
+@given(
+    of_row=st.floats(1e-6, 10),
+    kept=st.integers(1, 300),
+    block=st.integers(1, 5000),
+    blocks=st.floats(0, 5),
+    limit=st.floats(11, 200),
+    captured=st.integers(1, 64),
+)
+def test_few_batches_are_tried_and_none_far_from_what_fits(
+    of_row: float, kept: int, block: int, blocks: float, limit: float, captured: int
+) -> None:
+    """Of memory that grows in stairs, one row of each `kept`, and more behind a number of rows."""
+    tried = []
+
+    def predicted(rows: int) -> memory.Memory:
+        tried.append(rows)
+        activations = of_row * max(1, rows // kept)
+        return memory.Memory(rows, 6, 1.0, 0.0, 0.0, activations, blocks * (rows > block))
+
+    found = memory.largest_that_fits(predicted, captured, limit)
+    next_rows = found.rows + max(1, found.rows // memory.PRECISION)
+    assert found.peak <= limit < predicted(next_rows).peak
+    assert max(tried) <= max(2, captured, memory.FARTHEST * next_rows)
+    assert len(tried) < 40
 
 
 def test_more_rows_take_more() -> None:
