@@ -324,6 +324,7 @@ def test_a_folder_has_one_file_of_weights(quality: None, tmp_path: Path) -> None
         quality_data.gguf_of(tmp_path)
 
 
+@pytest.mark.long
 def test_quick(quality: None, capsys: pytest.CaptureFixture) -> None:
     import quality
 
@@ -335,7 +336,6 @@ def test_quick(quality: None, capsys: pytest.CaptureFixture) -> None:
     assert "wsd, tiny, 400 rows of 16 tokens" in page
 
 
-@pytest.mark.long
 def test_a_run_trains(quality: None, tokens: Path) -> None:
     import quality
     import torch

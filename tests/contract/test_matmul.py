@@ -208,6 +208,7 @@ def assert_follows_sizes(exact: nn.Module, batches: list[dict[str, torch.Tensor]
     assert bool(variant.pieces) == options["outline_layers"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("outlined", [False, True])
 def test_compiled_steps_follow_sizes(outlined: bool) -> None:
     batches = [toy_batch(rows, length) for rows, length in ((4, 6), (7, 8), (3, 5))]

@@ -122,7 +122,7 @@ CHANGING = [ChangesWeights, Shrinks, Normalises]
         {"selection": "random"},
         {"ratio": 1.0},
         {"inner": "aot_eager"},
-        {"inner": "inductor"},
+        pytest.param({"inner": "inductor"}, marks=pytest.mark.long),
         {"inner": "aot_eager", "outline_layers": True},
     ],
     ids=str,
@@ -412,6 +412,7 @@ def reducing(reduced: str) -> type[Toy]:
     return Reducing
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("reduced", REDUCED)
 def test_entries_that_no_row_reads_by_itself_are_refused_where_there_are_as_many_as_rows(reduced: str) -> None:
     """They may be the rows' own, or not: eager on the selected rows would take half of them, or all."""

@@ -101,6 +101,7 @@ def test_contract(
     oracle.assert_step_within(ROUNDING, *actual, *segment_oracle.step_alone(eager, batch, taken))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_loss_over_num_items_in_batch_stands_for_the_whole_batch(
     routed: dict[str, plans.Routed], shape: tuple[int, ...]

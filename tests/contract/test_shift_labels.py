@@ -14,6 +14,7 @@ import cggr_compile as cggr
 IGNORED = -100
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options",
     [

@@ -351,6 +351,7 @@ def test_what_a_layer_changes_by_itself_stays_until_it_trains(grow: str) -> None
             assert torch.equal(buffer, every.get_buffer(name)), name
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("kind", "layers", "reason"),
     [

@@ -308,6 +308,7 @@ CALLS: dict[str, Callable[[torch.nn.Module], object]] = {
 }
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("call", CALLS)
 def test_what_does_not_train_draws_nothing_and_changes_nothing(call: str) -> None:
     """Dropout, generators of torch, NumPy and Python, buffers, modes of parts, gradients."""

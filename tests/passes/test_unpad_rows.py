@@ -109,6 +109,7 @@ def _assert_is_eagers(name: str, implementation: str, side: str) -> None:
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8])
 def test_masks_of_other_dtypes(dtype: torch.dtype, implementation: str) -> None:

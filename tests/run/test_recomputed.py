@@ -138,6 +138,7 @@ def test_hooks_of_the_callers_do_not_hide_the_checkpoint() -> None:
     assert_same_as_without(optimized(selection="random"), run)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options",
     [

@@ -229,14 +229,14 @@ TRAINED = {
     for how, wrapped_with in WRAPPED.items()
     for what, routed_with in ROUTED.items()
 }
+LONG: dict[str, Callable[[], None]] = {**on_each_route(gradients), **TRAINED}
 USUAL: dict[str, Callable[[], None]] = {
-    **on_each_route(gradients),
-    **{name: TRAINED.pop(name) for name in ("training, plainly, whole", "training, views, replayed")},
+    **{name: LONG.pop(name) for name in ("llama, sequence", "gpt2, token", "mixtral, sequence", "gemma3, token")},
+    **{name: LONG.pop(name) for name in ("training, plainly, whole", "training, views, replayed")},
     "buffers": buffers,
     "uneven": uneven,
     "frozen and unused": frozen_and_unused,
 }
-LONG = TRAINED
 
 
 def run(rank: int, ranks: int, folder: str, checks: Sequence[str]) -> None:
