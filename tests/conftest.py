@@ -56,11 +56,11 @@ def pytest_collection_finish() -> None:
 
 
 def _beyond_samples(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of each test marked `sample(n)` the cases but for n, which are spread evenly over them."""
-    cases: dict[str, list[pytest.Item]] = {}
+    """Of each test marked `sample(n)` the cases but for n, spread evenly over them; those on a GPU by themselves."""
+    cases: dict[tuple[str, bool], list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sample") is not None:
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+            cases.setdefault((item.nodeid.partition("[")[0], "gpu" in item.keywords), []).append(item)
     beyond = []
     for those in cases.values():
         number = those[0].get_closest_marker("sample").args[0]

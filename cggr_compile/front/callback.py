@@ -41,14 +41,14 @@ class CGGRCallback(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self._handle: Any = None
         self._calls = 0
-        self._loss = ""
+        self._computed_by = ""
 
     @classmethod
     def first_in(cls, trainer: Any) -> CGGRCallback:
         """Adds the callback to a trainer in front of all others, so that these log its metrics too; returns it."""
         callback = cls()
         owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
-        callback._loss = f" ({owner.__name__}.compute_loss)"
+        callback._computed_by = f" ({owner.__name__}.compute_loss)"
         trainer.add_callback(callback)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
@@ -104,7 +104,7 @@ class CGGRCallback(TrainerCallback, ExportableState):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts the step: it is the trainer's number, whoever else counts (`attach`)."""
-        refuse_own_loss(self._handle, self._calls, self._loss)
+        refuse_own_loss(self._handle, self._calls, self._computed_by)
         self._calls = self._handle.calls
         self._handle.runtime.steps = state.global_step
         self._handle.step()
@@ -123,11 +123,11 @@ class CGGRCallback(TrainerCallback, ExportableState):
         state.log_history[-1].update(metrics)
 
 
-def refuse_own_loss(routed: Handle, calls: int, loss: str = "") -> None:
-    """Raises `CannotOptimize` where no training call with labels reached the model since its count was `calls`; `loss`
-    says who computes it."""
+def refuse_own_loss(routed: Handle, calls: int, computed_by: str = "") -> None:
+    """Raises `CannotOptimize` where no training call with labels reached the model since its count was `calls`;
+    `computed_by` says what computes the loss."""
     if routed.calls == calls:
-        reason = f"a training step never called the routed model with labels{loss}"
+        reason = f"a training step never called the routed model with labels{computed_by}"
         routed.refuse(CannotOptimize(reason, hint=OWN_LOSS_HINT))
 
 

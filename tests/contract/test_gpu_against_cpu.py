@@ -133,6 +133,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("options", FP32, ids=str)
 def test_fp32_selects_loses_and_learns_the_same(
     device: str, step: dict[str, int], captured: tuple[nn.Module, Program], options: dict[str, Any]
@@ -158,6 +159,7 @@ def test_fp32_selects_loses_and_learns_the_same(
         assert not tested.cggr.report().cuda_graphs.startswith("0 recorded")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("options", BF16, ids=str)
 def test_under_autocast_it_errs_no_more_than_the_cpu(
     device: str, step: dict[str, int], captured: tuple[nn.Module, Program], options: dict[str, Any]

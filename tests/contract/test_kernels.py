@@ -144,6 +144,7 @@ def test_bad_options_name_the_valid_ones(kernels: object, message: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("router_head", ["exact", "sampled", "fp8"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_inductor_takes_the_kernels_without_a_sync(router_head: str, autocast: bool) -> None:

@@ -273,6 +273,7 @@ def test_bad_options_say_what_to_do(how: Any, message: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_on_a_gpu_steps_are_those_of_float8_without_a_sync(autocast: bool, graphs: bool) -> None:

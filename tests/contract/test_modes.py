@@ -346,6 +346,7 @@ def test_no_operator_reads_back_to_the_host(llama: tuple[nn.Module, Program], se
 
 
 @pytest.mark.gpu
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_steady_step_on_the_gpu_never_synchronises(inner: str, autocast: bool) -> None:

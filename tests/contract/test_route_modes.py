@@ -141,6 +141,7 @@ def test_compiled_inner_backends_agree_within_rounding(route: Any, inner: str) -
 
 
 @pytest.mark.gpu
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("route", ["token", "loss", BOTH])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("autocast", [False, True])

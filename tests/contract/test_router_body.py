@@ -255,6 +255,7 @@ def test_bad_options_say_what_to_do(body: Any, message: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_on_a_gpu_rows_are_ranked_as_by_hand(name: str, graphs: bool) -> None:

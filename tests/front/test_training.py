@@ -366,6 +366,30 @@ def test_a_trainer_that_keeps_the_labels_to_itself_is_refused(tmp_path: Path) ->
         made.train()
 
 
+class OwnLoss(transformers.Trainer):
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+        logits = model(input_ids=inputs["input_ids"]).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+def test_a_trainer_with_a_loss_of_its_own_is_named(tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    made = cggr.route(OwnLoss(model=build("llama"), args=arguments, train_dataset=Rows()), inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=r"never called the routed model with labels \(OwnLoss\.compute_loss"):
+        made.train()
+
+
+def test_every_row_kept_logs_no_metrics_of_a_selection(tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    made = cggr.route(transformers.Trainer(model=build("llama"), args=arguments, train_dataset=Rows()), inner="eager")
+    made.train()
+    assert not [name for entry in made.state.log_history for name in entry if name.startswith("cggr/")]
+
+
 def test_nothing_compiles_after_the_warm_up() -> None:
     """80 steps under a curriculum, every tenth on the ragged last batch of an epoch."""
     model = cggr.optimize(Toy().train(), ratio=0.5, warmup_steps=40, inner=AS_IT_IS)

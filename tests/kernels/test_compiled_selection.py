@@ -32,6 +32,7 @@ NAMES = (*selection.RULES, "over two rows", "columns")
 
 
 # A compiler for C++ takes its time, most of it for headers: there they are in one file. Triton takes its own for each.
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("device", "names"),
     [

@@ -198,6 +198,7 @@ def test_one_table_a_pair_is_the_same_mlp(name: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.gpu
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("options", [{"inner": "eager"}, {"inner": "inductor", "cuda_graphs": True}])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_on_a_gpu_triton_is_no_further_from_fp32_than_the_model(

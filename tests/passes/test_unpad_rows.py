@@ -389,6 +389,7 @@ def test_checkpointed_layers_stay_one_checkpoint_each(varlen: bool, monkeypatch:
 
 
 @pytest.mark.gpu
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options", [{"inner": "eager"}, {"inner": "inductor"}, {"inner": "inductor", "cuda_graphs": True}]
 )
