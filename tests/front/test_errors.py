@@ -466,15 +466,9 @@ def test_check_wants_rows_to_select_from(optimized: bool) -> None:
         cggr.check(model, toy_batch(1))
 
 
-@pytest.mark.parametrize("options", [{}, {"route": "depth", "depth_layers": 1, "depth_until": 2}])
-def test_of_a_model_that_keeps_every_row_check_compares_the_whole_step(options: dict[str, Any]) -> None:
-    model = cggr.optimize(build("llama"), **options)
-    one_row = {name: tensor[:1] for name, tensor in token_batch().items()}
-    found = cggr.check(model, token_batch(), one_row, {**token_batch(), "num_items_in_batch": torch.tensor(7)})
-    assert found.exact
-    assert str(found) == "exact: everything kept, with all of 3 layers (model.layers, metadata + single-residual cut)"
-    assert (found.route, found.ratio, found.selected) == ("", 1.0, ())
-    assert cggr.check(model, token_batch(), ratio=0.5).selected
+def test_where_every_row_is_kept_check_takes_a_number_for_all_of_them() -> None:
+    batch = {**token_batch(), "num_items_in_batch": torch.tensor(7)}
+    assert cggr.check(cggr.optimize(build("llama"), route="depth", depth_layers=1, depth_until=2), batch).exact
 
 
 def test_check_wants_labels() -> None:
