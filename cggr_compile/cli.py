@@ -6,9 +6,10 @@ configuration and no memory is taken by weights.
 
 from __future__ import annotations
 
+import ast
 import math
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import huggingface_hub
 import torch
@@ -60,10 +61,15 @@ def explain(
         str,
         typer.Argument(metavar="MODEL_OR_CONFIG", help="Hub id, folder, config.json or model type (e.g. llama)."),
     ],
-    ratio: Annotated[float, typer.Option(help="Fraction of rows kept, in (0, 1].")] = 0.25,
+    ratio: Annotated[
+        float | None, typer.Option(help="Fraction kept, in (0, 1]; 0.25 unless an --option is given.")
+    ] = None,
     router_layers: Annotated[str, typer.Option(help="Layers of the router, or auto.")] = "auto",
     scoring: Annotated[str, typer.Option(help="loss, entropy, margin or combined.")] = "loss",
     selection: Annotated[str | None, typer.Option(help="A rule by name: topk, random, ...; trimmed without.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other of docs/options.md; repeatable.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the explained batch.")] = 8,
     sequence: Annotated[int, typer.Option(min=2, help="Tokens of each row.")] = 512,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB of a card: say which batch fits.")] = None,
@@ -74,11 +80,14 @@ def explain(
     try:
         if memory is not None and not 0 < memory < math.inf:
             raise ConfigError(f"--memory {memory:g} is no card's; pass a finite number of GiB above 0")
-        config = RoutingConfig(
-            ratio=ratio,
-            router_layers=int(router_layers) if router_layers.isdecimal() else router_layers,
-            scoring=scoring,
-            selection=selection,  # type: ignore[arg-type]  # None is the default's
+        config = RoutingConfig.from_options(
+            {
+                "ratio": 0.25 if ratio is None and not option else ratio,
+                "router_layers": int(router_layers) if router_layers.isdecimal() else router_layers,
+                "scoring": scoring,
+                "selection": selection,
+                **dict(map(_option, option or [])),
+            }
         )
         built = build_on_meta(read_config(model))
         ids = torch.zeros(batch, sequence, dtype=torch.long, device="meta")
@@ -119,6 +128,21 @@ def demo(
         run(text, device, output, seconds, batch_size, sequence_length, seed)
     except (CannotOptimize, ConfigError, OSError) as error:
         _fail(error)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """The name and the value of an option, which is a Python literal or a string.
+
+    Raises:
+        ConfigError: it has no `=`.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--option {text} has no value; write NAME=VALUE, e.g. --option route=token")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def read_config(name: str) -> PretrainedConfig:

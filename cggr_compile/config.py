@@ -428,6 +428,8 @@ class RoutingConfig(Schedule):
         """
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
+            if name == "total_steps":
+                raise ConfigError("total_steps is no option; pass it to cggr.attach(model, optimizer, total_steps=…)")
             if name not in names:
                 raise ConfigError(f"unknown option {name!r}{what_is_valid(name, names, 'options')}")
         return cls(**options)

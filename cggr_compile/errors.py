@@ -16,7 +16,7 @@ from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+\n\s*(?P<code>[^\n]+)')
 
-_BETWEEN = {"cggr_compile", "torch", "transformers", "accelerate", "trl", "peft"}
+_BETWEEN = {"cggr_compile", "torch", "transformers", "accelerate", "trl", "peft", *sys.stdlib_module_names}
 
 
 def source_of(node: fx.Node | None) -> str | None:
@@ -35,10 +35,11 @@ def first_line(error: BaseException) -> str:
 
 
 def warn(message: str) -> None:
-    """A `RuntimeWarning` at the user's line: the innermost that is not of this package or of one that calls it."""
+    """A `RuntimeWarning` at the user's line: the innermost that is not of this package or of one that calls it for
+    them."""
     level = 1
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 

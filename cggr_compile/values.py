@@ -18,8 +18,9 @@ class ConfigError(ValueError):
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """`, did you mean 'x'?` or an empty string."""
-    close = difflib.get_close_matches(name, names, n=1)
+    """`, did you mean 'x'?` or an empty string; the first of those that begin so, or the nearest."""
+    begin = [each for each in names if name and each.startswith(name)]
+    close = begin or difflib.get_close_matches(name, names, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
 

@@ -148,28 +148,31 @@ def check(
     router_layers = own.router_layers if router_layers is None else router_layers
     if not batches:
         raise ValueError("check: no batch was given; pass at least one, check(model, {'input_ids': …, 'labels': …})")
+    config = RoutingConfig(route=route, ratio=ratio, inner="eager", warmup_steps=1)
+    if config.ratio < 1:
+        config = replace(config, router_layers=router_layers, selection="topk")
     for batch in batches:
         check_batch(batch)
         if batch.get("labels") is None:
             raise ValueError("check: a batch has no labels, so there is no loss; add 'labels' [batch, sequence]")
-        if ratio < 1:
+        if (batch["labels"] == IGNORED).all():
+            raise ValueError(
+                f"check: all labels of a batch are {IGNORED}, so eager's loss is 0 / 0; add some that count"
+            )
+        if config.ratio < 1:
             _refuse_unselectable(model, batch, route)
     eager, routed = (restore(copy.deepcopy(model)).train() for _ in range(2))
     for each in (eager, routed):
         if hasattr(each, "config"):
             each.config.use_cache = False
-    config = RoutingConfig(
-        route=route, ratio=ratio, router_layers=router_layers, selection="topk", inner="eager", warmup_steps=1
-    )
     if route == "token":
         config = replace(config, last_layers=0)
     optimize(routed, config)
     differences = [_difference(eager_step(routed, batch), eager_step(eager, batch)) for batch in batches]
-    if ratio == 1:
-        stack = routed.cggr.runtime.plans[-1].analysed.stack
-        return Check(
-            *max(differences), (), (), len(stack), stack.path, stack.proof, route="", ratio=1.0, router_layers=0
-        )
+    if config.ratio == 1:
+        found = routed.cggr.report().stack
+        layers, path, proof = (0, "", "none needed") if found is None else (found.layers, found.path, found.proof)
+        return Check(*max(differences), (), (), layers, path, proof, route="", ratio=1.0, router_layers=0)
     routed.cggr.step()
     selected, expected = [], []
     counting: set[str] = set()

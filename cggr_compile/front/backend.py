@@ -124,7 +124,8 @@ def _of_a_part(error: CannotOptimize) -> CannotOptimize:
     functions that the forward calls."""
     broken = dynamo.last_graph_break()
     if broken is None:
-        return error
+        also = "if they were, Dynamo captured a part of the model, as under gradient checkpointing: use cggr.optimize"
+        return CannotOptimize(error.reason, hint=f"{error.hint}; {also}")
     return CannotOptimize(
         f"Dynamo captured a part of the model only; its last graph break was: {broken}",
         hint="use cggr.optimize(model), which removes the known causes and names the line of others",

@@ -118,7 +118,8 @@ class CGGRCallback(TrainerCallback, ExportableState):
         state.log_history[-1].update(numbers)
         if self._handle is None or "loss" not in logs or not self._handle.runtime.may_select:
             return
-        metrics = {f"cggr/{name}": float(value) for name, value in self._handle.metrics().items()}
+        found = self._handle.metrics().items()  # SFTTrainer logs two of them itself, of all micro-batches
+        metrics = {f"cggr/{name}": float(value) for name, value in found if name not in logs}
         logs.update(metrics)
         state.log_history[-1].update(metrics)
 

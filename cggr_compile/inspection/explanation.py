@@ -76,5 +76,8 @@ class Explanation:
         """The rewrite; raises as `program`."""
         return Diff.of(self.runtime)
 
+    def __repr__(self) -> str:
+        return f"<cggr explanation of {type(self.model).__name__}: {self.runtime.config}; print it>"
+
     def __str__(self) -> str:
         return f"{self.diff().summary()}\n\n{self.report()}"

@@ -63,7 +63,8 @@ class Report:
         config: the options; a selection that is a function of the user's is its name.
         follows_confidence: whether the dynamic threshold moves k.
         routed: whether anything is selected; where every row trains, `unrouted` is why.
-        depth: on the depth route, which layers train until when.
+        depth: on the depth route, which layers train until when; `stage_share` the FLOPs of a step of those that train
+            now, of one of all layers.
         schedule: where options follow optimiser steps and none is counted, that; None else.
         selection: the rule in force; `"auto"` while that keeps every row.
         auto: for `"auto"`, what trains and why.
@@ -96,6 +97,7 @@ class Report:
     routed: bool
     unrouted: str | None
     depth: str | None
+    stage_share: float | None
     schedule: str | None
     sizes: Sizes
     selection: str
@@ -145,6 +147,7 @@ class Report:
             routed=plan.selects,
             unrouted=None if plan.selects else plan.unrouted_because,
             depth=_depth(runtime),
+            stage_share=_stage_share(runtime, predicted),
             schedule=_schedule(runtime),
             sizes=Sizes(batch, length, routes["sequence"].kept if "sequence" in routes else batch),
             selection=rule_name(runtime.in_force.selection),
@@ -313,7 +316,18 @@ class Report:
                 "forward",
                 f"{_flops(c.forward_flops)} on the captured batch: layers {_share(sum(c.layer_flops), c)}, "
                 f"head {_share(c.head_flops, c)}, rest {_share(c.rest_flops, c)}",
-            ),
+            )
+        ]
+        pairs += [] if self.stage_share is None else [("these layers", f"{self.stage_share:.1%} of a step of all")]
+        pairs += self._routed_cost() if self.routed else []
+        pairs += [] if self.memory is None else [("peak memory", str(self.memory))]
+        if c.uncounted:
+            pairs.append(("not counted", ", ".join(f"{name} ×{count}" for name, count in c.uncounted)))
+        return pairs
+
+    def _routed_cost(self) -> list[tuple[str, str]]:
+        c = self.cost
+        return [
             (
                 "router",
                 f"φ = n/L = {c.phi:.3f}, η = head/body = {c.eta:.3f}, κ = {c.kappa:.3g}, c = φ + κη = {c.c:.3f}"
@@ -330,13 +344,9 @@ class Report:
                 f"steps took {cost.MEASURED[0]:.2f} to {cost.MEASURED[1]:.2f} times this share under CUDA graphs, "
                 "and more where the GPU waits for the host (docs/performance.md)",
             ),
-            ("break-even", f"ω = 1 + c / (3 m (1 + η)) = {c.break_even:.3f}"),
+            ("break-even", f"ω = 1 + c / (3 m (1 + η)) = {c.break_even:.3f}, m the fraction kept"),
             ("", self.break_even_in_words()),
         ]
-        pairs += [] if self.memory is None else [("peak memory", str(self.memory))]
-        if c.uncounted:
-            pairs.append(("not counted", ", ".join(f"{name} ×{count}" for name, count in c.uncounted)))
-        return pairs
 
     def break_even_in_words(self) -> str:
         """What ω asks of the selected rows, in a sentence."""
@@ -388,6 +398,14 @@ def _depth(runtime: Runtime) -> str | None:
         return None
     stages = runtime.config.stages[runtime.growths :]
     return depth_text(stages, len(runtime.plans[-1].analysed.stack), runtime.config.grow)
+
+
+def _stage_share(runtime: Runtime, stage: Cost) -> float | None:
+    """The FLOPs of a step of the layers that train, of one of all; None where all do."""
+    if runtime.stage is None:
+        return None
+    whole = cost.predict(runtime.plans[-1].analysed, 0, 1.0, runtime.in_force)
+    return stage.forward_flops / max(whole.forward_flops, 1)
 
 
 def _schedule(runtime: Runtime) -> str | None:

@@ -82,7 +82,7 @@ class Runtime:
             self.auto.agreement = before.auto.agreement if before.auto is not None else of_all_ranks()
 
     def tell_total(self, steps: int) -> None:
-        """How many steps there will be; warns where the model would not grow within them."""
+        """How many steps there will be; warns where the schedule is longer."""
         self.total_steps = steps
         stages = self.config.stages[self.growths + self.grows :]
         late = [
@@ -93,6 +93,9 @@ class Runtime:
                 f"depth_until={late[0]} is not reached in {steps} steps, so not all layers will train; give a share of "
                 "them, e.g. depth_until=0.5"
             )
+
+        if self.may_select and self.config.warmup_steps > steps:
+            warn(f"warmup_steps={self.config.warmup_steps} is not over in {steps} steps, so more than ratio is kept")
 
     def attach(self) -> None:
         """Steps will be counted. Of a distributed run, all ranks say so, and decide together from then on."""

@@ -55,6 +55,9 @@ class Step:
                 raise ScoresReady(self.plan.in_force.row_scores(self._held(inputs), config, generator)[0])
             self._warn_uncounted(inputs)
             self._grow(inputs)
+            if self.runtime.runs == 1 and self.runtime.stage is not None:
+                first, of = self.runtime.stage[0], len(self.plan.analysed.stack)
+                _log.warning("the first %d of %d layers train until the model grows", first, of)
             inputs = self._held(inputs)
             self._compare(inputs)
             if not self._unprepared:
@@ -68,18 +71,18 @@ class Step:
         return inputs if self.runtime.sharded is None else self.runtime.sharded.shards(inputs)
 
     def _warn_uncounted(self, inputs: tuple[Any, ...]) -> None:
-        """Where a schedule stands still: parameters have been written to since the call before, or many calls came, and
-        nobody counts."""
+        """Where a schedule seems to stand still: parameters have been written to since the call before, or many calls
+        came, and nobody has counted."""
         runtime = self.runtime
         if runtime.counted or runtime.said_uncounted or not runtime.config.is_scheduled:
             return
-        trained = (x for x in self._held(inputs) if isinstance(x, torch.Tensor) and x.is_leaf and x.requires_grad)
-        before, self._version = self._version, sum(x._version for x in trained)
-        if before not in (None, self._version) or runtime.runs == UNCOUNTED:
+        trained = [x for x in self._held(inputs) if isinstance(x, torch.Tensor) and x.is_leaf and x.requires_grad]
+        before, self._version = self._version, sum(x._version for x in trained if not x.is_inference())
+        if before not in (None, self._version) or runtime.runs >= UNCOUNTED:
             runtime.said_uncounted = True
             warn(
-                f"{runtime.runs} training calls and no optimiser step was counted, so the schedule stands still; call "
-                "cggr.attach(model, optimizer), or use CGGRCallback or cggr.route with a Trainer"
+                f"{runtime.runs} training calls and no optimiser step has been counted; the schedule stands still "
+                "until one is: call cggr.attach(model, optimizer), or use CGGRCallback or cggr.route with a Trainer"
             )
 
     def _grow(self, inputs: tuple[Any, ...]) -> None:

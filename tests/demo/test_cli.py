@@ -51,6 +51,15 @@ def test_explain_writes_text_page_and_json(tmp_path: Path) -> None:
     assert read["sizes"] == {"batch": 6, "sequence": 512, "kept": 3}
 
 
+def test_explain_takes_every_option(tmp_path: Path) -> None:
+    path = str(saved(LlamaConfig(**TINY), tmp_path))
+    result = run("explain", path, "--option", "route=depth", "--option", "depth_layers=1", "--sequence", "8")
+    assert first_line(result) == "depth: layer 0 of 2 until model.cggr.grow(), then all, as copies", result.output
+    assert run("explain", path, "--option", "route").exit_code == 1
+    wrong = run("explain", path, "--option", "depth=1").output
+    assert "unknown option 'depth', did you mean 'depth_layers'" in wrong
+
+
 @pytest.mark.long
 def test_explain_says_which_batch_fits(tmp_path: Path) -> None:
     path = saved(LlamaConfig(**TINY), tmp_path)

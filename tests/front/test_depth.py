@@ -656,7 +656,10 @@ def test_a_model_that_is_optimised_anew_keeps_what_was_said_of_its_steps() -> No
         steps(model, optimizer, range(2), toy_batch)
     assert model.cggr.runtime.growths == 1
     layers = len(model.layers)
-    assert logged == [f"step 1: the model has grown, {layers} layers train, filled by copies of the first 2"]
+    assert logged == [
+        f"the first 2 of {layers} layers train until the model grows",
+        f"step 1: the model has grown, {layers} layers train, filled by copies of the first 2",
+    ]
 
 
 def test_growing_is_asked_for_once_a_stage() -> None:
@@ -675,7 +678,7 @@ def test_a_schedule_that_nobody_counts_for_is_warned_of(monkeypatch: pytest.Monk
     monkeypatch.setattr(step, "UNCOUNTED", 2)
     model = cggr.optimize(Toy().train(), route="depth", depth_layers=1, depth_until=1, inner="eager")
     model(**toy_batch())
-    with pytest.warns(RuntimeWarning, match=r"2 training calls and no optimiser step was counted.*cggr\.attach"):
+    with pytest.warns(RuntimeWarning, match=r"2 training calls and no optimiser step has been counted.*cggr\.attach"):
         model(**toy_batch())
     assert model.cggr.runtime.growths == 0
 

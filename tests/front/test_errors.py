@@ -293,6 +293,8 @@ def test_models_refused_at_once_stay_untouched() -> None:
         ),
         ({"route": "tokens"}, "route='tokens', did you mean 'token'\\? valid values: sequence, segment, token, loss"),
         ({"foo": 9}, "unknown option 'foo'; valid options: route, ratio"),
+        ({"depth": 3}, "unknown option 'depth', did you mean 'depth_layers'"),
+        ({"total_steps": 9}, r"total_steps is no option; pass it to cggr\.attach"),
         ({"router_layers": 0}, "router_layers=0 is neither 'auto' nor a positive integer"),
         ({"warmup_steps": -1}, "warmup_steps=-1 is not a non-negative integer"),
         ({"seed": 2**64}, r"seed=18446744073709551616 is neither None nor an integer from 0 to 2\*\*64 - 1"),

@@ -119,7 +119,8 @@ def test_one_line_trains_adapters_on_completions_evaluates_as_ever_and_comes_off
     model = trainer.model
     logs = training_logs(trainer)
     assert [entry["cggr/rows_selected"] for entry in logs] == [3, 3, 3]
-    assert logs[0]["entropy"] != logs[0]["cggr/entropy"]  # of both micro-batches, and of the last
+    assert "entropy" in logs[0]
+    assert "cggr/entropy" not in logs[0]
     assert logs[-1]["loss"] < logs[0]["loss"]
     assert model.cggr.runtime.steps == 3
     assert model.cggr.calls == 6

@@ -313,3 +313,15 @@ def test_a_batch_of_one_row_is_reported_as_unrouted() -> None:
     assert not explanation.report().routed
     assert "one row" in str(explanation)
     assert "not routed" in explanation.diff().to_html()
+
+
+def test_on_the_depth_route_a_report_says_what_its_layers_take_of_a_step_of_all() -> None:
+    with torch.device("meta"):
+        model = llama(tied=True)
+    options = {"route": "depth", "depth_layers": 2}
+    report = cggr.explain(model, batch("meta"), **options).report()
+    share = (2 * layer_flops() + head_flops()) / (LAYERS * layer_flops() + head_flops())
+    assert report.stage_share == pytest.approx(share, rel=0.01)
+    assert f"{report.stage_share:.1%} of a step of all" in str(report)
+    assert "routed step" not in str(report)
+    assert cggr.explain(model, batch("meta"), ratio=RATIO).report().stage_share is None

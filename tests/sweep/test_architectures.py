@@ -297,6 +297,19 @@ def test_check_of_an_optimised_model_is_of_its_route() -> None:
     assert model.cggr.config.route == "sequence"
 
 
+def test_check_of_every_row_needs_no_stack() -> None:
+    model = RandomModel(dataclasses.replace(SPEC, layers=1))
+    assert str(cggr.check(model, random_ids(), ratio=1.0)).startswith("exact: everything kept, with all of 0 layers")
+
+
+def test_check_wants_labels_that_count_and_a_ratio() -> None:
+    given = random_ids()
+    with pytest.raises(ValueError, match="all labels of a batch are -100"):
+        cggr.check(RandomModel(SPEC), {**given, "labels": torch.full_like(given["labels"], -100)}, ratio=1.0)
+    with pytest.raises(cggr.ConfigError, match=r"ratio='0\.5'"):
+        cggr.check(RandomModel(SPEC), given, ratio="0.5")
+
+
 def test_check_sees_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A router that is one layer too deep selects other rows."""
     right = build_router_module.router_layers
