@@ -143,6 +143,7 @@ class Step:
                 if config.follows_confidence:  # which leaves no router out
                     planned = amounts_of(stage.program, config, config.ratio, rows, length)
                 given = self._given(stage, inputs, amounts, planned, generator, None)
+                given.variant.settled = False  # until steps come to these sizes
                 run_aside(given.variant, (*inputs, *given.added), stage.program.loss_output, plan.device)
 
     def _prepare_auto(self, plan: Plan, inputs: tuple[Any, ...], generator: torch.Generator) -> None:
@@ -153,6 +154,7 @@ class Step:
         route, sizes = plan.routed(selecting), plan.sizes(inputs)
         amounts = amounts_of(route.program, selecting, selecting.ratio, *sizes)
         added = route.added_inputs(sizes_of(route.program, *sizes, amounts), amounts, generator)
+        route.variant.settled = False
         run_aside(route.variant, (*inputs, *added), route.program.loss_output, plan.device)
 
     def _step(self, plan: Plan, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

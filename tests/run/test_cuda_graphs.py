@@ -16,7 +16,7 @@ from torch import fx
 from toys import Toy, toy_batch
 
 import cggr_compile as cggr
-from cggr_compile.run import cuda_graphs
+from cggr_compile.run import cuda_graphs, variant
 from cggr_compile.run.backward_parts import Part, forward_and_parts
 from cggr_compile.run.cuda_graphs import obstacle_of
 from cggr_compile.torch_internals.distributed import Ranks
@@ -140,6 +140,7 @@ def test_what_a_schedule_comes_to_is_recorded_in_the_first_step(
     monkeypatch.setattr(
         cuda_graphs, "_Recording", lambda *given, make=cuda_graphs._Recording: made.append(1) or make(*given)
     )
+    monkeypatch.setattr(variant, "PATIENCE", 0)  # sizes that pass get no code of their own, however long they take
     replayed, plain = pair(device, **options)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (replayed, plain)]
     for model, optimizer in zip((replayed, plain), optimizers, strict=True):
