@@ -143,7 +143,10 @@ def check(
     if route is None:
         route = next((each for each in own.routes if each in JUDGED), "sequence")
     if route not in JUDGED:
-        raise ValueError(f"check: route={route!r} is none of 'sequence', 'segment' and 'token', which it can judge")
+        raise ValueError(
+            f"check: route={route!r} is none of 'sequence', 'segment' and 'token', which it can judge; without "
+            "a route, it is that of these which the model is optimised with, or every row"
+        )
     ratio = own.ratio if ratio is None else ratio
     router_layers = own.router_layers if router_layers is None else router_layers
     if not batches:

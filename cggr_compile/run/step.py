@@ -56,8 +56,7 @@ class Step:
             self._warn_uncounted(inputs)
             self._grow(inputs)
             if self.runtime.runs == 1 and self.runtime.stage is not None:
-                first, of = self.runtime.stage[0], len(self.plan.analysed.stack)
-                _log.warning("the first %d of %d layers train until the model grows", first, of)
+                self._say_which_layers_train(self.runtime.stage[0])
             inputs = self._held(inputs)
             self._compare(inputs)
             if not self._unprepared:
@@ -98,6 +97,11 @@ class Step:
             trained = len(self.plan.in_force.analysed.stack)
             when = f"step {self.runtime.steps}: " if self.runtime.counted else ""
             _log.warning("%sthe model has grown, %d layers train%s", when, trained, filled)
+
+    def _say_which_layers_train(self, first: int) -> None:
+        layers = len(self.plan.analysed.stack)
+        text = "the first %d of %d layers train until the model grows; model.cggr.in_use() evaluates them"
+        _log.warning(text, first, layers)
 
     def _compare(self, inputs: tuple[Any, ...]) -> None:
         """Where ranks may select together, finds out whether they can in this step."""
