@@ -98,10 +98,10 @@ class _Count:
         except CannotOptimize:  # restored since
             return
         found.step()
-        if not (found.calls or found.runtime.runs or found.runtime.said_uncounted):
-            found.runtime.said_uncounted = True
+        if not (found.calls or found.runtime.runs):
             mode = "" if found.model.training else ": it is in eval mode, so call train() first"
-            warn(
+            found.runtime.warn_once(
+                "never called",
                 f"the optimizer has stepped, and no training call with labels has reached "
-                f"{type(found.model).__name__}{mode}; what does not is not routed"
+                f"{type(found.model).__name__}{mode}; what does not is not routed",
             )

@@ -15,7 +15,7 @@ from torch import nn
 
 from cggr_compile.capture.arguments import check_call, check_entries, named_arguments
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize, NotCompiled, warn
+from cggr_compile.errors import CannotOptimize, NotCompiled
 from cggr_compile.front.backend import Backend
 from cggr_compile.front.call import Optimized, call_compiled, compiled_forward, refuse_nested
 from cggr_compile.front.score_ahead import scored_ahead
@@ -45,7 +45,6 @@ class Handle(Optimized):
         self.undo = undo or {}
         self.calls = 0
         self._in_use = False
-        self._said_eval = False
         self._thread = threading.local()
         self._follow(self.original())
 
@@ -288,13 +287,13 @@ class Handle(Optimized):
     def _warn_of_eval_mode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Where a model that has never trained is called as if to train it: `from_pretrained` leaves models in eval
         mode."""
-        if self.calls or self._said_eval or self.model.training or not torch.is_grad_enabled():
+        if self.calls or self.model.training or not torch.is_grad_enabled():
             return
         if self.labels_of(args, kwargs) is not None:
-            self._said_eval = True
-            warn(
+            self.runtime.warn_once(
+                "eval mode",
                 f"{type(self.model).__name__} is in eval mode, so this call with labels is not routed; call train() "
-                "before training, or evaluate under torch.no_grad()"
+                "before training, or evaluate under torch.no_grad()",
             )
 
     @torch.compiler.disable(reason="a step routed by cggr is compiled by cggr; compile around it with fullgraph=False")

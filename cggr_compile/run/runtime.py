@@ -56,8 +56,7 @@ class Runtime:
         self.lock = threading.RLock()
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, bytes] = {}
-        self._warned = False
-        self.said_uncounted = False
+        self.said: set[str] = set()  # what has been warned of
 
     @property
     def counted(self) -> bool:
@@ -93,7 +92,6 @@ class Runtime:
                 f"depth_until={late[0]} is not reached in {steps} steps, so not all layers will train; give a share of "
                 "them, e.g. depth_until=0.5"
             )
-
         if self.may_select and self.config.warmup_steps > steps:
             warn(f"warmup_steps={self.config.warmup_steps} is not over in {steps} steps, so more than ratio is kept")
 
@@ -150,9 +148,7 @@ class Runtime:
         A backward that runs a routed step again cannot fall back."""
         if self.config.fallback == "raise" or self.recomputations.may_be_routed():
             raise error
-        if not self._warned:
-            warn(f"training without routing: {error}")
-            self._warned = True
+        self.warn_once("unrouted", f"training without routing: {error}")
         self.last = None
         if str(error) not in self.passive:
             self.passive.append(str(error))
@@ -174,8 +170,14 @@ class Runtime:
             if device.type == "cuda":
                 self.pool = Pool()
             else:
-                warn(f"running without CUDA graphs: the model is on {device.type}")
+                self.warn_once("device", f"running without CUDA graphs: the model is on {device.type}")
         return self.pool
+
+    def warn_once(self, about: str, message: str) -> None:
+        """Warns, but for the first time only where it is `about` the same."""
+        if about not in self.said:
+            self.said.add(about)
+            warn(message)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, seed, generators, confidence, growth and what `"auto"` found: numbers, strings and bytes only. (A

@@ -55,8 +55,8 @@ class Step:
                 raise ScoresReady(self.plan.in_force.row_scores(self._held(inputs), config, generator)[0])
             self._warn_uncounted(inputs)
             self._grow(inputs)
-            if self.runtime.runs == 1 and self.runtime.stage is not None:
-                self._say_which_layers_train(self.runtime.stage[0])
+            if self.runtime.runs == 1:
+                self._say_which_layers_train()
             inputs = self._held(inputs)
             self._compare(inputs)
             if not self._unprepared:
@@ -73,15 +73,15 @@ class Step:
         """Where a schedule seems to stand still: parameters have been written to since the call before, or many calls
         came, and nobody has counted."""
         runtime = self.runtime
-        if runtime.counted or runtime.said_uncounted or not runtime.config.is_scheduled:
+        if runtime.counted or "uncounted" in runtime.said or not runtime.config.is_scheduled:
             return
         trained = [x for x in self._held(inputs) if isinstance(x, torch.Tensor) and x.is_leaf and x.requires_grad]
         before, self._version = self._version, sum(x._version for x in trained if not x.is_inference())
         if before not in (None, self._version) or runtime.runs >= UNCOUNTED:
-            runtime.said_uncounted = True
-            warn(
+            runtime.warn_once(
+                "uncounted",
                 f"{runtime.runs} training calls and no optimiser step has been counted; the schedule stands still "
-                "until one is: call cggr.attach(model, optimizer), or use CGGRCallback or cggr.route with a Trainer"
+                "until one is: call cggr.attach(model, optimizer), or use CGGRCallback or cggr.route with a Trainer",
             )
 
     def _grow(self, inputs: tuple[Any, ...]) -> None:
@@ -98,8 +98,10 @@ class Step:
             when = f"step {self.runtime.steps}: " if self.runtime.counted else ""
             _log.warning("%sthe model has grown, %d layers train%s", when, trained, filled)
 
-    def _say_which_layers_train(self, first: int) -> None:
-        layers = len(self.plan.analysed.stack)
+    def _say_which_layers_train(self) -> None:
+        if self.runtime.stage is None:
+            return
+        first, layers = self.runtime.stage[0], len(self.plan.analysed.stack)
         text = "the first %d of %d layers train until the model grows; model.cggr.in_use() evaluates them"
         _log.warning(text, first, layers)
 

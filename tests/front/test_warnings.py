@@ -90,7 +90,7 @@ SAID: dict[Callable[[], object], str] = {
 def test_a_warning_is_at_the_line_of_the_user(do: Callable[[], object]) -> None:
     with pytest.warns(RuntimeWarning) as found:
         do()
-    assert {(each.filename, str(each.message).startswith(SAID[do])) for each in found} == {(__file__, True)}
+    assert [(each.filename, str(each.message).startswith(SAID[do])) for each in found] == [(__file__, True)]
 
 
 def test_calls_between_two_steps_of_the_optimizer_are_no_steps() -> None:
