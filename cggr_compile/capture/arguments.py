@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from cggr_compile.errors import CannotOptimize
 
@@ -57,17 +58,29 @@ def check_call(arguments: dict[str, Any], model: nn.Module) -> None:
 def check_entries(arguments: dict[str, Any]) -> None:
     """Raises `CannotOptimize` for as many numbers as there are rows that are in no tensor, where rows are selected."""
     rows = len(arguments["input_ids"])
-    for name, arg in arguments.items():
+    for name, arg in _entries(arguments):
         listed = isinstance(arg, (list, tuple)) and len(arg) == rows
-        array = hasattr(arg, "__array__") and tuple(getattr(arg, "shape", ()))[:1] == (rows,)
-        if (listed and all(isinstance(each, (int, float)) for each in arg)) or (
-            array and not isinstance(arg, torch.Tensor)
-        ):
+        array = _is_array(arg) and tuple(arg.shape[:1]) == (rows,)
+        if array or (listed and all(_is_array(each) or isinstance(each, (int, float)) for each in tree_leaves(arg))):
             raise CannotOptimize(
                 f"{name} is a {type(arg).__name__} with as many entries as the batch has rows, and only tensors are "
                 "reduced to the selected rows",
                 hint=f"pass torch.as_tensor({name})",
             )
+
+
+def _entries(arguments: Mapping[str, Any], name: str = "{}") -> Iterator[tuple[str, Any]]:
+    """The arguments by name, and what mappings among them hold."""
+    for key, arg in arguments.items():
+        inside = name.format(key)
+        if isinstance(arg, Mapping):
+            yield from _entries(arg, f"{inside}['{{}}']")
+        else:
+            yield inside, arg
+
+
+def _is_array(arg: Any) -> bool:
+    return hasattr(arg, "__array__") and hasattr(arg, "shape") and not isinstance(arg, torch.Tensor)
 
 
 def _check_ids(arguments: dict[str, Any], decodes: bool) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from toys import WIDTH, WORDS, Statistics, Toy, toy_batch
 
@@ -448,18 +449,29 @@ def test_entries_that_rows_read_by_their_number_are_their_own(own: str) -> None:
     agrees(model, eager, {**toy_batch(8), "given": torch.randn(8, 2, WIDTH)})
 
 
-@pytest.mark.parametrize("kind", [list, tuple, np.asarray])
-def test_entries_in_no_tensor_are_refused_where_rows_are_selected(kind: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (list, "given"),
+        (tuple, "given"),
+        (np.asarray, "given"),
+        (lambda numbers: [(number, 1) for number in numbers], "given"),
+        (lambda numbers: [np.asarray([number]) for number in numbers], "given"),
+        (lambda numbers: {"of rows": numbers}, r"given\['of rows'\]"),
+    ],
+)
+def test_entries_in_no_tensor_are_refused_where_rows_are_selected(kind: Callable[..., Any], name: str) -> None:
     batch, given = toy_batch(8), kind([0.1 * row for row in range(8)])
 
     class Listed(Toy):
         def forward(self, input_ids: Tensor, labels: Tensor | None = None, given: Any = None) -> tuple:
             loss, logits = super().forward(input_ids, labels)
-            return (loss * torch.as_tensor(given)[torch.arange(len(input_ids))].float().mean(), logits)
+            numbers = torch.cat([torch.as_tensor(each).float().flatten() for each in tree_leaves(given)])
+            return (loss * numbers[torch.arange(len(input_ids))].mean(), logits)
 
     model, _ = pair(Listed)
     with pytest.raises(
-        cggr.CannotOptimize, match=r"given is a \w+ with as many entries .*; pass torch\.as_tensor\(given"
+        cggr.CannotOptimize, match=rf"{name} is a \w+ with as many entries .*; pass torch\.as_tensor\({name}"
     ):
         model(**batch, given=given)
     every, eager = pair(Listed, ratio=1.0)
