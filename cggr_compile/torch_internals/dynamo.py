@@ -58,15 +58,21 @@ def step_options() -> Iterator[None]:
     again only if asked to. Parameters that are changed in place, as `model.to(dtype)` does, make one too: Dynamo takes
     a tensor for the same while its module's dictionary is. So do parameters of modules that FSDP manages. The limits of
     captures are those of a model of ours, not of a function that was thought to compile once. `requires_grad_()` on a
-    result is passed over (`_requires_grad_`).
+    result is passed over (`_requires_grad_`), and what is asked of a string that a class has is answered
+    (`_of_attribute`).
     """
+    from torch._dynamo.variables.misc import GetAttrVariable
     from torch._dynamo.variables.tensor import TensorVariable
 
     config = torch._dynamo.config
     original = TensorVariable.method_requires_grad_
+    of_attribute = GetAttrVariable.call_method
 
     def method_requires_grad_(tensor: Any, tx: Any, requires_grad: Any = True) -> Any:
         return _requires_grad_(original, tensor, tx, requires_grad)
+
+    def call_method(attribute: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        return _of_attribute(of_attribute, attribute, tx, name, args, kwargs)
 
     with ExitStack() as stack:
         stack.enter_context(replaced(config, "skip_nnmodule_hook_guards", False))
@@ -76,7 +82,19 @@ def step_options() -> Iterator[None]:
         total = max(MAX_CAPTURES, config.accumulated_recompile_limit)
         stack.enter_context(replaced(config, "accumulated_recompile_limit", total))
         stack.enter_context(replaced(TensorVariable, "method_requires_grad_", method_requires_grad_))
+        stack.enter_context(replaced(GetAttrVariable, "call_method", call_method))
         yield
+
+
+def _of_attribute(original: Callable[..., Any], attribute: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """A method of `type(parameter).__module__`, say, as Dynamo traces it: PEFT's DoRA asks by `startswith` whether a
+    weight is quantised. From torch 2.12 on Dynamo has forgotten by then that this is a string."""
+    from torch._dynamo.variables.constant import ConstantVariable
+
+    found = attribute.as_python_constant() if attribute.is_python_constant() else None
+    if isinstance(found, str):
+        return ConstantVariable.create(found).call_method(tx, name, args, kwargs)
+    return original(attribute, tx, name, args, kwargs)
 
 
 def _requires_grad_(original: Callable[..., Any], tensor: Any, tx: Any, requires_grad: Any) -> Any:

@@ -116,7 +116,7 @@ def test_routing_first_is_exact_with_a_trained_copy_of_the_head() -> None:
     ("options", "message"),
     [
         ({"target_modules": ["lm_head"]}, r"unsupported head: only linear.*lora_B.*no adapter"),
-        ({"use_dora": True}, r"breaks Dynamo's graph .*peft"),
+        ({"alora_invocation_tokens": [1]}, r"breaks Dynamo's graph .*peft"),
     ],
 )
 def test_adapters_that_cannot_be_routed_are_refused(options: dict[str, Any], message: str) -> None:

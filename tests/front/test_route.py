@@ -328,9 +328,9 @@ def test_a_trainer_whose_loss_or_model_is_not_its_own_is_refused(tmp_path: Path,
 
 
 def test_a_trainer_is_whole_after_an_error(tmp_path: Path) -> None:
-    """In the options, and in the first step, for DoRA: then `restore` leaves it to train plainly."""
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True)
-    trainer = sft(two_layers(), tmp_path, peft_config=lora, max_steps=1)
+    """In the options, and in the first step, for LoHa: then `restore` leaves it to train plainly."""
+    config = peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    trainer = sft(two_layers(), tmp_path, peft_config=config, max_steps=1)
     before = state_of(trainer)
     with pytest.raises(cggr.ConfigError, match="ratio=2"):
         cggr.route(trainer, ratio=2)
