@@ -24,6 +24,8 @@ from cggr_compile.torch_internals.dynamo_errors import InternalTorchDynamoError,
 
 _FROM_DATA = re.compile(r"\b(?:zuf|u)\d+\b")
 _SIZE = re.compile(r"\b(?:zf|s)\d+\b")
+_CONSTANT = re.compile(r"\[?ConstantVariable\(\w+: ('[^']*'|[^)]*)\)\]?")
+"""What an exception was made of, as Dynamo of torch 2.11 prints it."""
 _REWRITES = _REWRITE, _BOTH_CASES = ("rewrite that line", "compute both cases and choose by torch.where")
 _ELSE = "or pass fallback='eager' to train without routing"
 
@@ -105,7 +107,7 @@ def refusal_of(error: Exception, model: nn.Module) -> CannotOptimize:
             hint="report it to PyTorch if torch.compile fails alike; fallback='eager' trains without routing",
         )
     stack = list(getattr(error, "real_stack", None) or [])
-    raised = re.search(r"raised exception (\w+\(.*\))", str(error))
+    raised = re.search(r"raised exception (\w+\(.*\))", _CONSTANT.sub(r"\1", str(error)))
     if raised is not None:
         hint = f"check that the same call works without cggr, {_ELSE}"
         return CannotOptimize(f"the model raises {raised[1]} where Dynamo traces it", source=_line_of(stack), hint=hint)
@@ -114,7 +116,7 @@ def refusal_of(error: Exception, model: nn.Module) -> CannotOptimize:
 
 def _root(error: BaseException) -> BaseException:
     """What Dynamo's error, which says no more than that there was one, was raised for."""
-    while type(error).__module__.startswith("torch._dynamo"):
+    while type(error).__module__.startswith("torch._dynamo") or str(error).startswith("Dynamo failed"):
         cause = error.__cause__ or error.__context__
         if cause is None:
             break

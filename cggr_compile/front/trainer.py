@@ -108,6 +108,15 @@ def _refuse_loss(trainer: Any) -> None:
     name = type(trainer).__name__
     if trainer.model_init is not None:
         raise CannotOptimize(f"{name} makes its model in train(), by model_init", hint=f"pass {name} a model")
+    ways = ("compute_loss", "training_step")
+    owners = [(kind, way) for kind in type(trainer).__mro__ for way in ways if way in vars(kind)]
+    of_trl, way = next((owner for owner in owners if _is_of_trl(owner[0])), (None, ""))
+    if of_trl is not None and of_trl.__name__ != "SFTTrainer":
+        raise CannotOptimize(
+            f"{name} trains on a loss of its own ({of_trl.__name__}.{way}), which no graph of the model has, "
+            "whatever the ratio",
+            hint="train it without cggr; of TRL's trainers SFTTrainer trains on the model's loss",
+        )
     if trainer.compute_loss_func is not None:
         raise CannotOptimize(
             f"compute_loss_func is a loss of {name}'s own, of logits that a routed step does not have",
@@ -119,17 +128,8 @@ def _refuse_loss(trainer: Any) -> None:
             "routed step does not have",
             hint="leave it at 0",
         )
-    ways = ("compute_loss", "training_step")
-    owners = [(kind, way) for kind in type(trainer).__mro__ for way in ways if way in vars(kind)]
-    of_trl, way = next((owner for owner in owners if _is_of_trl(owner[0])), (None, ""))
     if of_trl is None:
         return
-    if of_trl.__name__ != "SFTTrainer":
-        raise CannotOptimize(
-            f"{name} trains on a loss of its own ({of_trl.__name__}.{way}), which no graph of the model has, "
-            "whatever the ratio",
-            hint="train it without cggr; of TRL's trainers SFTTrainer trains on the model's loss",
-        )
     if next(kind for kind, way in owners if way == "compute_loss") is not of_trl:
         raise CannotOptimize(
             f"{name} has a compute_loss of its own around SFTTrainer's, which a routed step cannot answer",

@@ -12,7 +12,7 @@ from cggr_compile.inspection.graph_text import GraphText
 from cggr_compile.ir.cost import Cost
 from cggr_compile.ir.dataflow import ancestors, descendants
 from cggr_compile.ir.names import module_of
-from cggr_compile.ir.program import REGION, Analysed, is_tensor, value
+from cggr_compile.ir.program import Analysed, is_tensor, value
 from cggr_compile.ir.router_head import describe
 from cggr_compile.run.graph_memory import Pool
 from cggr_compile.run.plan import Plan
@@ -97,7 +97,7 @@ def router_of(plan: Plan, analysed: Analysed, predicted: Cost) -> Router | None:
         parameters=sum(
             value(node).numel()
             for node in plan.captured.placeholders
-            if plan.captured.kind(node) == "state" and _trains(node) and node.name in read
+            if plan.captured.kind(node) == "state" and node.name in read and _is_parameter(plan, node)
         ),
         flops_share=predicted.router_share,
         body="exact body" if float8 is None else f"fp8 body ({float8})",
@@ -105,11 +105,12 @@ def router_of(plan: Plan, analysed: Analysed, predicted: Cost) -> Router | None:
     )
 
 
-def _trains(node: fx.Node) -> bool:
-    """Whether a captured input is a parameter: floating, and read where gradients are recorded (buffers such as rotary
-    frequencies are read without)."""
-    floating = is_tensor(node) and value(node).is_floating_point()
-    return floating and any(user.meta[REGION].grad is not False for user in node.users)
+def _is_parameter(plan: Plan, node: fx.Node) -> bool:
+    """Whether a captured input is a parameter of the model; where a function was compiled, any floating state."""
+    model = plan.owner.model
+    if model is None:
+        return is_tensor(node) and value(node).is_floating_point()
+    return plan.captured.path(node) in dict(model.named_parameters(remove_duplicate=False))
 
 
 def _tail(residual: fx.Node, hidden: fx.Node) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from torch._dynamo.eval_frame import OptimizeContext
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from cggr_compile.torch_internals.dynamo import replaced
+from cggr_compile.torch_internals.dynamo import one_at_a_time, replaced
 
 # What writes a message; the last three are transformers' additions, there once it is imported.
 _LOGGING = (
@@ -94,7 +94,7 @@ class _BesideDDP(CatchErrorsWrapper):
     the model, which would have graphs end at its buckets of gradients. A step is one graph."""
 
     def __call__(self, *args: Any) -> Any:
-        with replaced(torch._dynamo.config, "optimize_ddp", False):
+        with one_at_a_time(), replaced(torch._dynamo.config, "optimize_ddp", False):
             return super().__call__(*args)
 
 

@@ -79,5 +79,5 @@ def test_assertions_about_data_hold_in_a_routed_step() -> None:
     model(**toy_batch())
     with torch.no_grad():
         model.embed.weight.fill_(1e6)
-    with pytest.raises(RuntimeError, match="too large"):
+    with pytest.raises(RuntimeError, match=r"too large|Runtime assertion failed"):  # the latter is torch 2.11's
         model(**toy_batch())

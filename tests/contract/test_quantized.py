@@ -57,7 +57,15 @@ def test_adapters_over_quantised_weights(bits: str, ratio: float, tmp_path: Path
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("bits", ["int8", "nf4"])
+@pytest.mark.parametrize(
+    "bits",
+    [
+        pytest.param(
+            "int8", marks=pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="refused by torch 2.11")
+        ),
+        "nf4",
+    ],
+)
 def test_layers_of_quantised_weights_are_copied(bits: str, tmp_path: Path) -> None:
     """Weights, scales and adapters, whatever of them a layer reads in the forward and whatever for the backward."""
     eager = quantised(tmp_path, BITS[bits])

@@ -190,7 +190,8 @@ def test_products_of_weights_alone_stay_exact() -> None:
     model.model.layers[0].self_attn.q_proj = Merged(32, 32)
     explained = cggr.explain(model, token_batch(), **OPTIONS)
     assert explained.report().router.body == "fp8 body (14 of 14 products with weights)"
-    parts = [node.meta[PART] for node in explained.program.graph.nodes if node.target == torch.ops.aten.matmul.default]
+    products = explained.program.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
+    parts = [node.meta[PART] for node in products if "self.up @ self.down" in node.meta["stack_trace"]]
     assert sorted(parts) == ["main", "router"]
 
 

@@ -10,7 +10,7 @@ from statistics import median
 
 import pytest
 import torch
-from toys import Toy
+from toys import Toy, toy_batch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import cggr_compile as cggr
@@ -46,6 +46,25 @@ def llama(tied: bool = False) -> LlamaForCausalLM:
 def batch(device: str = "cpu") -> dict[str, torch.Tensor]:
     ids = torch.randint(3, VOCABULARY, (BATCH, SEQUENCE), device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+class Scaled(Toy):
+    """With a buffer that is read where gradients are recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(7))
+
+    def middle(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().middle(hidden * self.scale.mean())
+
+
+def test_buffers_are_none_of_the_routers_parameters() -> None:
+    model = Scaled().train()
+    router = cggr.explain(model, toy_batch(), ratio=0.5, selection="topk", router_layers=1).report().router
+    read = (model.embed, model.layers[0], model.head)
+    assert router is not None
+    assert router.parameters == sum(parameter.numel() for module in read for parameter in module.parameters())
 
 
 @pytest.fixture(scope="module")

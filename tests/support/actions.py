@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from peft import LoraConfig
+from peft import __version__ as peft_version
 from small import Small, small
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import cggr_compile as cggr
 
@@ -86,7 +89,8 @@ def _resize(world: World, words: int) -> None:
 
 
 def _add_adapter(world: World, place: str) -> None:
-    if not getattr(world.model, "peft_config", {}):
+    known = TorchVersion(peft_version) >= MIN_PEFT_VERSION  # transformers 5.24 wants a PEFT that is not out
+    if known and not getattr(world.model, "peft_config", {}):
         world.model.add_adapter(LoraConfig(r=2, target_modules=[place], init_lora_weights=False), "lora")
 
 

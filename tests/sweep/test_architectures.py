@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from cggr_compile.passes.rewrite import build_router as build_router_module
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from processes import environment
@@ -430,11 +431,14 @@ def test_the_documented_table_is_that_of_the_committed_results(
     name: str, route: str, objectives: tuple[str, ...]
 ) -> None:
     path = ROOT / "benchmarks" / "results" / f"{name}-cpu.json"
+    surroundings = json.loads(path.read_text(encoding="utf-8"))["environment"]
+    made_with = surroundings["versions"]["transformers"]
+    if transformers.__version__ != made_with and "oldest" not in name:
+        pytest.skip(f"made with transformers {made_with}, which has other classes")
     results, every = load(path), candidates(objectives)
     records = [results[c] for c in every if c in results]
     # An older transformers lacks some classes.
     missing = [c for c in every if c not in results] if "oldest" not in name else []
-    surroundings = json.loads(path.read_text(encoding="utf-8"))["environment"]
     page = render(records, missing, surroundings, route, objectives)
     assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == page
     assert not re.search(r"/(home|work|usr|root)/", path.read_text(encoding="utf-8"))
