@@ -25,14 +25,17 @@ from cggr_compile.original.router import cache_holders, checked_module, layer_li
 def checkpointed(model: nn.Module, numbers: Sequence[int] | None = None) -> Iterator[None]:
     """The model with its layers checkpointed, those of these numbers in each of its lists, or all.
 
-    A model without a list of layers is checkpointed as a whole. Caches of keys and values are off meanwhile: a layer
-    that runs twice would write twice. Raises ValueError for a number that no list has.
+    A model without a list of layers is checkpointed as a whole, and one that checkpoints by itself, as transformers'
+    do when asked to, is left to that. Caches of keys and values are off meanwhile: a layer that runs twice would write
+    twice. Raises ValueError for a number that no list has.
     """
     stacks = [list(model.get_submodule(path)) for path in layer_lists(model)] or [[model]]
     longest = max(len(stack) for stack in stacks)
     if numbers is not None and not all(0 <= number < longest for number in numbers):
         raise ValueError(f"checkpoint_layers is {list(numbers)}, expected numbers of 0 to {longest - 1}")
     layers = [each for stack in stacks for i, each in enumerate(stack) if numbers is None or i in numbers]
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        layers = []
     before = [(layer, vars(layer).get("forward")) for layer in layers]
     caching = cache_holders(model)
     try:

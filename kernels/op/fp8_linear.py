@@ -110,8 +110,7 @@ class _Linear(torch.autograd.Function):
 def _as_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands as autocast casts a linear's."""
     device_type = input.device.type
-    # Not `torch.amp.is_autocast_available`, which Dynamo of torch 2.11 cannot trace.
-    enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
     def operand(x: Tensor) -> Tensor:
         cast = enabled and x.is_floating_point() and x.dtype != torch.float64

@@ -224,6 +224,9 @@ def test_under_autocast_gradients_come_back_in_the_operands_dtypes(implementatio
         torch.testing.assert_close(one, other, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="Dynamo of torch 2.11 cannot ask whether a device has autocast"
+)
 @pytest.mark.parametrize(
     ("partition", "expected"),
     [(default_partition, [2, 2]), (min_cut_rematerialization_partition, [3, 1])],

@@ -34,7 +34,8 @@ from triton_score import QUANTITIES, check, named, of_logits, one_tile, score
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 ROWS_OF_NAN = pytest.mark.skipif(
-    DEVICE.type == "cpu" and TorchVersion(triton_version) >= "3.8", reason="Triton 3.8's interpreter raises at rows of NaN"
+    DEVICE.type == "cpu" and TorchVersion(triton_version) >= "3.8",
+    reason="Triton 3.8's interpreter raises at rows of NaN",
 )
 
 

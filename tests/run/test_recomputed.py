@@ -169,9 +169,9 @@ def test_hooks_of_the_callers_see_the_tensors_that_steps_save_and_no_trace(
         loss.backward()
         saved.append(len(seen))
         assert set(seen) <= {torch.Tensor, torch.nn.Parameter}
-    # A checkpoint's forward saves its own inputs only, and keeps its hooks in front of the caller's.
+    # A checkpoint's forward saves its own inputs at most (torch 2.11), and keeps its hooks in front of the caller's.
     assert saved[0] == saved[1]
-    assert (saved[0] > 0) is not checkpoints
+    assert (saved[0] > 1) is not checkpoints
     for _ in range(2):
         expected = step(twin, hooks=False)
         expected.backward()

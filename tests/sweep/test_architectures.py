@@ -37,6 +37,7 @@ from cggr_compile.checking.eager_tokens import TokensNotTold, _at
 
 ROOT = Path(__file__).parents[2]
 EVERY = candidates()
+OLDEST = transformers.__version__.startswith("5.17.")
 RANDOMNESS = re.compile(r".*(drop|pdrop|jitter).*")
 
 
@@ -44,6 +45,7 @@ def candidate(model_type: str, objective: str = "causal") -> Candidate:
     return next(c for c in EVERY if (c.model_type, c.objective) == (model_type, objective))
 
 
+@pytest.mark.skipif(OLDEST, reason="transformers 5.17 has more classes whose defaults are invalid")
 def test_every_configuration_is_small_and_keeps_every_kind_of_layer() -> None:
     own_defaults_are_invalid = []
     for model_type in dict.fromkeys(c.model_type for c in EVERY):
@@ -98,7 +100,14 @@ def test_a_class_of_each_mechanism_is_exact(model_type: str, objective: str, lay
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize(("model_type", "objective"), [("bart", "causal"), ("esm", "masked"), ("mobilebert", "masked")])
+@pytest.mark.parametrize(
+    ("model_type", "objective"),
+    [
+        pytest.param("bart", "causal", marks=pytest.mark.skipif(OLDEST, reason="its layerdrop cannot be traced there")),
+        ("esm", "masked"),
+        ("mobilebert", "masked"),
+    ],
+)
 def test_what_spells_its_head_or_loss_otherwise_can_be_inspected(model_type: str, objective: str) -> None:
     model = build(candidate(model_type, objective))
     explanation = cggr.explain(model, batches(model)[1], ratio=0.5)

@@ -18,6 +18,9 @@ import cggr_compile as cggr
 from cggr_compile.checking.check import IGNORED, check, eager_step
 
 EVERY = {c.model_type: c for c in candidates(IMAGES)}
+NOT_OF_THE_OLDEST = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="Dynamo of torch 2.11 cannot trace LLaVA"
+)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,7 @@ def test_image_tokens_have_no_labels_and_two_images_are_apart() -> None:
         assert (batch["input_ids"][:, :-1][starts] == model.config.vision_start_token_id).all()
 
 
+@NOT_OF_THE_OLDEST
 def test_a_model_of_parts_that_has_run_is_routed_as_a_fresh_one_is() -> None:
     model = build(EVERY["llava"])
     (batch, *_), _ = with_images(model, batches(model))  # which runs it
@@ -70,6 +74,7 @@ def test_a_model_of_parts_that_has_run_is_routed_as_a_fresh_one_is() -> None:
         assert hooks == {name: list(module._forward_hooks) for name, module in model.named_modules()}
 
 
+@NOT_OF_THE_OLDEST
 def test_images_that_no_size_tells_the_rows_of_are_refused_by_check() -> None:
     model = build(EVERY["llava"])
     (batch, *_), _ = with_images(model, batches(model))
