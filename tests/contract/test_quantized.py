@@ -22,7 +22,7 @@ BITS = {
 }
 
 
-def quantised(folder: Path, options: dict[str, Any]) -> torch.nn.Module:
+def quantised(folder: Path, options: dict[str, Any], **lora: Any) -> torch.nn.Module:
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
     build("llama").save_pretrained(folder)
@@ -30,7 +30,8 @@ def quantised(folder: Path, options: dict[str, Any]) -> torch.nn.Module:
         **options, **({"bnb_4bit_compute_dtype": torch.float32} if "load_in_4bit" in options else {})
     )
     model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu", dtype=torch.float32)
-    adapters = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.0, target_modules=["q_proj", "down_proj"])
+    targets = ["q_proj", "down_proj"]
+    adapters = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.0, target_modules=targets, **lora)
     model = peft.get_peft_model(model, adapters).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -54,6 +55,12 @@ def test_adapters_over_quantised_weights(bits: str, ratio: float, tmp_path: Path
     assert torch.equal(loss, expected)
     oracle.assert_same_gradients(oracle.gradients(model), gradients)
     assert sum(gradient is not None for gradient in gradients.values()) == 12  # of 3 layers, 2 products, A and B
+
+
+def test_dora_over_quantised_weights_is_refused(tmp_path: Path) -> None:
+    model = cggr.optimize(quantised(tmp_path, BITS["nf4"], use_dora=True), inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=r"breaks Dynamo's graph .*the line belongs to peft"):
+        model(**token_batch())
 
 
 @pytest.mark.sample(1)
