@@ -29,6 +29,7 @@ from sweep.page import render
 from sweep.runs import UnknownArchitecture, last_error, load, run, save, sweep
 from sweep.tiny import VOCABULARY as TINY_VOCABULARY
 from sweep.tiny import tiny_config
+from torch.torch_version import TorchVersion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import cggr_compile as cggr
@@ -38,6 +39,10 @@ from cggr_compile.checking.eager_tokens import TokensNotTold, _at
 ROOT = Path(__file__).parents[2]
 EVERY = candidates()
 OLDEST = transformers.__version__.startswith("5.17.")
+LAYERDROP = pytest.mark.skipif(
+    TorchVersion(transformers.__version__) < "5.23",
+    reason="transformers 5.17 and 5.20: its layerdrop stops a trace",
+)
 RANDOMNESS = re.compile(r".*(drop|pdrop|jitter).*")
 
 
@@ -103,7 +108,7 @@ def test_a_class_of_each_mechanism_is_exact(model_type: str, objective: str, lay
 @pytest.mark.parametrize(
     ("model_type", "objective"),
     [
-        pytest.param("bart", "causal", marks=pytest.mark.skipif(OLDEST, reason="its layerdrop cannot be traced there")),
+        pytest.param("bart", "causal", marks=LAYERDROP),
         ("esm", "masked"),
         ("mobilebert", "masked"),
     ],
