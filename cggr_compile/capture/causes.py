@@ -72,10 +72,11 @@ CAUSES = (
 
 
 def recognised(error: CannotOptimize) -> CannotOptimize:
-    """The same error, its cause named where it is one of `CAUSES`. No advice to rewrite a library's line is left."""
+    """The same error, its cause named where it is one of `CAUSES`. No advice to rewrite a library's line is left. (What
+    names a node was captured, and has reasons of its own.)"""
     source = (error.source or "").replace(os.sep, "/")
     for cause in CAUSES:
-        if cause.where in source:
+        if cause.where in source and error.node is None:
             reason = f"{cause.name} ({error.reason})"
             return CannotOptimize(reason, source=error.source, hint=f"{cause.remedy}, {_ELSE}")
     library = re.search(r"/site-packages/(\w+)/", source)

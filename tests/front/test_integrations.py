@@ -125,6 +125,14 @@ def test_adapters_that_cannot_be_routed_are_refused(options: dict[str, Any], mes
         model(**token_batch())
 
 
+def test_what_a_route_cannot_is_not_put_down_to_the_library_whose_line_it_is() -> None:
+    """The mask of prefixes and tokens is made by transformers' line, where flex_attention stops a trace."""
+    prefixes = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = cggr.optimize(peft.get_peft_model(build("llama"), prefixes), route="token", inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match=r"^cannot optimize: cannot tell which tokens a value .*sequence'"):
+        model(**token_batch())
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_adapters_under_gradient_checkpointing_are_exact(reentrant: bool) -> None:
