@@ -88,7 +88,7 @@ def step_options() -> Iterator[None]:
 
 def _of_attribute(original: Callable[..., Any], attribute: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
     """A method of `type(parameter).__module__`, say, as Dynamo traces it: PEFT's DoRA asks by `startswith` whether a
-    weight is quantised. From torch 2.12 on Dynamo has forgotten by then that this is a string."""
+    weight is quantised. From torch 2.13 on Dynamo has forgotten by then that this is a string."""
     from torch._dynamo.variables.constant import ConstantVariable
 
     found = attribute.as_python_constant() if attribute.is_python_constant() else None
