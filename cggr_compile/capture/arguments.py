@@ -59,9 +59,9 @@ def check_entries(arguments: dict[str, Any]) -> None:
     """Raises `CannotOptimize` for as many numbers as there are rows that are in no tensor, where rows are selected."""
     rows = len(arguments["input_ids"])
     for name, arg in _entries(arguments):
-        listed = isinstance(arg, (list, tuple)) and len(arg) == rows
         array = _is_array(arg) and tuple(arg.shape[:1]) == (rows,)
-        if array or (listed and all(_is_array(each) or isinstance(each, (int, float)) for each in tree_leaves(arg))):
+        entries = tree_leaves(arg) if isinstance(arg, (list, tuple)) and len(arg) == rows else []
+        if array or (entries and all(_is_array(each) or isinstance(each, (int, float)) for each in entries)):
             raise CannotOptimize(
                 f"{name} is a {type(arg).__name__} with as many entries as the batch has rows, and only tensors are "
                 "reduced to the selected rows",
@@ -69,14 +69,14 @@ def check_entries(arguments: dict[str, Any]) -> None:
             )
 
 
-def _entries(arguments: Mapping[str, Any], name: str = "{}") -> Iterator[tuple[str, Any]]:
+def _entries(arguments: Mapping[Any, Any], of: str = "") -> Iterator[tuple[str, Any]]:
     """The arguments by name, and what mappings among them hold."""
     for key, arg in arguments.items():
-        inside = name.format(key)
+        name = f"{of}[{key!r}]" if of else key
         if isinstance(arg, Mapping):
-            yield from _entries(arg, f"{inside}['{{}}']")
+            yield from _entries(arg, name)
         else:
-            yield inside, arg
+            yield name, arg
 
 
 def _is_array(arg: Any) -> bool:
