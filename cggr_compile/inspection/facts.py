@@ -89,28 +89,27 @@ def router_of(plan: Plan, analysed: Analysed, predicted: Cost) -> Router | None:
     float8 = routing.quantized_router
     head = [node for node in (analysed.head.weight, analysed.head.bias) if node is not None]
     read = {node.name for node in ancestors([routing.router_hidden]) | ancestors(head) if node.op == "placeholder"}
+    counted = read & _parameters(plan)
     return Router(
         layers=routing.router_layers,
         cut=cut.name,
         cut_type=GraphText(plan).shape(value(cut)),
         tail=_tail(analysed.layers.residuals[-1], analysed.head.hidden),
-        parameters=sum(
-            value(node).numel()
-            for node in plan.captured.placeholders
-            if plan.captured.kind(node) == "state" and node.name in read and _is_parameter(plan, node)
-        ),
+        parameters=sum(value(node).numel() for node in plan.captured.placeholders if node.name in counted),
         flops_share=predicted.router_share,
         body="exact body" if float8 is None else f"fp8 body ({float8})",
         head=describe(plan.owner.config, value(analysed.head.weight).shape[0]),
     )
 
 
-def _is_parameter(plan: Plan, node: fx.Node) -> bool:
-    """Whether a captured input is a parameter of the model; where a function was compiled, any floating state."""
+def _parameters(plan: Plan) -> set[str]:
+    """The captured inputs that are parameters of the model; where a function was compiled, all floating state."""
     model = plan.owner.model
     if model is None:
-        return is_tensor(node) and value(node).is_floating_point()
-    return plan.captured.path(node) in dict(model.named_parameters(remove_duplicate=False))
+        state = (node for node in plan.captured.placeholders if plan.captured.kind(node) == "state")
+        return {node.name for node in state if is_tensor(node) and value(node).is_floating_point()}
+    paths = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    return {entry.name for entry in plan.captured.inputs if entry.path in paths}
 
 
 def _tail(residual: fx.Node, hidden: fx.Node) -> tuple[str, ...]:

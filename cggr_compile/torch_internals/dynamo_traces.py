@@ -91,7 +91,8 @@ class _Backend:
 
 class _BesideDDP(CatchErrorsWrapper):
     """What Python calls with a frame that has no code: as Dynamo has it, without the DistributedDataParallel that calls
-    the model, which would have graphs end at its buckets of gradients. A step is one graph."""
+    the model, which would have graphs end at its buckets of gradients. A step is one graph. The option is the
+    process's, so only the thread that holds Dynamo's lock may change it."""
 
     def __call__(self, *args: Any) -> Any:
         with one_at_a_time(), replaced(torch._dynamo.config, "optimize_ddp", False):

@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "on all linears": {"target_modules": "all-linear"},
     "with trained tokens": {"trainable_token_indices": [1, 2]},
     "with replicated layers": {"layer_replication": [(0, 2), (1, 2)]},
-    "of parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+    "of parameters": {"target_parameters": ["o_proj.weight"]},
     "aLoRA": {"alora_invocation_tokens": [1]},
 }
 METHODS = sorted(str(kind.value) for kind in mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
@@ -106,7 +106,9 @@ def test_every_method_is_exact_or_refused(method: str, ratio: float) -> None:
     torch.manual_seed(5)
     try:
         step = oracle.step(model, batch)
-    except cggr.CannotOptimize:
+    except cggr.CannotOptimize as error:
+        assert error.source
+        assert error.hint
         assert not names & listed("Exact")
         return
     assert ratio == 1 or not names & listed("Refused")
