@@ -64,6 +64,11 @@ CAUSES = (
         "train without gradient checkpointing, or on a model that is not quantized",
     ),
     Cause(
+        "/liger_kernel/",
+        "Liger's kernels stand in for the model's own operators, where no graph shows what they compute",
+        "train without Liger (use_liger_kernel=False): a step of this package never stores logits either",
+    ),
+    Cause(
         "for expert_idx in expert_hit",
         "the experts run one by one, those that the data chooses",
         "call model.set_experts_implementation('grouped_mm')",

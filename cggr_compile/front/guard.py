@@ -13,6 +13,7 @@ that it is asked for directly. Traced hooks do nothing: what a graph does was de
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from operator import attrgetter
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from cggr_compile.capture.causes import recognised
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.run.runtime import Runtime
 from cggr_compile.torch_internals.dynamo import is_compiled_by_others, untraced_hook
@@ -70,14 +72,19 @@ class Guard:
             return
         if not module.training or not torch.is_grad_enabled() or self.handle.labels_of(args, kwargs) is None:
             return
-        code = getattr(module.forward, "__code__", None)
-        self.handle.refuse(
-            CannotOptimize(
-                "the forward of the optimized model was patched by one that computes training steps without it",
-                source=f"{code.co_filename}:{code.co_firstlineno}: {code.co_name}" if code else None,
-                hint="let the trainer use the model's own loss: of TRL's SFTTrainer by cggr.route(trainer, …)",
-            )
+        code = getattr(inspect.unwrap(module.forward, stop=_is_not_accelerates), "__code__", None)
+        error = CannotOptimize(
+            "the forward of the optimized model was patched by one that computes training steps without it",
+            source=f"{code.co_filename}:{code.co_firstlineno}: {code.co_name}" if code else None,
+            hint="let the trainer use the model's own loss: of TRL's SFTTrainer by cggr.route(trainer, …)",
         )
+        self.handle.refuse(recognised(error))
+
+
+def _is_not_accelerates(forward: Any) -> bool:
+    """Whether it is a function, and not Accelerate's, whose mixed precision wraps a forward."""
+    code = getattr(forward, "__code__", None)
+    return code is not None and "/accelerate/" not in code.co_filename.replace(os.sep, "/")
 
 
 def watch(handle: Watched) -> tuple[RemovableHandle, RemovableHandle]:

@@ -128,6 +128,11 @@ def _refuse_loss(trainer: Any) -> None:
             "routed step does not have",
             hint="leave it at 0",
         )
+    if trainer.args.use_liger_kernel:
+        raise CannotOptimize(
+            f"use_liger_kernel=True makes {name} patch its model in train(), with operators that no graph shows",
+            hint="leave it at False: a step of this package never stores logits either",
+        )
     if of_trl is None:
         return
     if next(kind for kind, way in owners if way == "compute_loss") is not of_trl:

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import pickle
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +243,11 @@ def bypass(self: torch.nn.Module, **kwargs: Any) -> str:
     return "computed elsewhere"
 
 
-def test_the_guard_sees_a_forward_that_is_passed_by_and_only_that() -> None:
+@pytest.mark.parametrize("around", [lambda forward: forward, accelerate.utils.convert_outputs_to_fp32])
+def test_the_guard_sees_a_forward_that_is_passed_by_and_only_that(around: Callable[..., Any]) -> None:
+    """Accelerate's mixed precision is around it, too."""
     model = cggr.optimize(two_layers(), **OPTIONS)
-    model.forward = types.MethodType(bypass, model)
+    model.forward = types.MethodType(around(bypass), model)
     batch = token_batch()
     with pytest.raises(cggr.CannotOptimize, match=r"patched by one .*test_integrations\.py:\d+: bypass"):
         model(**batch)
@@ -253,6 +255,17 @@ def test_the_guard_sees_a_forward_that_is_passed_by_and_only_that() -> None:
     with torch.no_grad():
         assert model(**batch) == "computed elsewhere"
     assert model.eval()(**batch) == "computed elsewhere"
+
+
+def test_liger_that_comes_after_optimize_is_named() -> None:
+    """`use_liger_kernel=True` patches the model in `train()`."""
+    model = cggr.optimize(two_layers(), **OPTIONS)
+    names: dict[str, Any] = {}
+    path = "/env/site-packages/liger_kernel/transformers/model/llama.py"
+    exec(compile("def lce_forward(self, **batch): return 0", path, "exec"), names)
+    model.forward = types.MethodType(accelerate.utils.convert_outputs_to_fp32(names["lce_forward"]), model)
+    with pytest.raises(cggr.CannotOptimize, match=r"Liger's kernels .*py:1: lce_forward.*use_liger_kernel=False"):
+        model(**token_batch())
 
 
 def test_the_guard_heeds_the_fallback_and_leaves_with_restore() -> None:

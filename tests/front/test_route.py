@@ -303,6 +303,7 @@ class Watched(trl.SFTTrainer):
         ({"loss_type": "dft"}, r"loss_type='dft' is a loss of SFTTrainer's own.*'chunked_nll'"),
         ({"packing": True, "max_length": 16}, r"padding_free batches .* are one row.*route='segment', which selects"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0\.1 is a loss of SFTTrainer's own.*leave it at 0"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True makes SFTTrainer patch its model.*leave it at False"),
         ({"compute_loss_func": no_reward}, "compute_loss_func is a loss of SFTTrainer's own.*in the model's forward"),
     ],
 )
