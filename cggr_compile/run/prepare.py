@@ -23,17 +23,23 @@ def run_aside(run: Variant, inputs: Sequence[Any], loss: int, device: torch.devi
     """Forward and backward with the inputs of a step, as often as compiling and recording for their sizes take; `loss`
     is the output's number. Nothing else is left of it.
 
-    Parameters are stood in for by others in the same memory, on which nobody has registered hooks.
+    What has a gradient is stood in for by others in the same memory, on which nobody has registered hooks.
     """
-    stand_ins = [
-        nn.Parameter(x.detach()) if isinstance(x, Tensor) and x.is_leaf and x.requires_grad else x for x in inputs
-    ]
+    stand_ins = [_stand_in(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
     trained = [x for x in stand_ins if isinstance(x, Tensor) and x.requires_grad]
     with beside_saved_tensor_hooks(), undisturbed(device, inputs):
         for _ in range(1 if run.replays is None else RECORDED_AT):
             found = run(*stand_ins)[loss]
             if found.requires_grad:
-                torch.autograd.grad(found, trained, allow_unused=True)
+                # Not by `autograd.grad`: autograd's thread holds what that returns until it goes on, and the next run
+                # would take the memory for held (`graph_memory`).
+                found.backward(inputs=trained)
+            for x in trained:
+                x.grad = None
+
+
+def _stand_in(x: Tensor) -> Tensor:
+    return nn.Parameter(x.detach()) if isinstance(x, nn.Parameter) else x.detach().requires_grad_()
 
 
 @contextmanager

@@ -52,7 +52,9 @@ def test_the_fraction_is_the_lowest_rung_not_below_the_raised_one(
     assert config.kept_fraction(step, max(confidence, surer)) <= found
     ladder = [1 - (1 - ratio) * rung / LADDER_RUNGS for rung in range(LADDER_RUNGS, -1, -1)]
     raised = min(1.0, plain * (1 + (1 - confidence) * sensitivity))
-    assert found == pytest.approx(next(rung for rung in ladder if rung >= raised - 1e-8), abs=1e-7)
+    # What rounding adds is no step up, and less than 1e-8 may pass for it.
+    rungs = [next(rung for rung in ladder if rung >= raised - slack) for slack in (1e-12, 1e-8)]
+    assert found in [pytest.approx(rung, abs=1e-7) for rung in rungs]
 
 
 @settings(max_examples=20)
