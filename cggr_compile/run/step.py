@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cggr_compile.capture.collector import collected_at_the_end
-from cggr_compile.errors import warn
+from cggr_compile.errors import CannotOptimize, warn
 from cggr_compile.ir.amounts import Amount, amounts_of, sizes_of
 from cggr_compile.ir.program import StepOutputs
 from cggr_compile.ir.roles import changes_of, ranks_of
@@ -184,6 +184,7 @@ class Step:
         given.variant.settled = config.is_settled(steps)
         runtime.recomputations.remember(given)
         outputs = self._outputs(given, inputs)
+        self._refuse_untrained(plan, inputs, outputs[plan.program.loss_output])
         runtime.given.after_forward(plan.device.type)
         found = StepOutputs(*outputs[-len(StepOutputs._fields) :])
         if found.confidence is not None:
@@ -206,6 +207,17 @@ class Step:
             found=found,
         )
         return self._returned(outputs)
+
+    def _refuse_untrained(self, plan: Plan, inputs: tuple[Any, ...], loss: torch.Tensor) -> None:
+        """Raises `CannotOptimize` where the first layers have no gradient to give, and the whole model has."""
+        if plan is self.plan or loss.requires_grad or not torch.is_grad_enabled():
+            return
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+            layers = len(plan.analysed.stack)
+            raise CannotOptimize(
+                f"nothing trains of the first {layers} layers, the final norm and the head, which train alone at first",
+                hint="choose depth_layers up to one that trains, or train without route='depth'",
+            )
 
     def _warn_none_fits(self, figures: torch.Tensor, kept: int) -> None:
         """In the first step that selects documents; the host waits for it."""

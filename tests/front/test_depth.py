@@ -375,6 +375,17 @@ def test_what_cannot_grow_is_refused_at_the_first_step(kind: Callable[[], nn.Mod
         model(**toy_batch())
 
 
+def test_first_layers_of_which_nothing_trains_are_refused() -> None:
+    eager = Toy().train().requires_grad_(False)
+    eager.layers[2].requires_grad_(True)
+    model = cggr.optimize(eager, route="depth", depth_layers=2, grow="random", inner="eager")
+    with pytest.raises(cggr.CannotOptimize, match="nothing trains of the first 2 layers, .*choose depth_layers up to one"):
+        model(**toy_batch())
+    eager.layers[1].requires_grad_(True)
+    model(**toy_batch())[0].backward()
+    assert all(x.grad is not None for x in eager.layers[1].parameters())
+
+
 def test_what_becomes_no_copy_need_not_be_alike() -> None:
     for options in ({"depth_layers": 2}, {"depth_layers": 1, "grow": "random"}):
         model = cggr.optimize(in_turn(), route="depth", inner="eager", **options)
