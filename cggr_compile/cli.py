@@ -95,6 +95,7 @@ def explain(
         explanation = cggr.explain(built, inputs, config)
         typer.echo(str(explanation))
         if memory is not None:
+            typer.echo("\npredicting the memory of several batches …", err=True)
             fitting = explanation.batch_that_fits(memory)
             typer.echo(
                 f"\nfits at batch {fitting.rows}, {fitting.peak:.3g} GiB ({next(built.parameters()).dtype}, AdamW)"
