@@ -136,10 +136,13 @@ def test_training_with_other_options_is_the_same(any_device: str, options: dict)
 def test_what_a_schedule_comes_to_is_recorded_in_the_first_step(
     device: str, options: dict, recorded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
-    monkeypatch.setattr(
-        cuda_graphs, "_Recording", lambda *given, make=cuda_graphs._Recording: made.append(1) or make(*given)
-    )
+    made = []  # in which epoch each recording was made: a gradient that is held begins another
+
+    def record(run: Any, inputs: Any, pool: Any, make: Any = cuda_graphs._Recording) -> Any:
+        made.append(pool.epoch)
+        return make(run, inputs, pool)
+
+    monkeypatch.setattr(cuda_graphs, "_Recording", record)
     monkeypatch.setattr(variant, "PATIENCE", 0)  # sizes that pass get no code of their own, however long they take
     replayed, plain = pair(device, **options)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (replayed, plain)]
@@ -152,7 +155,7 @@ def test_what_a_schedule_comes_to_is_recorded_in_the_first_step(
             optimizer.step()
         for (name, a), b in zip(replayed.named_parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-        assert len(made) == (recorded if step or not replayed.cggr.config.deepens else 1)
+        assert made == [0] * (recorded if step or not replayed.cggr.config.deepens else 1), f"step {step}"
 
 
 @pytest.mark.gpu
