@@ -379,7 +379,7 @@ def test_first_layers_of_which_nothing_trains_are_refused() -> None:
     eager = Toy().train().requires_grad_(False)
     eager.layers[2].requires_grad_(True)
     model = cggr.optimize(eager, route="depth", depth_layers=2, grow="random", inner="eager")
-    with pytest.raises(cggr.CannotOptimize, match="nothing trains of the first 2 layers, .*choose depth_layers up to one"):
+    with pytest.raises(cggr.CannotOptimize, match=r"nothing trains of the first 2 layers, .*up to one"):
         model(**toy_batch())
     eager.layers[1].requires_grad_(True)
     model(**toy_batch())[0].backward()
