@@ -7,7 +7,8 @@ Forward and backward of a Llama of SmolLM-135M's widths with fewer layers (`--la
 CUDA; each arm in a process of its own, one after another, every sample is kept. Arms: `static@R` trains the fraction R
 on batches of one shape, whose code knows it; `symbolic@R` the same after a step of another shape, on code for many.
 `ragged@R` takes 60 steps of drawn lengths and compiles in the loop, as `ragged_compile`, torch.compile on everything,
-does. `…+graphs` is `cuda_graphs=True`.
+does. `…+graphs` is `cuda_graphs=True`, `…+by64` rounds lengths up to multiples of 64, `…+flash` runs without cuDNN's
+attention, which makes a plan for each new shape.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ FIXED = [
     f"{code}@{ratio}{graphs}" for ratio in (1.0, 0.25) for graphs in ("", "+graphs") for code in ("static", "symbolic")
 ]
 RAGGED = ["ragged_compile", "ragged@1.0", "ragged@0.25", "ragged@0.25+graphs"]
+RAGGED += [f"{RAGGED[i]}+{switch}" for switch in ("flash", "by64") for i in (0, 1)] + ["ragged@1.0+graphs+by64"]
 TIMEOUT = 400
 
 
@@ -57,19 +59,21 @@ def build(layers: int, device: str, quick: bool) -> torch.nn.Module:
 
 def lengths_of(arm: str, length: int, steps: int) -> list[int]:
     """The length of each step of an arm."""
+    step = 64 if "+by64" in arm else 1
     if arm.startswith("static"):
         return [length] * (steps + WARM_UP)
     if arm.startswith("symbolic"):
         return [length - 16] + [length] * (steps + WARM_UP)
     drawn = random.Random(0)
-    return [drawn.randint(length // 4, length) for _ in range(60)]
+    return [-(-drawn.randint(length // 4, length) // step) * step for _ in range(60)]
 
 
 def worker(arm: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every step, from its forward to the end of its backward on the device, and how often it compiled."""
     model = build(options.layers, options.device, options.quick)
     step: Callable[..., Any] = model
-    if arm == "ragged_compile":
+    torch.backends.cuda.enable_cudnn_sdp("+flash" not in arm)
+    if arm.startswith("ragged_compile"):
         step = torch.compile(model)
     else:
         ratio = float(arm.partition("@")[2].partition("+")[0])
