@@ -48,16 +48,16 @@ class Explanation:
 
     def memory(self, rows: int | None = None) -> Memory:
         """The GPU memory that a step is predicted to take, of the captured length and of so many rows, the captured
-        ones where None; for a CUDA device, whichever the model is on.
+        ones where None; for a CUDA device, whichever the model is on. Where a schedule changes steps, of the one that
+        takes most: with all layers, or at the largest fraction that is kept.
 
         Raises:
             CannotOptimize: it cannot be predicted; as `program`.
             ValueError: `rows` is no whole number above 0.
         """
-        plan = latest_plan(self.runtime)
-        rows = hint(plan.captured.batch) if rows is None else rows
+        rows = hint(latest_plan(self.runtime).captured.batch) if rows is None else rows
         if rows not in self._predicted:
-            self._predicted[rows] = predict(plan, self.model, rows)
+            self._predicted[rows] = predict(self.runtime.plans[-1], self.model, rows)
         return self._predicted[rows]
 
     def batch_that_fits(self, gibibytes: float) -> Memory:

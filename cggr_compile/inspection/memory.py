@@ -12,7 +12,7 @@ from torch import nn
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.liveness import nbytes
 from cggr_compile.ir.program import hint
-from cggr_compile.run.held import held_by
+from cggr_compile.run.held import held_by, largest_fraction
 from cggr_compile.run.plan import Plan
 
 GIBIBYTE = 2**30
@@ -30,7 +30,8 @@ RECORDING_STREAMS = 3
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB of a step on `rows` sequences of `length` tokens at the moment when most is taken.
+    """GiB of a step on `rows` sequences of `length` tokens at the moment when most is taken; `when` says which step it
+    is, where others of the run take less.
 
     Attributes:
         parameters: parameters and buffers of the model.
@@ -47,6 +48,7 @@ class Memory:
     optimizer: float
     activations: float
     transient: float
+    when: str = ""
 
     @property
     def peak(self) -> float:
@@ -55,14 +57,14 @@ class Memory:
 
     def __str__(self) -> str:
         return (
-            f"{self.peak:.3g} GiB at {self.rows} × {self.length}: parameters {self.parameters:.3g}, gradients "
+            f"{self.peak:.3g} GiB at {self.rows} × {self.length}{self.when and f' {self.when}'}: parameters {self.parameters:.3g}, gradients "
             f"{self.gradients:.3g}, AdamW {self.optimizer:.3g}, activations {self.activations:.3g}, transient "
             f"{self.transient:.3g}"
         )
 
 
 def predict(plan: Plan, model: nn.Module, rows: int) -> Memory:
-    """The memory of a step of a plan of the model.
+    """The memory of a step of a plan of the model, of all that its schedule comes to the largest.
 
     Raises:
         CannotOptimize: it cannot be predicted, or not for another number of rows than was captured.
@@ -88,7 +90,10 @@ def predict(plan: Plan, model: nn.Module, rows: int) -> Memory:
     state = sum(map(nbytes, (*model.parameters(), *model.buffers())))
     moments = 2 * sum(nbytes(x) for x in set(trained.values()))
     parts = (state, gradients, moments, activations, transient)
-    return Memory(rows, hint(plan.captured.sequence), *(size / GIBIBYTE for size in parts))
+    when = f"once all {len(plan.analysed.stack)} layers train" if plan.stages else ""
+    if plan.selects and (fraction := largest_fraction(plan)) > plan.owner.in_force.ratio:
+        when = f"while {fraction:.0%} is kept" + (f", {when}" if when else "")
+    return Memory(rows, hint(plan.captured.sequence), *(size / GIBIBYTE for size in parts), when)
 
 
 def largest_that_fits(predicted: Callable[[int], Memory], rows: int, gibibytes: float) -> Memory:

@@ -49,7 +49,8 @@ class Held(NamedTuple):
 
 
 def held_by(plan: Plan, trained: Collection[str], rows: int) -> Held:
-    """What a step of a plan on so many rows of the captured length holds, once a warm-up of what is kept is over.
+    """What a step of a plan on so many rows of the captured length holds, of all fractions that its schedule keeps the
+    largest.
 
     Args:
         plan: of a capture on any device.
@@ -64,8 +65,9 @@ def held_by(plan: Plan, trained: Collection[str], rows: int) -> Held:
         raise CannotOptimize(
             "the memory of sharded steps is not predicted", hint="explain the model before sharding it"
         )
-    program = lowered_for(_META, plan.program, config)
-    amounts = amounts_of(program, config, config.ratio, rows, hint(program.sequence)) if plan.selects else {}
+    fraction = largest_fraction(plan)
+    program = lowered_for(_META, (plan.route if fraction < 1 else plan.whole).program, config)
+    amounts = amounts_of(program, config, fraction, rows, hint(program.sequence)) if fraction < 1 else {}
     sizes = _all_sizes(program, sizes_of(program, rows, hint(program.sequence), amounts))
     caller = Region(autocasts=tuple(_on_cpu(cast) for cast in plan.autocast.autocasts))
     with _whole_autograd(), caller.active():
@@ -76,6 +78,11 @@ def held_by(plan: Plan, trained: Collection[str], rows: int) -> Held:
                 f"the memory of this step cannot be predicted: {first_line(error)}",
                 hint="measure it: torch.cuda.max_memory_allocated() after a few steps",
             ) from error
+
+
+def largest_fraction(plan: Plan) -> float:
+    """The largest that steps of a plan keep."""
+    return max(plan.owner.in_force.fractions(0, first=False)) if plan.selects else 1.0
 
 
 @contextmanager

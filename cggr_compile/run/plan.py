@@ -159,9 +159,10 @@ class Plan:
                     raise
                 self.unscorable = error
                 _log.warning("every row goes on training: %s", error)
-        return self._whole()
+        return self.whole
 
-    def _whole(self) -> Route:
+    @property
+    def whole(self) -> Route:
         """The program without router and selection; of `"auto"`, the one that puts out the rows' losses."""
         config = self.owner.choices[0]
         return self._derived("unrouted", config, passes_unrouted(config), trains=True)
@@ -192,7 +193,7 @@ class Plan:
     @property
     def unrouted(self) -> Variant:
         """The program without router and selection, built when a step first keeps every row."""
-        return self._whole().variant
+        return self.whole.variant
 
     @cached_property
     def unpadded(self) -> Unpadded | Refusal:

@@ -169,7 +169,7 @@ class Runtime:
         if self.config.cuda_graphs and self.pool is None:
             if device.type == "cuda":
                 self.pool = Pool()
-            else:
+            elif device.type != "meta":  # where nothing runs
                 self.warn_once("device", f"running without CUDA graphs: the model is on {device.type}")
         return self.pool
 

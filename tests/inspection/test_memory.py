@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -46,12 +48,33 @@ def test_parts(frozen: bool) -> None:
     assert f"peak memory     {found}"[:40] in str(explanation.report())
 
 
-@pytest.mark.filterwarnings("ignore:running without CUDA graphs")
 def test_a_recording_keeps_gradients_and_workspaces() -> None:
     plain, recorded = explained(), explained(cuda_graphs=True)
     more = recorded.memory().gradients - plain.memory().gradients
     assert more * GIB == size_of(plain)
     assert recorded.memory().transient - plain.memory().transient == pytest.approx(4 * memory.WORKSPACE / GIB)
+
+
+@pytest.mark.parametrize(
+    ("options", "when"),
+    [
+        ({"route": "depth", "depth_layers": 1, "depth_until": 3}, "once all 3 layers train"),
+        ({"ratio": 0.5, "warmup_steps": 4}, "while 100% is kept"),
+        ({"ratio": 0.5, "route": "token", "dense_after_steps": 4}, "while 100% is kept"),
+        (
+            {"route": ("depth", "sequence"), "depth_layers": 1, "ratio": 0.5, "warmup_steps": 4},
+            "while 100% is kept, once all 3 layers train",
+        ),
+    ],
+)
+def test_of_a_schedule_the_largest_step_counts(options: dict[str, Any], when: str) -> None:
+    with torch.device("meta"):
+        model = Toy().train()
+        batch = {name: torch.zeros(4, 6, dtype=torch.long) for name in ("input_ids", "labels")}
+    whole = cggr.explain(model, batch, ratio=1.0).memory(40)
+    found = cggr.explain(model, batch, **options).memory(40)
+    assert found == dataclasses.replace(whole, when=when)
+    assert f"40 × 6 {when}: parameters" in str(found)
 
 
 def test_the_largest_batch_that_fits() -> None:
