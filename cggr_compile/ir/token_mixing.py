@@ -153,15 +153,16 @@ def only_the_loss_reads(program: Analysed) -> bool:
     """Whether nothing that a step returns or changes, but the loss, depends on what the tokens become."""
     inside = ancestors([program.head.hidden]) & activations(program)
     # Other outputs than these are logits and activations, which a step does not return.
-    outputs = [out for i, out in enumerate(program.outputs) if i in program.stored or _is_scalar(out)]
+    outputs = [out for i, out in enumerate(program.outputs) if i in program.stored or is_scalar(out)]
     calls = (node for node in program.graph.nodes if node.op == "call_function")
     effects = [node for node in calls if node.is_impure() and not node.users]
     roots = [*outputs, *effects, *changes_of(program)]
     return not ancestors(roots, stop=[program.head.loss]) & inside
 
 
-def _is_scalar(out: Any) -> bool:
-    return is_tensor(out) and not value(out).dim()
+def is_scalar(out: Any) -> bool:
+    """Whether an output is one number: a tensor of no dimension, or a size and what is computed of sizes."""
+    return isinstance(out, fx.Node) and not (is_tensor(out) and value(out).dim())
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -102,7 +102,7 @@ def mask_loss(program: Analysed, config: RoutingConfig) -> Analysed:
     roots = [node for node in main_roots(program) if node in outputs or node not in program.outputs]
     env = clone(builder, roots, {**env, head.loss: loss})
     builder.env.update(env)
-    own = tuple(None if out is None else builder.env[out] for out in outputs)
+    own = tuple(builder.env[out] if isinstance(out, fx.Node) else out for out in outputs)
     builder.output(own + StepOutputs(**extra, loss_mask=mask, figures=figures if config.prediction_metrics else None))
     return builder.finish("mask_loss")
 
@@ -228,8 +228,8 @@ def _survives(program: Analysed, index: int, config: RoutingConfig) -> bool:
     """
     out = program.outputs[index]
     kept = config.keep_logits or index in program.stored or index == program.loss_output
-    if not is_tensor(out) or kept or value(out).dim() == 0:
-        return is_tensor(out)
+    if out is None or kept or not is_tensor(out) or value(out).dim() == 0:
+        return out is not None
     return not any(node.op == "placeholder" and program.kind(node) == "batch" for node in ancestors([out]))
 
 

@@ -25,7 +25,7 @@ from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors, clone, descendants
 from cggr_compile.ir.names import modules_of
 from cggr_compile.ir.program import Analysed, Layers
-from cggr_compile.ir.roles import changes_of, main_roots
+from cggr_compile.ir.roles import changes_of, is_state, main_roots
 
 
 def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
@@ -44,6 +44,11 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     cut, last = layers.residuals[count - 1], layers.residuals[-1]
     left_out = descendants([cut]) - descendants([last]) - {cut}
     reads = {root: _first(ancestors([root], stop=[cut, last]) & left_out) for root in main_roots(program)}
+    # What is made of parameters alone, as a penalty on them, is of the layers left out where their own are among these.
+    own = _own_states(program, layers, count)
+    for out in filter(None, program.outputs):
+        if isinstance(out, fx.Node) and reads[out] is None:
+            reads[out] = _first(ancestors([out], stop=[cut, last]) & own)
     outputs = tuple(out if reads.get(out) is None else None for out in program.outputs)
     loss = program.outputs[program.loss_output]
     effects = [root for root in reads if root not in program.outputs and root not in left_out]
@@ -56,7 +61,8 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
                 "the loss, or a buffer that the forward changes, reads more of the layers than what the last one "
                 "passes on",
                 node=reads[root],
-                hint="switch auxiliary losses off (output_router_logits=False), or train without route='depth'",
+                hint="switch auxiliary losses (output_router_logits=False) and penalties on all layers off, or train "
+                "without route='depth'",
             )
     kept_by_model = [program.outputs[index] for index in program.stored]
     changes = [change for change in changes_of(program) if change in effects or reads.get(change) is not None]
@@ -77,6 +83,17 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     residuals = tuple(builder.env[residual] for residual in layers.residuals[:count])
     kept = dataclasses.replace(layers, entry=builder.env[layers.entry], residuals=residuals)
     return builder.finish("truncate_layers", layers=kept)
+
+
+def _own_states(program: Analysed, layers: Layers, count: int) -> set[fx.Node]:
+    """Parameters and buffers of the layers behind the first `count` alone: by their paths, where modules tell the
+    layers, else what these read and no earlier one does."""
+    states = [node for node in program.placeholders if is_state(program, node)]
+    if layers.path:
+        behind = tuple(f"{layers.path}.{index}." for index in range(count, len(layers)))
+        return {node for node in states if program.path(node).startswith(behind)} - ancestors([layers.residuals[count - 1]])
+    later = ancestors([layers.residuals[-1]], stop=[layers.residuals[count - 1]])
+    return later.intersection(states) - ancestors([layers.residuals[count - 1]])
 
 
 def _is_own(state: fx.Node, layers: Layers, count: int) -> bool:

@@ -50,6 +50,7 @@ from cggr_compile.ir.token_mixing import (
     attentions,
     conditions,
     copies_of_tokens,
+    is_scalar,
     only_the_loss_reads,
     read_besides,
     rows_meet,
@@ -137,7 +138,17 @@ def _proved(
             "more than the loss depends on what the tokens become, padding included, as an auxiliary loss does "
             "(output_router_logits=True)"
         )
+    for index, out in enumerate(program.outputs):
+        if (index in program.stored or is_scalar(out)) and _counts_places(program, out):
+            raise _refusal("the model returns or stores what it counts in the batch, padding included", out)
     return reaches
+
+
+def _counts_places(program: Analysed, out: Any) -> bool:
+    """Whether an output depends on the batch's sizes or on something of each place, but for the loss."""
+    read = ancestors([out], stop=[program.head.loss]) if isinstance(out, fx.Node) else ()
+    kinds = {node: program.kind(node) for node in read if node.op == "placeholder"}
+    return any(kind == "size" or (kind == "batch" and value(node).dim() > 1) for node, kind in kinds.items())
 
 
 class _Batch:

@@ -60,6 +60,47 @@ def test_stored_values_are_those_of_the_selected_rows(front_end: str) -> None:
         assert torch.equal(model.remembered()[name], wanted), name
 
 
+class Counting(Toy):
+    """Returns and stores numbers that it makes of sizes, and counts with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.shape, self.lengths = 0, (), [0.0]
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, Any]:  # type: ignore[override]
+        loss, logits = super().forward(input_ids, labels)
+        self.seen += input_ids.numel()
+        self.shape = tuple(input_ids.shape)
+        self.lengths.append(input_ids.shape[1] / 2)
+        return {"loss": loss, "logits": logits, "tokens": input_ids.numel(), "rows": len(input_ids), "known": 3}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": 1.0},
+        {"ratio": 0.5, "selection": "topk"},
+        {"ratio": 0.5, "selection": "random", "outline_layers": True},
+        {"route": "loss", "ratio": 0.5},
+        {"route": "depth", "depth_layers": 1},
+        {"selection": "auto"},
+    ],
+    ids=str,
+)
+def test_numbers_made_of_sizes_are_those_of_the_rows_that_train(options: dict[str, Any], inner: str) -> None:
+    eager = Counting().train()
+    model = cggr.optimize(copy.deepcopy(eager), inner=inner, **options)
+    for rows in (8, 8, 6, 6):
+        batch = toy_batch(rows)
+        found = model(**batch)
+        trained = len(model.cggr.selected) if "sequence" in model.cggr.config.routes else rows
+        wanted = eager(**{name: x[:trained] for name, x in batch.items()})
+        for name in ("tokens", "rows", "known"):
+            assert found[name] == wanted[name]
+        assert (model.seen, model.shape, model.lengths) == (eager.seen, eager.shape, eager.lengths)
+
+
 def test_what_is_only_returned_is_not_kept() -> None:
     """Logits of every row would not fit into memory; transformers returns them in an object."""
     model = cggr.optimize(build("llama"), ratio=0.5, inner="eager")

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import cggr_compile as cggr
 from cggr_compile.run import step
+from cggr_compile.run.not_computed import NOT_COMPUTED
 
 STEPS = 5
 PHASES = [Phase.explicit] if os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci" else list(Phase)
@@ -267,6 +268,48 @@ class Penalised(Toy):
         return super().loss(logits, labels) + self.seen[1].square().mean()
 
 
+class Decayed(Toy):
+    """The loss punishes the size of every layer's weights."""
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().loss(logits, labels) + sum(x.square().sum() for x in self.layers.parameters())
+
+
+class DecayedByHand(Decayed):
+    """Layers that no path tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = self.layers
+        self.layers = [self.first, self.second, self.third]  # type: ignore[assignment]
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return Toy.loss(self, logits, labels) + self.third.weight.square().sum()
+
+
+class DecayedInFront(Decayed):
+    """The loss punishes what trains at first, and returns the size of what does not."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> tuple:
+        loss, _ = super().forward(input_ids, labels)
+        return loss, self.layers[-1].weight.square().sum()
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return Toy.loss(self, logits, labels) + self.layers[0].weight.square().sum()
+
+
+def test_a_penalty_on_what_trains_is_part_of_the_loss() -> None:
+    eager = DecayedInFront().train()
+    model = cggr.optimize(copy.deepcopy(eager), route="depth", depth_layers=1, inner="eager")
+    loss, other = model(**toy_batch())
+    loss.backward()
+    assert other is NOT_COMPUTED
+    eager.layers = eager.layers[:1]
+    eager(**toy_batch())[0].backward()
+    assert torch.equal(model.layers[0].weight.grad, eager.layers[0].weight.grad)
+    assert model.layers[2].weight.grad is None
+
+
 class Counting(nn.Linear):
     """A layer that keeps statistics, as batch norm does, or puts another tensor into a buffer's place."""
 
@@ -367,6 +410,8 @@ def test_what_a_layer_changes_by_itself_stays_until_it_trains(grow: str) -> None
         ),
         (Toy, 3, "depth_layers=3 and the model has 3 layers"),
         (Penalised, 1, "reads more of the layers than what the last one passes on"),
+        (Decayed, 1, "reads more of the layers .*penalties on all layers off"),
+        (DecayedByHand, 1, "reads more of the layers .*penalties on all layers off"),
     ],
 )
 def test_what_cannot_grow_is_refused_at_the_first_step(kind: Callable[[], nn.Module], layers: int, reason: str) -> None:

@@ -25,6 +25,7 @@ from toys import WORDS, Toy, toy_batch
 import cggr_compile as cggr
 from cggr_compile.inspection.explanation import Report
 from cggr_compile.ir.program import Program, value
+from cggr_compile.run.not_computed import NOT_COMPUTED
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "long"
 LLAMA = ARCHITECTURES["llama"]
@@ -277,6 +278,35 @@ def test_labels_that_the_model_hides_by_place() -> None:
     batch["labels"][1, 4] = 7
     oracle.assert_step_within(ROUNDING, *oracle.step(model, batch), *oracle.step(eager, batch))
     assert model.cggr.report().unpadded.startswith("the last step computed 27 of 27")
+
+
+class Counts(Told):
+    """Returns a number of the batch, or stores it, once without padding."""
+
+    def __init__(self, number: Any, stored: bool) -> None:
+        super().__init__(lambda x, mask: x)
+        self.number, self.stored, self.last = number, stored, None
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> tuple:
+        loss, _ = super().forward(input_ids, attention_mask, labels)
+        number = self.number(labels)
+        self.last = number if self.stored else None
+        return loss, number
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(
+    "number", [lambda x: x.numel(), lambda x: x.shape[1] / 2, lambda x: (x >= 0).sum(), lambda x: (x >= 0).sum(1)]
+)
+def test_what_counts_the_padded_batch_is_refused(number: Any, stored: bool) -> None:
+    batch = padded([7, 4, 9])
+    dims = getattr(number(batch["labels"]), "ndim", 0)
+    model = cggr.optimize(Counts(number, stored), unpad=True, inner="eager")
+    if dims and not stored:  # as all of its kind, it is not computed
+        assert model(**batch)[1] is NOT_COMPUTED
+        return
+    with pytest.raises(cggr.CannotOptimize, match="returns or stores what it counts in the batch, padding included"):
+        model(**batch)
 
 
 class Watched(Told):
