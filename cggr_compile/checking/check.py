@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,13 @@ _MEDIA_TOKEN = re.compile(r"(image|img|video|audio)_(context_)?token_(id|index)"
 """What the fields of configurations are named that hold the id which stands for an image's features."""
 # Difference, relative to the largest entry of the gradient, that reordered fp32 sums explain.
 ROUNDING = 1e-6
+
+
+class Reading(NamedTuple):
+    """How a loss reads labels: each predicted from `shift` places before, none that is `ignored`."""
+
+    shift: int
+    ignored: int
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,13 @@ class Check:
     def __str__(self) -> str:
         if self.selected != self.expected:
             return f"{self.selected} selected, {self.expected} by the eager router"
+        checked = f"route {self.route}, ratio {self.ratio:g}, router of {self.router_layers}"
+        checked = checked if self.route else "everything kept, with all"
+        checked += f" of {self.layers} layers ({self.path or 'unnamed'}, {self.proof})"
         if self.exact:
-            checked = f"route {self.route}, ratio {self.ratio:g}, router of {self.router_layers}"
-            checked = checked if self.route else "everything kept, with all"
-            return f"exact: {checked} of {self.layers} layers ({self.path or 'unnamed'}, {self.proof})"
-        return f"differs by {self.difference:.1e} ({self.where})"
+            return f"exact: {checked}"
+        how = "within rounding, apart" if self.within_rounding else "differs"
+        return f"{how} by {self.difference:.1e} ({self.where}): {checked}"
 
 
 @contextmanager
@@ -275,10 +284,10 @@ def _on_rows(model: nn.Module, batch: Batch, rows: torch.Tensor, layers: int) ->
 
 def _on_documents(model: nn.Module, batch: Batch, positions: torch.Tensor, layers: int) -> tuple[torch.Tensor, Step]:
     """The positions [B, k] of the documents that the eager router selects, and eager's step on those at `positions`."""
-    shift, places = _label_shift(model, batch), batch["position_ids"]
-    labels = first_ignored(batch["labels"], places, shift, IGNORED)
-    losses, counted = _token_losses(_router_logits(model, batch, layers), labels, shift)
-    step = eager_step(model, packed_anew(batch, positions, shift, IGNORED))
+    read, places = _reading(model, batch), batch["position_ids"]
+    labels = first_ignored(batch["labels"], places, *read)
+    losses, counted = _token_losses(_router_logits(model, batch, layers), labels, read)
+    step = eager_step(model, packed_anew(batch, positions, *read))
     return hardest_documents(losses, counted, places, positions.shape[1]), step
 
 
@@ -298,7 +307,7 @@ def _on_tokens(
     length = batch["input_ids"].shape[1]
     with on_tokens(stack, range(len(stack) - middle, len(stack)), positions, length, counting):
         step = eager_step(model, batch)
-    losses, _ = _token_losses(_router_logits(model, batch, layers), batch["labels"], _label_shift(model, batch))
+    losses, _ = _token_losses(_router_logits(model, batch, layers), batch["labels"], _reading(model, batch))
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     wanted = []
     for row, mask in zip(losses.tolist(), real.tolist(), strict=True):
@@ -327,7 +336,7 @@ def _distance(left: torch.Tensor | None, right: torch.Tensor | None) -> float:
 def _expected_rows(model: nn.Module, batch: Batch, kept: int, layers: int) -> list[int]:
     """The `kept` rows with a counted label whose mean token loss under the eager router is largest, sorted."""
     logits = _router_logits(model, batch, layers)
-    losses, counted = _token_losses(logits, batch["labels"], _label_shift(model, batch))
+    losses, counted = _token_losses(logits, batch["labels"], _reading(model, batch))
     counts = counted.sum(1)
     means = torch.where(counts > 0, losses.sum(1) / counts.clamp(min=1), -math.inf)
     order = sorted(range(len(means)), key=lambda row: (-means[row].item(), row))
@@ -340,27 +349,31 @@ def _router_logits(model: nn.Module, batch: Batch, layers: int) -> torch.Tensor:
         return logits_of(router(**inputs))
 
 
-def _token_losses(logits: torch.Tensor, labels: torch.Tensor, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _token_losses(logits: torch.Tensor, labels: torch.Tensor, read: Reading) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses [B, S] in fp32, 0 where nothing is counted, and which are counted."""
-    ignored = torch.full_like(labels[:, :shift], IGNORED)
-    targets = torch.cat([labels[:, shift:], ignored], dim=1)
-    counted = targets != IGNORED
+    ignored = torch.full_like(labels[:, : read.shift], read.ignored)
+    targets = torch.cat([labels[:, read.shift :], ignored], dim=1)
+    counted = targets != read.ignored
     own = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return torch.where(counted, -own, 0.0), counted
 
 
-def _label_shift(model: nn.Module, batch: Batch) -> int:
-    """0 or 1: which makes the cross-entropy of the model's logits its loss."""
-    inputs = inputs_of(model, batch)
+def _reading(model: nn.Module, batch: Batch) -> Reading:
+    """How the loss reads the labels: what makes the cross-entropy of the model's logits its loss. Ignored may be -100,
+    any other that is negative, or, where the model ignores a word, the one that comes most often."""
+    inputs, labels = inputs_of(model, batch), batch["labels"]
     with torch.no_grad():
         loss, logits = loss_of(model(**batch)), logits_of(model(**inputs))
-    labels = batch["labels"]
+    values, counts = labels.unique(return_counts=True)
+    ignorable = [IGNORED, *values[values < 0].tolist(), int(values[counts.argmax()])]
 
-    def gap(shift: int) -> float:
-        rows = logits[:, : labels.shape[1] - shift].flatten(0, 1).float()
-        return abs(F.cross_entropy(rows, labels[:, shift:].flatten(), ignore_index=IGNORED).item() - loss.item())
+    def gap(read: Reading) -> float:
+        rows, targets = logits[:, : labels.shape[1] - read.shift].flatten(0, 1), labels[:, read.shift :].flatten()
+        if ((targets < 0) & (targets != read.ignored)).any():
+            return math.inf
+        return abs(F.cross_entropy(rows.float(), targets, ignore_index=read.ignored).item() - loss.item())
 
-    return min((1, 0), key=gap)
+    return min((Reading(shift, ignored) for ignored in ignorable for shift in (1, 0)), key=gap)
 
 
 @contextmanager

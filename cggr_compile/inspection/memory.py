@@ -56,10 +56,10 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
 
     def __str__(self) -> str:
+        batch = f"{self.rows} × {self.length}" + (f" {self.when}" if self.when else "")
         return (
-            f"{self.peak:.3g} GiB at {self.rows} × {self.length}{self.when and f' {self.when}'}: parameters {self.parameters:.3g}, gradients "
-            f"{self.gradients:.3g}, AdamW {self.optimizer:.3g}, activations {self.activations:.3g}, transient "
-            f"{self.transient:.3g}"
+            f"{self.peak:.3g} GiB at {batch}: parameters {self.parameters:.3g}, gradients {self.gradients:.3g}, AdamW "
+            f"{self.optimizer:.3g}, activations {self.activations:.3g}, transient {self.transient:.3g}"
         )
 
 
@@ -89,11 +89,19 @@ def predict(plan: Plan, model: nn.Module, rows: int) -> Memory:
     transient += WORKSPACE * THREADS * (RECORDING_STREAMS if recorded else 1)
     state = sum(map(nbytes, (*model.parameters(), *model.buffers())))
     moments = 2 * sum(nbytes(x) for x in set(trained.values()))
-    parts = (state, gradients, moments, activations, transient)
     when = f"once all {len(plan.analysed.stack)} layers train" if plan.stages else ""
     if plan.selects and (fraction := largest_fraction(plan)) > plan.owner.in_force.ratio:
         when = f"while {fraction:.0%} is kept" + (f", {when}" if when else "")
-    return Memory(rows, hint(plan.captured.sequence), *(size / GIBIBYTE for size in parts), when)
+    return Memory(
+        rows,
+        hint(plan.captured.sequence),
+        parameters=state / GIBIBYTE,
+        gradients=gradients / GIBIBYTE,
+        optimizer=moments / GIBIBYTE,
+        activations=activations / GIBIBYTE,
+        transient=transient / GIBIBYTE,
+        when=when,
+    )
 
 
 def largest_that_fits(predicted: Callable[[int], Memory], rows: int, gibibytes: float) -> Memory:

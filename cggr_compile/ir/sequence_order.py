@@ -12,15 +12,17 @@ kept.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from cggr_compile.errors import Refusal
 from cggr_compile.ir.program import Program, is_tensor, value
+from cggr_compile.torch_internals import symbols, tracing
 
 aten = torch.ops.aten
 
@@ -88,6 +90,38 @@ _KEEPS_PLACES = {
     aten.clone,
 }
 _KNOWN_NAMESPACES = ("aten", "prims")
+# Operators that compute each token by itself or take tokens as a set, whatever the dimension; besides those that are
+# pointwise, views, or above.
+_SETS = {
+    *(aten.sum, aten.mean, aten.amax, aten.amin, aten.max, aten.min, aten.argmax, aten.argmin, aten.any, aten.all),
+    *(aten.prod, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.logsumexp, aten.linalg_vector_norm),
+    *(aten.softmax, aten._softmax, aten._safe_softmax, aten.log_softmax, aten._log_softmax, aten.layer_norm),
+    *(aten.native_layer_norm, aten.rms_norm, aten._fused_rms_norm, aten.group_norm, aten.native_group_norm),
+    *(aten.batch_norm, aten.native_batch_norm, aten.cdist, aten._cdist_forward, aten.glu),
+    *(aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.baddbmm, aten.linear, aten.dot, aten.mv, aten._grouped_mm),
+    *(aten._scaled_mm, aten._trilinear, aten.scaled_dot_product_attention, aten.embedding, aten.bucketize),
+    *(
+        aten.searchsorted,
+        aten.histc,
+        aten.bincount,
+        aten.nonzero,
+        aten.masked_select,
+        aten.argsort,
+        aten.sort,
+        aten.topk,
+    ),
+    *(aten.dropout, aten.native_dropout, aten.bernoulli, aten.arange, aten.full, aten.zeros, aten.ones, aten.empty),
+    *(aten.rand, aten.randn, aten.randint, aten.full_like, aten.zeros_like, aten.ones_like, aten.empty_like),
+    *(aten.rand_like, aten.randn_like, aten.new_full, aten.new_zeros, aten.new_ones, aten.new_empty, aten.eye),
+    *(aten.empty_strided, aten.new_empty_strided, aten.scalar_tensor, aten.lift_fresh_copy, aten._to_copy, aten.copy),
+    *(aten.clone, aten._unsafe_view, aten.repeat, aten.repeat_interleave, aten.stack, aten.split_with_sizes),
+    *(aten.sym_size, aten.sym_numel, aten.sym_stride, aten._local_scalar_dense, aten._assert_async),
+    *(aten._assert_tensor_metadata, aten._assert_scalar, aten.count_nonzero, aten.norm, aten.nansum, aten.isin),
+    # Pointwise, and torch does not say so.
+    *(aten.floor_divide, aten.hardswish, aten._prelu_kernel, aten.polar, aten.complex, aten.log_sigmoid_forward),
+    *(aten.uniform, aten.normal, aten.exponential),
+}
+_WRITES = {aten.slice_scatter, aten.select_scatter}  # of another tensor at fixed places of the dimension in argument 2
 # Operators that choose along a dimension by what is there, with the place of the dimension among their arguments; they
 # return the chosen entries and where those are.
 _CHOICES = {aten.topk: 2, aten.sort: 1}
@@ -130,9 +164,45 @@ def order_dependence(program: Program, node: fx.Node, inside: Collection[fx.Node
             size != 1 for size in kernel or (0,)
         ):
             return Refusal(f"{packet} reads neighbours along the sequence", node)
+    if packet in _WRITES and _writes_along(program, node):
+        return Refusal(f"{packet} writes to fixed places of the sequence", node)
+    if packet == aten.constant_pad_nd and _pads_along(program, node):
+        return Refusal(f"{packet} shifts or lengthens the sequence", node)
+    if not _is_known(node):
+        if target._can_decompose():
+            return _of_parts(program, node, target, node.args, node.kwargs)
+        return Refusal(f"what {packet} does along the sequence is not known", node)
     if packet in _TRIANGLES and (node.args[1] if len(node.args) > 1 else 0) not in _TRIANGLES[packet]:
         return Refusal(f"{packet} measures distances along the sequence", node)
     return None if _is_choice(program, node, inside) else _odd_size(program, node)
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Whether the rules above say all of what an operator does along a dimension."""
+    packet, returns = packet_of(node), node.target._schema.returns
+    if packet in _SETS or any(torch.Tag.pointwise in getattr(packet, name).tags for name in packet.overloads()):
+        return True
+    ruled = (_ALONG, _WINDOWS, _STRIDES, _TRIANGLES, CUTS, _INDEXING, _WRITES, {aten.constant_pad_nd})
+    is_view = any(result.alias_info is not None and not result.alias_info.is_write for result in returns)
+    return is_view or any(packet in rule for rule in ruled)
+
+
+def _writes_along(program: Program, node: fx.Node) -> bool:
+    """Whether an operator of `_WRITES` writes to some places of the sequence and not to all."""
+    given = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    whole, part = value(node.args[0]).shape, value(node.args[1]).shape
+    assert isinstance(given, int)
+    if not program.mentions(whole[given], _symbol(program)):
+        return False
+    return packet_of(node) == aten.select_scatter or not program.same_size(whole[given], part[given])
+
+
+def _pads_along(program: Program, node: fx.Node) -> bool:
+    """Whether something is added to the sequence's dimension, or taken from it, on either side."""
+    sizes, given = value(node.args[0]).shape, node.args[1]
+    assert isinstance(given, (list, tuple))
+    padded = [len(sizes) - 1 - place // 2 for place, number in enumerate(given) if number != 0]
+    return any(program.mentions(sizes[dim], _symbol(program)) for dim in padded)
 
 
 def packet_of(node: fx.Node) -> Any:
@@ -289,10 +359,30 @@ def _of_body(program: Program, node: fx.Node) -> Refusal | None:
         return Refusal(f"what {node.target} does along the sequence is not known", node)
     forward, _, *inputs = node.args
     assert isinstance(forward, fx.Node)
-    body = getattr(program.root, str(forward.target))
-    with program.fake_mode, program.shape_env.suppress_guards():
-        traced = make_fx(body, tracing_mode="real")(*(value(source) for source in inputs))
+    return _of_parts(program, node, getattr(program.root, str(forward.target)), inputs, {})
+
+
+def _of_parts(
+    program: Program, node: fx.Node, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Refusal | None:
+    """The first refusal of the operators that a function is made of, called with a node's arguments."""
+    given, spec = pytree.tree_flatten((tuple(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, fx.Node))
+    values = [value(x) if isinstance(x, fx.Node) else x for x in given]
+    places = [place for place, x in enumerate(given) if isinstance(x, fx.Node) and is_tensor(x)]
+
+    def called(*tensors: torch.Tensor) -> Any:
+        filled = list(values)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return function(*args, **kwargs)
+
+    aside = symbols.nothing_pending(program.shape_env)
+    with program.fake_mode, program.shape_env.suppress_guards(), aside, tracing.enable_python_dispatcher():
+        traced = make_fx(called, tracing_mode="real")(*(values[place] for place in places))
     inside = set(traced.graph.nodes)
+    if any(inner.target is function for inner in inside):
+        return Refusal(f"what {node.target} does along the sequence is not known", node)
     refusals = (order_dependence(program, inner, inside) for inner in traced.graph.nodes)
     return next((Refusal(f"in {node.target}: {found.reason}", node) for found in refusals if found), None)
 

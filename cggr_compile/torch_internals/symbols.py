@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -21,6 +23,19 @@ def data_symbols(values: Any) -> set[sympy.Symbol]:
 
 def _is_read(expression: Any) -> bool:
     return bool(expression.is_Symbol) and symbol_is_type(expression, SymT.UNBACKED_INT)
+
+
+@contextmanager
+def nothing_pending(shape_env: ShapeEnv) -> Iterator[None]:
+    """While operators are traced that a capture holds already: symbols of data that wait for a node which gives them are
+    none of theirs, and those that they make are dropped."""
+    pending = list(shape_env.pending_fresh_unbacked_symbols)
+    shape_env.pending_fresh_unbacked_symbols.clear()
+    try:
+        with shape_env.ignore_fresh_unbacked_symbols():
+            yield
+    finally:
+        shape_env.pending_fresh_unbacked_symbols[:] = pending
 
 
 def inherit_range(old: Any, new: Any) -> None:

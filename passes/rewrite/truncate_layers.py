@@ -91,7 +91,9 @@ def _own_states(program: Analysed, layers: Layers, count: int) -> set[fx.Node]:
     states = [node for node in program.placeholders if is_state(program, node)]
     if layers.path:
         behind = tuple(f"{layers.path}.{index}." for index in range(count, len(layers)))
-        return {node for node in states if program.path(node).startswith(behind)} - ancestors([layers.residuals[count - 1]])
+        return {node for node in states if program.path(node).startswith(behind)} - ancestors(
+            [layers.residuals[count - 1]]
+        )
     later = ancestors([layers.residuals[-1]], stop=[layers.residuals[count - 1]])
     return later.intersection(states) - ancestors([layers.residuals[count - 1]])
 

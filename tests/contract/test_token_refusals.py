@@ -50,7 +50,29 @@ def places(x: torch.Tensor) -> torch.Tensor:
 MIXES = {
     "cumulative sum": (lambda x, _: x.cumsum(1), "layer 1 mix tokens by their places: aten.cumsum runs along"),
     "shift": (lambda x, _: x.roll(1, 1), "aten.roll runs along the sequence"),
-    "padding": (lambda x, _: nn.functional.pad(x, (0, 0, 1, 0))[:, :-1], "cuts, pads or splits the sequence"),
+    "padding": (lambda x, _: nn.functional.pad(x, (0, 0, 1, 0))[:, :-1], "shifts or lengthens the sequence"),
+    "padding and cutting": (lambda x, _: nn.functional.pad(x, (0, 0, 1, -1)), "shifts or lengthens the sequence"),
+    "Fourier": (lambda x, _: torch.fft.fft2(x).real, "_fft_c2c runs along the sequence"),
+    "Fourier of reals": (
+        lambda x, _: torch.fft.irfft(torch.fft.rfft(x, dim=1), n=8, dim=1).sum(1, True),
+        "_fft_r2c runs",
+    ),
+    "blocks": (
+        lambda x, _: nn.functional.unfold(x.mT[:, :, None], (1, 3), padding=(0, 1)).unflatten(1, (8, 3)).sum(2).mT,
+        "what aten.im2col does along the sequence is not known",
+    ),
+    "mirrored": (lambda x, _: torch.fliplr(x), "in aten.fliplr.default: aten.flip runs along the sequence"),
+    "turned": (lambda x, _: torch.rot90(x, 2, (1, 2)), "aten.flip runs along the sequence"),
+    "filled place": (lambda x, _: x.index_fill(1, torch.tensor([0]), 0.0), "what aten.index_fill does along"),
+    "written place": (lambda x, _: x.select_scatter(x[:, 0] * 0, 1, 0), "the sequence"),
+    "written slice": (
+        lambda x, _: x.slice_scatter(x.new_zeros(x.shape[0], 1, 8), 1, 0, 1),
+        "aten.slice_scatter writes to fixed places of the sequence",
+    ),
+    "stretched": (
+        lambda x, _: nn.functional.interpolate(x.mT, scale_factor=1.0, mode="linear").mT,
+        "upsample_linear1d.*does along the sequence is not known",
+    ),
     "joined in front": (
         lambda x, _: torch.cat([torch.zeros_like(x[:, :1]), x], 1)[:, :-1],
         "aten.slice takes fixed places of the sequence",
@@ -159,7 +181,14 @@ def grouped(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
     return torch.cat([first.sin(), rest.cos()])[order.argsort()].view(x.shape)
 
 
-@pytest.mark.parametrize("mix", [ordered, chosen, grouped])
+def of_features(x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+    """Operators that are refused along the sequence, along features; and some that torch composes of others."""
+    x = nn.functional.pad(x, (1, -1)) + torch.fft.fft(x).real + x.select_scatter(x[..., 0] * 2, 2, 1)
+    x = nn.functional.relu6(x) + nn.functional.selu(x) + x.detach().floor_divide(2)
+    return x + nn.functional.log_softmax(x, -1)
+
+
+@pytest.mark.parametrize("mix", [ordered, chosen, grouped, of_features])
 def test_mixing_as_a_set_means_the_same_on_the_kept_tokens(mix: Callable[..., torch.Tensor]) -> None:
     torch.manual_seed(0)
     eager = Layers(mix).train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import warnings
 from collections.abc import Callable
@@ -453,6 +454,30 @@ def test_errors_survive_pickling() -> None:
 def test_what_is_no_model_is_named(call: Callable[[Any], Any], model: object) -> None:
     with pytest.raises(CannotOptimize, match=rf"{type(model).__name__} is not a torch.nn.Module; pass"):
         call(model)
+
+
+class Ignoring(Toy):
+    """Leaves labels out that are another number than -100, a word's perhaps, and predicts each at its own place."""
+
+    def __init__(self, ignored: int) -> None:
+        super().__init__()
+        self.ignored = ignored
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=self.ignored)
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, 0, 7])
+def test_check_ignores_the_labels_that_the_loss_ignores(ignored: int) -> None:
+    batch = toy_batch(6)
+    torch.manual_seed(0)
+    batch["labels"] = batch["input_ids"].masked_fill(torch.rand(batch["input_ids"].shape) < 0.5, ignored)
+    found = cggr.check(Ignoring(ignored), batch)
+    assert found.exact, found
+    assert str(found).startswith("exact: route sequence, ratio 0.5, router of 1 of 3 layers")
+    apart = dataclasses.replace(found, difference=1e-7, where="head.weight")
+    assert str(apart).startswith("within rounding, apart by 1.0e-07 (head.weight): route sequence")
+    assert str(dataclasses.replace(apart, difference=0.1)).startswith("differs by 1.0e-01 (head.weight): route")
 
 
 @pytest.mark.parametrize("call", [cggr.explain, cggr.check])
