@@ -62,7 +62,7 @@ def explain(
         typer.Argument(metavar="MODEL_OR_CONFIG", help="Hub id, folder, config.json or model type (e.g. llama)."),
     ],
     ratio: Annotated[
-        float | None, typer.Option(help="Fraction kept, in (0, 1]; 0.25 unless an --option is given.")
+        float | None, typer.Option(help="Fraction kept, in (0, 1]; without, all is, or half where something selects.")
     ] = None,
     router_layers: Annotated[str, typer.Option(help="Layers of the router, or auto.")] = "auto",
     scoring: Annotated[str, typer.Option(help="loss, entropy, margin or combined.")] = "loss",
@@ -82,7 +82,7 @@ def explain(
             raise ConfigError(f"--memory {memory:g} is no card's; pass a finite number of GiB above 0")
         config = RoutingConfig.from_options(
             {
-                "ratio": 0.25 if ratio is None and not option else ratio,
+                "ratio": ratio,
                 "router_layers": int(router_layers) if router_layers.isdecimal() else router_layers,
                 "scoring": scoring,
                 "selection": selection,

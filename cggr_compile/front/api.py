@@ -214,7 +214,8 @@ def resolve_config(config: RoutingConfig | None, options: Mapping[str, Any]) -> 
 def check_module(model: object) -> None:
     """Raises `CannotOptimize` for what is no module."""
     if not isinstance(model, nn.Module):
-        raise CannotOptimize(f"{type(model).__name__} is not a torch.nn.Module", hint="pass the model itself")
+        hint = "pass the model itself, or a Trainer to cggr.route"
+        raise CannotOptimize(f"{type(model).__name__} is not a torch.nn.Module", hint=hint)
 
 
 def check_batch(batch: object) -> None:
@@ -241,6 +242,7 @@ def check_model(model: nn.Module, config: RoutingConfig) -> None:
     if "labels" not in parameters:
         raise CannotOptimize(
             f"{type(model).__name__}.forward takes no labels, so there is no loss in its graph",
-            hint="use the model class with a language-model head (…ForCausalLM or …ForMaskedLM); "
+            hint="use the model class with a language-model head (…ForCausalLM or …ForMaskedLM); in one of your own "
+            "name the arguments input_ids and labels; "
             "of a wrapper, optimize the model inside (PEFT: or give its config a task_type)",
         )

@@ -59,7 +59,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int 
     if total_steps is not None:
         found.runtime.tell_total(total_steps)
     found.runtime.attach()
-    _ATTACHED[routed] = weakref.ref(own)
+    _ATTACHED[routed] = found.runtime.optimizer = weakref.ref(own)
     return own.register_step_post_hook(_Count(routed))
 
 

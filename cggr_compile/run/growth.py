@@ -86,6 +86,21 @@ class Copies:
         for each, like in zip(new, old, strict=True):
             each.copy_(like)
 
+    def refuse_trained(self, model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+        """Raises `CannotOptimize` where an optimizer remembers gradients of what would be overwritten: it has trained,
+        in the run that is resumed say. Reads the optimizer's state back."""
+        if optimizer is None:
+            return
+        saved = _saved(model)
+        for path in self._all(saved):
+            tensor = saved.tensors.get(path)
+            if any(_is_nonzero(x, tensor) for x in optimizer.state.get(tensor, {}).values()):
+                raise CannotOptimize(
+                    f"growing would overwrite {path}, which has trained: the optimizer remembers its gradients",
+                    hint="where a run is resumed, first call model.cggr.load_state_dict(…) with what "
+                    "model.cggr.state_dict() gave; where it is not, give grow='random'",
+                )
+
     def _all(self, saved: _Saved) -> dict[str, str]:
         """By the path of what is written to, that of what is copied there.
 
@@ -211,6 +226,11 @@ def _states(program: Analysed) -> list[list[fx.Node]]:
         read = [source for node in program.graph.nodes if node in inside for source in node.all_input_nodes]
         found.append([node for node in dict.fromkeys(read) if is_state(program, node)])
     return found
+
+
+def _is_nonzero(state: Any, tensor: torch.Tensor | None) -> bool:
+    """Whether an entry of a tensor's optimizer state is like it and not all zeros."""
+    return isinstance(state, torch.Tensor) and tensor is not None and state.shape == tensor.shape and bool(state.any())
 
 
 def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:

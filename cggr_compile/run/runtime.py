@@ -57,6 +57,7 @@ class Runtime:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._generator_states: dict[str, bytes] = {}
         self.said: set[str] = set()  # what has been warned of
+        self.optimizer: Callable[[], torch.optim.Optimizer | None] = _unknown  # weakly: that is attached
 
     @property
     def counted(self) -> bool:
@@ -74,7 +75,7 @@ class Runtime:
 
     def follow(self, before: Runtime) -> None:
         """Takes the place of another configuration's runtime: what was said of the steps to come holds."""
-        self._attached = before._attached
+        self._attached, self.optimizer = before._attached, before.optimizer
         if before.total_steps is not None:
             self.tell_total(before.total_steps)
         if self.auto is not None and self._attached:

@@ -8,10 +8,14 @@ and `selection="auto"` scores that were sent long before (`auto`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cggr_compile.capture.collector import collected_at_the_end
 from cggr_compile.errors import CannotOptimize, warn
@@ -42,6 +46,8 @@ class Step:
         self.plan = plan
         self.runtime = runtime
         self._version: int | None = None
+        self._watch: Callable[[], object] | None = None
+        self._stepped = False  # by an optimizer that nobody attached, as far as was seen
         self._selects_documents = False  # as far as a step has shown
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -56,7 +62,7 @@ class Step:
             self._warn_uncounted(inputs)
             self._grow(inputs)
             if self.runtime.runs == 1:
-                self._say_which_layers_train()
+                self._begin_stages()
             inputs = self._held(inputs)
             self._compare(inputs)
             if not self._unprepared:
@@ -74,15 +80,30 @@ class Step:
         came, and nobody has counted."""
         runtime = self.runtime
         if runtime.counted or "uncounted" in runtime.said or not runtime.config.is_scheduled:
+            if self._watch is not None:
+                self._watch()
             return
         trained = [x for x in self._held(inputs) if isinstance(x, torch.Tensor) and x.is_leaf and x.requires_grad]
         before, self._version = self._version, sum(x._version for x in trained if not x.is_inference())
-        if before not in (None, self._version) or runtime.runs >= UNCOUNTED:
+        if runtime.runs == 1:
+            self._watch_optimizers(trained)
+        if self._stepped or before not in (None, self._version) or runtime.runs >= UNCOUNTED:
             runtime.warn_once(
                 "uncounted",
                 f"{runtime.runs} training calls and no optimiser step has been counted; the schedule stands still "
                 "until one is: call cggr.attach(model, optimizer), or use CGGRCallback or cggr.route with a Trainer",
             )
+
+    def _watch_optimizers(self, trained: Sequence[torch.Tensor]) -> None:
+        """Notes whether one steps any of these parameters: fused ones leave no trace on them."""
+        own, step = WeakIdKeyDictionary(dict.fromkeys(trained)), weakref.ref(self)
+
+        def note(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watching = step()
+            if watching is not None and any(x in own for group in optimizer.param_groups for x in group["params"]):
+                watching._stepped = True
+
+        self._watch = weakref.finalize(self, register_optimizer_step_post_hook(note).remove)
 
     def _grow(self, inputs: tuple[Any, ...]) -> None:
         """From now on more layers train, if it is time."""
@@ -90,17 +111,32 @@ class Step:
             filled = ""
             if self.plan.copies:
                 filled = f", filled by copies of the first {len(self.plan.in_force.analysed.stack)}"
+                copies = self.plan.copies[self.runtime.growths]
+                copies.refuse_trained(self.runtime.model, self.runtime.optimizer())
                 with torch.no_grad():  # what is written to is no view to autograd
-                    self.plan.copies[self.runtime.growths].make(self.runtime.model, inputs, self._held)
+                    copies.make(self.runtime.model, inputs, self._held)
             self.runtime.growths += 1
             self.runtime.grows = False
             trained = len(self.plan.in_force.analysed.stack)
             when = f"step {self.runtime.steps}: " if self.runtime.counted else ""
             _log.warning("%sthe model has grown, %d layers train%s", when, trained, filled)
 
-    def _say_which_layers_train(self) -> None:
+    def _begin_stages(self) -> None:
+        """In the first step: says which layers train.
+
+        Raises:
+            CannotOptimize: layers that growing would overwrite have trained, or DistributedDataParallel waits for them.
+        """
         if self.runtime.stage is None:
             return
+        for copies in self.plan.copies[self.runtime.growths :]:
+            copies.refuse_trained(self.runtime.model, self.runtime.optimizer())
+        around = DistributedDataParallel._get_active_ddp_module()
+        if around is not None and not around.find_unused_parameters:
+            raise CannotOptimize(
+                "DistributedDataParallel waits for gradients of layers that do not train yet",
+                hint="give it find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True)",
+            )
         first, layers = self.runtime.stage[0], len(self.plan.analysed.stack)
         text = "the first %d of %d layers train until the model grows; model.cggr.in_use() evaluates them"
         _log.warning(text, first, layers)

@@ -27,8 +27,8 @@ def _is_read(expression: Any) -> bool:
 
 @contextmanager
 def nothing_pending(shape_env: ShapeEnv) -> Iterator[None]:
-    """While operators are traced that a capture holds already: symbols of data that wait for a node which gives them are
-    none of theirs, and those that they make are dropped."""
+    """While operators are traced that a capture holds already: symbols that wait for a node which gives them are none
+    of theirs, and those that they make are dropped."""
     pending = list(shape_env.pending_fresh_unbacked_symbols)
     shape_env.pending_fresh_unbacked_symbols.clear()
     try:

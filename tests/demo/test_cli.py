@@ -145,7 +145,7 @@ def test_errors_are_one_line(arguments: tuple[str, ...], line: str) -> None:
 
 def test_a_model_that_cannot_be_routed_is_one_line(tmp_path: Path) -> None:
     path = saved(LlamaConfig(**TINY), tmp_path)
-    result = run("explain", str(path), "--router-layers", "9", "--sequence", "16")
+    result = run("explain", str(path), "--ratio", "0.25", "--router-layers", "9", "--sequence", "16")
     assert (result.exit_code, result.output.splitlines()) == (
         1,
         [

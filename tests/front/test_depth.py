@@ -20,6 +20,7 @@ from logs import logged_warnings
 from oracle import gradients, truncated
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from toys import AS_IT_IS, WIDTH, Toy, toy_batch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -737,6 +738,57 @@ def test_a_schedule_that_nobody_counts_for_is_warned_of(monkeypatch: pytest.Monk
     with pytest.warns(RuntimeWarning, match=r"2 training calls and no optimiser step has been counted.*cggr\.attach"):
         model(**toy_batch())
     assert model.cggr.runtime.growths == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_that_nobody_attached_is_noticed(fused: bool) -> None:
+    """A fused one writes to parameters without a trace that autograd could see."""
+    before = len(_global_optimizer_post_hooks)
+    model = cggr.optimize(Toy().train(), route="depth", depth_layers=1, depth_until=1, inner="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    model(**toy_batch())[0].backward()
+    optimizer.step()
+    with pytest.warns(RuntimeWarning, match=r"2 training calls and no optimiser step has been counted.*cggr\.attach"):
+        model(**toy_batch())
+    model(**toy_batch())
+    assert len(_global_optimizer_post_hooks) == before
+
+
+def test_what_has_trained_is_not_overwritten() -> None:
+    """A run that is resumed without the routed state; moments of zeros, which some loaders make, are no training."""
+    options = {"route": "depth", "depth_layers": 1, "depth_until": 1, "inner": "eager"}
+    model = cggr.optimize(Toy().train(), **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    cggr.attach(model, optimizer)
+    for _ in range(3):
+        model(**toy_batch())[0].backward()
+        optimizer.step()
+    state = model.cggr.state_dict()
+    resumed = cggr.optimize(copy.deepcopy(cggr.restore(model)), **options)
+    again = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
+    again.load_state_dict(optimizer.state_dict())
+    cggr.attach(resumed, again)
+    before = copy.deepcopy(resumed.state_dict())
+    with pytest.raises(cggr.CannotOptimize, match=r"overwrite layers\.1\.\w+, which has trained: .*load_state_dict"):
+        resumed(**toy_batch())
+    assert all(torch.equal(x, before[name]) for name, x in resumed.state_dict().items())
+    resumed.cggr.load_state_dict(state)
+    resumed(**toy_batch())[0].backward()
+    assert resumed.layers[2].weight.grad is not None
+
+    fresh = cggr.optimize(Toy().train(), **options)
+    optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.0)
+    cggr.restore(fresh)(**toy_batch())[0].backward()
+    for x in fresh.parameters():
+        x.grad.zero_()
+    optimizer.step()
+    cggr.optimize(fresh, **options)
+    cggr.attach(fresh, optimizer)
+    fresh(**toy_batch())[0].backward()
+    optimizer.step()
+    assert fresh.cggr.runtime.growths == 0
+    fresh(**toy_batch())
+    assert fresh.cggr.runtime.growths == 1
 
 
 def test_what_has_trained_is_not_guessed() -> None:
