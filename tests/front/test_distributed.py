@@ -26,6 +26,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from toys import Toy, toy_batch
 
 import cggr_compile as cggr
 from cggr_compile import CannotOptimize
@@ -186,3 +188,16 @@ def test_backend_cggr_names_the_front_end_that_can() -> None:
     model = torch.compile(fully_shard(sharded()), backend="cggr", options={"ratio": 0.5})
     with pytest.raises(CannotOptimize, match=r"FSDP2 \(fully_shard\).*use cggr.optimize\(model\)"):
         model(**batch())
+
+
+def test_layers_that_do_not_train_yet_are_said_to_ddp() -> None:
+    model = cggr.optimize(Toy().train(), route="depth", depth_layers=1, inner="eager")
+    with pytest.raises(
+        CannotOptimize, match="waits for gradients of layers that do not train yet; give it find_unused"
+    ):
+        DistributedDataParallel(model)(**toy_batch())
+    wrapper = DistributedDataParallel(model, find_unused_parameters=True)
+    for _ in range(2):
+        wrapper(**toy_batch())[0].backward()
+    assert model.layers[1].weight.grad is None
+    assert model.layers[0].weight.grad is not None
