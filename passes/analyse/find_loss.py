@@ -198,7 +198,8 @@ def _unsupported(node: fx.Node) -> Refusal:
     return Refusal(
         "unsupported head: only linear, bias, a constant scale and a tanh soft-cap may precede the loss",
         node,
-        "keep the head a plain nn.Linear (no adapter, mask or normalisation on the logits)",
+        "keep the head a plain nn.Linear (no adapter, mask or normalisation on the logits), and give the loss logits "
+        "[tokens, words] and labels [tokens]",
     )
 
 
