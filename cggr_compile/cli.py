@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -96,6 +97,8 @@ def explain(
         typer.echo(str(explanation))
         if memory is not None:
             typer.echo("\npredicting the memory of several batches …", err=True)
+            if find_spec("triton") is None:
+                typer.echo("of torch's own kernels, slowly: Triton, which CUDA's torch has, is not installed", err=True)
             fitting = explanation.batch_that_fits(memory)
             typer.echo(
                 f"\nfits at batch {fitting.rows}, {fitting.peak:.3g} GiB ({next(built.parameters()).dtype}, AdamW)"

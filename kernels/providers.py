@@ -76,14 +76,12 @@ def _reference(implementation: Callable[..., Any]) -> dict[str, Provider]:
 def _without_triton(place: Place) -> str | None:
     """Why the Triton kernels cannot run there, or None."""
     device = place.device
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the CPU needs Triton's interpreter, for tests only"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if device.type == "meta":
+    if device.type in ("cpu", "meta"):
         return None
-    if device.type == "cpu":
-        return (
-            None if os.environ.get("TRITON_INTERPRET") == "1" else "the CPU needs Triton's interpreter, for tests only"
-        )
     if device.type != "cuda":
         return f"the Triton kernels are for CUDA, not {device.type}"
     if not torch.cuda.is_available():
