@@ -8,7 +8,7 @@ CUDA; each arm in a process of its own, one after another, every sample is kept.
 on batches of one shape, whose code knows it; `symbolic@R` the same after a step of another shape, on code for many.
 `ragged@R` takes 60 steps of drawn lengths and compiles in the loop, as `ragged_compile`, torch.compile on everything,
 does. `…+graphs` is `cuda_graphs=True`, `…+by64` rounds lengths up to multiples of 64, `…+flash` runs without cuDNN's
-attention, which makes a plan for each new shape.
+attention.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
     reads = {root: _first(ancestors([root], stop=[cut, last]) & left_out) for root in main_roots(program)}
     # What is made of parameters alone, as a penalty on them, is of the layers left out where their own are among these.
     own = _own_states(program, layers, count)
-    for out in filter(None, program.outputs):
+    for out in program.outputs:
         if isinstance(out, fx.Node) and reads[out] is None:
             reads[out] = _first(ancestors([out], stop=[cut, last]) & own)
     outputs = tuple(out if reads.get(out) is None else None for out in program.outputs)
@@ -88,14 +88,16 @@ def truncate_layers(program: Analysed, config: RoutingConfig) -> Analysed:
 def _own_states(program: Analysed, layers: Layers, count: int) -> set[fx.Node]:
     """Parameters and buffers of the layers behind the first `count` alone: by their paths, where modules tell the
     layers, else what these read and no earlier one does."""
-    states = [node for node in program.placeholders if is_state(program, node)]
+    cut, last = layers.residuals[count - 1], layers.residuals[-1]
+    states = {node for node in program.placeholders if is_state(program, node)} - ancestors([cut])
     if layers.path:
-        behind = tuple(f"{layers.path}.{index}." for index in range(count, len(layers)))
-        return {node for node in states if program.path(node).startswith(behind)} - ancestors(
-            [layers.residuals[count - 1]]
-        )
-    later = ancestors([layers.residuals[-1]], stop=[layers.residuals[count - 1]])
-    return later.intersection(states) - ancestors([layers.residuals[count - 1]])
+        return {node for node in states if program.path(node).startswith(_left_out(layers, count))}
+    return states & ancestors([last], stop=[cut])
+
+
+def _left_out(layers: Layers, count: int) -> tuple[str, ...]:
+    """How the paths of what belongs to the layers behind the first `count` begin."""
+    return tuple(f"{layers.path}.{index}." for index in range(count, len(layers)))
 
 
 def _is_own(state: fx.Node, layers: Layers, count: int) -> bool:
@@ -111,7 +113,7 @@ def _behind(state: fx.Node, layers: Layers, count: int) -> list[bool]:
     nodes = [node for node in ancestors([state]) if node.op != "placeholder"]
     if not layers.path:
         return [layers.residuals[count - 1] < node < layers.residuals[-1] for node in nodes]
-    left_out = tuple(f"{layers.path}.{index}." for index in range(count, len(layers)))
+    left_out = _left_out(layers, count)
     modules = filter(None, map(modules_of, nodes))
     return [any(f"{path}.".startswith(left_out) for path in paths) for paths in modules]
 

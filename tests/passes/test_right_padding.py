@@ -47,6 +47,19 @@ def test_every_row_trains_as_without_a_mask(step: plans.Routed, lengths: list[in
     oracle.assert_step_within(ROUNDING, *actual, *oracle.step(eager, batch))
 
 
+@pytest.mark.parametrize("promised", [False, True])
+def test_a_mask_of_ones_is_none_where_it_is_promised_and_else_within_rounding(
+    padded_llama: tuple[nn.Module, Program], promised: bool
+) -> None:
+    """Eager's SDPA drops it, since it looks at the numbers."""
+    step = plans.Routed(*padded_llama, ratio=1.0, selection="topk", padding="right" if promised else "any")
+    batch, eager = padded([9, 9, 9]), copy.deepcopy(step.model)
+    actual, expected = step.step(batch), oracle.step(eager, batch)
+    oracle.assert_step_within(ROUNDING, *actual, *expected)
+    if promised:
+        oracle.assert_same_step(*actual, *expected)
+
+
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{}, {"route": "token"}, {"route": "loss"}, {"selection": "random"}])
 def test_routes_keep_what_they_keep_with_the_mask(
