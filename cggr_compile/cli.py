@@ -98,7 +98,7 @@ def explain(
         if memory is not None:
             typer.echo("\npredicting the memory of several batches …", err=True)
             if find_spec("triton") is None:
-                typer.echo("with torch's kernels: Triton, which CUDA has, is not installed (pip install triton)", err=True)
+                typer.echo("of torch's kernels: Triton, as CUDA has it, is missing: pip install triton", err=True)
             fitting = explanation.batch_that_fits(memory)
             typer.echo(
                 f"\nfits at batch {fitting.rows}, {fitting.peak:.3g} GiB ({next(built.parameters()).dtype}, AdamW)"
