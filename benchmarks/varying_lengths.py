@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--commit", help="as found where the benchmark does not run in a checkout")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -128,7 +129,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(worker(options.worker, options)))
         return
-    report: dict[str, Any] = {**environment(torch.device(options.device)), "records": []}
+    report: dict[str, Any] = {**environment(torch.device(options.device), options.commit), "records": []}
     for arm in options.arm or [*FIXED, *RAGGED]:
         record = measured(arm)
         report["records"].append(record)
