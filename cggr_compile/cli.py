@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import math
+from contextlib import suppress
 from importlib.util import find_spec
+from json import loads
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -135,7 +137,7 @@ def demo(
 
 
 def _option(text: str) -> tuple[str, Any]:
-    """The name and the value of an option, which is a Python literal or a string.
+    """The name and the value of an option, which is a literal of Python or JSON, or a string.
 
     Raises:
         ConfigError: it has no `=`.
@@ -143,10 +145,10 @@ def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--option {text} has no value; write NAME=VALUE, e.g. --option route=token")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+    for read in (ast.literal_eval, loads):
+        with suppress(ValueError, SyntaxError):
+            return name, read(value)
+    return name, value
 
 
 def read_config(name: str) -> PretrainedConfig:

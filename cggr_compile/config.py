@@ -209,6 +209,9 @@ class RoutingConfig(Schedule):
         for name in (option.name for option in dataclasses.fields(self) if option.type == "bool"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool")
+        for option in dataclasses.fields(self):  # files of options have lists
+            if "tuple" in str(option.type) and isinstance(given := getattr(self, option.name), list):
+                object.__setattr__(self, option.name, tuple(given))
         self._check_route()
         for name, valid in CHOICES.items():
             choice(name, getattr(self, name), valid)

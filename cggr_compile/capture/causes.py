@@ -59,6 +59,12 @@ CAUSES = (
         "load the model with attn_implementation='sdpa'",
     ),
     Cause(
+        "/accelerate/hooks.py",
+        "Accelerate's hooks move the model's tensors between devices (device_map, offloading)",
+        "load the model onto one device (device_map={'': 0}), or take the hooks off by "
+        "accelerate.hooks.remove_hook_from_module(model, recurse=True)",
+    ),
+    Cause(
         "/bitsandbytes/",
         "the quantized layers of bitsandbytes cannot be traced here",
         "train without gradient checkpointing, or on a model that is not quantized",

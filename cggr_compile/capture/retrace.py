@@ -175,7 +175,7 @@ class _Inliner(Replayer):
             raise CannotOptimize(
                 "the forward registers a hook on a tensor's gradient, which no graph holds",
                 node=n,
-                hint="change the gradient in a torch.autograd.Function, or by a module's backward hook",
+                hint="change the gradient in a torch.autograd.Function",
             )
         try:
             return super().run_node(n)

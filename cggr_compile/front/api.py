@@ -35,7 +35,8 @@ def optimize(model: M, config: RoutingConfig | None = None, **options: Any) -> M
     already is optimised anew with these options.
 
     Args:
-        model: a model whose forward takes `input_ids` and `labels` and returns its loss.
+        model: a model whose forward takes `input_ids` and `labels`, both [B, S], and returns its loss. Rows are the
+            entries of dim 0: of a model that takes [S, B], tokens would be selected as if each were a row.
         config: all options at once, or
         **options: fields of `RoutingConfig`.
 

@@ -343,6 +343,11 @@ class Handle(Optimized):
                 hint="call loss.backward() or torch.autograd.grad, which are exact, or cggr.restore(model) first",
             )
         first = next(self.model.parameters(), arguments["input_ids"])
+        if first.is_meta and not arguments["input_ids"].is_meta:
+            raise CannotOptimize(
+                "the batch has data and the model's parameters are on the meta device: offloaded, or never loaded",
+                hint="load the whole model onto the batch's device",
+            )
         if arguments["input_ids"].is_meta or first.is_meta:
             raise CannotOptimize(
                 "a step on the meta device computes nothing, and no rows can be selected",

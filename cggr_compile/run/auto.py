@@ -11,7 +11,6 @@ optimiser steps keeps every row.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
+from cggr_compile.errors import notice
 from cggr_compile.ir.program import StepOutputs
 from cggr_compile.run.agreement import Agreement
 from cggr_compile.run.arriving import Arriving
@@ -38,8 +38,6 @@ PAYS, PAYS_NO_MORE = 0.3, 0.5
 """Progress below which rows are selected, and above which every row trains again."""
 TAU = 0.125
 """Share of the hardest rows that are left out as noise: progress tells noise that more than a twentieth of them is."""
-
-_log = logging.getLogger("cggr_compile")
 
 
 class Auto:
@@ -112,7 +110,7 @@ class Auto:
         below = PAYS_NO_MORE if before else PAYS
         self.selects = self._may and self.progress is not None and self.progress < below
         if self.selects != before:
-            _log.warning("step %d: %s%s", steps, self, "; ratio=1 keeps every row" if self.selects else "")
+            notice(f"step {steps}: {self}" + ("; ratio=1 keeps every row" if self.selects else ""))
 
     def _found(self) -> float | None:
         """This rank's progress so far."""

@@ -7,7 +7,6 @@ saves below `layers.2` is. Buffers that are not saved are made with the model, a
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -16,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, notice
 from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.program import Analysed, value
 from cggr_compile.ir.roles import is_state
 
-_log = logging.getLogger("cggr_compile")
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^)\d+(?=\.)")
 _HINT = "choose depth_layers so that these are alike (a multiple of the pattern's length), or grow='random'"
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -68,10 +66,9 @@ class Copies:
         overwritten = [saved.tensors.get(path) for path in self._all(saved)]
         frozen = sum(isinstance(each, nn.Parameter) and not each.requires_grad for each in overwritten)
         if frozen:
-            _log.warning(
-                "grow='copy' will overwrite %d frozen parameters, which an adapter's checkpoint does not hold; "
-                "save the whole model, or give grow='random'",
-                frozen,
+            notice(
+                f"grow='copy' will overwrite {frozen} frozen parameters, which an adapter's checkpoint does not hold; "
+                "save the whole model, or give grow='random'"
             )
 
     @torch.no_grad()

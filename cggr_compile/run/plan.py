@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +11,7 @@ from torch import nn
 
 from cggr_compile.capture.branches import Branches
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize, Refusal, warn
+from cggr_compile.errors import CannotOptimize, Refusal, notice, warn
 from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
 from cggr_compile.ir.documents import POSITIONS
@@ -39,8 +38,6 @@ from cggr_compile.run.inner import resolve_inner
 from cggr_compile.run.packing import Packing
 from cggr_compile.run.unpadding import MOST, Unpadding
 from cggr_compile.run.variant import Variant
-
-_log = logging.getLogger("cggr_compile")
 
 
 class Owner(Protocol):
@@ -158,7 +155,7 @@ class Plan:
                 if len(self.owner.choices) == 1:
                     raise
                 self.unscorable = error
-                _log.warning("every row goes on training: %s", error)
+                notice(f"every row goes on training: {error}")
         return self.whole
 
     @property

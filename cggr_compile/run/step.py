@@ -7,7 +7,6 @@ and `selection="auto"` scores that were sent long before (`auto`).
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cggr_compile.capture.collector import collected_at_the_end
-from cggr_compile.errors import CannotOptimize, warn
+from cggr_compile.errors import CannotOptimize, notice, warn
 from cggr_compile.ir.amounts import Amount, amounts_of, sizes_of
 from cggr_compile.ir.program import StepOutputs
 from cggr_compile.ir.roles import changes_of, ranks_of
@@ -36,7 +35,6 @@ from cggr_compile.torch_internals import autograd
 
 UNCOUNTED = 100
 """Calls after which a schedule that nobody counts for is worth a warning, where no optimiser step was seen."""
-_log = logging.getLogger("cggr_compile")
 
 
 class Step:
@@ -119,7 +117,7 @@ class Step:
             self.runtime.grows = False
             trained = len(self.plan.in_force.analysed.stack)
             when = f"step {self.runtime.steps}: " if self.runtime.counted else ""
-            _log.warning("%sthe model has grown, %d layers train%s", when, trained, filled)
+            notice(f"{when}the model has grown, {trained} layers train{filled}")
 
     def _begin_stages(self) -> None:
         """In the first step: says which layers train.
@@ -138,8 +136,7 @@ class Step:
                 hint="give it find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True)",
             )
         first, layers = self.runtime.stage[0], len(self.plan.analysed.stack)
-        text = "the first %d of %d layers train until the model grows; model.cggr.in_use() evaluates them"
-        _log.warning(text, first, layers)
+        notice(f"the first {first} of {layers} layers train until the model grows; model.cggr.in_use() evaluates them")
 
     def _compare(self, inputs: tuple[Any, ...]) -> None:
         """Where ranks may select together, finds out whether they can in this step."""

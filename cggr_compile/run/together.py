@@ -8,7 +8,6 @@ of the local scope. That takes a message round the hosts (`Hosts`), which wait f
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 from zlib import crc32
@@ -16,11 +15,9 @@ from zlib import crc32
 import torch
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize
+from cggr_compile.errors import CannotOptimize, notice
 from cggr_compile.ir.program import Program
 from cggr_compile.torch_internals.distributed import Hosts
-
-_log = logging.getLogger("cggr_compile")
 
 
 class Offer(NamedTuple):
@@ -92,10 +89,9 @@ class Together:
         self.local_steps += 1
         if self.local_steps == 1:
             differs = next(words for name, words in _IN_WORDS.items() if getattr(least, name) != getattr(most, name))
-            _log.warning(
-                "the ranks differ in %s, so each selects among its own rows in such steps; the metric "
-                "steps_selected_locally counts them",
-                differs,
+            notice(
+                f"the ranks differ in {differs}, so each selects among its own rows in such steps; the metric "
+                "steps_selected_locally counts them"
             )
 
 

@@ -47,6 +47,14 @@ def test_neftune_is_named() -> None:
         model(**toy_batch(8))
 
 
+def test_hooks_that_move_tensors_between_devices_are_named() -> None:
+    from accelerate import dispatch_model
+
+    model = dispatch_model(toy(), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    with pytest.raises(CannotOptimize, match=r"^cannot optimize: Accelerate's hooks .*; load the model onto one"):
+        model(**toy_batch(8))
+
+
 class Raises(Toy):
     def middle(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.shape[1] > 2:

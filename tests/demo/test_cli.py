@@ -55,6 +55,11 @@ def test_explain_takes_every_option(tmp_path: Path) -> None:
     path = str(saved(LlamaConfig(**TINY), tmp_path))
     result = run("explain", path, "--option", "route=depth", "--option", "depth_layers=1", "--sequence", "8")
     assert first_line(result) == "depth: layer 0 of 2 until model.cggr.grow(), then all, as copies", result.output
+    result = run(
+        *("explain", path, "--sequence", "8", "--option", "cuda_graphs=true", "--option", "seed=null"),
+        *("--option", 'route=["sequence", "loss"]'),
+    )
+    assert result.exit_code == 0, result.output
     assert run("explain", path, "--option", "route").exit_code == 1
     wrong = run("explain", path, "--option", "depth=1").output
     assert "unknown option 'depth', did you mean 'depth_layers'" in wrong

@@ -714,8 +714,8 @@ def test_a_model_that_is_optimised_anew_keeps_what_was_said_of_its_steps() -> No
     assert model.cggr.runtime.growths == 1
     layers = len(model.layers)
     assert logged == [
-        f"the first 2 of {layers} layers train until the model grows; model.cggr.in_use() evaluates them",
-        f"step 1: the model has grown, {layers} layers train, filled by copies of the first 2",
+        f"cggr: the first 2 of {layers} layers train until the model grows; model.cggr.in_use() evaluates them",
+        f"cggr: step 1: the model has grown, {layers} layers train, filled by copies of the first 2",
     ]
 
 

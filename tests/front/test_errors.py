@@ -349,6 +349,9 @@ def test_options_of_a_rule_ask_for_a_selection() -> None:
 def test_options_that_a_sweep_leaves_in_are_taken() -> None:
     """A ratio of 1 among others; layers of the router with a rule that needs none."""
     assert RoutingConfig(ratio=1, scoring="entropy").scoring == "entropy"
+    assert RoutingConfig(route=["depth", "loss"], depth_layers=[1, 2]) == RoutingConfig(  # as files of options say it
+        route=("depth", "loss"), depth_layers=(1, 2)
+    )
     assert RoutingConfig(selection="random", router_layers=2).router_layers == 2
     assert RoutingConfig(selection="fixed_quota", dynamic_threshold=True, threshold_sensitivity=1).ratio == 0.5
 
@@ -370,7 +373,7 @@ def test_a_state_of_another_kind_is_refused_and_changes_nothing(change: dict[str
 
 def test_parameters_on_the_meta_device_are_named() -> None:
     model = cggr.optimize(Toy().train(), inner="eager", ratio=0.5).to("meta")
-    with pytest.raises(CannotOptimize, match="a step on the meta device"):
+    with pytest.raises(CannotOptimize, match="the model's parameters are on the meta device: offloaded, or never"):
         model(**toy_batch())
 
 

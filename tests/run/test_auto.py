@@ -300,7 +300,9 @@ def test_a_model_without_layers_keeps_every_row_and_says_why() -> None:
             assert torch.equal(model(**toy_batch(8, seed=seed))[0], eager(**toy_batch(8, seed=seed))[0])
             model.cggr.step()
     assert [
-        message for message in logged if message.startswith("every row goes on training: cannot optimize: no layer")
+        message
+        for message in logged
+        if message.startswith("cggr: every row goes on training: cannot optimize: no layer")
     ]
     assert len(logged) == 1
     assert "auto            every row trains; there are no scores: no layer stack" in str(model.cggr.report())

@@ -24,6 +24,7 @@ from architectures import ARCHITECTURES, Architecture, build, token_batch
 from cggr_compile.kernels.reference.selection import rule_of
 from fsdp_models import mean_over_ranks, rows_for, shard, whole_gradients
 from fsdp_worker import watched
+from logs import logged_warnings
 from ranks import make_checks
 from small import small
 from torch import Tensor, nn
@@ -238,7 +239,10 @@ def given_scores() -> None:
     assert torch.equal(model.cggr.selected, hardest[rank::RANKS])
     if rank == 0:
         model.cggr.use_scores(scores[rank])
-    model(**batches_in(0)[rank]).loss.backward()
+    with logged_warnings() as logged:
+        model(**batches_in(0)[rank]).loss.backward()
+    told = ["cggr: the ranks differ in whether scores are given"]
+    assert [text.partition(" (")[0] for text in logged] == (told if rank == 0 else [])
     assert model.cggr.metrics()["steps_selected_locally"] == 1
     if rank == 0:
         assert torch.equal(model.cggr.selected, torch.tensor([3, 4, 5]))
