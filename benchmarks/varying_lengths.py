@@ -7,17 +7,20 @@ Forward and backward of a Llama of SmolLM-135M's widths with fewer layers (`--la
 CUDA; each arm in a process of its own, one after another, every sample is kept. Arms: `static@R` trains the fraction R
 on batches of one shape, whose code knows it; `symbolic@R` the same after a step of another shape, on code for many.
 `ragged@R` takes 60 steps of drawn lengths and compiles in the loop, as `ragged_compile`, torch.compile on everything,
-does. `…+graphs` is `cuda_graphs=True`, `…+by64` rounds lengths up to multiples of 64, `…+flash` runs without cuDNN's
-attention.
+does. `padded@R` has the same lengths, of rows that are padded on the right. `…+graphs` is `cuda_graphs=True`, `…+unpad`
+`unpad=True`, `…+by64` rounds lengths up to multiples of 64, `…+flash` runs without cuDNN's attention. Each arm has a
+folder of its own for what is compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +38,7 @@ FIXED = [
 ]
 RAGGED = ["ragged_compile", "ragged@1.0", "ragged@0.25", "ragged@0.25+graphs"]
 RAGGED += [f"{RAGGED[i]}+{switch}" for switch in ("flash", "by64") for i in (0, 1)] + ["ragged@1.0+graphs+by64"]
+RAGGED += ["symbolic@1.0+flash", "padded@1.0", "padded@1.0+unpad", "padded@1.0+graphs+unpad"]
 TIMEOUT = 400
 
 
@@ -68,6 +72,17 @@ def lengths_of(arm: str, length: int, steps: int) -> list[int]:
     return [-(-drawn.randint(length // 4, length) // step) * step for _ in range(60)]
 
 
+def batch_of(arm: str, vocabulary: int, rows: int, length: int, device: str) -> dict[str, torch.Tensor]:
+    """Random ids; where an arm's rows are padded they have 30 to 100 % of the length, one of them all."""
+    ids = torch.randint(0, vocabulary, (rows, length), device=device)
+    if not arm.startswith("padded"):
+        return {"input_ids": ids, "labels": ids}
+    real = torch.randint(int(0.3 * length), length + 1, (rows, 1), device=device)
+    real[0] = length
+    mask = (torch.arange(length, device=device) < real).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
 def worker(arm: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every step, from its forward to the end of its backward on the device, and how often it compiled."""
     model = build(options.layers, options.device, options.quick)
@@ -78,16 +93,17 @@ def worker(arm: str, options: argparse.Namespace) -> dict[str, Any]:
     else:
         ratio = float(arm.partition("@")[2].partition("+")[0])
         inner = "inductor" if options.device == "cuda" else "aot_eager"
-        step = cggr.optimize(model, ratio=ratio, cuda_graphs="+graphs" in arm, inner=inner)
+        more = {"unpad": True} if "+unpad" in arm else {}
+        step = cggr.optimize(model, ratio=ratio, cuda_graphs="+graphs" in arm, inner=inner, **more)
     synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     lengths, seconds = lengths_of(arm, options.length, options.steps), []
     vocabulary = model.config.vocab_size
     for length in lengths:
-        ids = torch.randint(0, vocabulary, (options.batch, length), device=options.device)
+        batch = batch_of(arm, vocabulary, options.batch, length, options.device)
         model.zero_grad(set_to_none=True)
         synchronize()
         start = time.perf_counter()
-        step(input_ids=ids, labels=ids).loss.backward()
+        step(**batch).loss.backward()
         synchronize()
         seconds.append(time.perf_counter() - start)
     record: dict[str, Any] = {"arm": arm, "lengths": lengths, "seconds": seconds, "total": sum(seconds)}
@@ -102,10 +118,12 @@ def worker(arm: str, options: argparse.Namespace) -> dict[str, Any]:
 def measured(arm: str) -> dict[str, Any]:
     """A worker's record, or why there is none."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", arm]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return {"arm": arm, "failed": f"not done in {TIMEOUT} s"}
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | caches)
+        except subprocess.TimeoutExpired:
+            return {"arm": arm, "failed": f"not done in {TIMEOUT} s"}
     if done.returncode != 0:
         return {"arm": arm, "failed": first_line("\n".join(done.stderr.splitlines()[::-1]))}
     return json.loads(done.stdout.splitlines()[-1])

@@ -2,7 +2,8 @@
 
 Inductor keeps what it compiled on disk, keyed by the graph, for other processes. Our graphs are the result of passes
 and options, so those are in the key. What a graph only names, the functions of this package, is not, nor is what its
-nodes say of checkpoints, which inductor's partitioner goes by; a fingerprint stands for both.
+nodes say of checkpoints, which inductor's partitioner goes by, nor which kernels of attention are allowed; a
+fingerprint stands for all three.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def _named_functions(module: fx.GraphModule) -> dict[str, str]:
     package = __name__.partition(".")[0]
     functions = [node.target for node in module.graph.nodes if isinstance(node.target, types.FunctionType)]
     names = {f"{function.__module__}.{function.__name__}" for function in functions}
-    fingerprint = _digest([_fingerprint(), *recomputation(module.graph.nodes)])
+    fingerprint = _digest([_fingerprint(), inductor.attention_kernels(), *recomputation(module.graph.nodes)])
     return {name: fingerprint for name in [package, *sorted(names)] if name.partition(".")[0] == package}
 
 

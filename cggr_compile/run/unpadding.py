@@ -18,7 +18,7 @@ from cggr_compile.passes.rewrite.shared import own_labels
 from cggr_compile.run.arriving import Arriving
 
 RUNGS = 32
-"""A step is of a multiple of this part of the batch, so that code and CUDA graphs serve many batches."""
+"""A step is of a multiple of at most this part of the batch, so that code and CUDA graphs serve many batches."""
 MOST = 0.9
 """The share of a batch up to which `unpad="auto"` leaves padding out."""
 
@@ -71,7 +71,7 @@ class Unpadding:
 
     def _tokens(self, figures: Arriving, places: int) -> int | None:
         real, wrong = figures.there().tolist()
-        rung = max(1, places // RUNGS)
+        rung = 1 << max(1, places // RUNGS).bit_length() - 1  # a power of two: batches of other lengths share them
         # One more than the real ones: what the last of them predicts is ignored there.
         tokens = -(-(real + 1) // rung) * rung
         if wrong:

@@ -60,6 +60,12 @@ def options(functions: Mapping[str, str], in_order: Callable[[fx.Graph], None] |
     return found
 
 
+def attention_kernels() -> str:
+    """Which of torch's kernels of attention may run (`torch.nn.attention.sdpa_kernel`), in order of priority: tracing
+    chooses by it, and torch's key of what it compiled does not hold it."""
+    return str(torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True))
+
+
 WHOLE_ROW = 8192
 """Elements of the longest rows that were measured (docs/performance.md)."""
 

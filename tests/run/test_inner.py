@@ -26,6 +26,7 @@ from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 from torch._inductor.virtualized import V
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy
 from toys import Toy, toy_batch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,6 +136,32 @@ def test_caches_do_not_mix_up_steps_with_and_without_checkpoints(
             oracle.step(model, batch)  # the cache gets its entry with the backward
             saved[checkpointed] = oracle.saved_bytes(model, batch)
     assert saved[True] < saved[False] / 2
+
+
+def test_the_key_of_the_caches_holds_the_kernels_of_attention() -> None:
+    usual = key_of([None], [0])
+    with sdpa_kernel(SDPBackend.MATH):
+        assert key_of([None], [0]) != usual
+    assert key_of([None], [0]) == usual
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
+def test_caches_do_not_mix_up_kernels_of_attention() -> None:
+    """As runs of one script, the second with others of torch's kernels."""
+    graph = torch.fx.Graph()
+    given = [graph.placeholder(name) for name in "qkv"]
+    graph.output((graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, tuple(given)),))
+    module = torch.fx.GraphModule({}, graph)
+    hits = []
+    with fresh_inductor_cache():
+        for kernels in ([SDPBackend.FLASH_ATTENTION], [SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION]):
+            counters.clear()
+            inputs = [torch.randn(2, 2, 64, 8, requires_grad=True) for _ in given]
+            with sdpa_kernel(kernels):
+                inner.compile_static(module, inputs, "inductor")(*inputs)[0].sum().backward()
+            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 0, 1]
 
 
 def linear_module(rounded: bool) -> torch.fx.GraphModule:
