@@ -6,7 +6,6 @@ may sit on the second.
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 import warnings
@@ -14,10 +13,6 @@ from dataclasses import dataclass
 from types import FrameType
 
 from torch import fx
-
-from cggr_compile.torch_internals.distributed import all_ranks
-
-_log = logging.getLogger("cggr_compile")
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+\n\s*(?P<code>[^\n]+)')
 
@@ -47,14 +42,6 @@ def warn(message: str) -> None:
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, RuntimeWarning, stacklevel=level)
-
-
-def notice(message: str) -> None:
-    """Logs what a run does by itself and all of its ranks do alike: once, by the first of them. It is a warning since
-    nobody sees less without having set up logging."""
-    ranks = all_ranks()
-    if ranks is None or ranks.rank == 0:
-        _log.warning("cggr: %s", message)
 
 
 class CannotOptimize(RuntimeError):

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import notice
 from cggr_compile.ir.program import StepOutputs
 from cggr_compile.run.agreement import Agreement
 from cggr_compile.run.arriving import Arriving
+from cggr_compile.run.notices import notice
 
 WINDOW = 512
 EVERY = 50

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from cggr_compile.errors import CannotOptimize, notice
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.dataflow import ancestors
 from cggr_compile.ir.program import Analysed, value
 from cggr_compile.ir.roles import is_state
+from cggr_compile.run.notices import notice
 
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=^)\d+(?=\.)")
 _HINT = "choose depth_layers so that these are alike (a multiple of the pattern's length), or grow='random'"

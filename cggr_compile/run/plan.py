@@ -11,7 +11,7 @@ from torch import nn
 
 from cggr_compile.capture.branches import Branches
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize, Refusal, notice, warn
+from cggr_compile.errors import CannotOptimize, Refusal, warn
 from cggr_compile.ir import cost
 from cggr_compile.ir.amounts import KEPT, Amount, Symbols, concrete
 from cggr_compile.ir.documents import POSITIONS
@@ -35,6 +35,7 @@ from cggr_compile.passes.rewrite.varlen import VARLEN
 from cggr_compile.run.graph_memory import Pool
 from cggr_compile.run.growth import Copies
 from cggr_compile.run.inner import resolve_inner
+from cggr_compile.run.notices import notice
 from cggr_compile.run.packing import Packing
 from cggr_compile.run.unpadding import MOST, Unpadding
 from cggr_compile.run.variant import Variant

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cggr_compile.capture.collector import collected_at_the_end
-from cggr_compile.errors import CannotOptimize, notice, warn
+from cggr_compile.errors import CannotOptimize, warn
 from cggr_compile.ir.amounts import Amount, amounts_of, sizes_of
 from cggr_compile.ir.program import StepOutputs
 from cggr_compile.ir.roles import changes_of, ranks_of
@@ -25,6 +25,7 @@ from cggr_compile.passes.pipeline import keeps_less
 from cggr_compile.run.given_scores import ScoresReady
 from cggr_compile.run.metrics import LastStep
 from cggr_compile.run.not_computed import NOT_COMPUTED
+from cggr_compile.run.notices import notice
 from cggr_compile.run.plan import Plan, Unpadded
 from cggr_compile.run.prepare import run_aside
 from cggr_compile.run.recomputed import Given

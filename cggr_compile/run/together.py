@@ -15,8 +15,9 @@ from zlib import crc32
 import torch
 
 from cggr_compile.config import RoutingConfig
-from cggr_compile.errors import CannotOptimize, notice
+from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.program import Program
+from cggr_compile.run.notices import notice
 from cggr_compile.torch_internals.distributed import Hosts
 
 
