@@ -55,10 +55,9 @@ class Schedule:
         until = (None,) * len(layers) if self.depth_until is None else _tuple(self.depth_until)
         return tuple(zip(layers, until, strict=True))
 
-    @property
-    def is_scheduled(self) -> bool:
-        """Whether what trains goes by the number of optimiser steps."""
-        return self._end > 0 or any(until is not None for _, until in self.stages)
+    def is_over(self, step: int) -> bool:
+        """Whether the kept fraction goes by the number of optimiser steps no longer."""
+        return step >= self._end
 
     @property
     def follows_confidence(self) -> bool:
@@ -74,7 +73,7 @@ class Schedule:
 
     def is_settled(self, step: int) -> bool:
         """Whether every step from this one on keeps the same fraction."""
-        return step >= self._end and not self.follows_confidence
+        return self.is_over(step) and not self.follows_confidence
 
     def fractions(self, step: int, first: bool) -> list[float]:
         """All fractions that are kept from this step on: that of the last step, the lowest, one on the way, then the

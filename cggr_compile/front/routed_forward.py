@@ -26,7 +26,7 @@ class RoutedForward:
     """The instance attribute `forward` of an optimised model: to `inspect` and to wrappers the original's bound method.
 
     Wrappers take a method's function, wrap it, and bind the result; one that is taken off (Accelerate's
-    `unwrap_model`) leaves the function bound, which is the same.
+    `unwrap_model`) leaves the function bound, or this itself, which is the same.
     """
 
     def __init__(self, handle: Routed) -> None:
@@ -53,6 +53,8 @@ class RoutedForward:
         return self.handle.original().__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], nn.Module):
+            return _call_bound(*args, **kwargs)
         return self.handle.call(*args, **kwargs)
 
 
@@ -73,12 +75,17 @@ class _RoutedFunction:
         return self.handle.original().__doc__
 
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle = vars(model)["cggr"]
-        if is_routed(vars(model).get("forward")):  # a wrapper was taken off; a bound method cannot be copied or pickled
-            vars(model)["forward"] = RoutedForward(handle)
-        return handle.call(*args, **kwargs)
+        return _call_bound(model, *args, **kwargs)
+
+
+def _call_bound(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    handle = vars(model)["cggr"]
+    if is_routed(vars(model).get("forward")):  # a wrapper was taken off; a bound method cannot be copied or pickled
+        vars(model)["forward"] = RoutedForward(handle)
+    return handle.call(*args, **kwargs)
 
 
 def is_routed(forward: Any) -> bool:
     """Whether a model's `forward` is the routed one, bound anew or not."""
-    return isinstance(forward, RoutedForward) or isinstance(getattr(forward, "__func__", None), _RoutedFunction)
+    bound = getattr(forward, "__func__", None)
+    return isinstance(forward, RoutedForward) or isinstance(bound, (_RoutedFunction, RoutedForward))

@@ -409,7 +409,7 @@ def _stage_share(runtime: Runtime, stage: Cost) -> float | None:
 
 
 def _schedule(runtime: Runtime) -> str | None:
-    if runtime.counted or not runtime.config.is_scheduled:
+    if runtime.counted or runtime.auto is not None or not runtime.goes_by_steps:
         return None
     return "stands still until optimizer steps are counted (cggr.attach, CGGRCallback)"
 

@@ -25,6 +25,7 @@ from cggr_compile.run.recomputed import Recomputations
 from cggr_compile.run.router_time import RouterTime
 from cggr_compile.run.sharded import Sharded
 from cggr_compile.run.together import Together
+from cggr_compile.run.uncounted import Uncounted
 
 
 class Runtime:
@@ -35,12 +36,15 @@ class Runtime:
         self.seed = config.seed if config.seed is not None else torch.initial_seed() % 2**63
         self.steps = 0
         self.total_steps: int | None = None
-        self._attached = False
+        self.attached = False  # whether somebody said that steps will be counted
+        self.uncounted = Uncounted()
         self.growths = 0
         self.grows = False  # at the next step
         self.runs = 0  # of plans, recomputations too
         self.plans: list[Plan] = []
         self.passive: list[str] = []
+        self.fell_back = False  # a step that could not be routed trained the whole model
+        self.staged = False  # steps have trained the first layers alone
         self.last: LastStep | None = None
         self.confidence = Confidence()
         self.gradients = Gradients()
@@ -62,7 +66,13 @@ class Runtime:
     @property
     def counted(self) -> bool:
         """Whether optimiser steps are counted."""
-        return self._attached or self.steps > 0
+        return self.attached or self.steps > 0
+
+    @property
+    def goes_by_steps(self) -> bool:
+        """Whether what trains still changes with the number of optimiser steps."""
+        until = None if self.stage is None else self.stage[1]
+        return self.auto is not None or until is not None or not self.config.is_over(self.steps)
 
     @property
     def model(self) -> nn.Module | None:
@@ -75,10 +85,10 @@ class Runtime:
 
     def follow(self, before: Runtime) -> None:
         """Takes the place of another configuration's runtime: what was said of the steps to come holds."""
-        self._attached, self.optimizer = before._attached, before.optimizer
+        self.attached, self.optimizer = before.attached, before.optimizer
         if before.total_steps is not None:
             self.tell_total(before.total_steps)
-        if self.auto is not None and self._attached:
+        if self.auto is not None and self.attached:
             self.auto.agreement = before.auto.agreement if before.auto is not None else of_all_ranks()
 
     def tell_total(self, steps: int) -> None:
@@ -98,7 +108,7 @@ class Runtime:
 
     def attach(self) -> None:
         """Steps will be counted. Of a distributed run, all ranks say so, and decide together from then on."""
-        self._attached = True
+        self.attached = True
         if self.auto is not None and self.auto.agreement is None:
             self.auto.agreement = of_all_ranks()
 
@@ -146,13 +156,20 @@ class Runtime:
 
     def refuse(self, error: CannotOptimize) -> None:
         """Raises `error`, or, with `fallback="eager"`, warns once and records it as the reason for not routing.
-        A backward that runs a routed step again cannot fall back."""
+        A backward that runs a routed step again cannot fall back, nor can a model that will copy layers."""
         if self.config.fallback == "raise" or self.recomputations.may_be_routed():
             raise error
-        self.warn_once("unrouted", f"training without routing: {error}")
+        if self.staged and self.stage is not None and self.config.grow == "copy":
+            raise CannotOptimize(
+                f"fallback='eager' would train layers that growing overwrites; {error.reason}",
+                source=error.source,
+                hint="leave such calls out until the model has grown, or give grow='random'",
+            ) from error
+        self.fell_back = True
         self.last = None
         if str(error) not in self.passive:
             self.passive.append(str(error))
+            warn(f"training without routing: {error}")
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of selections and router heads, seeded by `config.seed` or by torch's seed when the model was

@@ -7,14 +7,11 @@ and `selection="auto"` scores that were sent long before (`auto`).
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from cggr_compile.capture.collector import collected_at_the_end
 from cggr_compile.errors import CannotOptimize, warn
@@ -34,9 +31,6 @@ from cggr_compile.run.together import Offer, form_of
 from cggr_compile.schedule import kept_of
 from cggr_compile.torch_internals import autograd
 
-UNCOUNTED = 100
-"""Calls after which a schedule that nobody counts for is worth a warning, where no optimiser step was seen."""
-
 
 class Step:
     """A captured graph as Dynamo's frame calls it: a step of its plan."""
@@ -44,9 +38,6 @@ class Step:
     def __init__(self, plan: Plan, runtime: Runtime) -> None:
         self.plan = plan
         self.runtime = runtime
-        self._version: int | None = None
-        self._watch: Callable[[], object] | None = None
-        self._stepped = False  # by an optimizer that nobody attached, as far as was seen
         self._selects_documents = False  # as far as a step has shown
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -60,8 +51,9 @@ class Step:
                 raise ScoresReady(self.plan.in_force.row_scores(self._held(inputs), config, generator)[0])
             self._warn_uncounted(inputs)
             self._grow(inputs)
-            if self.runtime.runs == 1:
+            if self.runtime.stage is not None and not self.runtime.staged:
                 self._begin_stages()
+                self.runtime.staged = True
             inputs = self._held(inputs)
             self._compare(inputs)
             if not self._unprepared:
@@ -75,34 +67,17 @@ class Step:
         return inputs if self.runtime.sharded is None else self.runtime.sharded.shards(inputs)
 
     def _warn_uncounted(self, inputs: tuple[Any, ...]) -> None:
-        """Where a schedule seems to stand still: parameters have been written to since the call before, or many calls
-        came, and nobody has counted."""
+        """Where a schedule seems to stand still."""
         runtime = self.runtime
-        if runtime.counted or "uncounted" in runtime.said or not runtime.config.is_scheduled:
-            if self._watch is not None:
-                self._watch()
+        if "uncounted" in runtime.said or not runtime.goes_by_steps:
+            runtime.uncounted.stop()
             return
-        trained = [x for x in self._held(inputs) if isinstance(x, torch.Tensor) and x.is_leaf and x.requires_grad]
-        before, self._version = self._version, sum(x._version for x in trained if not x.is_inference())
-        if runtime.runs == 1:
-            self._watch_optimizers(trained)
-        if self._stepped or before not in (None, self._version) or runtime.runs >= UNCOUNTED:
-            runtime.warn_once(
-                "uncounted",
-                f"{runtime.runs} training calls and no optimiser step has been counted; the schedule stands still "
-                "until one is: call cggr.attach(model, optimizer), or use CGGRCallback or cggr.route with a Trainer",
-            )
+        message = runtime.uncounted.warning(runtime.steps, runtime.attached, lambda: self._trained(inputs))
+        if message is not None:
+            runtime.warn_once("uncounted", message)
 
-    def _watch_optimizers(self, trained: Sequence[torch.Tensor]) -> None:
-        """Notes whether one steps any of these parameters: fused ones leave no trace on them."""
-        own, step = WeakIdKeyDictionary(dict.fromkeys(trained)), weakref.ref(self)
-
-        def note(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watching = step()
-            if watching is not None and any(x in own for group in optimizer.param_groups for x in group["params"]):
-                watching._stepped = True
-
-        self._watch = weakref.finalize(self, register_optimizer_step_post_hook(note).remove)
+    def _trained(self, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+        return [x for x in self._held(inputs) if isinstance(x, torch.Tensor) and x.is_leaf and x.requires_grad]
 
     def _grow(self, inputs: tuple[Any, ...]) -> None:
         """From now on more layers train, if it is time."""
@@ -126,8 +101,11 @@ class Step:
         Raises:
             CannotOptimize: layers that growing would overwrite have trained, or DistributedDataParallel waits for them.
         """
-        if self.runtime.stage is None:
-            return
+        if self.plan.copies and self.runtime.fell_back:
+            raise CannotOptimize(
+                "steps without routing have trained layers that growing would overwrite",
+                hint="mend what could not be routed, or train without route='depth'",
+            )
         for copies in self.plan.copies[self.runtime.growths :]:
             copies.refuse_trained(self.runtime.model, self.runtime.optimizer())
         around = DistributedDataParallel._get_active_ddp_module()
@@ -136,6 +114,7 @@ class Step:
                 "DistributedDataParallel waits for gradients of layers that do not train yet",
                 hint="give it find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True)",
             )
+        assert self.runtime.stage is not None
         first, layers = self.runtime.stage[0], len(self.plan.analysed.stack)
         notice(f"the first {first} of {layers} layers train until the model grows; model.cggr.in_use() evaluates them")
 

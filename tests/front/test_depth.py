@@ -25,7 +25,7 @@ from toys import AS_IT_IS, WIDTH, Toy, toy_batch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cggr_compile as cggr
-from cggr_compile.run import step
+from cggr_compile.run import uncounted
 from cggr_compile.run.not_computed import NOT_COMPUTED
 
 STEPS = 5
@@ -732,7 +732,7 @@ def test_growing_is_asked_for_once_a_stage() -> None:
 
 
 def test_a_schedule_that_nobody_counts_for_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "UNCOUNTED", 2)
+    monkeypatch.setattr(uncounted, "UNCOUNTED", 2)
     model = cggr.optimize(Toy().train(), route="depth", depth_layers=1, depth_until=1, inner="eager")
     model(**toy_batch())
     with pytest.warns(RuntimeWarning, match=r"2 training calls and no optimiser step has been counted.*cggr\.attach"):
@@ -752,6 +752,38 @@ def test_an_optimizer_that_nobody_attached_is_noticed(fused: bool) -> None:
         model(**toy_batch())
     model(**toy_batch())
     assert len(_global_optimizer_post_hooks) == before
+
+
+def test_eager_steps_train_no_layers_that_growing_overwrites() -> None:
+    """Before the first step they may, and the model stays unrouted; behind it they raise; behind growth they may."""
+    options: dict[str, Any] = {"route": "depth", "depth_layers": 1, "inner": "eager", "fallback": "eager"}
+    unusual = {**toy_batch(), "output_attentions": True}
+    model = cggr.optimize(Outputs().train(), **options)
+    model(**toy_batch())
+    with pytest.raises(
+        cggr.CannotOptimize, match=r"fallback='eager' would train layers that growing overwrites; output_at"
+    ):
+        model(**unusual)
+    model.cggr.grow()
+    model(**toy_batch())
+    with pytest.warns(RuntimeWarning, match="training without routing: .*output_attentions=True"):
+        model(**unusual)
+    model = cggr.optimize(Outputs().train(), **options)
+    with pytest.warns(RuntimeWarning, match="training without routing: .*output_attentions=True"):
+        model(**unusual)
+    with pytest.warns(RuntimeWarning, match="steps without routing have trained layers that growing would overwrite"):
+        model(**toy_batch())
+    model = cggr.optimize(Outputs().train(), grow="random", **options)
+    model(**toy_batch())
+    with pytest.warns(RuntimeWarning, match="training without routing: .*output_attentions=True"):
+        model(**unusual)
+    model(**toy_batch())
+    assert model.cggr.selected is not None
+
+
+class Outputs(Toy):
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, output_attentions: bool = False) -> Any:
+        return super().forward(input_ids, labels)
 
 
 def test_what_has_trained_is_not_overwritten() -> None:

@@ -349,3 +349,17 @@ def test_accelerates_wrapper_comes_off_a_routed_model() -> None:
         twin.train()(**batch)
         assert torch.equal(twin.cggr.selected, model.cggr.selected)
     assert "forward" not in vars(cggr.restore(model))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_model_that_was_optimised_behind_accelerates_wrapper_stays_routed_without_it() -> None:
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    wrapped = cggr.optimize(accelerator.prepare(two_layers().train()), **OPTIONS)
+    batch = token_batch(6, 16)
+    loss, rows = wrapped(**batch).loss, wrapped.cggr.selected
+    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    for twin in (copy.deepcopy(model), model):
+        assert torch.equal(twin(**batch).loss, loss)
+        assert torch.equal(twin.cggr.selected, rows)
+        assert twin.eval()(batch["input_ids"]).logits.shape[:2] == (6, 16)
+    assert not hasattr(cggr.restore(model), "cggr")
