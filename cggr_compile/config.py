@@ -162,7 +162,9 @@ class RoutingConfig(Schedule):
             is between tokens, trains as it is. None is False, and `"auto"` where `cggr.route` trains by a trainer.
         keep_logits: return the logits of the kept rows, which a step does not compute otherwise.
         prediction_metrics: measure, with the loss, the metrics `entropy` and `mean_token_accuracy` of the kept tokens.
-        fallback: `"raise"`, or `"eager"` to train unrouted, with a warning, where routing is impossible.
+        fallback: `"raise"`, or `"eager"` to train unrouted, with a warning for each reason, where routing is
+            impossible. Between the first step of `route="depth"` and its growing by copies it raises too: eager steps
+            would train layers that are overwritten.
         seed: seed of the model's own generator, for random selections and router heads; None takes torch's global
             seed when the model is optimised.
     """

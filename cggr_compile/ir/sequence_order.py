@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from cggr_compile.errors import Refusal
-from cggr_compile.ir.program import Program, is_tensor, value
+from cggr_compile.ir.program import Program, hint, is_tensor, value
 from cggr_compile.torch_internals import symbols, tracing
 
 aten = torch.ops.aten
@@ -326,7 +326,8 @@ def _odd_size(program: Program, node: fx.Node) -> Refusal | None:
         for size in val.shape:
             if program.mentions(size, _symbol(program)) and not is_token_count(program, size):
                 return Refusal(
-                    f"a dimension of size {program.expression(size)} cuts, pads or splits the sequence", node
+                    f"a dimension of size {hint(size)} cuts, pads or splits the sequence of {hint(program.sequence)}",
+                    node,
                 )
     return None
 

@@ -31,7 +31,7 @@ from torch import fx
 from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.ir.dataflow import ancestors, descendants
-from cggr_compile.ir.program import Analysed, Head, Program, is_tensor, value
+from cggr_compile.ir.program import Analysed, Head, Program, hint, is_tensor, value
 from cggr_compile.ir.roles import changes_of
 
 aten = torch.ops.aten
@@ -228,9 +228,11 @@ def _executed_shift(program: Program, head: Head) -> int | Refusal:
         )
     if value(head.hidden).dim() == 3 and not program.same_size(value(head.hidden).shape[1], program.sequence):
         return Refusal(
-            f"the head sees {value(head.hidden).shape[1]} positions where the call has {program.sequence} token ids",
+            f"the head sees {hint(value(head.hidden).shape[1])} positions where the call has {hint(program.sequence)} "
+            "token ids",
             head.hidden,
-            "add no positions in front of the head (prompt tuning does; prefix tuning and LoRA do not)",
+            "let the head see every position: add none in front of it (prompt tuning does; prefix tuning and LoRA do "
+            "not), and leave out logits_to_keep",
         )
     sizes = {"batch": batch, "sequence": length}
     positions = torch.arange(batch * length).view(batch, length)

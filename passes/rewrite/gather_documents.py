@@ -27,7 +27,7 @@ from cggr_compile.config import RoutingConfig
 from cggr_compile.errors import CannotOptimize
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors
-from cggr_compile.ir.program import Analysed, is_tensor, value
+from cggr_compile.ir.program import Analysed, hint, is_tensor, value
 from cggr_compile.ir.roles import main_roots
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def _dims(program: Analysed, node: fx.Node) -> list[int]:
     if not is_tensor(node):
         if program.same_size(value(node), program.sequence) or not program.mentions(value(node), program.sequence):
             return []
-        raise _not_told(program, node, f"of {program.expression(value(node))}")
+        raise _not_told(program, node, f"of {hint(value(node))}")
     shape = value(node).shape
     dims = [dim for dim, size in enumerate(shape) if program.same_size(size, program.sequence)]
     others = [size for dim, size in enumerate(shape) if dim not in dims]

@@ -37,7 +37,7 @@ from cggr_compile.errors import CannotOptimize, Refusal
 from cggr_compile.ir.builder import Builder
 from cggr_compile.ir.dataflow import ancestors, carries_activations, clone, descendants
 from cggr_compile.ir.index_functions import IndexFunctions, element_of
-from cggr_compile.ir.program import Analysed, is_tensor, value
+from cggr_compile.ir.program import Analysed, hint, is_tensor, value
 from cggr_compile.ir.roles import PADDING, main_roots, token_argument
 from cggr_compile.ir.sequence_order import is_pointwise, packet_of
 from cggr_compile.ir.token_mixing import (
@@ -77,7 +77,7 @@ def unpad_rows(program: Analysed, config: RoutingConfig) -> Analysed:
     padding = token_argument(program, PADDING)
     if padding is None:
         given = next(value(node) for node in program.placeholders if program.path(node) == PADDING)
-        given_as = f"{given.dtype} {list(given.shape)}"
+        given_as = f"{given.dtype} {list(map(hint, given.shape))}"
         raise _refusal(f"attention_mask is {given_as}, expected integers or booleans of the labels' batch and sequence")
     functions = IndexFunctions(program.shape_env, {PADDING: padding})
     found = _proved(program, functions, padding, config)
@@ -309,7 +309,7 @@ def _at_places(program: Analysed, batch: _Batch, node: fx.Node, made: fx.Node) -
         return batch.builder.call(aten.index_select.default, made, dims[0], batch.columns)
     if growing == [0, 1] and dims == [1] and program.same_size(shape[0], program.batch):
         return batch.taken(made)
-    raise _refusal(f"a value of shape {tuple(shape)} goes by the places of tokens in the padded batch", node)
+    raise _refusal(f"a value of shape {tuple(map(hint, shape))} goes by the places of tokens in the padded batch", node)
 
 
 def _attended(batch: _Batch, found: dict[Attention, Reach]) -> Rewrite:
