@@ -98,8 +98,8 @@ class Schedule:
         layers, until = _tuple(self.depth_layers), _tuple(self.depth_until)
         if not layers or not all(is_int(each, 1) for each in layers) or list(layers) != sorted({*layers}):
             raise ConfigError(
-                f"route={self.route!r} with depth_layers={self.depth_layers!r}; give a positive integer, or a tuple "
-                "(not a list) of them that rises"
+                f"route={self.route!r} with depth_layers={self.depth_layers!r}; give a positive integer, or several "
+                "that rise"
             )
         if self.depth_until is None:
             return
