@@ -454,7 +454,7 @@ def test_what_becomes_no_copy_need_not_be_alike() -> None:
         ({"route": "depth", "depth_layers": 2, "ratio": 0.5}, "ratio with route='depth', which selects nothing"),
         ({"route": "depth", "depth_layers": 2, "selection": "random"}, "selection with route='depth', which selects"),
         ({"route": "depth", "depth_layers": True}, "give a positive integer"),
-        ({"route": "depth", "depth_layers": (3, 2)}, r"depth_layers=\(3, 2\); give a positive integer, or a tuple"),
+        ({"route": "depth", "depth_layers": (3, 2)}, r"depth_layers=\(3, 2\); give a positive integer, or several"),
         ({"route": "depth", "depth_layers": ()}, "give a positive integer"),
         ({"route": "depth", "depth_layers": (1, 2), "depth_until": 3}, "give one for each stage, rising"),
         ({"route": "depth", "depth_layers": (1, 2), "depth_until": (3, 3)}, "give one for each stage, rising"),
