@@ -156,7 +156,7 @@ class Plan:
                 if len(self.owner.choices) == 1:
                     raise
                 self.unscorable = error
-                notice(f"every row goes on training: {error}")
+                notice(f"every row goes on training: {error}", alike=False)
         return self.whole
 
     @property

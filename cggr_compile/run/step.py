@@ -20,6 +20,7 @@ from cggr_compile.ir.program import StepOutputs
 from cggr_compile.ir.roles import changes_of, ranks_of
 from cggr_compile.passes.pipeline import keeps_less
 from cggr_compile.run.given_scores import ScoresReady
+from cggr_compile.run.growth import Copies
 from cggr_compile.run.metrics import LastStep
 from cggr_compile.run.not_computed import NOT_COMPUTED
 from cggr_compile.run.notices import notice
@@ -86,7 +87,7 @@ class Step:
             if self.plan.copies:
                 filled = f", filled by copies of the first {len(self.plan.in_force.analysed.stack)}"
                 copies = self.plan.copies[self.runtime.growths]
-                copies.refuse_trained(self.runtime.model, self.runtime.optimizer())
+                self._refuse_trained(copies)
                 with torch.no_grad():  # what is written to is no view to autograd
                     copies.make(self.runtime.model, inputs, self._held)
             self.runtime.growths += 1
@@ -95,19 +96,23 @@ class Step:
             when = f"step {self.runtime.steps}: " if self.runtime.counted else ""
             notice(f"{when}the model has grown, {trained} layers train{filled}")
 
+    def _refuse_trained(self, copies: Copies) -> None:
+        """Raises `CannotOptimize` where layers that growing would overwrite have trained, as far as is known."""
+        if self.runtime.fell_back:
+            raise CannotOptimize(
+                "steps without routing have trained layers that growing would overwrite",
+                hint="mend what could not be routed, or train without route='depth'",
+            )
+        copies.refuse_trained(self.runtime.model, self.runtime.optimizer())
+
     def _begin_stages(self) -> None:
         """In the first step: says which layers train.
 
         Raises:
             CannotOptimize: layers that growing would overwrite have trained, or DistributedDataParallel waits for them.
         """
-        if self.plan.copies and self.runtime.fell_back:
-            raise CannotOptimize(
-                "steps without routing have trained layers that growing would overwrite",
-                hint="mend what could not be routed, or train without route='depth'",
-            )
         for copies in self.plan.copies[self.runtime.growths :]:
-            copies.refuse_trained(self.runtime.model, self.runtime.optimizer())
+            self._refuse_trained(copies)
         around = DistributedDataParallel._get_active_ddp_module()
         if around is not None and not around.find_unused_parameters:
             raise CannotOptimize(

@@ -48,7 +48,8 @@ class Uncounted:
             self._watch_optimizers(parameters)
         if not (self._stepped or before not in (None, self._version) or (not began and self._calls >= UNCOUNTED)):
             return None
-        none = "since the last optimiser step that was counted" if began else "and no optimiser step has been counted"
+        since = "since the last optimiser step that was counted"
+        none = since if self._began else "and no optimiser step has been counted"
         return (
             f"{self._calls} training calls {none}; the schedule stands still until one is: call cggr.attach(model, "
             "optimizer) with the optimizer whose step() runs, or use CGGRCallback or cggr.route with a Trainer"

@@ -773,6 +773,14 @@ def test_eager_steps_train_no_layers_that_growing_overwrites() -> None:
         model(**unusual)
     with pytest.warns(RuntimeWarning, match="steps without routing have trained layers that growing would overwrite"):
         model(**toy_batch())
+    model = cggr.optimize(Outputs().train(), **options)  # it is time to grow before a step was routed
+    model.cggr.grow()
+    with pytest.warns(RuntimeWarning, match="training without routing: .*output_attentions=True"):
+        model(**unusual)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(RuntimeWarning, match="steps without routing have trained layers that growing would overwrite"):
+        model(**toy_batch())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     model = cggr.optimize(Outputs().train(), grow="random", **options)
     model(**toy_batch())
     with pytest.warns(RuntimeWarning, match="training without routing: .*output_attentions=True"):

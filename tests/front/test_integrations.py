@@ -357,6 +357,8 @@ def test_a_model_that_was_optimised_behind_accelerates_wrapper_stays_routed_with
     wrapped = cggr.optimize(accelerator.prepare(two_layers().train()), **OPTIONS)
     batch = token_batch(6, 16)
     loss, rows = wrapped(**batch).loss, wrapped.cggr.selected
+    eager = accelerator.prepare(two_layers().train())
+    torch.testing.assert_close(loss, eager(**oracle.rows_of(batch, rows)).loss, rtol=1e-2, atol=0)
     model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     for twin in (copy.deepcopy(model), model):
         assert torch.equal(twin(**batch).loss, loss)
