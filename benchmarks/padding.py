@@ -50,11 +50,11 @@ OURS: dict[str, dict[str, Any]] = {
 ARMS = ("compile", "compile_packed", *OURS)
 
 
-def padded(shape: Shape, random: torch.Generator) -> dict[str, torch.Tensor]:
+def padded(rows: int, length: int, vocabulary: int, random: torch.Generator) -> dict[str, torch.Tensor]:
     """Rows of 30 to 100 % of the length, padded on the right."""
-    ids = torch.randint(0, shape.vocabulary, (shape.batch, shape.sequence), generator=random)
-    lengths = torch.randint(int(SHORTEST * shape.sequence), shape.sequence + 1, (shape.batch, 1), generator=random)
-    mask = (torch.arange(shape.sequence) < lengths).long()
+    ids = torch.randint(0, vocabulary, (rows, length), generator=random)
+    lengths = torch.randint(int(SHORTEST * length), length + 1, (rows, 1), generator=random)
+    mask = (torch.arange(length) < lengths).long()
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
@@ -77,7 +77,7 @@ def batch_of(arm: str, shape: Shape, random: torch.Generator) -> dict[str, torch
     if arm in ("packed", "documents", "compile_packed", "segment", "floor"):
         rows = Shape(**{**asdict(shape), "batch": max(1, shape.batch // 4)})
         return packed(rows, int((RATIO if arm == "floor" else 1) * 4 * shape.sequence), random)
-    batch = padded(shape, random)
+    batch = padded(shape.batch, shape.sequence, shape.vocabulary, random)
     return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()} if arm == "full" else batch
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import transformers
 from harness import WARM_UP, first_line
+from padding import padded
 
 import cggr_compile as cggr
 from cggr_compile.environment import environment
@@ -73,14 +74,12 @@ def lengths_of(arm: str, length: int, steps: int) -> list[int]:
 
 
 def batch_of(arm: str, vocabulary: int, rows: int, length: int, device: str) -> dict[str, torch.Tensor]:
-    """Random ids; where an arm's rows are padded they have 30 to 100 % of the length, one of them all."""
+    """Random ids, in rows that an arm may want padded."""
+    if arm.startswith("padded"):
+        batch = padded(rows, length, vocabulary, torch.default_generator)
+        return {name: tensor.to(device) for name, tensor in batch.items()}
     ids = torch.randint(0, vocabulary, (rows, length), device=device)
-    if not arm.startswith("padded"):
-        return {"input_ids": ids, "labels": ids}
-    real = torch.randint(int(0.3 * length), length + 1, (rows, 1), device=device)
-    real[0] = length
-    mask = (torch.arange(length, device=device) < real).long()
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return {"input_ids": ids, "labels": ids}
 
 
 def worker(arm: str, options: argparse.Namespace) -> dict[str, Any]:
